@@ -1,0 +1,88 @@
+"""Capture with transformers: read a text with the source model, keep its KV states."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from awareness_vllm.anchors.spans import Tokens, load_tokenizer, prefix_ids, tokenize
+from awareness_vllm.errors import BadInput
+from awareness_vllm.geometry import Geometry, resolve_folder
+from awareness_vllm.packages.file import Package, build
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A causal language model for reading; eager errors for anything but a local folder."""
+    from transformers import AutoModelForCausalLM
+
+    path = resolve_folder(folder)
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True).eval()
+
+
+def read_tokens(folder: str | Path, text: str) -> Tokens:
+    """The tokens with which a model reads a text: its own prefix (BOS), then the text's.
+
+    Raises:
+        BadInput: no text, or more tokens than the model has positions.
+    """
+    path = resolve_folder(folder)
+    tokenizer = load_tokenizer(str(path))
+    prefix = prefix_ids(tokenizer)
+    body = tokenize(tokenizer, text)
+    if not body.ids:
+        raise BadInput("nothing to capture", found="an empty text", expected="at least one token")
+    limit = Geometry.from_folder(path).max_positions
+    ids = prefix + body.ids
+    if len(ids) > limit:
+        raise BadInput(
+            f"the text does not fit into {path.name}",
+            found=f"{len(ids)} tokens",
+            expected=f"at most {limit}",
+            remedy="split the text into several memories",
+        )
+    spans = np.concatenate((np.zeros((len(prefix), 2), np.int64), body.spans))
+    return Tokens(ids, spans)
+
+
+@torch.inference_mode()
+def states(model: PreTrainedModel, ids: list[int]) -> tuple[list[Tensor], list[Tensor]]:
+    """Keys and values of all layers as cached, [T, H, D] each.
+
+    A plain `DynamicCache()`: transformers' default keeps only the window of sliding layers.
+    """
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    model.model(torch.tensor([ids]), past_key_values=cache, use_cache=True)
+    keys = [layer.keys[0].transpose(0, 1) for layer in cache.layers]
+    values = [layer.values[0].transpose(0, 1) for layer in cache.layers]
+    return keys, values
+
+
+def capture(
+    folder: str | Path, text: str, *, name: str | None = None, model: PreTrainedModel | None = None
+) -> Package:
+    """Capture a text on a model with transformers: computed in float32, stored in the model's dtype."""
+    geometry = Geometry.from_folder(folder)
+    tokens = read_tokens(folder, text)
+    keys, values = states(model or load_model(folder), tokens.ids)
+    dtype = getattr(torch, geometry.dtype)
+    return build(
+        geometry=geometry,
+        text=text,
+        tokens=tokens.ids,
+        spans=tokens.spans,
+        keys=[key.to(dtype) for key in keys],
+        values=[value.to(dtype) for value in values],
+        engine="transformers",
+        versions={p: importlib.metadata.version(p) for p in ("torch", "transformers")},
+        name=name,
+    )

@@ -1,0 +1,192 @@
+"""Memory package v1: one safetensors file, named by the sha256 of its bytes.
+
+Tensors: `tokens` [T] int32, `spans` [T, 2] int64, `text` [B] uint8 (UTF-8), and for each layer i
+`layers.i.key` and `layers.i.value` [T, H, D] in the model's dtype, keys as cached (with positions).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from awareness_vllm.anchors.spans import Spans
+from awareness_vllm.errors import PackageCorrupt
+from awareness_vllm.geometry import Geometry, file_digest
+from awareness_vllm.packages.manifest import Manifest
+
+METADATA_KEY = "awareness"
+
+
+@dataclass(frozen=True)
+class Package:
+    """A memory package in memory. `keys[i]` and `values[i]` are layer i's states, [T, H, D]."""
+
+    manifest: Manifest
+    text: str
+    tokens: list[int]
+    spans: Spans
+    keys: list[Tensor]
+    values: list[Tensor]
+
+    @property
+    def geometry(self) -> Geometry:
+        return self.manifest.geometry
+
+
+def build(
+    *,
+    geometry: Geometry,
+    text: str,
+    tokens: list[int],
+    spans: Spans,
+    keys: list[Tensor],
+    values: list[Tensor],
+    engine: Literal["transformers", "vllm"],
+    versions: dict[str, str],
+    name: str | None = None,
+) -> Package:
+    """A package from captured states; the manifest's payload digest is computed here."""
+    tensors = _tensors(text, tokens, spans, keys, values)
+    manifest = Manifest(
+        name=name,
+        geometry=geometry,
+        tokens=len(tokens),
+        engine=engine,
+        versions=versions,
+        payload=_payload_digest(tensors),
+    )
+    return Package(manifest, text, tokens, spans, keys, values)
+
+
+def publish(package: Package, store: Path) -> Path:
+    """Write a package into a store folder under its ID, atomically: whole or not at all."""
+    store.mkdir(parents=True, exist_ok=True)
+    tensors = _tensors(package.text, package.tokens, package.spans, package.keys, package.values)
+    handle, temporary = tempfile.mkstemp(dir=store, prefix=".publish-")
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, {METADATA_KEY: package.manifest.model_dump_json()})
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        path = store / f"{id_of(Path(temporary))}.safetensors"
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def id_of(path: Path) -> str:
+    """The ID that a package file's bytes have: `mem_` and half of their sha256."""
+    return f"mem_{file_digest(path)[:32]}"
+
+
+def read_manifest(path: Path) -> Manifest:
+    """A package's manifest alone.
+
+    Raises:
+        PackageCorrupt: not a safetensors file, or no valid manifest in it.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _manifest(file.metadata(), path)
+    except (SafetensorError, OSError) as error:
+        raise _corrupt(path, f"not a readable safetensors file ({error})") from error
+
+
+def read(path: Path) -> Package:
+    """A whole package. Shapes are checked against the manifest's geometry; bytes are not re-hashed.
+
+    Raises:
+        PackageCorrupt: unreadable, or tensors that contradict the manifest.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            manifest = _manifest(file.metadata(), path)
+            count = len(manifest.geometry.layers)
+            keys = [file.get_tensor(f"layers.{i}.key") for i in range(count)]
+            values = [file.get_tensor(f"layers.{i}.value") for i in range(count)]
+            tokens = file.get_tensor("tokens")
+            spans = file.get_tensor("spans")
+            text = bytes(file.get_tensor("text").numpy()).decode("utf-8")
+    except (SafetensorError, OSError, UnicodeDecodeError) as error:
+        raise _corrupt(path, f"not a readable package ({error})") from error
+    for i, layer in enumerate(manifest.geometry.layers):
+        shape = (manifest.tokens, layer.heads, layer.head_dim)
+        for tensor in (keys[i], values[i]):
+            if tuple(tensor.shape) != shape:
+                raise _corrupt(path, f"layer {i} has shape {tuple(tensor.shape)}, not {shape}")
+    if tokens.shape != (manifest.tokens,) or spans.shape != (manifest.tokens, 2):
+        raise _corrupt(path, f"{len(tokens)} tokens, manifest says {manifest.tokens}")
+    return Package(manifest, text, tokens.tolist(), spans.numpy(), keys, values)
+
+
+def verify(path: Path, memory_id: str | None = None) -> Package:
+    """Read a package and prove that it is what its ID and manifest say.
+
+    Raises:
+        PackageCorrupt: altered or truncated.
+    """
+    found = id_of(path)
+    if memory_id is not None and found != memory_id:
+        raise _corrupt(path, f"its bytes are those of {found}", expected=memory_id)
+    package = read(path)
+    tensors = _tensors(package.text, package.tokens, package.spans, package.keys, package.values)
+    payload = _payload_digest(tensors)
+    if payload != package.manifest.payload:
+        raise _corrupt(path, f"payload {payload}", expected=package.manifest.payload)
+    return package
+
+
+def _manifest(metadata: dict[str, str] | None, path: Path) -> Manifest:
+    try:
+        return Manifest.model_validate_json((metadata or {}).get(METADATA_KEY, ""))
+    except (ValidationError, json.JSONDecodeError) as error:
+        raise _corrupt(path, f"no valid manifest ({error})") from error
+
+
+def _corrupt(path: Path, found: str, expected: str = "an unaltered memory package") -> PackageCorrupt:
+    return PackageCorrupt(
+        f"memory package {path.name} cannot be used",
+        found=found,
+        expected=expected,
+        remedy="capture the memory again, or restore the file from where it came",
+    )
+
+
+def _tensors(
+    text: str, tokens: list[int], spans: Spans, keys: list[Tensor], values: list[Tensor]
+) -> dict[str, Tensor]:
+    tensors = {
+        "tokens": torch.tensor(tokens, dtype=torch.int32),
+        "spans": torch.from_numpy(np.ascontiguousarray(spans)),
+        "text": torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+        if text
+        else torch.empty(0, dtype=torch.uint8),
+    }
+    for i, (key, value) in enumerate(zip(keys, values, strict=True)):
+        tensors[f"layers.{i}.key"] = key.contiguous()
+        tensors[f"layers.{i}.value"] = value.contiguous()
+    return tensors
+
+
+def _payload_digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
