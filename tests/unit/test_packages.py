@@ -1,0 +1,161 @@
+"""Memory packages: the same content the same ID, and no altered byte goes unnoticed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from awareness_vllm.errors import PackageCorrupt
+from awareness_vllm.packages.file import (
+    METADATA_KEY,
+    Package,
+    check_bytes,
+    id_of,
+    publish,
+    read,
+    read_manifest,
+    verify,
+)
+
+pytestmark = pytest.mark.unit
+
+Make = Callable[..., Package]
+
+
+@pytest.fixture(scope="module")
+def published(make_package: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return publish(make_package(), tmp_path_factory.mktemp("store"))
+
+
+def rewrite(path: Path, out: Path, *, manifest: Callable[[dict], dict] = lambda m: m, **changed):
+    """A copy of a package with another manifest or other tensors, a well-formed file still."""
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        document = manifest(json.loads(file.metadata()[METADATA_KEY]))
+    tensors.update(changed)
+    save_file(tensors, out, {METADATA_KEY: json.dumps(document)})
+    return out
+
+
+def test_round_trip(published: Path, make_package: Make) -> None:
+    package, found = make_package(), verify(published)
+    assert (found.manifest, found.text, found.tokens) == (
+        package.manifest,
+        package.text,
+        package.tokens,
+    )
+    assert (found.spans == package.spans).all()
+    for one, other in zip(package.keys + package.values, found.keys + found.values, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+    assert read_manifest(published) == package.manifest
+    check_bytes(published, published.stem)
+
+
+def test_same_content_same_id(published: Path, make_package: Make, tmp_path: Path) -> None:
+    assert publish(make_package(), tmp_path).name == published.name
+    assert publish(make_package(seed=1), tmp_path).name != published.name
+    assert publish(make_package("hello world"), tmp_path).name != published.name
+    assert not list(tmp_path.glob(".publish-*"))
+
+
+def test_an_empty_text_can_be_packaged(make_package: Make, tmp_path: Path) -> None:
+    assert verify(publish(make_package(""), tmp_path)).text == ""
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_a_flipped_bit_is_noticed(published: Path, data: st.DataObject) -> None:
+    raw = bytearray(published.read_bytes())
+    # The header is where a flip can do the strangest things, so look there as often as elsewhere.
+    header = 8 + int.from_bytes(raw[:8], "little")
+    position = data.draw(
+        st.one_of(st.integers(0, header - 1), st.integers(0, len(raw) - 1)), label="position"
+    )
+    raw[position] ^= 1 << data.draw(st.integers(0, 7), label="bit")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / published.name
+        path.write_bytes(raw)
+        with pytest.raises(PackageCorrupt, match="bytes are those of"):
+            check_bytes(path, published.stem)
+        if position >= header:
+            with pytest.raises(PackageCorrupt):
+                verify(path)
+        else:
+            # A header can also change into another valid one; nothing else may escape.
+            with contextlib.suppress(PackageCorrupt):
+                verify(path)
+
+
+@settings(max_examples=50, deadline=None)
+@given(share=st.floats(0, 1, exclude_max=True))
+def test_a_truncated_file_is_noticed(published: Path, share: float) -> None:
+    raw = published.read_bytes()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / published.name
+        path.write_bytes(raw[: int(share * len(raw))])
+        for action in (read, read_manifest, verify):
+            with pytest.raises(PackageCorrupt, match="Remedy"):
+                action(path)
+
+
+def test_an_unknown_manifest_field_is_refused(published: Path, tmp_path: Path) -> None:
+    path = rewrite(published, tmp_path / "p", manifest=lambda m: m | {"surprise": 1})
+    with pytest.raises(PackageCorrupt, match="surprise"):
+        read(path)
+
+
+@pytest.mark.parametrize("version", ["awareness-memory/2", "", None])
+def test_another_format_is_refused(published: Path, tmp_path: Path, version: str | None) -> None:
+    path = rewrite(published, tmp_path / "p", manifest=lambda m: m | {"format": version})
+    with pytest.raises(PackageCorrupt, match="format"):
+        read_manifest(path)
+
+
+def test_safetensors_without_a_manifest_is_refused(tmp_path: Path) -> None:
+    save_file({"x": torch.zeros(1)}, tmp_path / "p")
+    with pytest.raises(PackageCorrupt, match="no valid manifest"):
+        read_manifest(tmp_path / "p")
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("layers.0.key", torch.zeros(12, 2, 3, dtype=torch.bfloat16)),
+        ("layers.1.value", torch.zeros(11, 1, 8, dtype=torch.bfloat16)),
+        ("tokens", torch.zeros(11, dtype=torch.int32)),
+        ("spans", torch.zeros(12, 3, dtype=torch.int64)),
+    ],
+)
+def test_a_wrong_shape_is_refused(
+    published: Path, tmp_path: Path, name: str, tensor: torch.Tensor
+) -> None:
+    path = rewrite(published, tmp_path / "p", **{name: tensor})
+    with pytest.raises(PackageCorrupt, match=r"shape|tokens"):
+        read(path)
+
+
+def test_other_states_under_the_same_manifest_are_noticed(published: Path, tmp_path: Path) -> None:
+    zeros = torch.zeros(12, 2, 4, dtype=torch.bfloat16)
+    path = rewrite(published, tmp_path / "p", **{"layers.0.key": zeros})
+    with pytest.raises(PackageCorrupt, match="payload"):
+        verify(path)
+
+
+def test_a_missing_file_is_not_a_traceback(tmp_path: Path) -> None:
+    with pytest.raises(PackageCorrupt):
+        read(tmp_path / "nothing.safetensors")
+
+
+def test_the_id_is_the_digest_of_the_bytes(published: Path) -> None:
+    assert published.stem == id_of(published)

@@ -1,0 +1,157 @@
+"""Span alignment on real Unicode: exact bytes, and the last-byte rule."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from awareness_vllm.anchors.spans import Spans, align, load_tokenizer, prefix_ids, tokenize
+from awareness_vllm.errors import BadInput, UnsupportedModel
+from awareness_vllm.models import put_before_every_text
+
+pytestmark = pytest.mark.unit
+
+PIECES = [
+    "the quick ",
+    " brown  fox",
+    "👩‍👩‍👧",
+    "🏳️‍🌈",
+    "👍🏽",
+    "e\u0301",
+    "n\u0303o",
+    "日本語",
+    "中文。",
+    "한국어",
+    "עברית ",
+    "العربية",
+    "\u202bשלום\u202c",
+    "ไทย",
+    "\n\n\t",
+    "\u00a0",
+    "\u200b",
+    "\ufeff",
+    "<0x41>",
+    "<bos>",
+    "ß",
+    "𝔘",
+]
+unicode_texts = st.one_of(
+    st.lists(st.sampled_from(PIECES), max_size=12).map("".join),
+    st.text(st.characters(exclude_categories=("Cs",)), max_size=60),
+    st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=5)), max_size=8)
+    .map("".join)
+    .filter(lambda text: text.isprintable() or text.isascii()),
+)
+
+
+@pytest.fixture(scope="session", params=["byte level", "byte fallback"])
+def tokenizer(
+    request: pytest.FixtureRequest,
+    byte_level_tokenizer: Tokenizer,
+    byte_fallback_tokenizer: Tokenizer,
+) -> Tokenizer:
+    return byte_level_tokenizer if request.param == "byte level" else byte_fallback_tokenizer
+
+
+def assert_tiles(spans: Spans, size: int) -> None:
+    """Spans follow one another without gap or overlap from byte 0 to the end."""
+    if size == 0:
+        assert len(spans) == 0
+        return
+    assert spans[0, 0] == 0
+    assert spans[-1, 1] == size
+    assert np.array_equal(spans[1:, 0], spans[:-1, 1])
+    assert (spans[:, 1] > spans[:, 0]).all()
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=unicode_texts)
+def test_spans_tile_the_bytes(tokenizer: Tokenizer, text: str) -> None:
+    # SentencePiece writes blanks as ▁, so a ▁ of the text itself cannot be told from them.
+    text = text.replace("▁", "_")
+    assert_tiles(tokenize(tokenizer, text).spans, len(text.encode()))
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=unicode_texts.filter(bool))
+def test_the_aligned_token_holds_the_last_byte(
+    byte_level_tokenizer: Tokenizer, byte_fallback_tokenizer: Tokenizer, text: str
+) -> None:
+    text = text.replace("▁", "_")
+    one = tokenize(byte_level_tokenizer, text).spans
+    other = tokenize(byte_fallback_tokenizer, text).spans
+    for source, target in ((one, other), (other, one)):
+        found = align(source, target)
+        assert found.shape == (len(target),)
+        for index, (_, end) in zip(found, target, strict=True):
+            assert source[index, 0] <= end - 1 < source[index, 1]
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=unicode_texts.filter(bool))
+def test_a_tokenizer_aligns_to_itself_one_to_one(tokenizer: Tokenizer, text: str) -> None:
+    spans = tokenize(tokenizer, text.replace("▁", "_")).spans
+    assert np.array_equal(align(spans, spans), np.arange(len(spans)))
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=unicode_texts.filter(bool), specials=st.integers(1, 3))
+def test_special_tokens_before_the_text_shift_the_alignment(
+    byte_level_tokenizer: Tokenizer, text: str, specials: int
+) -> None:
+    spans = tokenize(byte_level_tokenizer, text).spans
+    source = np.concatenate((np.zeros((specials, 2), np.int64), spans))
+    assert np.array_equal(align(source, spans), np.arange(len(spans)) + specials)
+
+
+def test_tokenizers_really_cut_inside_characters(byte_fallback_tokenizer: Tokenizer) -> None:
+    tokens = tokenize(byte_fallback_tokenizer, "🦊")
+    assert tokens.spans.tolist() == [[0, 1], [1, 2], [2, 3], [3, 4]]
+
+
+def test_text_that_holds_the_blank_mark_is_covered(byte_fallback_tokenizer: Tokenizer) -> None:
+    text = "a ▁ b"
+    spans = tokenize(byte_fallback_tokenizer, text).spans
+    covered = {byte for start, end in spans for byte in range(start, end)}
+    assert covered == set(range(len(text.encode())))
+
+
+def test_text_like_a_special_token_stays_text(byte_fallback_tokenizer: Tokenizer) -> None:
+    assert (
+        byte_fallback_tokenizer.token_to_id("<bos>")
+        not in tokenize(byte_fallback_tokenizer, "a <bos> b").ids
+    )
+
+
+def test_a_lone_surrogate_is_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(BadInput, match="not valid Unicode"):
+        tokenize(tokenizer, "a\ud800b")
+
+
+def test_nothing_to_align_to_is_an_error() -> None:
+    with pytest.raises(BadInput, match="nothing to align to"):
+        align(np.zeros((0, 2), np.int64), np.array([[0, 1]]))
+
+
+def test_bos_is_a_prefix_and_not_part_of_the_text(
+    byte_fallback_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    tokenizer = Tokenizer.from_str(byte_fallback_tokenizer.to_str())
+    assert prefix_ids(tokenizer) == []
+    put_before_every_text(tokenizer, "<bos>")
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(tmp_path)
+    bos = loaded.token_to_id("<bos>")
+    assert prefix_ids(loaded) == [bos]
+    assert loaded.encode("the fox").ids[0] == bos
+    assert bos not in tokenize(loaded, "the fox").ids
+
+
+def test_no_tokenizer_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModel, match=r"tokenizer\.json"):
+        load_tokenizer(tmp_path)
