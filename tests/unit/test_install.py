@@ -143,7 +143,7 @@ def test_prepare_makes_a_folder_once_and_again_when_altered(
 def test_unknown_models_and_missing_packages_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BadInput, match="gemma3-270m"):
         models.prepare("gpt-5", lambda line: None)
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(BadInput, match="pip install"):
         models.prepare("smollm2-135m", lambda line: None)
 
@@ -154,7 +154,7 @@ def test_another_gguf_than_the_pinned_one_is_refused(
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "model.gguf").write_bytes(b"GGUF")
     spec = SimpleNamespace(origin=str(tmp_path / "package" / "__init__.py"))
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
     with pytest.raises(BadInput, match="not the pinned one"):
         models.prepare("smollm2-135m", lambda line: None)
     assert not (tmp_path / "models" / "smollm2-135m").exists()

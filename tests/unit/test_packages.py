@@ -7,6 +7,7 @@ import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,13 +38,18 @@ def published(make_package: Make, tmp_path_factory: pytest.TempPathFactory) -> P
     return publish(make_package(), tmp_path_factory.mktemp("store"))
 
 
-def rewrite(path: Path, out: Path, *, manifest: Callable[[dict], dict] = lambda m: m, **changed):
-    """A copy of a package with another manifest or other tensors, a well-formed file still."""
+def rewrite(
+    path: Path,
+    out: Path,
+    manifest: dict[str, Any] | None = None,
+    tensors: dict[str, torch.Tensor] | None = None,
+) -> Path:
+    """A copy of a package with other manifest fields or tensors, a well-formed file still."""
     with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        document = manifest(json.loads(file.metadata()[METADATA_KEY]))
-    tensors.update(changed)
-    save_file(tensors, out, {METADATA_KEY: json.dumps(document)})
+        states = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        document = json.loads(file.metadata()[METADATA_KEY])
+    metadata = {METADATA_KEY: json.dumps(document | (manifest or {}))}
+    save_file(states | (tensors or {}), out, metadata)
     return out
 
 
@@ -110,14 +116,14 @@ def test_a_truncated_file_is_noticed(published: Path, share: float) -> None:
 
 
 def test_an_unknown_manifest_field_is_refused(published: Path, tmp_path: Path) -> None:
-    path = rewrite(published, tmp_path / "p", manifest=lambda m: m | {"surprise": 1})
+    path = rewrite(published, tmp_path / "p", {"surprise": 1})
     with pytest.raises(PackageCorrupt, match="surprise"):
         read(path)
 
 
 @pytest.mark.parametrize("version", ["awareness-memory/2", "", None])
 def test_another_format_is_refused(published: Path, tmp_path: Path, version: str | None) -> None:
-    path = rewrite(published, tmp_path / "p", manifest=lambda m: m | {"format": version})
+    path = rewrite(published, tmp_path / "p", {"format": version})
     with pytest.raises(PackageCorrupt, match="format"):
         read_manifest(path)
 
@@ -140,14 +146,14 @@ def test_safetensors_without_a_manifest_is_refused(tmp_path: Path) -> None:
 def test_a_wrong_shape_is_refused(
     published: Path, tmp_path: Path, name: str, tensor: torch.Tensor
 ) -> None:
-    path = rewrite(published, tmp_path / "p", **{name: tensor})
+    path = rewrite(published, tmp_path / "p", tensors={name: tensor})
     with pytest.raises(PackageCorrupt, match=r"shape|tokens"):
         read(path)
 
 
 def test_other_states_under_the_same_manifest_are_noticed(published: Path, tmp_path: Path) -> None:
     zeros = torch.zeros(12, 2, 4, dtype=torch.bfloat16)
-    path = rewrite(published, tmp_path / "p", **{"layers.0.key": zeros})
+    path = rewrite(published, tmp_path / "p", tensors={"layers.0.key": zeros})
     with pytest.raises(PackageCorrupt, match="payload"):
         verify(path)
 
