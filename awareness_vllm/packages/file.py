@@ -107,6 +107,19 @@ def read_manifest(path: Path) -> Manifest:
         raise _corrupt(path, f"not a readable safetensors file ({error})") from error
 
 
+def read_text(path: Path) -> str:
+    """A package's text alone. Raises PackageCorrupt."""
+    try:
+        return bytes(_read_tensor(path, "text").numpy()).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _corrupt(path, f"text that is not UTF-8 ({error})") from error
+
+
+def read_tokens(path: Path) -> list[int]:
+    """A package's source token ids alone. Raises PackageCorrupt."""
+    return _read_tensor(path, "tokens").tolist()
+
+
 def read(path: Path) -> Package:
     """A whole package. Shapes are checked against the manifest's geometry; bytes are not re-hashed.
 
@@ -134,21 +147,32 @@ def read(path: Path) -> Package:
     return Package(manifest, text, tokens.tolist(), spans.numpy(), keys, values)
 
 
-def verify(path: Path, memory_id: str | None = None) -> Package:
-    """Read a package and prove that it is what its ID and manifest say.
+def check_bytes(path: Path, memory_id: str) -> None:
+    """Prove that a file's bytes are those that the ID names. Raises PackageCorrupt."""
+    if (found := id_of(path)) != memory_id:
+        raise _corrupt(path, f"its bytes are those of {found}", expected=memory_id)
+
+
+def verify(path: Path) -> Package:
+    """Read a package and prove that its tensors are what its manifest says, whatever its name.
 
     Raises:
         PackageCorrupt: altered or truncated.
     """
-    found = id_of(path)
-    if memory_id is not None and found != memory_id:
-        raise _corrupt(path, f"its bytes are those of {found}", expected=memory_id)
     package = read(path)
     tensors = _tensors(package.text, package.tokens, package.spans, package.keys, package.values)
     payload = _payload_digest(tensors)
     if payload != package.manifest.payload:
         raise _corrupt(path, f"payload {payload}", expected=package.manifest.payload)
     return package
+
+
+def _read_tensor(path: Path, name: str) -> Tensor:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise _corrupt(path, f"no readable tensor {name!r} ({error})") from error
 
 
 def _manifest(metadata: dict[str, str] | None, path: Path) -> Manifest:

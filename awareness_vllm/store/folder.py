@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from awareness_vllm.errors import MemoryNotFound
-from awareness_vllm.packages.file import verify
+from awareness_vllm.packages.file import check_bytes
 from awareness_vllm.packages.manifest import MEMORY_ID, check_id
 
 
@@ -44,7 +44,7 @@ class Store:
         stat = path.stat()
         version = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
         if self.verified.get(path.stem) != version:
-            verify(path, path.stem)
+            check_bytes(path, path.stem)
             self.verified[path.stem] = version
         return path
 

@@ -1,0 +1,81 @@
+"""From a memory package to the target's own cache entries: a copy, or the learned map."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from awareness_vllm.align.features import Embed, blank_rows, embedding_features, flat_states
+from awareness_vllm.anchors.spans import align, load_tokenizer, tokenize
+from awareness_vllm.packages.file import Package
+from awareness_vllm.positions import apply
+from awareness_vllm.wmatrix.file import WMatrix
+
+
+@dataclass(frozen=True)
+class AlignedMemory:
+    """Target-side KV of a memory at positions 0 … T-1: `keys[i]`, `values[i]` are [T, H, D] as cached."""
+
+    ids: list[int]
+    keys: list[Tensor]
+    values: list[Tensor]
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
+
+
+def copy(package: Package) -> AlignedMemory:
+    """A memory for the model that made it: the captured states, bit for bit."""
+    return AlignedMemory(package.tokens, package.keys, package.values)
+
+
+def prompt_ids(text: str, sink: Sequence[int], target: str | Path) -> list[int]:
+    """The target's ids of an aligned memory: the sink, then the target's own tokens of the text."""
+    return [*sink, *tokenize(load_tokenizer(str(target)), text).ids]
+
+
+@torch.inference_mode()
+def realign(
+    package: Package,
+    wmatrix: WMatrix,
+    target: str | Path,
+    embed: Embed,
+    *,
+    dtype: torch.dtype,
+    blank: bool = False,
+) -> AlignedMemory:
+    """A memory for another model, through its W-Matrix.
+
+    Args:
+        target: the target's folder, for its tokenizer.
+        embed: the target's own embedding.
+        dtype: of the target's cache.
+        blank: hide the source's states (the tokens-only arm).
+    """
+    manifest = wmatrix.manifest
+    tokens = tokenize(load_tokenizer(str(target)), package.text)
+    ids = [*manifest.sink, *tokens.ids]
+    index = align(package.spans, tokens.spans)
+    source = None
+    if not blank:
+        flat = flat_states(package.geometry, package.keys, package.values)
+        source = flat[torch.from_numpy(index)]
+    embeddings = embedding_features(embed, ids, len(manifest.sink), manifest.predecessors)
+    keys, values = wmatrix.map(source, embeddings, blank_rows(index))
+    positions = torch.arange(len(manifest.sink), len(ids))
+    return AlignedMemory(
+        ids,
+        [
+            torch.cat((sink, apply(key, positions, layer.positions))).to(dtype)
+            for sink, key, layer in zip(wmatrix.sink_keys, keys, manifest.target.layers, strict=True)
+        ],
+        [
+            torch.cat((sink, value)).to(dtype)
+            for sink, value in zip(wmatrix.sink_values, values, strict=True)
+        ],
+    )

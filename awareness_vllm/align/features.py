@@ -1,0 +1,62 @@
+"""What the map reads for one target token: source states without positions, and the target's embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from awareness_vllm.geometry import Geometry
+from awareness_vllm.kernels import rms_normalise, with_predecessors
+from awareness_vllm.positions import strip
+
+Embed = Callable[[Tensor], Tensor]
+"""A model's own embedding: ids [T] int64 to rows [T, E]. Its scale does not matter."""
+
+
+def flat_states(geometry: Geometry, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
+    """Position-free keys of all layers, then values of all layers, side by side.
+
+    Args:
+        keys, values: per layer [T, H, D] as cached at positions 0 … T-1.
+
+    Returns:
+        [T, geometry.width] float32.
+    """
+    positions = torch.arange(len(keys[0]))
+    free = [
+        strip(key, positions, layer.positions).flatten(1)
+        for key, layer in zip(keys, geometry.layers, strict=True)
+    ]
+    return torch.cat([*free, *(value.float().flatten(1) for value in values)], dim=1)
+
+
+def split_states(geometry: Geometry, flat: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """The inverse of `flat_states`, short of positions: [T, width] to per-layer [T, H, D]."""
+    widths = [layer.width for layer in geometry.layers]
+    shaped = [
+        part.unflatten(1, (layer.heads, layer.head_dim))
+        for part, layer in zip(flat.split(widths * 2, dim=1), geometry.layers * 2, strict=True)
+    ]
+    return shaped[: len(widths)], shaped[len(widths) :]
+
+
+def blank_rows(index: npt.NDArray[np.int64]) -> Tensor:
+    """Which target tokens are aligned to the source's first position, [T] bool.
+
+    That position is the source's attention sink: its states say nothing of the text.
+    """
+    return torch.from_numpy(index == 0)
+
+
+def embedding_features(embed: Embed, ids: Sequence[int], sink: int, predecessors: int) -> Tensor:
+    """Normalised embeddings of each token and its predecessors, the `sink` first ids left out.
+
+    Returns:
+        [len(ids) - sink, (1 + predecessors) * E] float32.
+    """
+    rows = rms_normalise(embed(torch.tensor(ids, dtype=torch.int64)))
+    return with_predecessors(rows, predecessors)[sink:]

@@ -1,0 +1,41 @@
+"""`awareness fit`: learn the W-Matrix from one model to another."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+HELP = "fit a W-Matrix from a source model to a target model"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--source", required=True, help="folder of the model that makes memories")
+    parser.add_argument("--target", required=True, help="folder of the model that is served")
+    parser.add_argument("--anchors", required=True, nargs="+", type=Path, metavar="PATH")
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE.wmatrix")
+    parser.add_argument("--tokens", type=int, default=60_000, help="anchor tokens to read")
+    parser.add_argument("--rank", type=int, default=1024, help="width of the latent")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    from awareness_vllm.anchors.corpus import load
+    from awareness_vllm.wmatrix.fit import FitConfig, fit
+
+    config = FitConfig(tokens=args.tokens, rank=args.rank, seed=args.seed)
+    wmatrix = fit(args.source, args.target, load(args.anchors), config)
+    wmatrix.save(args.out)
+    manifest = wmatrix.manifest
+    return {
+        "path": str(args.out),
+        "bytes": args.out.stat().st_size,
+        "rank": manifest.rank,
+        "r2": manifest.r2,
+        "anchors": manifest.anchors.model_dump(),
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    r2 = ", ".join(f"{name} {value:.3f}" for name, value in result["r2"].items())
+    print(f"{result['path']}: rank {result['rank']}, {result['anchors']['tokens']} tokens, R² {r2}")

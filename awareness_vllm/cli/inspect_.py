@@ -1,0 +1,45 @@
+"""`awareness inspect`: the manifest of a memory package or of a W-Matrix."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+HELP = "print the manifest of a memory package or a W-Matrix"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", metavar="ID|FILE", help="a memory ID, or a file")
+    parser.add_argument("--store", type=Path, help="folder in which the ID is looked up")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    from awareness_vllm.packages.file import read_manifest
+    from awareness_vllm.wmatrix.file import read_manifest as read_wmatrix_manifest
+
+    path = locate(args.what, args.store)
+    if path.suffix == ".wmatrix":
+        manifest = read_wmatrix_manifest(path).model_dump(mode="json")
+        return {"kind": "wmatrix", "certified": manifest["certificate"] is not None, **manifest}
+    return {"kind": "memory", "id": path.stem, **read_manifest(path).model_dump(mode="json")}
+
+
+def locate(what: str, store: Path | None) -> Path:
+    """The file that an ID or a path names; anything that is not a file is taken as an ID."""
+    from awareness_vllm.home import default_store
+    from awareness_vllm.store.folder import Store
+
+    if Path(what).is_file():
+        return Path(what)
+    return Store(store or default_store()).path(what)
+
+
+def show(result: dict[str, Any]) -> None:
+    for geometry in ("geometry", "source", "target"):
+        if geometry in result:
+            result[geometry]["layers"] = f"{len(result[geometry]['layers'])} layers"
+    print(json.dumps(result, indent=2, ensure_ascii=False))
+    if result["kind"] == "wmatrix" and not result["certified"]:
+        print("not certified")

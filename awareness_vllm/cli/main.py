@@ -1,0 +1,78 @@
+"""`awareness`: one file per subcommand; `--help` imports neither torch nor vllm."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+from awareness_vllm.errors import AwarenessError
+
+SUBCOMMANDS = ("capture", "fit", "eval", "list", "inspect", "verify", "serve")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every subcommand's module gives `HELP`, `add_arguments(parser)`, `run(args) -> result` and
+    `show(result)`; one that goes on after its result is printed also gives `after(args, result)`."""
+    top = argparse.ArgumentParser(
+        prog="awareness", description="Memories of one model, served by another."
+    )
+    subparsers = top.add_subparsers(dest="subcommand", required=True, metavar="SUBCOMMAND")
+    for name in SUBCOMMANDS:
+        module = importlib.import_module(f"awareness_vllm.cli.{name}_")
+        sub = subparsers.add_parser(
+            name, help=module.HELP, description=module.HELP, allow_abbrev=False
+        )
+        module.add_arguments(sub)
+        sub.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+        sub.set_defaults(module=module)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand. Exit status 0, or 1 with the error on stderr (and in the JSON)."""
+    top = parser()
+    args, rest = top.parse_known_args(argv)
+    if rest and args.subcommand != "serve":
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.flags = rest
+    try:
+        with only_ours_on_stdout() if args.json else nullcontext():
+            result = args.module.run(args)
+    except AwarenessError as error:
+        print(f"awareness: {type(error).__name__}: {error}", file=sys.stderr)
+        if args.json:
+            fields = {name: str(getattr(error, name)) for name in ("found", "expected", "remedy")}
+            print(
+                json.dumps({"error": {"type": type(error).__name__, "message": error.what, **fields}})
+            )
+        return 1
+    if args.json:
+        print(json.dumps(result))
+    else:
+        args.module.show(result)
+    if hasattr(args.module, "after"):
+        args.module.after(args, result)
+    return 0
+
+
+@contextmanager
+def only_ours_on_stdout() -> Iterator[None]:
+    """Whatever libraries and their child processes print goes to stderr."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

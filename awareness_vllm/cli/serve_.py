@@ -1,0 +1,36 @@
+"""`awareness serve`: become vLLM's own server, with memories."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from pathlib import Path
+from typing import Any
+
+HELP = "serve a model with memories; takes every flag of vllm serve"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="Hugging Face model folder")
+    parser.add_argument("--store", type=Path, help="folder of memory packages")
+    parser.add_argument(
+        "--wmatrix", nargs="+", action="extend", default=[], type=Path, metavar="FILE"
+    )
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    from awareness_vllm.serving.launch import command
+    from awareness_vllm.serving.register import register
+
+    register()
+    return {"argv": command(args.model, args.store, args.wmatrix, args.flags)}
+
+
+def show(result: dict[str, Any]) -> None:
+    print(shlex.join(result["argv"]))
+
+
+def after(args: argparse.Namespace, result: dict[str, Any]) -> None:
+    from awareness_vllm.serving.launch import become
+
+    become(result["argv"], quiet_stdout=args.json)

@@ -1,0 +1,35 @@
+"""`awareness verify`: prove that a package or a W-Matrix is whole and unaltered."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from awareness_vllm.cli.inspect_ import locate
+
+HELP = "prove that a memory package or a W-Matrix is whole and unaltered"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", metavar="ID|FILE", help="a memory ID, or a file")
+    parser.add_argument("--store", type=Path, help="folder in which the ID is looked up")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    from awareness_vllm.packages.file import check_bytes, id_of, verify
+    from awareness_vllm.packages.manifest import MEMORY_ID
+    from awareness_vllm.wmatrix.file import digest_of, load
+
+    path = locate(args.what, args.store)
+    if path.suffix == ".wmatrix":
+        load(path)
+        return {"ok": True, "kind": "wmatrix", "path": str(path), "digest": digest_of(path)}
+    if MEMORY_ID.fullmatch(path.stem):
+        check_bytes(path, path.stem)
+    verify(path)
+    return {"ok": True, "kind": "memory", "path": str(path), "id": id_of(path)}
+
+
+def show(result: dict[str, Any]) -> None:
+    print(f"ok  {result.get('id') or result['digest']}  {result['path']}")

@@ -1,0 +1,87 @@
+"""Capture with vLLM itself: an offline engine reads the text, our connector reads its blocks back.
+
+Its states have the numerics of a vLLM server, so a memory for the same model is exact there.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from awareness_vllm.errors import AwarenessError
+from awareness_vllm.geometry import Geometry, resolve_folder
+from awareness_vllm.packages.capture import read_tokens
+from awareness_vllm.packages.file import Package, build
+from awareness_vllm.serving.config import ServingConfig, transfer_config
+from awareness_vllm.serving.readback import CAPTURE_KEY
+from awareness_vllm.serving.register import register, vllm_version
+
+BLOCK_SLACK = 1024
+"""Tokens of KV cache beyond the request's own: half-filled blocks, and the null block."""
+
+
+def capture(folder: str | Path, text: str, *, name: str | None = None) -> Package:
+    """Capture a text on a model with an offline vLLM engine, in the model's dtype.
+
+    Raises:
+        BadInput: a text that does not fit; AwarenessError: the engine wrote no states.
+    """
+    register()
+    path = resolve_folder(folder)
+    geometry = Geometry.from_folder(path)
+    tokens = read_tokens(path, text)
+    with tempfile.TemporaryDirectory() as scratch:
+        states = Path(scratch) / "states.safetensors"
+        _prefill(path, tokens.ids, states, cache_bytes(geometry, len(tokens.ids)))
+        if not states.is_file():
+            raise AwarenessError(
+                "the engine wrote no states",
+                found="see the connector's error in the log above",
+                expected="keys and values of all layers",
+            )
+        tensors = load_file(states)
+    count = range(len(geometry.layers))
+    return build(
+        geometry=geometry,
+        text=text,
+        tokens=tokens.ids,
+        spans=tokens.spans,
+        keys=[tensors[f"layers.{i}.key"] for i in count],
+        values=[tensors[f"layers.{i}.value"] for i in count],
+        engine="vllm",
+        versions={"torch": importlib.metadata.version("torch"), "vllm": vllm_version()},
+        name=name,
+    )
+
+
+def cache_bytes(geometry: Geometry, tokens: int) -> int:
+    """Bytes of KV cache for one request, with room for blocks that are not full."""
+    itemsize = getattr(torch, geometry.dtype).itemsize
+    return 2 * (tokens + BLOCK_SLACK) * geometry.width * itemsize
+
+
+def _prefill(model: Path, ids: list[int], states: Path, cache: int) -> None:
+    """One request whose whole prompt is computed in one step, so that its blocks are all at hand."""
+    from vllm import LLM, SamplingParams
+
+    engine = LLM(
+        model=str(model),
+        max_model_len=len(ids) + 1,
+        max_num_batched_tokens=len(ids) + 1,
+        max_num_seqs=1,
+        enforce_eager=True,
+        enable_prefix_caching=False,
+        disable_hybrid_kv_cache_manager=True,
+        kv_cache_memory_bytes=cache,
+        kv_transfer_config=transfer_config(ServingConfig(store=str(states.parent), capture=True)),
+    )
+    engine.generate(
+        {"prompt_token_ids": ids},
+        SamplingParams(
+            max_tokens=1, extra_args={"kv_transfer_params": {CAPTURE_KEY: str(states)}}
+        ),
+    )

@@ -1,0 +1,53 @@
+"""What an operator configures: the `kv_connector_extra_config` of vLLM's `--kv-transfer-config`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import ValidationError
+
+from awareness_vllm.errors import BadInput
+from awareness_vllm.geometry import Strict
+
+CONNECTOR = "AwarenessConnector"
+CONNECTOR_MODULE = "awareness_vllm.serving.connector"
+WORKER_EXTENSION = "awareness_vllm.serving.extension.AwarenessWorkerExtension"
+PARAMS_KEY = "awareness"
+"""Our key in a request's `kv_transfer_params`."""
+
+
+class ServingConfig(Strict):
+    """`store` is a folder of packages, `wmatrices` are files; aligned memories of up to
+    `host_cache_gib` GiB stay warm in host memory. `capture` makes an offline engine read back."""
+
+    store: str
+    wmatrices: tuple[str, ...] = ()
+    host_cache_gib: float = 1.0
+    capture: bool = False
+
+    @classmethod
+    def parse(cls, extra: dict[str, Any]) -> ServingConfig:
+        """Raises BadInput when a field is missing, unknown or of the wrong type."""
+        try:
+            return cls.model_validate(extra)
+        except ValidationError as error:
+            raise BadInput(
+                "kv_connector_extra_config is not usable",
+                found=str(error),
+                expected=", ".join(cls.model_fields),
+                remedy="start the server with `awareness serve`, which composes it",
+            ) from error
+
+
+def transfer_config(config: ServingConfig) -> dict[str, Any]:
+    """vLLM's `--kv-transfer-config` for our connector.
+
+    A load that fails recomputes: the prompt's ids are the memory's own text, so prefill is right.
+    """
+    return {
+        "kv_connector": CONNECTOR,
+        "kv_connector_module_path": CONNECTOR_MODULE,
+        "kv_role": "kv_consumer",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": config.model_dump(mode="json"),
+    }

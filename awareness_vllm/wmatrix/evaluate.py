@@ -1,0 +1,222 @@
+"""The five-arm protocol: what a transferred memory is worth, measured on held-out text.
+
+Arms: *native* (the target reads the context), *memory* (aligned), *tokens_only* (the map with the
+source's states blanked), *wrong_memory* (another document's), *none*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from awareness_vllm.align.aligner import AlignedMemory, copy, prompt_ids, realign
+from awareness_vllm.anchors.spans import load_tokenizer, tokenize
+from awareness_vllm.errors import BadInput, UnsupportedModel
+from awareness_vllm.geometry import Geometry, resolve_folder
+from awareness_vllm.packages.capture import capture, load_model, read_tokens, states
+from awareness_vllm.packages.file import Package
+from awareness_vllm.wmatrix.file import WMatrix
+
+ARMS = ("native", "memory", "tokens_only", "wrong_memory", "none")
+
+
+@dataclass
+class Bench:
+    """Both models and the map between them; without a map, source and target must be one model."""
+
+    source: Path
+    target: Path
+    wmatrix: WMatrix | None
+
+    def __post_init__(self) -> None:
+        self.source, self.target = resolve_folder(self.source), resolve_folder(self.target)
+        source, target = Geometry.from_folder(self.source), Geometry.from_folder(self.target)
+        self.max_positions = target.max_positions
+        self.dtype = getattr(torch, target.dtype)
+        if self.wmatrix is None and not source.same_model(target):
+            raise BadInput(
+                f"{source.name} and {target.name} are different models",
+                found="no W-Matrix",
+                expected="the W-Matrix that leads from one to the other",
+                remedy="give FILE.wmatrix, or fit one with `awareness fit`",
+            )
+        if self.wmatrix is not None:
+            for role, model, wanted in (
+                ("source", source, self.wmatrix.manifest.source),
+                ("target", target, self.wmatrix.manifest.target),
+            ):
+                if not model.same_model(wanted):
+                    raise UnsupportedModel(
+                        f"the W-Matrix has another {role}",
+                        found=f"{model.name} (weights {model.weights[:12]})",
+                        expected=f"{wanted.name} (weights {wanted.weights[:12]})",
+                        remedy=f"give the {role} model that the W-Matrix was fitted for",
+                    )
+        self.target_model = load_model(self.target)
+        self.source_model = (
+            self.target_model if self.wmatrix is None else load_model(self.source)
+        )
+
+    def package(self, text: str) -> Package:
+        return capture(self.source, text, model=self.source_model)
+
+    def memory(self, package: Package, *, blank: bool = False) -> AlignedMemory:
+        if self.wmatrix is None:
+            return copy(package)
+        embed = self.target_model.get_input_embeddings()
+        return realign(
+            package, self.wmatrix, self.target, embed, dtype=self.dtype, blank=blank
+        )
+
+    def ids(self, text: str) -> list[int]:
+        """The target's ids of a context: the sink (or its own prefix) and the text's tokens."""
+        if self.wmatrix is not None:
+            return prompt_ids(text, self.wmatrix.manifest.sink, self.target)
+        return read_tokens(self.target, text).ids
+
+    def sink(self) -> int:
+        """How many first ids stand before any text."""
+        return len(self.ids("x")) - len(tokenize(load_tokenizer(str(self.target)), "x").ids)
+
+    @torch.inference_mode()
+    def native(self, ids: list[int]) -> AlignedMemory:
+        """The target's own states of these ids."""
+        return AlignedMemory(ids, *states(self.target_model, ids))
+
+    @torch.inference_mode()
+    def logprobs(self, memory: AlignedMemory, ids: list[int], scored: int) -> Tensor:
+        """Log probabilities before each of the last `scored` ids, read after a memory, [scored, V]."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        for i, (key, value) in enumerate(zip(memory.keys, memory.values, strict=True)):
+            cache.update(
+                key.float().transpose(0, 1)[None], value.float().transpose(0, 1)[None], i
+            )
+        begin = len(memory.ids)
+        logits = self.target_model(
+            torch.tensor([ids]),
+            past_key_values=cache,
+            position_ids=torch.arange(begin, begin + len(ids))[None],
+            logits_to_keep=scored + 1,
+        ).logits
+        return logits[0, :-1].float().log_softmax(-1)
+
+    def arms(self, context: str, other: Package, ids: list[int], scored: int) -> dict[str, Tensor]:
+        """Log probabilities of all five arms after one context, [scored, V] each."""
+        package = self.package(context)
+        none = self.native(self.ids(context)[: self.sink()] or ids[:1])
+        if not self.sink():
+            # A target without a first token of its own starts with the prompt itself.
+            none = AlignedMemory([], [k[:0] for k in none.keys], [v[:0] for v in none.values])
+        memories = {
+            "native": self.native(self.ids(context)),
+            "memory": self.memory(package),
+            "wrong_memory": self.memory(other),
+            "none": none,
+        }
+        if self.wmatrix is not None:
+            memories["tokens_only"] = self.memory(package, blank=True)
+        return {arm: self.logprobs(memory, ids, scored) for arm, memory in memories.items()}
+
+
+def evaluate_texts(
+    bench: Bench,
+    texts: Sequence[str],
+    *,
+    context: int = 300,
+    continuation: int = 60,
+    limit: int | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Retention over texts: the target goes on with each text after `context` tokens of memory.
+
+    Raises:
+        BadInput: fewer than two texts are long enough (the wrong-memory arm needs another).
+    """
+    cuts = [cut for text in texts if (cut := _cut(bench, text, context, continuation))][:limit]
+    if len(cuts) < 2:
+        raise BadInput(
+            "too few texts to evaluate on",
+            found=f"{len(cuts)} of {len(texts)} texts are long enough",
+            expected=f"at least 2 of {context + continuation + 1} tokens or more",
+            remedy="give more or longer texts, or a smaller --context",
+        )
+    rows: dict[str, list[tuple[float, float, float]]] = {}
+    for i, (text, ids) in enumerate(tqdm(cuts, desc="five arms", disable=not progress)):
+        arms = bench.arms(text, bench.package(cuts[i - 1][0]), ids, continuation)
+        native, labels = arms["native"], torch.tensor(ids[1:])
+        for arm, logprobs in arms.items():
+            nll = -logprobs.gather(1, labels[:, None]).mean()
+            kl = (native.exp() * (native - logprobs)).sum(-1).mean()
+            top1 = (native.argmax(-1) == logprobs.argmax(-1)).float().mean()
+            rows.setdefault(arm, []).append((nll.item(), kl.item(), top1.item()))
+    means = {arm: np.mean(rows[arm], axis=0) for arm in ARMS if arm in rows}
+    nll = {arm: np.array([row[0] for row in rows[arm]]) for arm in rows}
+    return {
+        "arms": {
+            arm: dict(zip(("nll", "kl", "top1"), map(float, mean), strict=True))
+            for arm, mean in means.items()
+        },
+        "retention": _retention(nll["native"], nll["memory"], nll["none"]),
+        "n": len(cuts),
+    }
+
+
+def evaluate_cases(
+    bench: Bench, cases: Sequence[dict[str, str]], *, limit: int | None = None, progress: bool = True
+) -> dict[str, Any]:
+    """Fact recall: the greedy answer, compared token by token, and its log probability."""
+    cases = cases[:limit]
+    if len(cases) < 2:
+        raise BadInput("too few cases", found=len(cases), expected="at least 2")
+    tokenizer = load_tokenizer(str(bench.target))
+    rows: dict[str, list[tuple[float, float]]] = {}
+    for i, case in enumerate(tqdm(cases, desc="five arms", disable=not progress)):
+        tokens = tokenize(tokenizer, case["question"] + case["answer"])
+        boundary = len(case["question"].encode())
+        scored = int((tokens.spans[:, 1] > boundary).sum())
+        other = next(c for c in (*cases[i - 1 :: -1], *cases[::-1]) if c["context"] != case["context"])
+        arms = bench.arms(case["context"], bench.package(other["context"]), tokens.ids, scored)
+        labels = torch.tensor(tokens.ids[-scored:])
+        for arm, logprobs in arms.items():
+            exact = bool((logprobs.argmax(-1) == labels).all())
+            rows.setdefault(arm, []).append(
+                (float(exact), logprobs.gather(1, labels[:, None]).sum().item())
+            )
+    return {
+        "arms": {
+            arm: dict(zip(("exact_match", "logprob"), map(float, np.mean(rows[arm], 0)), strict=True))
+            for arm in ARMS
+            if arm in rows
+        },
+        "n": len(cases),
+    }
+
+
+def _cut(bench: Bench, text: str, context: int, continuation: int) -> tuple[str, list[int]] | None:
+    """A context of so many target tokens, and the ids that follow it (one to start from)."""
+    tokens = tokenize(load_tokenizer(str(bench.target)), text)
+    if len(tokens.ids) < context + continuation + 1:
+        return None
+    end = int(tokens.spans[context - 1, 1])
+    head = text.encode()[:end].decode(errors="ignore")
+    return head, tokens.ids[context : context + continuation + 1]
+
+
+def _retention(
+    native: np.ndarray, memory: np.ndarray, none: np.ndarray, draws: int = 2000
+) -> dict[str, float]:
+    """(NLL_none − NLL_memory) / (NLL_none − NLL_native), with a bootstrap over documents."""
+    picks = np.random.default_rng(0).integers(0, len(native), (draws, len(native)))
+    gained, possible = (none - memory)[picks].mean(1), (none - native)[picks].mean(1)
+    low, high = np.quantile(gained / possible, (0.025, 0.975))
+    mean = (none - memory).mean() / (none - native).mean()
+    return {"mean": float(mean), "ci_low": float(low), "ci_high": float(high)}

@@ -1,0 +1,189 @@
+"""The `.wmatrix` file: a safetensors file that holds one learned map and what is known of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from awareness_vllm.align.features import split_states
+from awareness_vllm.errors import WMatrixCorrupt
+from awareness_vllm.geometry import Geometry, Strict, file_digest
+from awareness_vllm.kernels import decode, encode
+from awareness_vllm.packages.file import METADATA_KEY
+
+
+class Anchors(Strict):
+    """What the map was learned from."""
+
+    digest: str
+    documents: int
+    tokens: int
+
+
+class WMatrixManifest(Strict):
+    """The JSON document in a W-Matrix's safetensors metadata.
+
+    `sink` are the target's fixed first tokens; `r2` is the share of variance explained on
+    held-out documents of the anchors' sources; without `certificate` the map is not certified.
+    """
+
+    format: Literal["awareness-wmatrix/1"] = "awareness-wmatrix/1"
+    source: Geometry
+    target: Geometry
+    rank: int
+    ridge: float
+    predecessors: int
+    sink: tuple[int, ...]
+    anchors: Anchors
+    seed: int
+    r2: dict[str, float]
+    versions: dict[str, str]
+    certificate: dict[str, Any] | None = None
+    payload: str = ""
+
+
+@dataclass(frozen=True)
+class WMatrix:
+    """The learned map. `mean` and `scale` [F] standardise features before `encode` [F, R];
+    `decode` [R, O] and `bias` [O] give position-free target states; sinks are [S, H, D] as cached.
+    """
+
+    manifest: WMatrixManifest
+    mean: Tensor
+    scale: Tensor
+    encode: Tensor
+    decode: Tensor
+    bias: Tensor
+    sink_keys: list[Tensor]
+    sink_values: list[Tensor]
+
+    def map(
+        self, source: Tensor | None, embeddings: Tensor, blank: Tensor | None = None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Target states for each token, keys position-free.
+
+        Args:
+            source: [T, source.width] float32 at the aligned source tokens; None blanks all states.
+            embeddings: [T, (1 + predecessors) * E] float32.
+            blank: [T] bool, rows whose source states say nothing.
+
+        Returns:
+            keys and values per target layer, [T, H, D] float32.
+        """
+        width = self.manifest.source.width
+        features = torch.zeros(len(embeddings), len(self.mean), dtype=self.encode.dtype)
+        if source is not None:
+            features[:, :width] = (source - self.mean[:width]) * self.scale[:width]
+        if blank is not None:
+            features[blank, :width] = 0
+        features[:, width:] = (embeddings - self.mean[width:]) * self.scale[width:]
+        flat = decode(encode(features, self.encode), self.decode, self.bias)
+        return split_states(self.manifest.target, flat)
+
+    def save(self, path: Path) -> None:
+        """Write the file atomically; the payload digest is put into the manifest here."""
+        tensors = self._tensors()
+        manifest = self.manifest.model_copy(update={"payload": _payload_digest(tensors)})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            save_file(tensors, temporary, {METADATA_KEY: manifest.model_dump_json()})
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {
+            "mean": self.mean,
+            "scale": self.scale,
+            "encode": self.encode.contiguous(),
+            "decode": self.decode.contiguous(),
+            "bias": self.bias,
+        }
+        for i, (key, value) in enumerate(zip(self.sink_keys, self.sink_values, strict=True)):
+            tensors[f"sink.{i}.key"] = key.contiguous()
+            tensors[f"sink.{i}.value"] = value.contiguous()
+        return tensors
+
+
+def load(path: str | Path) -> WMatrix:
+    """Read and verify a W-Matrix.
+
+    Raises:
+        WMatrixCorrupt: unreadable, altered, or shapes that contradict its geometries.
+    """
+    path = Path(path)
+    manifest = read_manifest(path)
+    source, target = manifest.source, manifest.target
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise _corrupt(path, str(error)) from error
+    if (payload := _payload_digest(tensors)) != manifest.payload:
+        raise _corrupt(path, f"payload {payload}", manifest.payload)
+    features = source.width + (1 + manifest.predecessors) * target.hidden_size
+    shapes = {
+        "mean": (features,),
+        "scale": (features,),
+        "encode": (features, manifest.rank),
+        "decode": (manifest.rank, target.width),
+        "bias": (target.width,),
+    }
+    for i, layer in enumerate(target.layers):
+        shape = (len(manifest.sink), layer.heads, layer.head_dim)
+        shapes |= {f"sink.{i}.key": shape, f"sink.{i}.value": shape}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if found != shapes:
+        wrong = sorted(set(found.items()) ^ set(shapes.items()))
+        raise _corrupt(path, f"tensors {wrong[:4]}", "the shapes of its geometries")
+    count = len(target.layers)
+    return WMatrix(
+        manifest,
+        *(tensors[name] for name in ("mean", "scale", "encode", "decode", "bias")),
+        sink_keys=[tensors[f"sink.{i}.key"] for i in range(count)],
+        sink_values=[tensors[f"sink.{i}.value"] for i in range(count)],
+    )
+
+
+def read_manifest(path: Path) -> WMatrixManifest:
+    """A W-Matrix's manifest alone. Raises WMatrixCorrupt."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        return WMatrixManifest.model_validate_json(metadata.get(METADATA_KEY, ""))
+    except (SafetensorError, OSError, ValidationError, json.JSONDecodeError) as error:
+        raise _corrupt(path, str(error)) from error
+
+
+def digest_of(path: Path) -> str:
+    """sha256 of the file: what aligned memories and cache salts are keyed by."""
+    return file_digest(path)
+
+
+def _payload_digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _corrupt(path: Path, found: str, expected: str = "a W-Matrix as `awareness fit` writes it") -> WMatrixCorrupt:
+    return WMatrixCorrupt(
+        f"W-Matrix {path.name} cannot be used",
+        found=found,
+        expected=expected,
+        remedy="fit it again, or restore the file from where it came",
+    )
