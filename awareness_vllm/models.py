@@ -164,7 +164,7 @@ def _convert(model: DemoModel, gguf: Path, folder: Path, progress: Progress) -> 
 
     progress(f"{model.name}: de-quantising (about 20 s)")
     # Without dequantize=True the weights stay packed wherever the `kernels` package is installed.
-    weights = AutoModelForCausalLM.from_pretrained(
+    weights: Any = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
         gguf_file=gguf.name,
         dtype=torch.bfloat16,

@@ -8,6 +8,7 @@ skipped with a warning.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -56,7 +57,7 @@ def install(progress: Progress = print) -> dict[str, Path]:
         for root, sources in ((anchors_dir(), ANCHORS), (held_out_dir(), HELD_OUT)):
             for source in sources:
                 folder = root / source.name
-                if _install(folder, lambda scratch, s=source: _debian(s, scratch), progress):
+                if _install(folder, functools.partial(_debian, source), progress):
                     folders[f"{root.name}/{source.name}"] = folder
         made: tuple[tuple[Path, Callable[[Path], dict[str, str]]], ...] = (
             (anchors_dir() / "pydoc-topics", lambda _: _plain(_topics(), LIMIT)),
