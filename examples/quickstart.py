@@ -48,7 +48,9 @@ def main() -> None:
     with server(target, wmatrix) as client:
         ask(client, memories["facts"], case)
         time_to_first_token(client, {k: v for k, v in memories.items() if k != "facts"})
-    print(f"\ntook {time.perf_counter() - started:.0f} s on {os.cpu_count()} cores ({platform.machine()})")
+    print(
+        f"\ntook {time.perf_counter() - started:.0f} s on {os.cpu_count()} cores ({platform.machine()})"
+    )
 
 
 def run(*args: str | Path) -> dict:
@@ -62,7 +64,19 @@ def fitted(source: Path, target: Path) -> Path:
     path = wmatrices_dir() / f"{source.name}--{target.name}.wmatrix"
     if not path.is_file():
         print(f"fitting {path.name}")
-        print(run("fit", "--source", source, "--target", target, "--anchors", anchors_dir(), "--out", path))
+        print(
+            run(
+                "fit",
+                "--source",
+                source,
+                "--target",
+                target,
+                "--anchors",
+                anchors_dir(),
+                "--out",
+                path,
+            )
+        )
     return path
 
 
@@ -93,7 +107,13 @@ def evaluate(wmatrix: Path, source: Path, target: Path) -> None:
         figures = {
             "texts": run("eval", wmatrix, *models, "--texts", *texts, "--limit", 12),
             "cases": run(
-                "eval", wmatrix, *models, "--cases", held_out_dir() / "facts/cases.jsonl", "--limit", 24
+                "eval",
+                wmatrix,
+                *models,
+                "--cases",
+                held_out_dir() / "facts/cases.jsonl",
+                "--limit",
+                24,
             ),
         }
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -118,8 +138,25 @@ def server(target: Path, wmatrix: Path) -> Iterator[openai.OpenAI]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = home() / "demo" / "server.log"
-    command = [sys.executable, "-m", "awareness_vllm.cli.main", "serve", target, "--wmatrix", wmatrix]
-    command += ["--port", str(port), "--max-model-len", "4096", "--kv-cache-memory-bytes", "1G", "--served-model-name", "gemma3-270m"]
+    command = [
+        sys.executable,
+        "-m",
+        "awareness_vllm.cli.main",
+        "serve",
+        target,
+        "--wmatrix",
+        wmatrix,
+    ]
+    command += [
+        "--port",
+        str(port),
+        "--max-model-len",
+        "4096",
+        "--kv-cache-memory-bytes",
+        "1G",
+        "--served-model-name",
+        "gemma3-270m",
+    ]
     print(f"\nstarting vLLM on {target.name} (log: {log})", flush=True)
     with log.open("w") as out:
         process = subprocess.Popen(list(map(str, command)), stdout=out, stderr=out)

@@ -72,7 +72,9 @@ def realign(
         ids,
         [
             torch.cat((sink, apply(key, positions, layer.positions))).to(dtype)
-            for sink, key, layer in zip(wmatrix.sink_keys, keys, manifest.target.layers, strict=True)
+            for sink, key, layer in zip(
+                wmatrix.sink_keys, keys, manifest.target.layers, strict=True
+            )
         ],
         [
             torch.cat((sink, value)).to(dtype)

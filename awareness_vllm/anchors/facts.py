@@ -208,7 +208,7 @@ def _paragraph(rng: random.Random) -> str:
     told += [(None, line) for line in rng.sample(sentences(FILLER), rng.randrange(1, 3))]
     if rng.random() < 0.5:
         rng.shuffle(told)
-    return _tell(rng, told)
+    return tell(rng, told)
 
 
 def _list(rng: random.Random) -> str:
@@ -234,7 +234,7 @@ def _record(rng: random.Random) -> str:
 
 
 def _case(rng: random.Random, kind: str) -> Case:
-    people = _distinct_people(rng)
+    people = unlike_people(rng, MEASURE, for_case=True)
     fillers = sentences(CASE_FILLER)
     rng.shuffle(fillers)
     told = [
@@ -248,7 +248,7 @@ def _case(rng: random.Random, kind: str) -> Case:
     def context() -> str:
         # The same draws each time, so that only the filler added below changes the length.
         fixed = random.Random(0)
-        return "\n\n".join(_tell(fixed, paragraph) for paragraph in paragraphs)
+        return "\n\n".join(tell(fixed, paragraph) for paragraph in paragraphs)
 
     while fillers and len(context()) < CASE_CHARACTERS:
         paragraph = min(paragraphs, key=len)
@@ -258,11 +258,11 @@ def _case(rng: random.Random, kind: str) -> Case:
     return Case(context=context(), question=question, answer=f" {person[kind]}")
 
 
-def _distinct_people(rng: random.Random) -> list[dict[str, str]]:
+def unlike_people(rng: random.Random, words: Words, *, for_case: bool) -> list[dict[str, str]]:
     """Three people who share nothing, so that one answer is right."""
     people: list[dict[str, str]] = []
     while len(people) < 3:
-        person = _person(rng, MEASURE, for_case=True)
+        person = _person(rng, words, for_case=for_case)
         taken = {word for other in people for word in _values(other)}
         if not taken & _values(person):
             people.append(person)
@@ -273,7 +273,7 @@ def _values(person: dict[str, str]) -> set[str]:
     return {*person["name"].split(), person["city"], person["job"], person["code"]}
 
 
-def _tell(rng: random.Random, told: list[tuple[dict[str, str] | None, str]]) -> str:
+def tell(rng: random.Random, told: list[tuple[dict[str, str] | None, str]]) -> str:
     """Fill templates in order: a person's full name the first time, later mostly the first name."""
     known: set[str] = set()
     lines = []

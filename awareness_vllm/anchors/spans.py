@@ -102,9 +102,11 @@ def _spans_from_pieces(pieces: list[str], raw: bytes) -> Spans | None:
         spelled = [spell(piece) for piece in pieces]
         if None not in spelled and b"".join(spelled) == raw:  # type: ignore[arg-type]
             ends = np.cumsum([len(piece) for piece in spelled], dtype=np.int64)  # type: ignore[arg-type]
-            return np.stack((np.concatenate(([0], ends[:-1])), ends), axis=1).astype(np.int64) if len(
-                ends
-            ) else np.zeros((0, 2), np.int64)
+            return (
+                np.stack((np.concatenate(([0], ends[:-1])), ends), axis=1).astype(np.int64)
+                if len(ends)
+                else np.zeros((0, 2), np.int64)
+            )
     return None
 
 

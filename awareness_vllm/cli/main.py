@@ -48,7 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.json:
             fields = {name: str(getattr(error, name)) for name in ("found", "expected", "remedy")}
             print(
-                json.dumps({"error": {"type": type(error).__name__, "message": error.what, **fields}})
+                json.dumps(
+                    {"error": {"type": type(error).__name__, "message": error.what, **fields}}
+                )
             )
         return 1
     if args.json:

@@ -52,7 +52,7 @@ def read_tokens(folder: str | Path, text: str) -> Tokens:
     return Tokens(ids, spans)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def states(model: PreTrainedModel, ids: list[int]) -> tuple[list[Tensor], list[Tensor]]:
     """Keys and values of all layers as cached, [T, H, D] each.
 

@@ -182,7 +182,9 @@ def _manifest(metadata: dict[str, str] | None, path: Path) -> Manifest:
         raise _corrupt(path, f"no valid manifest ({error})") from error
 
 
-def _corrupt(path: Path, found: str, expected: str = "an unaltered memory package") -> PackageCorrupt:
+def _corrupt(
+    path: Path, found: str, expected: str = "an unaltered memory package"
+) -> PackageCorrupt:
     return PackageCorrupt(
         f"memory package {path.name} cannot be used",
         found=found,

@@ -81,7 +81,5 @@ def _prefill(model: Path, ids: list[int], states: Path, cache: int) -> None:
     )
     engine.generate(
         {"prompt_token_ids": ids},
-        SamplingParams(
-            max_tokens=1, extra_args={"kv_transfer_params": {CAPTURE_KEY: str(states)}}
-        ),
+        SamplingParams(max_tokens=1, extra_args={"kv_transfer_params": {CAPTURE_KEY: str(states)}}),
     )

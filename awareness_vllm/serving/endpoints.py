@@ -59,7 +59,9 @@ class AwarenessEndpoints:
             return
         transfer = engine_client.vllm_config.kv_transfer_config
         if transfer is None or transfer.kv_connector != CONNECTOR:
-            logger.warning("memories are off: start with `awareness serve`, or --kv-transfer-config")
+            logger.warning(
+                "memories are off: start with `awareness serve`, or --kv-transfer-config"
+            )
             return
         config = ServingConfig.parse(transfer.kv_connector_extra_config)
         model = engine_client.vllm_config.model_config

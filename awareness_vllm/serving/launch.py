@@ -34,7 +34,10 @@ def command(
     for path in wmatrices:
         if not path.is_file():
             raise BadInput(
-                "no such W-Matrix", found=str(path), expected="a .wmatrix file", remedy="`awareness fit`"
+                "no such W-Matrix",
+                found=str(path),
+                expected="a .wmatrix file",
+                remedy="`awareness fit`",
             )
     for flag in flags:
         name = flag.split("=")[0].replace("_", "-")

@@ -86,7 +86,11 @@ class WorkerHalf:
             slots = torch.tensor(load.slots[group], dtype=torch.int64)
             real = slots != SKIP
             index = layer_index(name)
-            self.write(name, *(s[index][load.begin : end][real] for s in (memory.keys, memory.values)), slots[real])
+            self.write(
+                name,
+                *(s[index][load.begin : end][real] for s in (memory.keys, memory.values)),
+                slots[real],
+            )
         logger.info(
             "loaded %s: %d tokens, %s, %.0f ms",
             load.params.memory,
@@ -171,7 +175,9 @@ def layer_index(name: str) -> int:
     match = LAYER_INDEX.search(name)
     if match is None:
         raise UnsupportedModel(
-            "cannot tell a layer's index", found=name, expected="a name like model.layers.7.self_attn"
+            "cannot tell a layer's index",
+            found=name,
+            expected="a name like model.layers.7.self_attn",
         )
     return int(match[1])
 
@@ -191,7 +197,10 @@ def slice_of_rank(total: int, local: int) -> slice:
     """The KV heads of this tensor-parallel rank; heads are replicated where ranks outnumber them."""
     if total == local:
         return slice(None)
-    from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+    from vllm.distributed import (
+        get_tensor_model_parallel_rank,
+        get_tensor_model_parallel_world_size,
+    )
 
     begin = get_tensor_model_parallel_rank() * total // get_tensor_model_parallel_world_size()
     return slice(begin, begin + local)

@@ -60,9 +60,7 @@ class Bench:
                         remedy=f"give the {role} model that the W-Matrix was fitted for",
                     )
         self.target_model = load_model(self.target)
-        self.source_model = (
-            self.target_model if self.wmatrix is None else load_model(self.source)
-        )
+        self.source_model = self.target_model if self.wmatrix is None else load_model(self.source)
 
     def package(self, text: str) -> Package:
         return capture(self.source, text, model=self.source_model)
@@ -71,9 +69,7 @@ class Bench:
         if self.wmatrix is None:
             return copy(package)
         embed = self.target_model.get_input_embeddings()
-        return realign(
-            package, self.wmatrix, self.target, embed, dtype=self.dtype, blank=blank
-        )
+        return realign(package, self.wmatrix, self.target, embed, dtype=self.dtype, blank=blank)
 
     def ids(self, text: str) -> list[int]:
         """The target's ids of a context: the sink (or its own prefix) and the text's tokens."""
@@ -97,9 +93,7 @@ class Bench:
 
         cache = DynamicCache()
         for i, (key, value) in enumerate(zip(memory.keys, memory.values, strict=True)):
-            cache.update(
-                key.float().transpose(0, 1)[None], value.float().transpose(0, 1)[None], i
-            )
+            cache.update(key.float().transpose(0, 1)[None], value.float().transpose(0, 1)[None], i)
         begin = len(memory.ids)
         logits = self.target_model(
             torch.tensor([ids]),
@@ -171,7 +165,11 @@ def evaluate_texts(
 
 
 def evaluate_cases(
-    bench: Bench, cases: Sequence[dict[str, str]], *, limit: int | None = None, progress: bool = True
+    bench: Bench,
+    cases: Sequence[dict[str, str]],
+    *,
+    limit: int | None = None,
+    progress: bool = True,
 ) -> dict[str, Any]:
     """Fact recall: the greedy answer, compared token by token, and its log probability."""
     cases = cases[:limit]
@@ -183,7 +181,9 @@ def evaluate_cases(
         tokens = tokenize(tokenizer, case["question"] + case["answer"])
         boundary = len(case["question"].encode())
         scored = int((tokens.spans[:, 1] > boundary).sum())
-        other = next(c for c in (*cases[i - 1 :: -1], *cases[::-1]) if c["context"] != case["context"])
+        other = next(
+            c for c in (*cases[i - 1 :: -1], *cases[::-1]) if c["context"] != case["context"]
+        )
         arms = bench.arms(case["context"], bench.package(other["context"]), tokens.ids, scored)
         labels = torch.tensor(tokens.ids[-scored:])
         for arm, logprobs in arms.items():
@@ -193,7 +193,9 @@ def evaluate_cases(
             )
     return {
         "arms": {
-            arm: dict(zip(("exact_match", "logprob"), map(float, np.mean(rows[arm], 0)), strict=True))
+            arm: dict(
+                zip(("exact_match", "logprob"), map(float, np.mean(rows[arm], 0)), strict=True)
+            )
             for arm in ARMS
             if arm in rows
         },

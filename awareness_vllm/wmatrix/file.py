@@ -180,7 +180,9 @@ def _payload_digest(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _corrupt(path: Path, found: str, expected: str = "a W-Matrix as `awareness fit` writes it") -> WMatrixCorrupt:
+def _corrupt(
+    path: Path, found: str, expected: str = "a W-Matrix as `awareness fit` writes it"
+) -> WMatrixCorrupt:
     return WMatrixCorrupt(
         f"W-Matrix {path.name} cannot be used",
         found=found,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,13 +12,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from awareness_vllm.align.features import blank_rows, embedding_features, flat_states
 from awareness_vllm.anchors.corpus import Document, digest, split, windows
-from awareness_vllm.anchors.spans import align, load_tokenizer, prefix_ids, tokenize
 from awareness_vllm.errors import BadInput
-from awareness_vllm.geometry import Geometry, resolve_folder
-from awareness_vllm.packages.capture import load_model, read_tokens, states
+from awareness_vllm.geometry import resolve_folder
 from awareness_vllm.wmatrix.file import Anchors, WMatrix, WMatrixManifest
+from awareness_vllm.wmatrix.reader import Reader, sink_states
 from awareness_vllm.wmatrix.solve import reduced_rank_ridge
 from awareness_vllm.wmatrix.statistics import Statistics
 
@@ -38,37 +35,6 @@ class FitConfig:
     ridge: float = 0.02
     predecessors: int = 3
     seed: int = 0
-
-
-@dataclass
-class Reader:
-    """Both models reading the same text; bfloat16, since statistics average its rounding away."""
-
-    source: Path
-    target: Path
-    predecessors: int
-
-    def __post_init__(self) -> None:
-        self.source_model = load_model(self.source, torch.bfloat16)
-        self.target_model = load_model(self.target, torch.bfloat16)
-        self.source_geometry = Geometry.from_folder(self.source)
-        self.target_geometry = Geometry.from_folder(self.target)
-        self.sink = sink_ids(self.target)
-
-    @torch.inference_mode()
-    def rows(self, text: str) -> tuple[Tensor, Tensor]:
-        """Features [T, F] and position-free target states [T, O] of one text, float32."""
-        source = read_tokens(self.source, text)
-        target = tokenize(load_tokenizer(str(self.target)), text)
-        index = align(source.spans, target.spans)
-        ids = [*self.sink, *target.ids]
-        y = flat_states(self.target_geometry, *states(self.target_model, ids))[len(self.sink) :]
-        flat = flat_states(self.source_geometry, *states(self.source_model, source.ids))
-        embed = self.target_model.get_input_embeddings()
-        e = embedding_features(embed, ids, len(self.sink), self.predecessors)
-        x = torch.cat((flat[torch.from_numpy(index)], e), dim=1)
-        usable = ~blank_rows(index) & x.isfinite().all(1) & y.isfinite().all(1)
-        return x[usable], y[usable]
 
 
 def fit(
@@ -132,7 +98,7 @@ def gather(
     rows = 0
     with tqdm(total=config.tokens, unit="tok", desc="anchors", disable=not progress) as bar:
         for text in _shuffled_windows(documents, config.seed):
-            x, y = reader.rows(text)
+            x, y = reader.pairs(text)
             chunk.append((x, y))
             rows += len(x)
             bar.update(len(x))
@@ -160,7 +126,7 @@ def explained(reader: Reader, wmatrix: WMatrix, documents: Sequence[Document]) -
     width, half = reader.source_geometry.width, reader.target_geometry.key_width
     parts = []
     for text in _shuffled_windows(documents, wmatrix.manifest.seed)[:8]:
-        x, y = reader.rows(text)
+        x, y = reader.pairs(text)
         keys, values = wmatrix.map(x[:, :width], x[:, width:])
         parts.append((y, torch.cat([s.flatten(1) for s in (*keys, *values)], dim=1)))
     if not parts:
@@ -168,20 +134,6 @@ def explained(reader: Reader, wmatrix: WMatrix, documents: Sequence[Document]) -
     y, predicted = (torch.cat(p) for p in zip(*parts, strict=True))
     share = 1 - (y - predicted).square().mean(0) / y.var(0).clamp_min(1e-12)
     return {"keys": share[:half].mean().item(), "values": share[half:].mean().item()}
-
-
-def sink_ids(target: Path) -> list[int]:
-    """The target's fixed first tokens: what its tokenizer puts first, else its BOS, else token 0."""
-    ids = prefix_ids(load_tokenizer(str(target)))
-    if ids:
-        return ids
-    bos = json.loads((target / "config.json").read_text()).get("bos_token_id")
-    return [bos if isinstance(bos, int) else 0]
-
-
-def sink_states(folder: Path, sink: list[int]) -> tuple[list[Tensor], list[Tensor]]:
-    """The target's own states of its first tokens, exact, [S, H, D] float32."""
-    return states(load_model(folder), sink)
 
 
 def _shuffled_windows(documents: Sequence[Document], seed: int) -> list[str]:

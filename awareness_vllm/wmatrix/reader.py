@@ -1,0 +1,81 @@
+"""Both models reading the same text: the rows that a map is learned from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from awareness_vllm.align.features import blank_rows, embedding_features, flat_states
+from awareness_vllm.anchors.spans import align, load_tokenizer, prefix_ids, tokenize
+from awareness_vllm.geometry import Geometry
+from awareness_vllm.packages.capture import load_model, read_tokens, states
+
+
+@dataclass(frozen=True)
+class Row:
+    """One text as the map sees it: the target's `ids` [S + T] with the sink first, `features`
+    [T, F] float32, and which rows have `blank` source states [T] bool."""
+
+    ids: list[int]
+    features: Tensor
+    blank: Tensor
+
+
+@dataclass
+class Reader:
+    """A source and a target model, in bfloat16: statistics and gradients average its rounding away."""
+
+    source: Path
+    target: Path
+    predecessors: int
+
+    def __post_init__(self) -> None:
+        self.source_model = load_model(self.source, torch.bfloat16).requires_grad_(False)
+        self.target_model = load_model(self.target, torch.bfloat16).requires_grad_(False)
+        self.source_geometry = Geometry.from_folder(self.source)
+        self.target_geometry = Geometry.from_folder(self.target)
+        self.sink = sink_ids(self.target)
+
+    @torch.no_grad()
+    def read(self, text: str) -> Row:
+        """The features of one text."""
+        source = read_tokens(self.source, text)
+        target = tokenize(load_tokenizer(str(self.target)), text)
+        index = align(source.spans, target.spans)
+        ids = [*self.sink, *target.ids]
+        flat = flat_states(self.source_geometry, *states(self.source_model, source.ids))
+        embed = self.target_model.get_input_embeddings()
+        e = embedding_features(embed, ids, len(self.sink), self.predecessors)
+        return Row(ids, torch.cat((flat[torch.from_numpy(index)], e), dim=1), blank_rows(index))
+
+    @torch.no_grad()
+    def pairs(self, text: str) -> tuple[Tensor, Tensor]:
+        """Features [T, F] and position-free target states [T, O] of a text's usable tokens."""
+        row = self.read(text)
+        truth = flat_states(self.target_geometry, *states(self.target_model, row.ids))
+        y = truth[len(self.sink) :]
+        usable = ~row.blank & row.features.isfinite().all(1) & y.isfinite().all(1)
+        return row.features[usable], y[usable]
+
+    @torch.no_grad()
+    def logits(self, ids: list[int], last: int) -> Tensor:
+        """The target's logits at the last so many of these ids, [last, V]."""
+        return self.target_model(torch.tensor([ids]), logits_to_keep=last).logits[0]
+
+
+def sink_ids(target: Path) -> list[int]:
+    """The target's fixed first tokens: what its tokenizer puts first, else its BOS, else token 0."""
+    ids = prefix_ids(load_tokenizer(str(target)))
+    if ids:
+        return ids
+    bos = json.loads((target / "config.json").read_text()).get("bos_token_id")
+    return [bos if isinstance(bos, int) else 0]
+
+
+def sink_states(target: Path, sink: list[int]) -> tuple[list[Tensor], list[Tensor]]:
+    """The target's own states of its first tokens, exact, [S, H, D] float32."""
+    return states(load_model(target), sink)

@@ -1,0 +1,100 @@
+"""What engine tests share: the command line as scripts call it, and a server as operators start it."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import openai
+
+CLI = (sys.executable, "-m", "awareness_vllm.cli.main")
+EAGER = ("--enforce-eager", "--kv-cache-memory-bytes", "1G", "--max-model-len", "4096")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one `awareness … --json` printed."""
+
+    status: int
+    out: dict
+    stderr: str
+
+
+def awareness(*args: object) -> Run:
+    """Run a subcommand with `--json`; its stdout must be one JSON document."""
+    done = subprocess.run([*CLI, *map(str, args), "--json"], capture_output=True, text=True)
+    assert done.stdout.count("\n") == 1, (done.stdout, done.stderr[-3000:])
+    return Run(done.returncode, json.loads(done.stdout), done.stderr)
+
+
+def captured(model: Path, text: str, store: Path, *flags: str) -> str:
+    """Capture a text into a store; the memory's ID."""
+    file = store.parent / "text.txt"
+    file.write_text(text)
+    run = awareness("capture", "--model", model, "--text", file, "--store", store, *flags)
+    assert run.status == 0, run.stderr[-3000:]
+    return run.out["id"]
+
+
+@dataclass
+class Server:
+    """A running `awareness serve`, its client and its log."""
+
+    client: openai.OpenAI
+    url: str
+    log: Path
+    process: subprocess.Popen
+
+    def complete(self, prompt: str, tokens: int = 16, **body: object) -> str:
+        answer = self.client.completions.create(
+            model="served", prompt=prompt, max_tokens=tokens, temperature=0, extra_body=body
+        )
+        return answer.choices[0].text
+
+    def first_token(self, prompt: str, **body: object) -> float:
+        """Seconds from a streamed request to its first token."""
+        started = time.perf_counter()
+        stream = self.client.completions.create(
+            model="served", prompt=prompt, max_tokens=2, temperature=0, stream=True, extra_body=body
+        )
+        next(iter(stream))
+        seconds = time.perf_counter() - started
+        list(stream)
+        return seconds
+
+    def loads(self) -> list[str]:
+        """The connector's lines about loads: memory, tokens, temperature."""
+        return [line for line in self.log.read_text().splitlines() if "] loaded mem_" in line]
+
+
+def serving(model: Path, store: Path, log: Path, *flags: object) -> Iterator[Server]:
+    """Start a server, wait until it answers, stop it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [*CLI, "serve", model, "--store", store, "--port", port, *EAGER, *flags]
+    command += ["--served-model-name", "served"]
+    with log.open("w") as out:
+        process = subprocess.Popen(list(map(str, command)), stdout=out, stderr=out)
+    url = f"http://127.0.0.1:{port}"
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
+    try:
+        deadline = time.monotonic() + 300
+        while True:
+            assert process.poll() is None, log.read_text()[-4000:]
+            assert time.monotonic() < deadline, log.read_text()[-4000:]
+            try:
+                client.models.list()
+                break
+            except openai.APIConnectionError:
+                time.sleep(1)
+        yield Server(client, url, log, process)
+    finally:
+        process.terminate()
+        process.wait(60)

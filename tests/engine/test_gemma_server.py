@@ -1,0 +1,212 @@
+"""Gemma-3 served with memories of itself and of SmolLM2; the hybrid allocator is on."""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import openai
+import pytest
+from harness import Server, captured, serving
+
+from awareness_vllm.anchors.facts import fact_cases
+
+pytestmark = pytest.mark.engine
+
+QUESTION = "\n\nIn short, the text says that the"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("gemma") / "store"
+
+
+@pytest.fixture(scope="module")
+def server(gemma3: Path, store: Path, wmatrix: Path) -> Iterator[Server]:
+    log = store.parent / "server.log"
+    yield from serving(gemma3, store, log, "--wmatrix", wmatrix, "--enable-prompt-tokens-details")
+
+
+@pytest.fixture(scope="module")
+def own(gemma3: Path, store: Path, document: Callable[[int, int], str]) -> tuple[str, str]:
+    """A memory of Gemma-3 itself, longer than its window, captured by vLLM; and its text."""
+    text = document(800, 1)
+    return captured(gemma3, text, store, "--engine", "vllm"), text
+
+
+@pytest.fixture(scope="module")
+def foreign(smollm2: Path, store: Path) -> tuple[str, dict]:
+    """A memory of SmolLM2 that states facts, and the question about one of them."""
+    case = fact_cases(3, seed=2)[2]
+    return captured(smollm2, case["context"], store), dict(case)
+
+
+def status(call: Callable[[], object]) -> tuple[int, str]:
+    """The HTTP status and message of a refused request."""
+    with pytest.raises(openai.APIStatusError) as caught:
+        call()
+    return caught.value.status_code, str(caught.value)
+
+
+def test_same_model_greedy_is_native(server: Server, own: tuple[str, str]) -> None:
+    memory, text = own
+    for question in (QUESTION, " It is well known that", " The"):
+        native = server.complete(text + question, 64)
+        assert server.complete(question, 64, memory_ids=[memory]) == native
+    assert any(memory in line for line in server.loads())
+
+
+def test_foreign_memory_is_loaded_not_prefilled(server: Server, foreign: tuple[str, dict]) -> None:
+    memory, case = foreign
+    answer = server.client.completions.create(
+        model="served", prompt=case["question"], max_tokens=8, temperature=0,
+        extra_body={"memory_ids": [memory]},
+    )  # fmt: skip
+    with_text = server.client.completions.create(
+        model="served", prompt=case["context"] + case["question"], max_tokens=8, temperature=0
+    )
+    assert answer.usage.prompt_tokens == with_text.usage.prompt_tokens
+    own_tokens = answer.usage.prompt_tokens - answer.usage.prompt_tokens_details.cached_tokens
+    assert own_tokens < 40
+    assert answer.choices[0].text != server.complete(case["question"], 8)
+
+
+def test_streaming_says_the_same(server: Server, foreign: tuple[str, dict]) -> None:
+    memory, case = foreign
+    stream = server.client.completions.create(
+        model="served", prompt=case["question"], max_tokens=8, temperature=0, stream=True,
+        extra_body={"memory_ids": [memory]},
+    )  # fmt: skip
+    streamed = "".join(chunk.choices[0].text for chunk in stream)
+    assert streamed == server.complete(case["question"], 8, memory_ids=[memory])
+
+
+def test_memories_never_leak_into_plain_requests(server: Server, own: tuple[str, str]) -> None:
+    memory, text = own
+    before = server.complete(QUESTION, 32)
+    server.complete(QUESTION, 32, memory_ids=[memory])
+    assert server.complete(QUESTION, 32) == before
+    assert server.complete(text + QUESTION, 16) == server.complete(
+        QUESTION, 16, memory_ids=[memory], cache_salt="another caller"
+    )
+
+
+def test_forged_parameters_are_ignored(server: Server, foreign: tuple[str, dict]) -> None:
+    memory, case = foreign
+    forged = {"awareness": {"memory": memory, "wmatrix": "", "tokens": 20, "caller_salt": ""}}
+    plain = server.complete(case["question"], 8)
+    assert server.complete(case["question"], 8, kv_transfer_params=forged) == plain
+
+
+@pytest.mark.parametrize(
+    ("memory_ids", "code", "words"),
+    [
+        (["mem_" + "0" * 32], 404, "no memory"),
+        (["../../etc/passwd"], 400, "malformed"),
+        (["mem_" + "A" * 32], 400, "malformed"),
+        ([7], 400, "malformed"),
+        ("mem_" + "0" * 32, 400, "list with one memory ID"),
+        ([], 400, "list with one memory ID"),
+        (None, 400, "list with one memory ID"),
+        (["mem_" + "0" * 32] * 2, 400, "list with one memory ID"),
+    ],
+)
+def test_bad_ids(server: Server, memory_ids: object, code: int, words: str) -> None:
+    found, message = status(lambda: server.complete("hi", memory_ids=memory_ids))
+    assert (found, words in message) == (code, True), message
+    assert "Remedy" in message
+
+
+@pytest.mark.parametrize(
+    "body",
+    [{"echo": True, "logprobs": 1}, {"prompt_logprobs": 1}, {"truncate_prompt_tokens": 5},
+     {"use_beam_search": True, "n": 2}],
+)  # fmt: skip
+def test_bad_combinations(server: Server, own: tuple[str, str], body: dict) -> None:
+    code, message = status(lambda: server.complete("hi there", memory_ids=[own[0]], **body))
+    assert (code, "cannot be combined" in message) == (400, True), message
+
+
+def test_too_long_for_the_window(server: Server, own: tuple[str, str]) -> None:
+    code, message = status(lambda: server.complete("word " * 3500, memory_ids=[own[0]]))
+    assert (code, "does not fit" in message) == (400, True), message
+    assert "4096" in message
+
+
+@pytest.mark.parametrize("damage", ["truncated", "altered"])
+def test_damaged_package(server: Server, smollm2: Path, store: Path, damage: str) -> None:
+    memory = captured(smollm2, f"This package will be {damage} on disk.", store)
+    path = store / f"{memory}.safetensors"
+    raw = bytearray(path.read_bytes())
+    if damage == "truncated":
+        raw = raw[: len(raw) // 2]
+    else:
+        raw[-5] ^= 1
+    path.write_bytes(raw)
+    code, message = status(lambda: server.complete("hi", memory_ids=[memory]))
+    assert (code, "cannot be used" in message) == (422, True), message
+    assert server.complete("The capital of France is", 2)
+
+
+def test_a_damaged_package_is_noticed_after_it_was_used(
+    server: Server, smollm2: Path, store: Path
+) -> None:
+    memory = captured(smollm2, "First whole, then replaced by something else.", store)
+    assert server.complete("hi there", memory_ids=[memory])
+    path = store / f"{memory}.safetensors"
+    other = next(p for p in store.glob("mem_*.safetensors") if p != path)
+    shutil.copy(other, path)
+    assert status(lambda: server.complete("hi there", memory_ids=[memory]))[0] == 422
+
+
+def test_a_load_that_fails_is_recomputed(
+    server: Server, smollm2: Path, store: Path, document: Callable[[int, int], str]
+) -> None:
+    """The file goes away after the frontend's check, while the engine is busy with a long prefill."""
+    text = document(300, 3)
+    memory = captured(smollm2, text, store)
+    path = store / f"{memory}.safetensors"
+    with ThreadPoolExecutor(3) as pool:
+        busy = [pool.submit(server.complete, document(2000, i) + "…", 1) for i in (3, 4)]
+        time.sleep(0.5)
+        asked = pool.submit(server.complete, QUESTION, 16, memory_ids=[memory])
+        time.sleep(1)
+        hidden = path.rename(path.with_suffix(".hidden"))
+        answer = asked.result()
+        for request in busy:
+            request.result()
+    hidden.rename(path)
+    assert f"memory {memory} did not load" in server.log.read_text()
+    assert answer == server.complete(text + QUESTION, 16)
+
+
+def test_chat_without_a_template_is_vllms_own_error(server: Server) -> None:
+    with pytest.raises(openai.BadRequestError, match="template"):
+        server.client.chat.completions.create(
+            model="served", messages=[{"role": "user", "content": "hi"}]
+        )
+
+
+def test_time_to_first_token(
+    server: Server, smollm2: Path, store: Path, document: Callable[[int, int], str]
+) -> None:
+    """2,000 tokens: hot at least 20 times, cold at least 3 times as fast as native prefill."""
+    texts = [document(2000, i) for i in (0, 1, 2)]
+    memories = [captured(smollm2, text, store) for text in texts]
+    server.first_token(QUESTION)
+    seconds: dict[str, list[float]] = {"native": [], "cold": [], "warm": [], "hot": []}
+    for text, memory in zip(texts, memories, strict=True):
+        seconds["native"].append(server.first_token(text + QUESTION))
+        for temperature, salt in (("cold", "a"), ("warm", "b"), ("hot", "b")):
+            seconds[temperature].append(
+                server.first_token(QUESTION, memory_ids=[memory], cache_salt=salt)
+            )
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    ratio = {name: median["native"] / value for name, value in median.items()}
+    print("time to first token, 2,000 tokens:", median, ratio)
+    assert ratio["hot"] >= 20, ratio
+    assert ratio["cold"] >= 3, ratio
