@@ -6,13 +6,12 @@ Tensors: `tokens` [T] int32, `spans` [T, 2] int64, `text` [B] uint8 (UTF-8), and
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ from awareness_vllm.anchors.spans import Spans
 from awareness_vllm.errors import PackageCorrupt
 from awareness_vllm.geometry import Geometry, file_digest
 from awareness_vllm.packages.manifest import Manifest
+from awareness_vllm.packages.payload import payload_digest
 
 METADATA_KEY = "awareness"
 
@@ -65,8 +65,10 @@ def build(
         tokens=len(tokens),
         engine=engine,
         versions=versions,
-        payload=_payload_digest(tensors),
+        payload="",
     )
+    payload = payload_digest(manifest.model_dump_json(), sorted(tensors.items()))
+    manifest = manifest.model_copy(update={"payload": payload})
     return Package(manifest, text, tokens, spans, keys, values)
 
 
@@ -102,7 +104,7 @@ def read_manifest(path: Path) -> Manifest:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            return _manifest(file.metadata(), path)
+            return _manifest(_document(file), path)
     except (SafetensorError, OSError) as error:
         raise _corrupt(path, f"not a readable safetensors file ({error})") from error
 
@@ -128,7 +130,7 @@ def read(path: Path) -> Package:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            manifest = _manifest(file.metadata(), path)
+            manifest = _manifest(_document(file), path)
             count = len(manifest.geometry.layers)
             keys = [file.get_tensor(f"layers.{i}.key") for i in range(count)]
             values = [file.get_tensor(f"layers.{i}.value") for i in range(count)]
@@ -154,14 +156,20 @@ def check_bytes(path: Path, memory_id: str) -> None:
 
 
 def verify(path: Path) -> Package:
-    """Read a package and prove that its tensors are what its manifest says, whatever its name.
+    """Read a package and prove that manifest and tensors are those it was built with.
+
+    Whatever the file's name: `check_bytes` proves more, but needs the ID.
 
     Raises:
         PackageCorrupt: altered or truncated.
     """
     package = read(path)
-    tensors = _tensors(package.text, package.tokens, package.spans, package.keys, package.values)
-    payload = _payload_digest(tensors)
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = ((name, file.get_tensor(name)) for name in sorted(file.keys()))
+            payload = payload_digest(_document(file), tensors)
+    except (SafetensorError, OSError) as error:
+        raise _corrupt(path, f"not a readable package ({error})") from error
     if payload != package.manifest.payload:
         raise _corrupt(path, f"payload {payload}", expected=package.manifest.payload)
     return package
@@ -175,9 +183,14 @@ def _read_tensor(path: Path, name: str) -> Tensor:
         raise _corrupt(path, f"no readable tensor {name!r} ({error})") from error
 
 
-def _manifest(metadata: dict[str, str] | None, path: Path) -> Manifest:
+def _document(file: Any) -> str:
+    """The manifest's JSON in an open safetensors file; nothing where there is none."""
+    return (file.metadata() or {}).get(METADATA_KEY, "")
+
+
+def _manifest(document: str, path: Path) -> Manifest:
     try:
-        return Manifest.model_validate_json((metadata or {}).get(METADATA_KEY, ""))
+        return Manifest.model_validate_json(document)
     except (ValidationError, json.JSONDecodeError) as error:
         raise _corrupt(path, f"no valid manifest ({error})") from error
 
@@ -207,12 +220,3 @@ def _tensors(
         tensors[f"layers.{i}.key"] = key.contiguous()
         tensors[f"layers.{i}.value"] = value.contiguous()
     return tensors
-
-
-def _payload_digest(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -14,8 +14,8 @@ MEMORY_ID = re.compile(r"mem_[0-9a-f]{32}")
 class Manifest(Strict):
     """The JSON document in a package's safetensors metadata.
 
-    `payload` is the sha256 over the tensors' bytes in name order; `engine` tells whose numerics the
-    states have, so whether a load into the same server is exact.
+    `payload` is the sha256 over the other fields and the tensors; `engine` tells whose numerics
+    the states have, so whether a load into the same server is exact.
     """
 
     format: Literal["awareness-memory/1"] = "awareness-memory/1"

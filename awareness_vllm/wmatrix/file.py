@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from awareness_vllm.errors import WMatrixCorrupt
 from awareness_vllm.geometry import Geometry, Strict, file_digest
 from awareness_vllm.kernels import decode, encode
 from awareness_vllm.packages.file import METADATA_KEY
+from awareness_vllm.packages.payload import payload_digest
 
 
 class Anchors(Strict):
@@ -35,6 +35,7 @@ class WMatrixManifest(Strict):
 
     `sink` are the target's fixed first tokens; `r2` is the share of variance explained on
     held-out documents of the anchors' sources; without `certificate` the map is not certified.
+    `payload` is the sha256 over the other fields and the tensors.
     """
 
     format: Literal["awareness-wmatrix/1"] = "awareness-wmatrix/1"
@@ -93,7 +94,8 @@ class WMatrix:
     def save(self, path: Path) -> None:
         """Write the file atomically; the payload digest is put into the manifest here."""
         tensors = self._tensors()
-        manifest = self.manifest.model_copy(update={"payload": _payload_digest(tensors)})
+        payload = payload_digest(self.manifest.model_dump_json(), sorted(tensors.items()))
+        manifest = self.manifest.model_copy(update={"payload": payload})
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
@@ -128,9 +130,10 @@ def load(path: str | Path) -> WMatrix:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            document = file.metadata()[METADATA_KEY]
     except (SafetensorError, OSError) as error:
         raise _corrupt(path, str(error)) from error
-    if (payload := _payload_digest(tensors)) != manifest.payload:
+    if (payload := payload_digest(document, sorted(tensors.items()))) != manifest.payload:
         raise _corrupt(path, f"payload {payload}", manifest.payload)
     features = source.width + (1 + manifest.predecessors) * target.hidden_size
     shapes = {
@@ -150,7 +153,11 @@ def load(path: str | Path) -> WMatrix:
     count = len(target.layers)
     return WMatrix(
         manifest,
-        *(tensors[name] for name in ("mean", "scale", "encode", "decode", "bias")),
+        mean=tensors["mean"],
+        scale=tensors["scale"],
+        encode=tensors["encode"],
+        decode=tensors["decode"],
+        bias=tensors["bias"],
         sink_keys=[tensors[f"sink.{i}.key"] for i in range(count)],
         sink_values=[tensors[f"sink.{i}.value"] for i in range(count)],
     )
@@ -169,15 +176,6 @@ def read_manifest(path: Path) -> WMatrixManifest:
 def digest_of(path: Path) -> str:
     """sha256 of the file: what aligned memories and cache salts are keyed by."""
     return file_digest(path)
-
-
-def _payload_digest(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _corrupt(

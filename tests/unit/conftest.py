@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from awareness_vllm.geometry import Geometry, LayerGeometry, Positions
 from awareness_vllm.packages.file import Package, build
+from awareness_vllm.wmatrix.file import Anchors, WMatrix, WMatrixManifest
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog, and the other dogs look on.",
@@ -124,3 +125,45 @@ def make_package(geometry: Geometry) -> Callable[..., Package]:
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def wmatrix(geometry: Geometry) -> WMatrix:
+    """A random map from the tiny geometry to another: shapes matter here, not worth."""
+    generator = torch.Generator().manual_seed(0)
+    layers = tuple(
+        LayerGeometry(
+            heads=1, head_dim=4, positions=Positions(scheme="rope", theta=theta, rotary_dim=4)
+        )
+        for theta in (1e4, 1e5, 1e6)
+    )
+    target = geometry.model_copy(
+        update={"name": "target", "hidden_size": 6, "layers": layers, "weights": "v" * 64}
+    )
+    predecessors, rank, sink = 2, 5, (2, 7)
+    features = geometry.width + (1 + predecessors) * target.hidden_size
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    return WMatrix(
+        WMatrixManifest(
+            source=geometry,
+            target=target,
+            rank=rank,
+            ridge=0.02,
+            predecessors=predecessors,
+            sink=sink,
+            anchors=Anchors(digest="a" * 64, documents=1, tokens=100),
+            seed=0,
+            r2={"keys": 0.5, "values": 0.25},
+            versions={"torch": "0"},
+        ),
+        mean=random(features),
+        scale=random(features).abs() + 0.5,
+        encode=random(features, rank),
+        decode=random(rank, target.width),
+        bias=random(target.width),
+        sink_keys=[random(len(sink), g.heads, g.head_dim) for g in layers],
+        sink_values=[random(len(sink), g.heads, g.head_dim) for g in layers],
+    )

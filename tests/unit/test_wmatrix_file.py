@@ -1,0 +1,184 @@
+"""The `.wmatrix` file: what is read is what was written, or an error that says why not."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from awareness_vllm.errors import WMatrixCorrupt
+from awareness_vllm.packages.file import METADATA_KEY
+from awareness_vllm.packages.payload import payload_digest
+from awareness_vllm.wmatrix.file import WMatrix, digest_of, load, read_manifest
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture(scope="module")
+def saved(wmatrix: WMatrix, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("wmatrices") / "folder" / "a.wmatrix"
+    wmatrix.save(path)
+    return path
+
+
+def rewrite(
+    path: Path,
+    out: Path,
+    manifest: dict[str, Any] | None = None,
+    tensors: dict[str, torch.Tensor] | None = None,
+) -> Path:
+    """A copy with other fields or tensors whose payload digest is right all the same."""
+    with safe_open(path, framework="pt") as file:
+        states = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        document = json.loads(file.metadata()[METADATA_KEY]) | (manifest or {})
+    states |= tensors or {}
+    document["payload"] = payload_digest(json.dumps(document), sorted(states.items()))
+    save_file(states, out, {METADATA_KEY: json.dumps(document)})
+    return out
+
+
+def same(one: WMatrix, other: WMatrix) -> bool:
+    return (
+        one.manifest.model_copy(update={"payload": ""})
+        == other.manifest.model_copy(update={"payload": ""})
+    ) and all(
+        a.dtype == b.dtype and torch.equal(a, b)
+        for a, b in zip(tensors(one), tensors(other), strict=True)
+    )
+
+
+def tensors(w: WMatrix) -> list[torch.Tensor]:
+    return [w.mean, w.scale, w.encode, w.decode, w.bias, *w.sink_keys, *w.sink_values]
+
+
+def test_round_trip(wmatrix: WMatrix, saved: Path) -> None:
+    found = load(saved)
+    assert same(found, wmatrix)
+    assert len(found.manifest.payload) == 64
+    assert read_manifest(saved) == found.manifest
+    assert [path.name for path in saved.parent.iterdir()] == ["a.wmatrix"]
+
+
+def test_the_digest_tells_maps_apart(wmatrix: WMatrix, saved: Path, tmp_path: Path) -> None:
+    wmatrix.save(tmp_path / "same")
+    replace(wmatrix, bias=wmatrix.bias + 1).save(tmp_path / "other")
+    assert digest_of(tmp_path / "same") == digest_of(saved) != digest_of(tmp_path / "other")
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_an_altered_byte_is_noticed(wmatrix: WMatrix, saved: Path, data: st.DataObject) -> None:
+    raw = bytearray(saved.read_bytes())
+    header = 8 + int.from_bytes(raw[:8], "little")
+    position = data.draw(
+        st.one_of(st.integers(0, header - 1), st.integers(0, len(raw) - 1)), label="position"
+    )
+    raw[position] = data.draw(st.integers(0, 255), label="byte")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "altered.wmatrix"
+        path.write_bytes(raw)
+        try:
+            found = load(path)
+        except WMatrixCorrupt:
+            return
+    assert position < header or raw == saved.read_bytes()
+    assert same(found, wmatrix)
+
+
+@settings(max_examples=50, deadline=None)
+@given(share=st.floats(0, 1, exclude_max=True))
+def test_a_truncated_file_is_noticed(saved: Path, share: float) -> None:
+    raw = saved.read_bytes()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "short.wmatrix"
+        path.write_bytes(raw[: int(share * len(raw))])
+        for action in (load, read_manifest):
+            with pytest.raises(WMatrixCorrupt, match="Remedy"):
+                action(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("mean", (49,)),
+        ("encode", (50, 4)),
+        ("decode", (5, 23)),
+        ("bias", (1, 24)),
+        ("sink.2.key", (1, 1, 4)),
+        ("sink.3.key", (2, 1, 4)),
+        ("surprise", (1,)),
+    ],
+)
+def test_wrong_shapes_are_refused(
+    saved: Path, tmp_path: Path, name: str, shape: tuple[int, ...]
+) -> None:
+    path = rewrite(saved, tmp_path / "w", tensors={name: torch.zeros(shape)})
+    with pytest.raises(WMatrixCorrupt, match="the shapes of its geometries"):
+        load(path)
+
+
+def test_an_unchanged_copy_is_accepted(wmatrix: WMatrix, saved: Path, tmp_path: Path) -> None:
+    assert same(load(rewrite(saved, tmp_path / "w")), wmatrix)
+
+
+@pytest.mark.parametrize("change", [{"surprise": 1}, {"format": "awareness-wmatrix/2"}])
+def test_unknown_manifest_fields_and_formats_are_refused(
+    saved: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    path = rewrite(saved, tmp_path / "w", change)
+    for action in (load, read_manifest):
+        with pytest.raises(WMatrixCorrupt, match=next(iter(change))):
+            action(path)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\x80\x04K\x01.", b"{}"])
+def test_what_is_no_wmatrix_is_refused(tmp_path: Path, content: bytes | None) -> None:
+    if content is not None:
+        (tmp_path / "w").write_bytes(content)
+    with pytest.raises(WMatrixCorrupt):
+        load(tmp_path / "w")
+
+
+def test_safetensors_without_a_manifest_are_refused(tmp_path: Path) -> None:
+    save_file({"mean": torch.zeros(1)}, tmp_path / "w")
+    with pytest.raises(WMatrixCorrupt):
+        load(tmp_path / "w")
+
+
+def test_blank_rows_are_mapped_as_without_a_source(wmatrix: WMatrix) -> None:
+    generator = torch.Generator().manual_seed(1)
+    source = torch.randn(6, wmatrix.manifest.source.width, generator=generator)
+    embeddings = torch.randn(6, 18, generator=generator)
+    blank = torch.tensor([True, False, False, True, False, False])
+    mixed, without, full = (
+        torch.cat([s.flatten(1) for s in (*keys, *values)], dim=1)
+        for keys, values in (
+            wmatrix.map(source, embeddings, blank),
+            wmatrix.map(None, embeddings),
+            wmatrix.map(source, embeddings),
+        )
+    )
+    torch.testing.assert_close(mixed[blank], without[blank])
+    torch.testing.assert_close(mixed[~blank], full[~blank])
+    assert ((without - full).abs().amax(1) > 0.1).all()
+
+
+def test_the_map_standardises_encodes_decodes(wmatrix: WMatrix) -> None:
+    generator = torch.Generator().manual_seed(2)
+    source = torch.randn(3, wmatrix.manifest.source.width, generator=generator)
+    embeddings = torch.randn(3, 18, generator=generator)
+    x = (torch.cat((source, embeddings), 1) - wmatrix.mean) * wmatrix.scale
+    expected = x @ wmatrix.encode @ wmatrix.decode + wmatrix.bias
+    keys, values = wmatrix.map(source, embeddings)
+    assert [k.shape for k in keys] == [(3, 1, 4)] * 3
+    found = torch.cat([s.flatten(1) for s in (*keys, *values)], dim=1)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
