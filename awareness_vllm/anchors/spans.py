@@ -99,26 +99,32 @@ def _byte_alphabet() -> dict[str, int]:
 def _spans_from_pieces(pieces: list[str], raw: bytes) -> Spans | None:
     """Exact spans where the pieces spell the text byte by byte, otherwise None."""
     for spell in (_spell_byte_level, _spell_sentencepiece):
-        spelled = [spell(piece) for piece in pieces]
-        if None not in spelled and b"".join(spelled) == raw:  # type: ignore[arg-type]
-            ends = np.cumsum([len(piece) for piece in spelled], dtype=np.int64)  # type: ignore[arg-type]
-            return (
-                np.stack((np.concatenate(([0], ends[:-1])), ends), axis=1).astype(np.int64)
-                if len(ends)
-                else np.zeros((0, 2), np.int64)
-            )
+        ends = [0]
+        for piece in pieces:
+            spelled = spell(piece, raw, ends[-1])
+            if spelled is None or not raw.startswith(spelled, ends[-1]):
+                break
+            ends.append(ends[-1] + len(spelled))
+        else:
+            if ends[-1] == len(raw):
+                return np.stack((ends[:-1], ends[1:]), axis=1).astype(np.int64)
     return None
 
 
-def _spell_byte_level(piece: str) -> bytes | None:
+def _spell_byte_level(piece: str, raw: bytes, begin: int) -> bytes | None:
     alphabet = _byte_alphabet()
     return bytes(alphabet[c] for c in piece) if all(c in alphabet for c in piece) else None
 
 
-def _spell_sentencepiece(piece: str) -> bytes | None:
+def _spell_sentencepiece(piece: str, raw: bytes, begin: int) -> bytes | None:
+    """A blank is written ▁, and so is a ▁: what the text has at this byte tells which it is."""
     if match := BYTE_FALLBACK.fullmatch(piece):
         return bytes((int(match[1], 16),))
-    return piece.replace("▁", " ").encode("utf-8", "surrogatepass")
+    spelled = b""
+    for part in re.split("(▁)", piece):
+        blank = part == "▁" and raw.startswith(b" ", begin + len(spelled))
+        spelled += b" " if blank else part.encode("utf-8", "surrogatepass")
+    return spelled
 
 
 def _spans_from_offsets(offsets: list[tuple[int, int]], text: str) -> Spans:
