@@ -53,7 +53,8 @@ def read_cases(path: Path) -> list[dict[str, str]]:
     from awareness_vllm.packages.source import read_text_file
 
     cases = []
-    for number, line in enumerate(read_text_file(path).splitlines(), 1):
+    # Not splitlines(): a JSON text may hold U+2028 and other ends of lines as they are.
+    for number, line in enumerate(read_text_file(path).split("\n"), 1):
         if not line.strip():
             continue
         try:

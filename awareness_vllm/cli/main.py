@@ -16,8 +16,11 @@ SUBCOMMANDS = ("capture", "fit", "eval", "list", "inspect", "verify", "serve")
 
 
 def parser() -> argparse.ArgumentParser:
-    """Every subcommand's module gives `HELP`, `add_arguments(parser)`, `run(args) -> result` and
-    `show(result)`; one that goes on after its result is printed also gives `after(args, result)`."""
+    """The command line of all subcommands.
+
+    Each one's module gives `HELP`, `add_arguments(parser)`, `run(args) -> result` and
+    `show(result)`; one that goes on after its result is printed also gives `after(args, result)`.
+    """
     top = argparse.ArgumentParser(
         prog="awareness", description="Memories of one model, served by another."
     )
@@ -46,12 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except AwarenessError as error:
         print(f"awareness: {type(error).__name__}: {error}", file=sys.stderr)
         if args.json:
-            fields = {name: str(getattr(error, name)) for name in ("found", "expected", "remedy")}
-            print(
-                json.dumps(
-                    {"error": {"type": type(error).__name__, "message": error.what, **fields}}
-                )
-            )
+            document = {"type": type(error).__name__, "message": error.what}
+            for name in ("found", "expected", "remedy"):
+                value = getattr(error, name)
+                document[name] = value if value is None else str(value)
+            print(json.dumps({"error": document}))
         return 1
     if args.json:
         print(json.dumps(result))

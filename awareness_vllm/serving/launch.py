@@ -40,7 +40,8 @@ def command(
                 remedy="`awareness fit`",
             )
     for flag in flags:
-        name = flag.split("=")[0].replace("_", "-")
+        # vLLM also takes `--kv-transfer-config.kv_role VALUE`.
+        name = flag.split("=")[0].split(".")[0].replace("_", "-")
         if name in ("--kv-transfer-config", "--worker-extension-cls", "--model"):
             raise BadInput(
                 f"{name} is composed by `awareness serve`",
