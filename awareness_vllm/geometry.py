@@ -23,7 +23,7 @@ class Strict(BaseModel):
 
 
 class Positions(Strict):
-    """The positional encoding of one layer. `scheme` names a function of `awareness_vllm.positions`."""
+    """One layer's positional encoding. `scheme` names a function of `awareness_vllm.positions`."""
 
     scheme: str
     theta: float | None = None
@@ -31,7 +31,7 @@ class Positions(Strict):
 
 
 class LayerGeometry(Strict):
-    """One layer's cache: `heads` KV heads of `head_dim`, its positions, its sliding window in tokens."""
+    """One layer's cache: `heads` KV heads of `head_dim`, positions, sliding window in tokens."""
 
     heads: int
     head_dim: int
@@ -45,7 +45,7 @@ class LayerGeometry(Strict):
 
 
 class Geometry(Strict):
-    """A model's KV cache and identity. `weights` and `tokenizer` are fingerprints, not signatures."""
+    """A model's KV cache and identity. `weights`, `tokenizer` are fingerprints, not signatures."""
 
     name: str
     model_type: str

@@ -31,7 +31,8 @@ def scheme(name: str) -> Callable[[Scheme], Scheme]:
 @scheme("rope")
 def rope(positions: Tensor, descriptor: Positions) -> tuple[Tensor, Tensor]:
     """Rotary embedding with base `theta` over `rotary_dim` dims (Su et al., arXiv 2104.09864)."""
-    assert descriptor.theta is not None and descriptor.rotary_dim is not None
+    assert descriptor.theta is not None
+    assert descriptor.rotary_dim is not None
     exponents = torch.arange(0, descriptor.rotary_dim, 2).float() / descriptor.rotary_dim
     angles = positions.float()[:, None] * (1.0 / descriptor.theta**exponents)
     return angles.cos(), angles.sin()

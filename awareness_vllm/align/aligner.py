@@ -18,7 +18,7 @@ from awareness_vllm.wmatrix.file import WMatrix
 
 @dataclass(frozen=True)
 class AlignedMemory:
-    """Target-side KV of a memory at positions 0 … T-1: `keys[i]`, `values[i]` are [T, H, D] as cached."""
+    """Target-side KV at positions 0 … T-1: `keys[i]` and `values[i]` are [T, H, D] as cached."""
 
     ids: list[int]
     keys: list[Tensor]

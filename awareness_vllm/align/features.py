@@ -1,4 +1,4 @@
-"""What the map reads for one target token: source states without positions, and the target's embeddings."""
+"""What the map reads for one target token: position-free source states, target embeddings."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -62,15 +62,17 @@ def states(model: PreTrainedModel, ids: list[int]) -> tuple[list[Tensor], list[T
 
     cache = DynamicCache()
     model.model(torch.tensor([ids]), past_key_values=cache, use_cache=True)
-    keys = [layer.keys[0].transpose(0, 1) for layer in cache.layers]
-    values = [layer.values[0].transpose(0, 1) for layer in cache.layers]
+    # Declared as layers that may hold nothing; after a prefill each of them holds its states.
+    layers: list[Any] = cache.layers
+    keys = [layer.keys[0].transpose(0, 1) for layer in layers]
+    values = [layer.values[0].transpose(0, 1) for layer in layers]
     return keys, values
 
 
 def capture(
     folder: str | Path, text: str, *, name: str | None = None, model: PreTrainedModel | None = None
 ) -> Package:
-    """Capture a text on a model with transformers: computed in float32, stored in the model's dtype."""
+    """Capture a text with transformers: computed in float32, stored in the model's dtype."""
     geometry = Geometry.from_folder(folder)
     tokens = read_tokens(folder, text)
     keys, values = states(model or load_model(folder), tokens.ids)

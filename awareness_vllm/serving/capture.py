@@ -65,7 +65,7 @@ def cache_bytes(geometry: Geometry, tokens: int) -> int:
 
 
 def _prefill(model: Path, ids: list[int], states: Path, cache: int) -> None:
-    """One request whose whole prompt is computed in one step, so that its blocks are all at hand."""
+    """One request, its whole prompt computed in one step, so that all its blocks are at hand."""
     from vllm import LLM, SamplingParams
 
     engine = LLM(

@@ -45,6 +45,7 @@ class AwarenessConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         transfer = vllm_config.kv_transfer_config
+        assert transfer is not None  # it named this connector
         self.config = ServingConfig.parse(transfer.kv_connector_extra_config)
         self.results = KVConnectorTransferResults()
         if role == KVConnectorRole.SCHEDULER:

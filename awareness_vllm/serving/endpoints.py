@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 from argparse import Namespace
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.routing import APIRoute
 from starlette.datastructures import State
 from vllm.entrypoints.openai.chat_completion import api_router as chat_routes
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
@@ -33,6 +34,7 @@ from awareness_vllm.serving.memories import Memories, Resolved, kv_transfer_para
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
+    from vllm.inputs import TokensInput
 
 logger = init_logger("vllm.awareness.endpoints")
 
@@ -40,6 +42,8 @@ FIELD = "memory_ids"
 AnyRequest = TypeVar("AnyRequest", CompletionRequest, ChatCompletionRequest)
 
 router = APIRouter(dependencies=[Depends(validate_json_request)])
+COMPLETIONS = cast(APIRoute, completion_routes.router.routes[0])
+CHAT_COMPLETIONS = cast(APIRoute, chat_routes.router.routes[0])
 
 
 class AwarenessEndpoints:
@@ -72,40 +76,44 @@ class AwarenessEndpoints:
         logger.info("memories are served from %s", config.store)
 
 
-@router.post("/v1/completions", responses=completion_routes.router.routes[0].responses)
+@router.post("/v1/completions", responses=COMPLETIONS.responses)
 async def create_completion(request: CompletionRequest, raw_request: Request) -> Any:
     """vLLM's completions, and `memory_ids`: answered as if the memory had been read first."""
     if FIELD in (request.model_extra or {}):
         handler = completion_routes.completion(raw_request)
+        assert handler is not None  # this plugin loads only where the task is "generate"
         memory, salt = await _memory(request, raw_request)
         rendered = await handler.render_completion_request(request)
         if not isinstance(rendered, ErrorResponse):
             _use(request, memory, salt)
+            prompts = cast("list[TokensInput]", rendered)  # of text: embeddings are refused
             request.prompt = [
-                _expand(memory, prompt["prompt_token_ids"], raw_request) for prompt in rendered
+                _expand(memory, prompt["prompt_token_ids"], raw_request) for prompt in prompts
             ]
             request.add_special_tokens = False
     return await completion_routes.create_completion(request, raw_request)
 
 
-@router.post("/v1/chat/completions", responses=chat_routes.router.routes[0].responses)
+@router.post("/v1/chat/completions", responses=CHAT_COMPLETIONS.responses)
 async def create_chat_completion(request: ChatCompletionRequest, raw_request: Request) -> Any:
     """vLLM's chat completions, and `memory_ids`: the memory stands before the conversation."""
     if FIELD in (request.model_extra or {}):
         handler = chat_routes.chat(raw_request)
+        assert handler is not None  # this plugin loads only where the task is "generate"
         memory, salt = await _memory(request, raw_request)
         rendered = await handler.render_chat_request(request)
         if not isinstance(rendered, ErrorResponse):
-            _use(request, memory, salt)
-            ids = _expand(memory, rendered[1][0]["prompt_token_ids"], raw_request)
-            request.kv_transfer_params["prompt_token_ids"] = ids
+            params = _use(request, memory, salt)
+            prompt = cast("TokensInput", rendered[1][0])
+            ids = _expand(memory, prompt["prompt_token_ids"], raw_request)
+            params["prompt_token_ids"] = ids
     return await chat_routes.create_chat_completion(request, raw_request)
 
 
 async def _memory(request: AnyRequest, raw_request: Request) -> tuple[Resolved, str | None]:
     """Resolve the request's memory and refuse what cannot be honoured, as vLLM's client errors."""
     memories: Memories | None = raw_request.app.state.awareness
-    ids = request.model_extra.pop(FIELD)
+    ids = (request.model_extra or {}).pop(FIELD)
     try:
         _check_request(request, ids)
         if memories is None:
@@ -146,11 +154,17 @@ def _check_request(request: AnyRequest, ids: object) -> None:
             )
 
 
-def _use(request: AnyRequest, memory: Resolved, caller_salt: str | None) -> None:
-    """Tell the connector which memory to load, and the prefix cache whose blocks these are."""
+def _use(request: AnyRequest, memory: Resolved, caller_salt: str | None) -> dict[str, Any]:
+    """Tell the connector which memory to load, and the prefix cache whose blocks these are.
+
+    Returns:
+        the request's own `kv_transfer_params`.
+    """
     params = memory.params(caller_salt)
     request.cache_salt = params.cache_salt
-    request.kv_transfer_params = kv_transfer_params(params, request.kv_transfer_params)
+    carried = kv_transfer_params(params, request.kv_transfer_params)
+    request.kv_transfer_params = carried
+    return carried
 
 
 def _expand(memory: Resolved, ids: list[int], raw_request: Request) -> list[int]:

@@ -117,14 +117,15 @@ class Memories:
         other = [f"{e.path.name} leads to {e.manifest.target.name}" for e in from_source]
         known = [f"{e.manifest.source.name} → {e.manifest.target.name}" for e in self.wmatrices]
         raise NoWMatrix(
-            f"memory {memory_id} was captured on {source.name}, this server runs {self.geometry.name}",
+            f"memory {memory_id} was captured on {source.name}, "
+            f"this server runs {self.geometry.name}",
             found="; ".join(other) or f"W-Matrices {known or 'none'}",
             expected=f"a W-Matrix {source.name} → {self.geometry.name} for these exact weights",
             remedy="fit one with `awareness fit` and start the server with --wmatrix FILE",
         )
 
     def without_prefix(self, ids: list[int]) -> list[int]:
-        """A prompt's own ids: what the tokenizer put before them stands before the memory already."""
+        """A prompt's own ids: the tokenizer's prefix stands before the memory already."""
         count = len(self.prefix)
         return ids[count:] if count and ids[:count] == self.prefix else ids
 

@@ -26,7 +26,7 @@ DIGIT = 128
 
 def read_back(worker: WorkerHalf, save: Save) -> None:
     """Write `layers.i.key` and `layers.i.value` [T, H, D] of a request into a safetensors file."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, group in worker.groups.items():
         slots = torch.tensor(save.slots[group], dtype=torch.int64)
         if (slots == SKIP).any():

@@ -1,4 +1,4 @@
-"""The scheduler half of the connector: which tokens a memory brings, and into which slots they go."""
+"""The scheduler half of the connector: which tokens a memory brings, and into which slots."""
 
 from __future__ import annotations
 
@@ -73,6 +73,8 @@ class SchedulerHalf:
         params = LoadParams.of(request.kv_transfer_params, request.cache_salt)
         if external == 0 or params is None:
             return
+        # A request with embeddings for a prompt is refused by the endpoint.
+        assert request.prompt_token_ids is not None
         tokens = loadable(params, request)
         begin = tokens - external
         block_ids = [[SKIP if b.is_null else b.block_id for b in group] for group in blocks.blocks]
@@ -99,6 +101,8 @@ class SchedulerHalf:
     def plan_saves(self, output: SchedulerOutput, key: str) -> None:
         """Capture: read back each new request whose whole prompt is computed in this step."""
         for new in output.scheduled_new_reqs:
+            if new.sampling_params is None or new.prompt_token_ids is None:
+                continue  # pooling, or a prompt of embeddings: never a capture
             params = (new.sampling_params.extra_args or {}).get("kv_transfer_params") or {}
             tokens = len(new.prompt_token_ids)
             computed = new.num_computed_tokens + output.num_scheduled_tokens[new.req_id]

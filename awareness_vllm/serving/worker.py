@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -38,7 +38,8 @@ class WorkerHalf:
     ) -> None:
         model = vllm_config.model_config
         self.memories = Memories(config, model.model, model.max_model_len)
-        self.dtype: torch.dtype = model.dtype
+        # A name only in what the user passes; vLLM has resolved it by now.
+        self.dtype = cast(torch.dtype, model.dtype)
         self.groups = {
             name: g
             for g, group in enumerate(kv_cache_config.kv_cache_groups)
@@ -86,11 +87,9 @@ class WorkerHalf:
             slots = torch.tensor(load.slots[group], dtype=torch.int64)
             real = slots != SKIP
             index = layer_index(name)
-            self.write(
-                name,
-                *(s[index][load.begin : end][real] for s in (memory.keys, memory.values)),
-                slots[real],
-            )
+            key = memory.keys[index][load.begin : end][real]
+            value = memory.values[index][load.begin : end][real]
+            self.write(name, key, value, slots[real])
         logger.info(
             "loaded %s: %d tokens, %s, %.0f ms",
             load.params.memory,
@@ -100,7 +99,7 @@ class WorkerHalf:
         )
 
     def write(self, name: str, key: Tensor, value: Tensor, slots: Tensor) -> None:
-        """Scatter key and value [N, H, D] of one layer into its slots [N], by vLLM's own operator."""
+        """Scatter one layer's key and value [N, H, D] into slots [N], by vLLM's own operator."""
         if not len(slots):
             return
         layer = self.layers[name]
@@ -194,7 +193,7 @@ def check_layers(memories: Memories, groups: dict[str, int]) -> None:
 
 
 def slice_of_rank(total: int, local: int) -> slice:
-    """The KV heads of this tensor-parallel rank; heads are replicated where ranks outnumber them."""
+    """This tensor-parallel rank's KV heads; replicated where ranks outnumber them."""
     if total == local:
         return slice(None)
     from vllm.distributed import (

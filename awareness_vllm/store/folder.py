@@ -13,7 +13,7 @@ from awareness_vllm.packages.manifest import MEMORY_ID, check_id
 
 @dataclass
 class Store:
-    """Packages in a folder. `verified` remembers which file versions were hashed and found whole."""
+    """Packages in a folder. `verified` remembers which file versions were found whole."""
 
     folder: Path
     verified: dict[str, tuple[int, int, int]] = field(default_factory=dict)
@@ -35,7 +35,7 @@ class Store:
         return path
 
     def checked_path(self, memory_id: object) -> Path:
-        """The file of a memory whose bytes are proven to match the ID; hashed once per file version.
+        """The file of a memory, its bytes proven to match the ID; hashed once per file version.
 
         Raises:
             InvalidMemoryId, MemoryNotFound, PackageCorrupt

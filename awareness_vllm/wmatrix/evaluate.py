@@ -88,7 +88,7 @@ class Bench:
 
     @torch.inference_mode()
     def logprobs(self, memory: AlignedMemory, ids: list[int], scored: int) -> Tensor:
-        """Log probabilities before each of the last `scored` ids, read after a memory, [scored, V]."""
+        """Log probabilities of the last `scored` ids, read after a memory, [scored, V]."""
         from transformers import DynamicCache
 
         cache = DynamicCache()
@@ -148,10 +148,10 @@ def evaluate_texts(
         arms = bench.arms(text, bench.package(cuts[i - 1][0]), ids, continuation)
         native, labels = arms["native"], torch.tensor(ids[1:])
         for arm, logprobs in arms.items():
-            nll = -logprobs.gather(1, labels[:, None]).mean()
+            surprise = -logprobs.gather(1, labels[:, None]).mean()
             kl = (native.exp() * (native - logprobs)).sum(-1).mean()
             top1 = (native.argmax(-1) == logprobs.argmax(-1)).float().mean()
-            rows.setdefault(arm, []).append((nll.item(), kl.item(), top1.item()))
+            rows.setdefault(arm, []).append((surprise.item(), kl.item(), top1.item()))
     means = {arm: np.mean(rows[arm], axis=0) for arm in ARMS if arm in rows}
     nll = {arm: np.array([row[0] for row in rows[arm]]) for arm in rows}
     return {

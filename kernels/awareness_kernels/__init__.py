@@ -1,1 +1,1 @@
-"""Operations on KV states. `reference` is plain torch: the CPU path and the oracle of every kernel."""
+"""Operations on KV states; `reference`, plain torch, is the CPU path and every kernel's oracle."""
