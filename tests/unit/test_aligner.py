@@ -20,7 +20,7 @@ from awareness_vllm.wmatrix.file import WMatrix
 
 pytestmark = pytest.mark.unit
 
-TEXT = "the quick brown fox, naïve 🦊 dogs"
+TEXT = "🦊 the quick brown fox, naïve dogs"  # its first byte is a target token of its own
 SINK = 2
 
 
@@ -87,6 +87,7 @@ def mapped(package: Package, wmatrix: WMatrix, folder: Path) -> tuple[list[Tenso
     spans = tokenize(Tokenizer.from_file(str(folder / "tokenizer.json")), TEXT).spans
     last = torch.tensor(spans[:, 1] - 1)
     assert torch.equal(last, torch.from_numpy(align(package.spans, spans)))
+    assert last[0] == 0
     flat = flat_states(package.geometry, package.keys, package.values)[last]
     ids = prompt_ids(TEXT, wmatrix.manifest.sink, folder)
     embeddings = embedding_features(embed, ids, SINK, wmatrix.manifest.predecessors)

@@ -1,0 +1,238 @@
+"""The command line: light to load, one JSON document, and every mistake named."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from awareness_vllm.cli.eval_ import read_cases
+from awareness_vllm.cli.main import SUBCOMMANDS, main
+from awareness_vllm.errors import BadInput
+from awareness_vllm.packages.file import Package, publish
+from awareness_vllm.serving import register as register_module
+from awareness_vllm.serving.config import WORKER_EXTENSION
+from awareness_vllm.wmatrix.file import WMatrix
+
+pytestmark = pytest.mark.unit
+
+CASE = {"context": "c", "question": "q", "answer": "a"}
+
+
+@pytest.fixture(scope="module")
+def published(
+    make_package: Callable[..., Package], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    return publish(make_package(), tmp_path_factory.mktemp("store"))
+
+
+def document(argv: list[str], capfd: pytest.CaptureFixture[str], status: int = 0) -> Any:
+    """Run a subcommand with --json; its stdout must be one JSON document."""
+    assert main([*argv, "--json"]) == status
+    return json.loads(capfd.readouterr().out)
+
+
+def test_help_loads_neither_torch_nor_vllm() -> None:
+    script = """
+import sys
+from awareness_vllm.cli.main import main
+try:
+    main(sys.argv[1:])
+except SystemExit as end:
+    assert not end.code
+assert not {"torch", "vllm", "transformers", "numpy"} & set(sys.modules), sorted(sys.modules)
+"""
+    for argv in ([], *([name] for name in SUBCOMMANDS)):
+        done = subprocess.run(
+            [sys.executable, "-c", script, *argv, "--help"], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert "usage: awareness" in done.stdout
+
+
+def test_list_inspect_and_verify(
+    published: Path, wmatrix: WMatrix, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    store = ["--store", str(published.parent)]
+    listed = document(["list", *store], capfd)
+    assert [row["id"] for row in listed["memories"]] == [published.stem]
+    inspected = document(["inspect", published.stem, *store], capfd)
+    assert (inspected["kind"], inspected["id"]) == ("memory", published.stem)
+    found = document(["verify", published.stem, *store], capfd)
+    assert (found["ok"], found["id"]) == (True, published.stem)
+    wmatrix.save(tmp_path / "a.wmatrix")
+    inspected = document(["inspect", str(tmp_path / "a.wmatrix")], capfd)
+    assert (inspected["kind"], inspected["certified"]) == ("wmatrix", False)
+    assert document(["verify", str(tmp_path / "a.wmatrix")], capfd)["ok"] is True
+    for argv in (["list", *store], ["inspect", published.stem, *store]):
+        assert main(argv) == 0
+    assert published.stem in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "kind", "field", "says"),
+    [
+        (["inspect", "../etc/passwd"], "InvalidMemoryId", "found", "../etc/passwd"),
+        (["verify", "mem_" + "0" * 32], "MemoryNotFound", "remedy", "awareness list"),
+        (["verify", "ALTERED"], "PackageCorrupt", "expected", "mem_"),
+        (["capture", "--model", "/no/such", "--text", __file__], "UnsupportedModel", "found", ""),
+        (["eval", "--source", "a", "--target", "b", "--cases", "/no"], "BadInput", "expected", "U"),
+        (["serve", "m", "--wmatrix", "/no.wmatrix"], "BadInput", "found", "/no.wmatrix"),
+        (["serve", "m", "--model=x"], "BadInput", "found", "--model=x"),
+    ],
+)
+def test_an_error_is_one_json_document(
+    published: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    argv: list[str],
+    kind: str,
+    field: str,
+    says: str,
+) -> None:
+    if argv[-1] == "ALTERED":
+        altered = bytearray(published.read_bytes())
+        altered[-1] ^= 1
+        argv = [argv[0], str(tmp_path / published.name)]
+        (tmp_path / published.name).write_bytes(altered)
+    if argv[0] in ("inspect", "verify", "capture"):
+        argv = [*argv, "--store", str(tmp_path)]
+    assert main([*argv, "--json"]) == 1
+    out, err = capfd.readouterr()
+    error = json.loads(out)["error"]
+    assert set(error) == {"type", "message", "found", "expected", "remedy"}
+    assert error["type"] == kind
+    assert says in error[field]
+    assert error["message"] in err
+
+
+def test_what_an_error_does_not_say_is_null(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "c").write_text(json.dumps(CASE | {"answer": ""}))
+    argv = ["eval", "--source", "a", "--target", "b", "--cases", str(tmp_path / "c")]
+    error = document(argv, capfd, status=1)["error"]
+    assert error["found"] is None
+    assert error["remedy"] is None
+
+
+def test_what_libraries_print_stays_off_stdout() -> None:
+    script = """
+import os, subprocess, sys
+from awareness_vllm.cli import list_, main
+
+def noisy(args):
+    print("noise from Python")
+    os.write(1, b"noise from C\\n")
+    subprocess.run(["echo", "noise from a child"], check=True)
+    return {"n": 1}
+
+list_.run = noisy
+sys.exit(main.main(["list", "--json"]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"n": 1}
+    assert done.stderr.count("noise") == 3
+
+
+@pytest.mark.parametrize("name", [name for name in SUBCOMMANDS if name != "serve"])
+def test_unknown_flags_are_refused(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    needed = {
+        "capture": ["--model", "m", "--text", "t"],
+        "fit": ["--source", "a", "--target", "b", "--anchors", "x", "--out", "o"],
+        "eval": ["--source", "a", "--target", "b", "--texts", "x"],
+        "list": [],
+        "inspect": ["x"],
+        "verify": ["x"],
+    }
+    with pytest.raises(SystemExit) as end:
+        main([name, *needed[name], "--bogus"])
+    assert end.value.code == 2
+    assert "--bogus" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "not json",
+        '{"context": "c", "question": "q"}',
+        '{"context": "c", "question": "q", "answer": ""}',
+        '{"context": "c", "question": "q", "answer": 3}',
+        '["context", "question", "answer"]',
+        '"context"',
+        "3",
+        "null",
+    ],
+)
+def test_a_bad_case_is_named_by_its_line(tmp_path: Path, line: str) -> None:
+    (tmp_path / "c.jsonl").write_text(f"{json.dumps(CASE)}\n\n{line}\n")
+    with pytest.raises(BadInput, match="line 3"):
+        read_cases(tmp_path / "c.jsonl")
+
+
+def test_cases_are_read_line_by_line(tmp_path: Path) -> None:
+    strange = {"context": "one\u2028two\u0085\x0b", "question": "q\n", "answer": " a"}
+    lines = (json.dumps(CASE | {"more": 1}), "", json.dumps(strange, ensure_ascii=False))
+    (tmp_path / "c.jsonl").write_bytes("\r\n".join(lines).encode())
+    assert read_cases(tmp_path / "c.jsonl") == [CASE, strange]
+
+
+def test_serve_becomes_vllms_server(
+    wmatrix: WMatrix,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    became: list[tuple[str, list[str], dict[str, str]]] = []
+    monkeypatch.setattr(os, "execvpe", lambda *call: became.append(call))
+    monkeypatch.setattr(register_module, "vllm_version", lambda: "0.32.0")
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    for name in ("a", "b"):
+        wmatrix.save(tmp_path / f"{name}.wmatrix")
+    argv = ["serve", "some/model", "--port", "8000", "--store", str(tmp_path / "store")]
+    argv += ["--wmatrix", str(tmp_path / "a.wmatrix"), "--wmatrix", str(tmp_path / "b.wmatrix")]
+    assert main([*argv, "--max-model-len=2048", "--enforce-eager"]) == 0
+    ((file, command, environ),) = became
+    assert file == command[0] == sys.executable
+    assert command[1:5] == ["-m", "vllm.entrypoints.openai.api_server", "--model", "some/model"]
+    transfer = json.loads(command[command.index("--kv-transfer-config") + 1])
+    assert transfer["kv_connector"] == "AwarenessConnector"
+    extra = transfer["kv_connector_extra_config"]
+    assert extra["store"] == str(tmp_path / "store")
+    assert extra["wmatrices"] == [str(tmp_path / f"{name}.wmatrix") for name in ("a", "b")]
+    assert command[command.index("--worker-extension-cls") + 1] == WORKER_EXTENSION
+    assert command[-4:] == ["--port", "8000", "--max-model-len=2048", "--enforce-eager"]
+    assert environ["VLLM_PLUGINS"] == "awareness,other"
+    assert "--port 8000" in capfd.readouterr().out
+
+
+def test_serve_prints_its_command_before_it_becomes_the_server(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    duplicated: list[tuple[int, int]] = []
+    real = os.dup2
+
+    def dup2(one: int, other: int, inheritable: bool = True) -> int:
+        duplicated.append((one, other))
+        return real(one, other, inheritable)
+
+    kept = os.dup(1)
+    monkeypatch.setattr(os, "execvpe", lambda *call: os.write(1, b"the server's log\n"))
+    monkeypatch.setattr(os, "dup2", dup2)
+    monkeypatch.setattr(register_module, "vllm_version", lambda: "0.32.0")
+    try:
+        assert main(["serve", "m", "--store", str(tmp_path), "--json"]) == 0
+    finally:
+        real(kept, 1)
+        os.close(kept)
+    out, err = capfd.readouterr()
+    assert json.loads(out)["argv"][4] == "m"
+    assert "the server's log" in err
+    assert duplicated[-1] == (2, 1)

@@ -1,0 +1,497 @@
+"""The vLLM side without an engine: slots, parameters, the warm tier, and what failures come to.
+
+All tests that import vLLM are here: the import takes seconds.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorTransferResults,
+)
+from vllm.entrypoints.generate.base.protocol import validate_cache_salt
+
+from awareness_vllm.align.aligner import AlignedMemory
+from awareness_vllm.errors import PackageCorrupt, UnsupportedModel
+from awareness_vllm.serving.config import PARAMS_KEY
+from awareness_vllm.serving.connector import AwarenessConnector
+from awareness_vllm.serving.memories import LoadParams, kv_transfer_params
+from awareness_vllm.serving.readback import block_layout, read_slots
+from awareness_vllm.serving.scheduler import (
+    MIN_COMPUTED,
+    SKIP,
+    Load,
+    Save,
+    SchedulerHalf,
+    StepMetadata,
+)
+from awareness_vllm.serving.worker import (
+    WarmTier,
+    WorkerHalf,
+    check_layers,
+    layer_index,
+)
+
+pytestmark = pytest.mark.unit
+
+MEMORY = "mem_" + "0" * 32
+
+
+def scheduler_half(*block_sizes: int) -> SchedulerHalf:
+    groups = [SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=b)) for b in block_sizes]
+    return SchedulerHalf(SimpleNamespace(kv_cache_groups=groups))  # type: ignore[arg-type]
+
+
+def request(tokens: int = 40, *, memory: int = 20, name: str = "r", salt: str | None = None) -> Any:
+    """What vLLM's `Request` shows of a prompt of `tokens` ids, `memory` of them a memory's."""
+    params = LoadParams(memory=MEMORY, tokens=memory)
+    return SimpleNamespace(
+        request_id=name,
+        num_tokens=tokens,
+        prompt_token_ids=list(range(tokens)),
+        cache_salt=salt or params.cache_salt,
+        kv_transfer_params=kv_transfer_params(params),
+    )
+
+
+def blocks(*groups: list[int]) -> Any:
+    """What vLLM's `KVCacheBlocks` shows; SKIP makes a null block (whose ID is 0)."""
+    return SimpleNamespace(
+        blocks=tuple(
+            [SimpleNamespace(is_null=b == SKIP, block_id=0 if b == SKIP else b) for b in group]
+            for group in groups
+        )
+    )
+
+
+# Slots
+
+
+def test_slots_of_two_groups_with_a_null_block_and_a_partial_last_one() -> None:
+    found = scheduler_half(4, 2).slots([[9, 3], [SKIP, SKIP, 5]], 2, 6)
+    assert found == ([38, 39, 12, 13], [SKIP, SKIP, 10, 11])
+    assert scheduler_half(4).slots([[7]], 1, 3) == ([29, 30],)
+    assert scheduler_half(4).slots([[7]], 3, 3) == ([],)
+
+
+@st.composite
+def tables(draw: st.DrawFn) -> tuple[list[int], list[list[int]], int, int]:
+    """Block sizes and tables of some groups, and a range of positions that they cover."""
+    end = draw(st.integers(0, 100))
+    sizes = draw(st.lists(st.sampled_from([1, 2, 16, 32, 48]), min_size=1, max_size=4))
+    ids = []
+    for size in sizes:
+        count = -(-end // size) + draw(st.integers(0, 2))
+        real = draw(st.lists(st.integers(1, 500), min_size=count, max_size=count, unique=True))
+        null = draw(st.integers(0, count))
+        ids.append([SKIP] * null + real[null:])
+    return sizes, ids, draw(st.integers(0, end)), end
+
+
+@given(table=tables())
+def test_every_position_has_its_slot(table: tuple[list[int], list[list[int]], int, int]) -> None:
+    sizes, ids, begin, end = table
+    found = scheduler_half(*sizes).slots(ids, begin, end)
+    for size, group, slots in zip(sizes, ids, found, strict=True):
+        assert len(slots) == end - begin
+        for position, slot in zip(range(begin, end), slots, strict=True):
+            if group[position // size] == SKIP:
+                assert slot == SKIP
+            else:
+                assert divmod(slot, size) == (group[position // size], position % size)
+        real = [slot for slot in slots if slot != SKIP]
+        assert len(set(real)) == len(real)
+
+
+# What a request may tell the connector
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["memory", "wmatrix", "tokens", "caller_salt", PARAMS_KEY, "x"]), inner
+        )
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=300)
+@given(params=json_values, salt=st.none() | st.text(max_size=10))
+def test_what_a_client_makes_up_is_ignored(params: object, salt: str | None) -> None:
+    assert LoadParams.of(params, salt) is None
+    assert LoadParams.of({PARAMS_KEY: params}, salt) is None
+
+
+@given(
+    memory=st.text(max_size=5), wmatrix=st.text(max_size=5), tokens=st.integers(), salt=st.text()
+)
+def test_only_with_the_salt_that_belongs_to_them(
+    memory: str, wmatrix: str, tokens: int, salt: str
+) -> None:
+    params = LoadParams(memory=memory, wmatrix=wmatrix, tokens=tokens, caller_salt=salt)
+    carried = kv_transfer_params(params, {"other": 1})
+    assert carried["other"] == 1
+    found = LoadParams.of(carried, params.cache_salt)
+    assert found == (params if tokens > 0 else None)
+    for other in (None, "", salt, params.cache_salt[:-1], params.cache_salt + "0"):
+        assert LoadParams.of(carried, other) is None
+    forged = {PARAMS_KEY: carried[PARAMS_KEY] | {"memory": memory + "x"}}
+    assert LoadParams.of(forged, params.cache_salt) is None
+    surprise = {PARAMS_KEY: carried[PARAMS_KEY] | {"surprise": 1}}
+    assert LoadParams.of(surprise, params.cache_salt) is None
+
+
+@given(
+    st.lists(
+        st.tuples(*[st.text(st.sampled_from('a",\\[] @/\0'), max_size=4)] * 3),
+        min_size=2,
+        max_size=6,
+        unique=True,
+    )
+)
+def test_the_salt_tells_memory_map_and_caller_apart(parts: list[tuple[str, str, str]]) -> None:
+    salts = {
+        LoadParams(memory=m, wmatrix=w, caller_salt=s, tokens=1).cache_salt for m, w, s in parts
+    }
+    assert len(salts) == len(parts)
+    for salt in salts:
+        validate_cache_salt(salt)
+        assert len(salt) <= 128
+        assert set(salt) <= set(string.ascii_lowercase + string.digits + "-")
+
+
+def test_a_salt_cannot_be_shifted_from_one_part_to_the_next() -> None:
+    parts = [("a", "b", ""), ("ab", "", ""), ("a", "", "b"), ("", "a", "b"), ('a", "b', "", "")]
+    salts = {
+        LoadParams(memory=m, wmatrix=w, caller_salt=s, tokens=1).cache_salt for m, w, s in parts
+    }
+    assert len(salts) == len(parts)
+
+
+def test_the_salt_does_not_depend_on_how_long_the_memory_is_said_to_be() -> None:
+    assert len({LoadParams(memory=MEMORY, tokens=n).cache_salt for n in (1, 2)}) == 1
+
+
+# The scheduler half
+
+
+@given(tokens=st.integers(1, 60), memory=st.integers(-3, 60), computed=st.integers(0, 60))
+def test_tokens_to_load(tokens: int, memory: int, computed: int) -> None:
+    half, one = scheduler_half(16), request(tokens, memory=memory)
+    found = half.tokens_to_load(one, computed)
+    assert found == half.tokens_to_load(one, computed)
+    assert found >= 0
+    if found:
+        assert computed + found <= min(memory, tokens - MIN_COMPUTED)
+    else:
+        assert computed >= min(memory, tokens - MIN_COMPUTED) or memory <= 0
+    assert half.take_step() == StepMetadata()
+
+
+def test_requests_that_are_not_ours_load_nothing() -> None:
+    half = scheduler_half(16)
+    assert half.tokens_to_load(request(salt="forged"), 0) == 0
+    plain = request()
+    plain.kv_transfer_params, plain.cache_salt = None, None
+    assert half.tokens_to_load(plain, 0) == 0
+    half.allocated(plain, blocks([1, 2, 3]), 0)
+    assert half.take_step() == StepMetadata()
+
+
+def test_the_memorys_last_tokens_go_into_the_requests_blocks() -> None:
+    half = scheduler_half(16, 8)
+    one = request(60, memory=40)
+    assert half.tokens_to_load(one, 16) == 24
+    half.allocated(one, blocks([7, 8, 9], [SKIP, SKIP, SKIP, SKIP, 6]), 24)
+    (load,) = half.take_step().loads
+    assert (load.request_id, load.begin) == ("r", 16)
+    assert load.ids == list(range(40))
+    assert load.slots == ([*range(128, 152)], [SKIP] * 16 + [*range(48, 56)])
+    assert half.take_step() == StepMetadata()
+
+
+def scheduled(params: object, *, computed: int = 0, step: int = 5, tokens: int = 5) -> Any:
+    new = SimpleNamespace(
+        req_id="r",
+        prompt_token_ids=list(range(tokens)),
+        sampling_params=SimpleNamespace(extra_args={"kv_transfer_params": params}),
+        num_computed_tokens=computed,
+        block_ids=([2, 3],),
+    )
+    return SimpleNamespace(scheduled_new_reqs=[new], num_scheduled_tokens={"r": step})
+
+
+def test_a_capture_is_read_back_when_its_whole_prompt_is_computed() -> None:
+    half = scheduler_half(4)
+    for output in (scheduled(None), scheduled({"other": 1}), scheduled({"key": "p"}, step=4)):
+        half.plan_saves(output, "key")
+        assert half.take_step() == StepMetadata()
+    half.plan_saves(scheduled({"key": "p"}), "key")
+    assert half.take_step().saves == [Save("p", 5, ([8, 9, 10, 11, 12],))]
+
+
+# The worker half
+
+
+def memory_of(size: int) -> AlignedMemory:
+    state = torch.zeros(size, 1, 1)
+    return AlignedMemory(list(range(size)), [state], [state])
+
+
+def test_the_warm_tier_drops_the_least_recently_used_by_bytes() -> None:
+    tier = WarmTier(100 * 8)
+    for name, size in (("a", 40), ("b", 40), ("c", 20)):
+        tier.put((name, ""), memory_of(size))
+    assert tier.get(("a", "")) is not None
+    tier.put(("d", ""), memory_of(1))
+    assert [key[0] for key in tier.memories] == ["c", "a", "d"]
+    assert tier.get(("b", "")) is None
+    tier.put(("e", ""), memory_of(99))
+    assert [key[0] for key in tier.memories] == ["d", "e"]
+
+
+def test_the_warm_tier_keeps_one_memory_that_is_too_large() -> None:
+    tier = WarmTier(8)
+    tier.put(("a", ""), memory_of(5))
+    tier.put(("b", ""), memory_of(50))
+    assert [key[0] for key in tier.memories] == ["b"]
+    assert tier.get(("b", "other map")) is None
+
+
+def test_layer_index() -> None:
+    assert layer_index("model.layers.7.self_attn.attn") == 7
+    assert layer_index("language_model.model.layers.12.self_attn") == 12
+    for name in ("model.embed", "layers", "model.layers.x.attn"):
+        with pytest.raises(UnsupportedModel, match="layer's index"):
+            layer_index(name)
+
+
+def test_a_server_with_other_layers_is_refused() -> None:
+    memories: Any = SimpleNamespace(geometry=SimpleNamespace(layers=[0, 1]))
+    check_layers(memories, {"m.layers.0.a": 0, "m.layers.1.a": 0})
+    with pytest.raises(UnsupportedModel, match="other layers"):
+        check_layers(memories, {"m.layers.0.a": 0, "m.layers.2.a": 0})
+
+
+# Blocks, written and read by vLLM's own CPU operator
+
+LAYOUTS = [
+    pytest.param(torch.bfloat16, 32, 64, "vec", id="bf16"),
+    pytest.param(torch.float32, 32, 64, "vec", id="fp32"),
+    pytest.param(torch.float16, 64, 32, "vec", id="fp16"),
+    pytest.param(torch.bfloat16, 16, 80, "vec16", id="bf16, odd heads"),
+    pytest.param(torch.bfloat16, 32, 64, "amx", id="bf16, AMX"),
+]
+COUNT, HEADS = 6, 3
+
+
+def cpu_layer(dtype: torch.dtype, size: int, width: int, isa: str) -> Any:
+    """One attention layer as far as its cache goes: vLLM's CPU implementation, and no engine."""
+    if isa == "amx" and not torch.cpu._is_amx_tile_supported():
+        pytest.skip("this CPU has no AMX")
+    from vllm.v1.attention.backend import AttentionType
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+
+    impl = CPUAttentionBackendImpl.__new__(CPUAttentionBackendImpl)
+    impl.attn_type, impl.kv_cache_dtype = AttentionType.DECODER, "auto"
+    cache = torch.full((COUNT, HEADS, size, 2 * width), -7.0, dtype=dtype)
+    return SimpleNamespace(
+        impl=impl,
+        kv_cache=cache,
+        num_kv_heads=HEADS,
+        isa=isa,
+        _k_scale_float=1.0,
+        _v_scale_float=1.0,
+    )
+
+
+@pytest.fixture(scope="module")
+def cpu_operator() -> None:
+    """vLLM's platform loads its operators; without the CPU build there are none."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        pytest.skip("not a CPU build of vLLM")
+    current_platform.import_kernels()
+
+
+def random_states(count: int, width: int, dtype: torch.dtype, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, HEADS, width, generator=generator).to(dtype)
+
+
+@pytest.mark.usefixtures("cpu_operator")
+@pytest.mark.parametrize(("dtype", "size", "width", "isa"), LAYOUTS)
+def test_slots_are_read_back_bit_for_bit(
+    dtype: torch.dtype, size: int, width: int, isa: str
+) -> None:
+    layer = cpu_layer(dtype, size, width, isa)
+    order = torch.randperm(COUNT * size, generator=torch.Generator().manual_seed(0))
+    slots, others = order[:50], order[50:]
+    keys, values = (random_states(len(order), width, dtype, seed) for seed in (1, 2))
+    layer.impl.do_kv_cache_update(layer, keys, values, layer.kv_cache, order)
+    new_keys, new_values = (random_states(50, width, dtype, seed) for seed in (3, 4))
+    layer.impl.do_kv_cache_update(layer, new_keys, new_values, layer.kv_cache, slots)
+    before = layer.kv_cache.clone()
+    key, value = read_slots(layer, slots)
+    assert key.dtype == dtype
+    assert torch.equal(key, new_keys)
+    assert torch.equal(value, new_values)
+    key, value = read_slots(layer, others)
+    assert torch.equal(key, keys[50:])
+    assert torch.equal(value, values[50:])
+    assert torch.equal(layer.kv_cache, before)
+
+
+@pytest.mark.usefixtures("cpu_operator")
+@pytest.mark.parametrize(("dtype", "size", "width", "isa"), LAYOUTS)
+def test_a_layout_places_every_element_once(
+    dtype: torch.dtype, size: int, width: int, isa: str
+) -> None:
+    layer = cpu_layer(dtype, size, width, isa)
+    places = torch.cat([block_layout(layer, part) for part in ("key", "value")])
+    assert torch.equal(places.sort().values, torch.arange(layer.kv_cache[0].numel()))
+    assert (layer.kv_cache == -7).all()
+
+
+def test_a_quantised_cache_cannot_be_captured() -> None:
+    layer = SimpleNamespace(kv_cache=torch.zeros(1, 1, 32, 8, dtype=torch.uint8), num_kv_heads=1)
+    with pytest.raises(UnsupportedModel, match="quantised"):
+        block_layout(layer, "key")
+
+
+NAMES = ("model.layers.0.attn", "model.layers.1.attn")
+
+
+@pytest.fixture
+def worker(cpu_operator: None) -> WorkerHalf:
+    """A worker with two layers in two groups, and one memory of 12 tokens in its warm tier."""
+    half = WorkerHalf.__new__(WorkerHalf)
+    half.groups = dict(zip(NAMES, (0, 1), strict=True))
+    half.layers = {name: cpu_layer(torch.bfloat16, 32, 64, "vec") for name in NAMES}
+    half.dtype = torch.bfloat16
+    half.warm = WarmTier(2**30)
+    states = [random_states(12, 64, torch.bfloat16, seed) for seed in range(4)]
+    half.warm.put((MEMORY, ""), AlignedMemory(list(range(12)), states[:2], states[2:]))
+    return half
+
+
+def load_of(slots: tuple[list[int], ...], *, name: str = "r", ids: int = 12) -> Load:
+    params = LoadParams(memory=MEMORY, tokens=12)
+    return Load(name, params, list(range(ids)), begin=4, slots=slots)
+
+
+def test_a_load_writes_its_tokens_and_nothing_else(worker: WorkerHalf) -> None:
+    # Positions 4 … 11; in the second group the first five are outside the window.
+    slots = ([40 + i for i in range(8)], [SKIP] * 5 + [97, 98, 99])
+    worker.load(load_of(slots))
+    memory = worker.warm.get((MEMORY, ""))
+    assert memory is not None
+    for i, (name, first) in enumerate(zip(NAMES, (4, 9), strict=True)):
+        real = torch.tensor([slot for slot in slots[i] if slot != SKIP])
+        key, value = read_slots(worker.layers[name], real)
+        assert torch.equal(key, memory.keys[i][first:])
+        assert torch.equal(value, memory.values[i][first:])
+        rest = torch.tensor([slot for slot in range(COUNT * 32) if slot not in slots[i]])
+        for state in read_slots(worker.layers[name], rest):
+            assert (state == -7).all()
+
+
+def test_a_group_without_real_blocks_is_left_alone(worker: WorkerHalf) -> None:
+    worker.load(load_of((list(range(8)), [SKIP] * 8)))
+    assert (worker.layers[NAMES[1]].kv_cache == -7).all()
+
+
+def test_another_prompt_than_the_memorys_is_refused_before_writing(worker: WorkerHalf) -> None:
+    with pytest.raises(PackageCorrupt, match="not its memory's"):
+        worker.load(load_of((list(range(8)), list(range(8))), ids=11))
+    assert all((layer.kv_cache == -7).all() for layer in worker.layers.values())
+
+
+# The connector: nothing that goes wrong reaches the engine
+
+
+def connector(*, load: Callable[[Load], None] = lambda load: None) -> Any:
+    made: Any = AwarenessConnector.__new__(AwarenessConnector)
+    made.config = SimpleNamespace(capture=True)
+    made.results = KVConnectorTransferResults()
+    made.scheduler = scheduler_half(16)
+    made.worker = SimpleNamespace(load=load, groups={"no layer": 0})
+    made._connector_metadata = None
+    return made
+
+
+def broken(load: Load) -> None:
+    if load.request_id == "bad":
+        raise RuntimeError("out of memory, say")
+
+
+def step(made: Any, metadata: StepMetadata) -> KVConnectorTransferResults:
+    made.bind_connector_metadata(metadata)
+    made.start_load_kv(None)
+    made.wait_for_save()
+    return made.get_transfer_results(set())
+
+
+def test_a_load_that_raises_fails_its_own_request_alone() -> None:
+    made = connector(load=broken)
+    loads = [load_of(([1],), name=name) for name in ("good", "bad", "also good")]
+    found = step(made, StepMetadata(loads=loads))
+    assert found.failed_recving == {"bad"}
+    assert found.finished_recving == {"good", "bad", "also good"}
+    assert step(made, StepMetadata()) == KVConnectorTransferResults()
+
+
+def test_a_failed_request_is_not_asked_for_again() -> None:
+    made = connector()
+    bad, good = request(name="bad"), request(name="good")
+    assert made.get_num_new_matched_tokens(bad, 0) == (20, True)
+    made.update_connector_output(SimpleNamespace(failed_recving={"bad"}))
+    made.update_connector_output(SimpleNamespace(failed_recving=None))
+    assert made.get_num_new_matched_tokens(bad, 0) == (0, False)
+    assert made.get_num_new_matched_tokens(good, 0) == (20, True)
+    assert made.request_finished_all_groups(bad, ([1],)) == (False, None)
+    assert made.scheduler.failed == set()
+
+
+def test_a_load_that_cannot_be_planned_fails_its_request() -> None:
+    made = connector()
+    # One block of 16 for 20 tokens.
+    made.update_state_after_alloc(request(name="bad"), blocks([1]), 20)
+    made.update_state_after_alloc(request(name="good"), blocks([1, 2, 3]), 20)
+    metadata = made.build_connector_meta(SimpleNamespace(scheduled_new_reqs=[]))
+    assert [load.request_id for load in metadata.loads] == ["good"]
+    found = step(made, metadata)
+    assert found.failed_recving == {"bad"}
+    assert found.finished_recving == {"bad", "good"}
+
+
+def test_a_request_that_cannot_be_read_is_prefilled() -> None:
+    made = connector()
+    assert made.get_num_new_matched_tokens(SimpleNamespace(request_id="r"), 0) == (0, False)
+
+
+def test_a_capture_that_raises_does_not_reach_the_engine() -> None:
+    found = step(connector(), StepMetadata(saves=[Save("/no/such/folder/f", 1, ([1],))]))
+    assert found == KVConnectorTransferResults()
+
+
+def test_plain_requests_pass_through() -> None:
+    made = connector()
+    plain = request()
+    plain.kv_transfer_params = plain.cache_salt = None
+    assert made.get_num_new_matched_tokens(plain, 0) == (0, False)
+    made.update_state_after_alloc(plain, blocks([1]), 0)
+    assert made.scheduler.take_step() == StepMetadata()
+    assert made.requires_kv_delivery is False
