@@ -49,7 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except AwarenessError as error:
         print(f"awareness: {type(error).__name__}: {error}", file=sys.stderr)
         if args.json:
-            document = {"type": type(error).__name__, "message": error.what}
+            document: dict[str, str | None] = {
+                "type": type(error).__name__,
+                "message": error.what,
+            }
             for name in ("found", "expected", "remedy"):
                 value = getattr(error, name)
                 document[name] = value if value is None else str(value)
