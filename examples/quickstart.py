@@ -1,8 +1,8 @@
 """The main job, end to end: SmolLM2 reads a document, Gemma-3 answers from the memory of it.
 
-Prepares both models, captures a real document, fits (or loads) the W-Matrix, starts vLLM's server on
-Gemma-3 with the plugin, asks without the memory, with it, and with the text in the prompt, and prints
-the three answers, the five arms with retention and fact recall, and time to first token.
+Prepares both models, captures a real document, fits (or loads) the W-Matrix, starts vLLM's server
+on Gemma-3 with the plugin, asks without the memory, with it, and with the text in the prompt, and
+prints the three answers, the five arms with retention and fact recall, and time to first token.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def main() -> None:
         ask(client, memories["facts"], case)
         time_to_first_token(client, {k: v for k, v in memories.items() if k != "facts"})
     print(
-        f"\ntook {time.perf_counter() - started:.0f} s on {os.cpu_count()} cores ({platform.machine()})"
+        f"\ntook {time.perf_counter() - started:.0f} s "
+        f"on {os.cpu_count()} cores ({platform.machine()})"
     )
 
 

@@ -59,7 +59,7 @@ class Statistics:
         self.rows += len(x)
 
     def centred(self) -> tuple[Tensor, Tensor]:
-        """Covariances of x with x [F, F] (upper triangle valid) and with y [F, O]. Consumes the sums.
+        """Covariances of x with x [F, F] (upper triangle) and with y [F, O]. Consumes the sums.
 
         Raises:
             BadInput: fewer rows than features can be told apart by.

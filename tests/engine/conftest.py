@@ -45,7 +45,7 @@ def wmatrix(smollm2: Path, gemma3: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def document(gemma3: Path) -> Callable[[int, int], str]:
-    """A function `(tokens, number) -> text`: stretches of a real document that no anchor contains."""
+    """A function `(tokens, number) -> text`: stretches of a real document in no anchor."""
     install()
     text = "\n\n".join(d.text for d in load([held_out_dir() / "debian-history"]))
     spans = tokenize(load_tokenizer(str(gemma3)), text).spans

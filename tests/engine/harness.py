@@ -1,4 +1,4 @@
-"""What engine tests share: the command line as scripts call it, and a server as operators start it."""
+"""What engine tests share: the command line as scripts call it, a server as operators start it."""
 
 from __future__ import annotations
 

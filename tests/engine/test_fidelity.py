@@ -1,4 +1,4 @@
-"""SmolLM2 → Gemma-3 with the W-Matrix that the project fits, on sources that no anchor came from."""
+"""SmolLM2 → Gemma-3 with the W-Matrix that the project fits, on sources that gave no anchor."""
 
 from __future__ import annotations
 

@@ -166,7 +166,7 @@ def test_a_damaged_package_is_noticed_after_it_was_used(
 def test_a_load_that_fails_is_recomputed(
     server: Server, smollm2: Path, store: Path, document: Callable[[int, int], str]
 ) -> None:
-    """The file goes away after the frontend's check, while the engine is busy with a long prefill."""
+    """The file goes away after the frontend's check, while the engine is at a long prefill."""
     text = document(300, 3)
     memory = captured(smollm2, text, store)
     path = store / f"{memory}.safetensors"
