@@ -408,6 +408,16 @@ def test_a_load_writes_its_tokens_and_nothing_else(worker: WorkerHalf) -> None:
             assert (state == -7).all()
 
 
+def test_null_blocks_are_never_handed_to_the_operator(
+    worker: WorkerHalf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The CPU's operator passes over negative slots; that is not every operator's habit.
+    written: list[int] = []
+    monkeypatch.setattr(worker, "write", lambda name, k, v, slots: written.extend(slots.tolist()))
+    worker.load(load_of(([SKIP] * 4 + [4, 5, 6, 7], [SKIP] * 8)))
+    assert written == [4, 5, 6, 7]
+
+
 def test_a_group_without_real_blocks_is_left_alone(worker: WorkerHalf) -> None:
     worker.load(load_of((list(range(8)), [SKIP] * 8)))
     assert (worker.layers[NAMES[1]].kv_cache == -7).all()
