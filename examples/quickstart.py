@@ -25,8 +25,10 @@ from awareness_vllm.anchors.corpus import load
 from awareness_vllm.anchors.facts import fact_cases
 from awareness_vllm.anchors.install import held_out_dir, install
 from awareness_vllm.anchors.spans import load_tokenizer, tokenize
-from awareness_vllm.home import anchors_dir, home, models_dir, wmatrices_dir
+from awareness_vllm.home import anchors_dir, default_store, home, models_dir, wmatrices_dir
 from awareness_vllm.models import prepare
+from awareness_vllm.packages.capture import capture, load_model
+from awareness_vllm.packages.file import publish
 from awareness_vllm.wmatrix.file import digest_of
 
 MEMORY_TOKENS = 2000
@@ -41,13 +43,12 @@ def main() -> None:
     wmatrix = fitted(source, target)
     evaluate(wmatrix, source, target)
     case = fact_cases(3, seed=2)[2]
-    memories = {
-        "facts": capture(source, case["context"], "facts"),
-        **{f"long-{i}": capture(source, long_text(i), f"long-{i}") for i in range(ROUNDS)},
-    }
+    texts = {"facts": case["context"]}
+    texts |= {f"document-{i}": long_text(i) for i in range(ROUNDS)}
+    memories = captured(source, texts)
     with server(target, wmatrix) as client:
-        ask(client, memories["facts"], case)
-        time_to_first_token(client, {k: v for k, v in memories.items() if k != "facts"})
+        ask(client, memories.pop("facts"), case)
+        time_to_first_token(client, memories)
     print(
         f"\ntook {time.perf_counter() - started:.0f} s "
         f"on {os.cpu_count()} cores ({platform.machine()})"
@@ -81,14 +82,15 @@ def fitted(source: Path, target: Path) -> Path:
     return path
 
 
-def capture(source: Path, text: str, name: str) -> str:
-    """Capture a text on the source model; the memory's ID."""
-    file = home() / "demo" / f"{name}.txt"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text)
-    memory = run("capture", "--model", source, "--text", file, "--name", name)
-    print(f"captured {name}: {memory['tokens']} tokens of {source.name} → {memory['id']}")
-    return memory["id"]
+def captured(source: Path, texts: dict[str, str]) -> dict[str, str]:
+    """Capture texts on the source model, as `awareness capture` does; the memories' IDs."""
+    model = load_model(source)
+    memories = {}
+    for name, text in texts.items():
+        package = capture(source, text, name=name, model=model)
+        memories[name] = publish(package, default_store()).stem
+        print(f"captured {name}: {package.manifest.tokens} tokens → {memories[name]}", flush=True)
+    return memories
 
 
 def long_text(number: int) -> str:

@@ -14,8 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", required=True, help="folder of the model that is served")
     parser.add_argument("--anchors", required=True, nargs="+", type=Path, metavar="PATH")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE.wmatrix")
-    parser.add_argument("--tokens", type=int, default=60_000, help="anchor tokens to read")
-    parser.add_argument("--rank", type=int, default=1024, help="width of the latent")
+    parser.add_argument("--tokens", type=int, default=45_000, help="anchor tokens to read")
+    parser.add_argument("--rank", type=int, default=2048, help="width of the latent")
+    parser.add_argument("--calibration", type=int, default=170, help="steps; 0 for none")
     parser.add_argument("--seed", type=int, default=0)
 
 
@@ -23,7 +24,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from awareness_vllm.anchors.corpus import load
     from awareness_vllm.wmatrix.fit import FitConfig, fit
 
-    config = FitConfig(tokens=args.tokens, rank=args.rank, seed=args.seed)
+    config = FitConfig(
+        tokens=args.tokens, rank=args.rank, calibration=args.calibration, seed=args.seed
+    )
     wmatrix = fit(args.source, args.target, load(args.anchors), config)
     wmatrix.save(args.out)
     manifest = wmatrix.manifest

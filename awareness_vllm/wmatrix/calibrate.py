@@ -20,7 +20,7 @@ from awareness_vllm.align.features import split_states
 from awareness_vllm.anchors.spans import load_tokenizer, tokenize
 from awareness_vllm.positions import apply
 from awareness_vllm.wmatrix.file import WMatrix
-from awareness_vllm.wmatrix.reader import Reader
+from awareness_vllm.wmatrix.reader import Reader, last_logits
 
 ENCODER_SHARE = 0.2
 """The encoder's step, as a share of the decoder's: it moves the latent under all outputs at once."""
@@ -30,8 +30,8 @@ ENCODER_SHARE = 0.2
 class CalibrationConfig:
     """`steps` of Adam, one text each; `rate` is relative to each tensor's spread."""
 
-    steps: int = 150
-    rate: float = 1e-3
+    steps: int = 170
+    rate: float = 3e-3
     warm_up: int = 10
 
 
@@ -113,12 +113,15 @@ def divergence(
     for i, layer in enumerate(target.layers):
         key = torch.cat((wmatrix.sink_keys[i], apply(keys[i], positions, layer.positions)))
         value = torch.cat((wmatrix.sink_values[i], values[i].float()))
-        cache.update(*(s.bfloat16().transpose(0, 1)[None] for s in (key, value)), i)
-    logits = reader.target_model(
-        torch.tensor([ids]),
+        key, value = (s.bfloat16().transpose(0, 1)[None] for s in (key, value))
+        cache.update(key, value, i)
+    logits = last_logits(
+        reader.target_model,
+        ids,
+        len(ids),
         past_key_values=cache,
         position_ids=torch.arange(len(row.ids), len(row.ids) + len(ids))[None],
-    ).logits[0]
+    )
     return torch.nn.functional.kl_div(
         logits.float().log_softmax(-1),
         native.float().log_softmax(-1),

@@ -23,6 +23,7 @@ from awareness_vllm.geometry import Geometry, resolve_folder
 from awareness_vllm.packages.capture import capture, load_model, read_tokens, states
 from awareness_vllm.packages.file import Package
 from awareness_vllm.wmatrix.file import WMatrix
+from awareness_vllm.wmatrix.reader import last_logits
 
 ARMS = ("native", "memory", "tokens_only", "wrong_memory", "none")
 
@@ -95,13 +96,14 @@ class Bench:
         for i, (key, value) in enumerate(zip(memory.keys, memory.values, strict=True)):
             cache.update(key.float().transpose(0, 1)[None], value.float().transpose(0, 1)[None], i)
         begin = len(memory.ids)
-        logits = self.target_model(
-            torch.tensor([ids]),
+        logits = last_logits(
+            self.target_model,
+            ids,
+            scored + 1,
             past_key_values=cache,
             position_ids=torch.arange(begin, begin + len(ids))[None],
-            logits_to_keep=scored + 1,
-        ).logits
-        return logits[0, :-1].float().log_softmax(-1)
+        )
+        return logits[:-1].float().log_softmax(-1)
 
     def arms(self, context: str, other: Package, ids: list[int], scored: int) -> dict[str, Tensor]:
         """Log probabilities of all five arms after one context, [scored, V] each."""

@@ -13,8 +13,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from awareness_vllm.anchors.corpus import Document, digest, split, windows
+from awareness_vllm.anchors.recall import recall_texts
 from awareness_vllm.errors import BadInput
 from awareness_vllm.geometry import resolve_folder
+from awareness_vllm.wmatrix.calibrate import CalibrationConfig, calibrate
 from awareness_vllm.wmatrix.file import Anchors, WMatrix, WMatrixManifest
 from awareness_vllm.wmatrix.reader import Reader, sink_states
 from awareness_vllm.wmatrix.solve import reduced_rank_ridge
@@ -23,17 +25,21 @@ from awareness_vllm.wmatrix.statistics import Statistics
 WINDOW_CHARACTERS = 2400
 CHUNK_ROWS = 2048
 HELD_OUT = 0.05
+CONTEXT_CHARACTERS = 1100
+CONTINUATION_CHARACTERS = 600
+PROSE_PER_RECALL = 2
 
 
 @dataclass(frozen=True)
 class FitConfig:
     """`tokens` of anchors (target tokens), latent `rank`, `ridge` as a share of unit variance,
-    and how many `predecessors` of a token lend their embeddings."""
+    how many `predecessors` of a token lend their embeddings, and `calibration` steps."""
 
-    tokens: int = 60_000
-    rank: int = 1024
+    tokens: int = 45_000
+    rank: int = 2048
     ridge: float = 0.02
     predecessors: int = 3
+    calibration: int = 170
     seed: int = 0
 
 
@@ -81,6 +87,11 @@ def fit(
         sink_keys=sink_keys,
         sink_values=sink_values,
     )
+    if config.calibration:
+        texts = calibration_texts(train, config)
+        wmatrix = calibrate(
+            wmatrix, reader, texts, CalibrationConfig(steps=config.calibration), progress=progress
+        )
     r2 = explained(reader, wmatrix, held_out)
     return replace(wmatrix, manifest=wmatrix.manifest.model_copy(update={"r2": r2}))
 
@@ -119,6 +130,26 @@ def gather(
             remedy="give more anchors",
         )
     return statistics
+
+
+def calibration_texts(
+    documents: Sequence[Document], config: FitConfig
+) -> list[tuple[str, str]]:
+    """Pairs of context and continuation: stretches of the anchors, and recall texts between them."""
+    texts = _shuffled_windows(documents, config.seed + 1)
+    pairs = [pair for text in texts[: config.calibration] if (pair := _cut(text))]
+    recall = recall_texts(len(pairs) // PROSE_PER_RECALL, config.seed)
+    for i, pair in enumerate(recall):
+        pairs.insert((i + 1) * (PROSE_PER_RECALL + 1) - 1, pair)
+    return pairs
+
+
+def _cut(text: str) -> tuple[str, str] | None:
+    """A context and what follows it, cut between words; None where there is no such place."""
+    middle = text.rfind(" ", 0, CONTEXT_CHARACTERS)
+    end = text.rfind(" ", 0, CONTEXT_CHARACTERS + CONTINUATION_CHARACTERS)
+    enough = middle > CONTEXT_CHARACTERS // 2 and end > middle + CONTINUATION_CHARACTERS // 2
+    return (text[:middle], text[middle:end]) if enough else None
 
 
 def explained(reader: Reader, wmatrix: WMatrix, documents: Sequence[Document]) -> dict[str, float]:

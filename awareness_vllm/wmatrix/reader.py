@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from awareness_vllm.align.features import blank_rows, embedding_features, flat_s
 from awareness_vllm.anchors.spans import align, load_tokenizer, prefix_ids, tokenize
 from awareness_vllm.geometry import Geometry
 from awareness_vllm.packages.capture import load_model, read_tokens, states
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,19 @@ class Reader:
     @torch.no_grad()
     def logits(self, ids: list[int], last: int) -> Tensor:
         """The target's logits at the last so many of these ids, [last, V]."""
-        return self.target_model(torch.tensor([ids]), logits_to_keep=last).logits[0]
+        return last_logits(self.target_model, ids, last)
+
+
+def last_logits(
+    model: PreTrainedModel, ids: list[int], last: int, **inputs: object
+) -> Tensor:
+    """Logits at the last so many ids, [last, V]; `inputs` as in the model's forward.
+
+    The positions are given as indices: a slice would make a batched product of it, for which torch
+    copies the whole embedding matrix.
+    """
+    keep = torch.arange(len(ids) - last, len(ids))
+    return model(torch.tensor([ids]), logits_to_keep=keep, **inputs).logits[0]
 
 
 def sink_ids(target: Path) -> list[int]:
