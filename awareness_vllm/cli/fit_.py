@@ -27,6 +27,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     config = FitConfig(
         tokens=args.tokens, rank=args.rank, calibration=args.calibration, seed=args.seed
     )
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     wmatrix = fit(args.source, args.target, load(args.anchors), config)
     wmatrix.save(args.out)
     manifest = wmatrix.manifest

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
-from awareness_vllm.errors import AwarenessError
+from awareness_vllm.errors import AwarenessError, BadInput
 
 SUBCOMMANDS = ("capture", "fit", "eval", "list", "inspect", "verify", "serve")
 
@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with only_ours_on_stdout() if args.json else nullcontext():
             result = args.module.run(args)
-    except AwarenessError as error:
+    except (AwarenessError, OSError) as caught:
+        error = caught if isinstance(caught, AwarenessError) else unusable_file(caught)
         print(f"awareness: {type(error).__name__}: {error}", file=sys.stderr)
         if args.json:
             document: dict[str, str | None] = {
@@ -65,6 +66,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if hasattr(args.module, "after"):
         args.module.after(args, result)
     return 0
+
+
+def unusable_file(error: OSError) -> BadInput:
+    """A file that cannot be read or written, as one of our errors."""
+    return BadInput(
+        "a file cannot be used",
+        found=str(error),
+        expected="a path that can be read or written",
+        remedy="check the path and its permissions",
+    )
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from awareness_vllm.wmatrix.file import WMatrix
 from awareness_vllm.wmatrix.reader import Reader, last_logits
 
 ENCODER_SHARE = 0.2
-"""The encoder's step, as a share of the decoder's: it moves the latent under all outputs at once."""
+"""The encoder's step as a share of the decoder's: it moves the latent under all outputs at once."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def divergence(
     context: str,
     continuation: str,
 ) -> Tensor:
-    """KL from the target's native prediction of the continuation to that after the mapped context."""
+    """KL from the target's native prediction of the continuation to that after the memory."""
     from transformers import DynamicCache
 
     encode, decode, bias = (t.bfloat16() for t in tensors)

@@ -1,4 +1,4 @@
-"""Fit a W-Matrix: both models read the anchors, a reduced-rank ridge learns the map between them."""
+"""Fit a W-Matrix: both models read the anchors, a ridge learns the map, calibration sharpens it."""
 
 from __future__ import annotations
 
@@ -132,10 +132,8 @@ def gather(
     return statistics
 
 
-def calibration_texts(
-    documents: Sequence[Document], config: FitConfig
-) -> list[tuple[str, str]]:
-    """Pairs of context and continuation: stretches of the anchors, and recall texts between them."""
+def calibration_texts(documents: Sequence[Document], config: FitConfig) -> list[tuple[str, str]]:
+    """Pairs of context and continuation: stretches of the anchors, recall texts between them."""
     texts = _shuffled_windows(documents, config.seed + 1)
     pairs = [pair for text in texts[: config.calibration] if (pair := _cut(text))]
     recall = recall_texts(len(pairs) // PROSE_PER_RECALL, config.seed)
@@ -153,7 +151,7 @@ def _cut(text: str) -> tuple[str, str] | None:
 
 
 def explained(reader: Reader, wmatrix: WMatrix, documents: Sequence[Document]) -> dict[str, float]:
-    """R² of keys and of values on documents that the map has not seen, each output of weight one."""
+    """R² of keys and of values on documents that the map has not seen, all outputs alike."""
     width, half = reader.source_geometry.width, reader.target_geometry.key_width
     parts = []
     for text in _shuffled_windows(documents, wmatrix.manifest.seed)[:8]:

@@ -31,7 +31,7 @@ class Row:
 
 @dataclass
 class Reader:
-    """A source and a target model, in bfloat16: statistics and gradients average its rounding away."""
+    """A source and a target model, in bfloat16: sums and gradients average its rounding away."""
 
     source: Path
     target: Path
@@ -71,9 +71,7 @@ class Reader:
         return last_logits(self.target_model, ids, last)
 
 
-def last_logits(
-    model: PreTrainedModel, ids: list[int], last: int, **inputs: object
-) -> Tensor:
+def last_logits(model: PreTrainedModel, ids: list[int], last: int, **inputs: object) -> Tensor:
     """Logits at the last so many ids, [last, V]; `inputs` as in the model's forward.
 
     The positions are given as indices: a slice would make a batched product of it, for which torch
@@ -84,7 +82,7 @@ def last_logits(
 
 
 def sink_ids(target: Path) -> list[int]:
-    """The target's fixed first tokens: what its tokenizer puts first, else its BOS, else token 0."""
+    """The target's fixed first tokens: its tokenizer's own prefix, else its BOS, else token 0."""
     ids = prefix_ids(load_tokenizer(str(target)))
     if ids:
         return ids

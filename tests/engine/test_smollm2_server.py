@@ -8,8 +8,9 @@ from pathlib import Path
 
 import openai
 import pytest
-from awareness_vllm.wmatrix.file import load
 from harness import Server, awareness, captured, serving
+
+from awareness_vllm.wmatrix.file import load
 
 pytestmark = pytest.mark.engine
 
@@ -25,7 +26,9 @@ def server(smollm2: Path, gemma3: Path, store: Path, wmatrix: Path) -> Iterator[
     elsewhere = store.parent / "elsewhere.wmatrix"
     learned = load(wmatrix)
     target = learned.manifest.target
-    replace(learned, manifest=learned.manifest.model_copy(update={"source": target})).save(elsewhere)
+    replace(learned, manifest=learned.manifest.model_copy(update={"source": target})).save(
+        elsewhere
+    )
     yield from serving(smollm2, store, store.parent / "server.log", "--wmatrix", elsewhere)
 
 
@@ -87,7 +90,7 @@ def test_a_wmatrix_for_another_target(server: Server, gemma3: Path, store: Path)
 
 
 def test_cli_knows_what_was_captured(own: tuple[str, str], store: Path, wmatrix: Path) -> None:
-    memory, text = own
+    memory, _text = own
     listed = awareness("list", "--store", store).out["memories"]
     assert memory in [row["id"] for row in listed]
     manifest = awareness("inspect", memory, "--store", store).out
