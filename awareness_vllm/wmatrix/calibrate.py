@@ -30,7 +30,7 @@ ENCODER_SHARE = 0.2
 class CalibrationConfig:
     """`steps` of Adam, one text each; `rate` is relative to each tensor's spread."""
 
-    steps: int = 170
+    steps: int = 130
     rate: float = 3e-3
     warm_up: int = 10
 

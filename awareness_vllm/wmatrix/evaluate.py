@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from awareness_vllm.packages.file import Package
 from awareness_vllm.wmatrix.file import WMatrix
 from awareness_vllm.wmatrix.reader import last_logits
 
+Item = TypeVar("Item")
 ARMS = ("native", "memory", "tokens_only", "wrong_memory", "none")
 
 
@@ -60,11 +61,16 @@ class Bench:
                         expected=f"{wanted.name} (weights {wanted.weights[:12]})",
                         remedy=f"give the {role} model that the W-Matrix was fitted for",
                     )
+        self.recent: dict[str, Package] = {}
         self.target_model = load_model(self.target)
         self.source_model = self.target_model if self.wmatrix is None else load_model(self.source)
 
     def package(self, text: str) -> Package:
-        return capture(self.source, text, model=self.source_model)
+        """The source's capture of a text; the last two are kept, one serves as a wrong memory."""
+        if text not in self.recent:
+            self.recent = dict([*self.recent.items()][-1:])
+            self.recent[text] = capture(self.source, text, model=self.source_model)
+        return self.recent[text]
 
     def memory(self, package: Package, *, blank: bool = False) -> AlignedMemory:
         if self.wmatrix is None:
@@ -137,7 +143,8 @@ def evaluate_texts(
     Raises:
         BadInput: fewer than two texts are long enough (the wrong-memory arm needs another).
     """
-    cuts = [cut for text in texts if (cut := _cut(bench, text, context, continuation))][:limit]
+    cuts = [cut for text in texts if (cut := _cut(bench, text, context, continuation))]
+    cuts = evenly(cuts, limit)
     if len(cuts) < 2:
         raise BadInput(
             "too few texts to evaluate on",
@@ -174,7 +181,7 @@ def evaluate_cases(
     progress: bool = True,
 ) -> dict[str, Any]:
     """Fact recall: the greedy answer, compared token by token, and its log probability."""
-    cases = cases[:limit]
+    cases = evenly(cases, limit)
     if len(cases) < 2:
         raise BadInput("too few cases", found=len(cases), expected="at least 2")
     tokenizer = load_tokenizer(str(bench.target))
@@ -203,6 +210,13 @@ def evaluate_cases(
         },
         "n": len(cases),
     }
+
+
+def evenly(items: Sequence[Item], limit: int | None) -> list[Item]:
+    """At most `limit` items, spread over all of them: the first ones may be all of one kind."""
+    if limit is None or len(items) <= limit:
+        return list(items)
+    return [items[i * len(items) // limit] for i in range(limit)]
 
 
 def _cut(bench: Bench, text: str, context: int, continuation: int) -> tuple[str, list[int]] | None:

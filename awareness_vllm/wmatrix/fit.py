@@ -26,7 +26,7 @@ WINDOW_CHARACTERS = 2400
 CHUNK_ROWS = 2048
 HELD_OUT = 0.05
 CONTEXT_CHARACTERS = 1100
-CONTINUATION_CHARACTERS = 600
+CONTINUATION_CHARACTERS = 400
 PROSE_PER_RECALL = 2
 
 
@@ -39,7 +39,7 @@ class FitConfig:
     rank: int = 2048
     ridge: float = 0.02
     predecessors: int = 3
-    calibration: int = 170
+    calibration: int = 130
     seed: int = 0
 
 
