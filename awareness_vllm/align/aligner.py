@@ -15,6 +15,10 @@ from awareness_vllm.packages.file import Package
 from awareness_vllm.positions import apply
 from awareness_vllm.wmatrix.file import WMatrix
 
+BLOCK = 512
+"""Tokens aligned at once: large enough for the matrix products, small enough that the working
+memory is reused instead of being asked of the kernel anew, page by page."""
+
 
 @dataclass(frozen=True)
 class AlignedMemory:
@@ -61,23 +65,21 @@ def realign(
     tokens = tokenize(load_tokenizer(str(target)), package.text)
     ids = [*manifest.sink, *tokens.ids]
     index = align(package.spans, tokens.spans)
-    source = None
-    if not blank:
-        flat = flat_states(package.geometry, package.keys, package.values)
-        source = flat[torch.from_numpy(index)]
+    source, blanked = torch.from_numpy(index), blank_rows(index)
     embeddings = embedding_features(embed, ids, len(manifest.sink), manifest.predecessors)
-    keys, values = wmatrix.map(source, embeddings, blank_rows(index))
     positions = torch.arange(len(manifest.sink), len(ids))
-    return AlignedMemory(
-        ids,
-        [
-            torch.cat((sink, apply(key, positions, layer.positions))).to(dtype)
-            for sink, key, layer in zip(
-                wmatrix.sink_keys, keys, manifest.target.layers, strict=True
-            )
-        ],
-        [
-            torch.cat((sink, value)).to(dtype)
-            for sink, value in zip(wmatrix.sink_values, values, strict=True)
-        ],
-    )
+    layers = manifest.target.layers
+    keys = [[sink.to(dtype)] for sink in wmatrix.sink_keys]
+    values = [[sink.to(dtype)] for sink in wmatrix.sink_values]
+    for begin in range(0, len(positions), BLOCK):
+        rows = slice(begin, begin + BLOCK)
+        states = (
+            None
+            if blank
+            else flat_states(package.geometry, package.keys, package.values, source[rows])
+        )
+        free, mapped = wmatrix.map(states, embeddings[rows], blanked[rows])
+        for i, layer in enumerate(layers):
+            keys[i].append(apply(free[i], positions[rows], layer.positions).to(dtype))
+            values[i].append(mapped[i].to(dtype))
+    return AlignedMemory(ids, [torch.cat(key) for key in keys], [torch.cat(v) for v in values])

@@ -17,21 +17,28 @@ Embed = Callable[[Tensor], Tensor]
 """A model's own embedding: ids [T] int64 to rows [T, E]. Its scale does not matter."""
 
 
-def flat_states(geometry: Geometry, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
+def flat_states(
+    geometry: Geometry,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    tokens: Tensor | None = None,
+) -> Tensor:
     """Position-free keys of all layers, then values of all layers, side by side.
 
     Args:
         keys, values: per layer [T, H, D] as cached at positions 0 … T-1.
+        tokens: [N] int64, which of these tokens; all by default.
 
     Returns:
-        [T, geometry.width] float32.
+        [N, geometry.width] float32.
     """
-    positions = torch.arange(len(keys[0]))
+    if tokens is None:
+        tokens = torch.arange(len(keys[0]))
     free = [
-        strip(key, positions, layer.positions).flatten(1)
+        strip(key[tokens], tokens, layer.positions).flatten(1)
         for key, layer in zip(keys, geometry.layers, strict=True)
     ]
-    return torch.cat([*free, *(value.float().flatten(1) for value in values)], dim=1)
+    return torch.cat([*free, *(value[tokens].float().flatten(1) for value in values)], dim=1)
 
 
 def split_states(geometry: Geometry, flat: Tensor) -> tuple[list[Tensor], list[Tensor]]:

@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--anchors", required=True, nargs="+", type=Path, metavar="PATH")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE.wmatrix")
     parser.add_argument("--tokens", type=int, default=45_000, help="anchor tokens to read")
-    parser.add_argument("--rank", type=int, default=2048, help="width of the latent")
+    parser.add_argument("--rank", type=int, default=1280, help="width of the latent")
     parser.add_argument("--calibration", type=int, default=130, help="steps; 0 for none")
     parser.add_argument("--seed", type=int, default=0)
 

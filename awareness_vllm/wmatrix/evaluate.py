@@ -153,8 +153,9 @@ def evaluate_texts(
             remedy="give more or longer texts, or a smaller --context",
         )
     rows: dict[str, list[tuple[float, float, float]]] = {}
-    for i, (text, ids) in enumerate(tqdm(cuts, desc="five arms", disable=not progress)):
-        arms = bench.arms(text, bench.package(cuts[i - 1][0]), ids, continuation)
+    for i, wrong in tqdm(paired(len(cuts)), desc="five arms", disable=not progress):
+        text, ids = cuts[i]
+        arms = bench.arms(text, bench.package(cuts[wrong][0]), ids, continuation)
         native, labels = arms["native"], torch.tensor(ids[1:])
         for arm, logprobs in arms.items():
             surprise = -logprobs.gather(1, labels[:, None]).mean()
@@ -210,6 +211,16 @@ def evaluate_cases(
         },
         "n": len(cases),
     }
+
+
+def paired(count: int) -> list[tuple[int, int]]:
+    """Each document with another, half of all away: a neighbour may tell of the same things.
+
+    The two of a pair follow each other, so that each is captured once.
+    """
+    half = count // 2
+    order = [j for i in range(half) for j in (i, i + half)] + list(range(2 * half, count))
+    return [(i, (i + half) % (2 * half) if i < 2 * half else 0) for i in order]
 
 
 def evenly(items: Sequence[Item], limit: int | None) -> list[Item]:
