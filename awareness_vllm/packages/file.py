@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from awareness_vllm.anchors.spans import Spans
-from awareness_vllm.errors import PackageCorrupt
+from awareness_vllm.errors import PackageCorrupt, UnsupportedModel
 from awareness_vllm.geometry import Geometry, file_digest
 from awareness_vllm.packages.manifest import Manifest
 from awareness_vllm.packages.payload import payload_digest
@@ -93,7 +93,10 @@ def publish(package: Package, store: Path) -> Path:
 
 def id_of(path: Path) -> str:
     """The ID that a package file's bytes have: `mem_` and half of their sha256."""
-    return f"mem_{file_digest(path)[:32]}"
+    try:
+        return f"mem_{file_digest(path)[:32]}"
+    except UnsupportedModel as error:
+        raise _corrupt(path, f"not readable ({error.found})") from error
 
 
 def read_manifest(path: Path) -> Manifest:

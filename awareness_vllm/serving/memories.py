@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -20,6 +21,9 @@ from awareness_vllm.serving.config import PARAMS_KEY, ServingConfig
 from awareness_vllm.store.folder import Store
 from awareness_vllm.wmatrix.file import WMatrixManifest, digest_of
 from awareness_vllm.wmatrix.file import read_manifest as read_wmatrix_manifest
+
+RESOLVED = 1024
+"""Memories whose prompt ids are kept, so that a hot request does not tokenize them again."""
 
 
 class LoadParams(Strict):
@@ -89,6 +93,8 @@ class Memories:
         self.geometry = Geometry.from_folder(self.folder)
         self.prefix = prefix_ids(load_tokenizer(str(self.folder)))
         self.store = Store(Path(config.store))
+        # An ID names bytes, which `checked_path` has proven: what they resolve to cannot change.
+        self._resolve_once = functools.lru_cache(RESOLVED)(self._resolve)
         self.wmatrices = [
             WMatrixEntry(Path(p), read_wmatrix_manifest(Path(p)), digest_of(Path(p)))
             for p in config.wmatrices
@@ -100,7 +106,9 @@ class Memories:
         Raises:
             InvalidMemoryId, MemoryNotFound, PackageCorrupt, NoWMatrix
         """
-        path = self.store.checked_path(memory_id)
+        return self._resolve_once(self.store.checked_path(memory_id))
+
+    def _resolve(self, path: Path) -> Resolved:
         source = read_manifest(path).geometry
         if source.same_model(self.geometry):
             return Resolved(path.stem, path, None, read_tokens(path))

@@ -26,12 +26,7 @@ class Store:
         """
         path = self.folder / f"{check_id(memory_id)}.safetensors"
         if not path.is_file():
-            raise MemoryNotFound(
-                f"no memory {memory_id}",
-                found="no such package in this store",
-                expected="the ID of a published package",
-                remedy="`awareness list` shows the packages of a store; is --store the right one?",
-            )
+            raise missing(memory_id)
         return path
 
     def checked_path(self, memory_id: object) -> Path:
@@ -41,7 +36,10 @@ class Store:
             InvalidMemoryId, MemoryNotFound, PackageCorrupt
         """
         path = self.path(memory_id)
-        stat = path.stat()
+        try:
+            stat = path.stat()
+        except FileNotFoundError as error:
+            raise missing(memory_id) from error
         version = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
         if self.verified.get(path.stem) != version:
             check_bytes(path, path.stem)
@@ -53,3 +51,12 @@ class Store:
         for path in sorted(self.folder.glob("mem_*.safetensors")):
             if MEMORY_ID.fullmatch(path.stem):
                 yield path.stem
+
+
+def missing(memory_id: object) -> MemoryNotFound:
+    return MemoryNotFound(
+        f"no memory {memory_id}",
+        found="no such package in this store",
+        expected="the ID of a published package",
+        remedy="`awareness list` shows the packages of a store; is --store the right one?",
+    )
