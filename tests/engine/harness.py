@@ -14,6 +14,9 @@ from pathlib import Path
 import openai
 
 CLI = (sys.executable, "-m", "awareness_vllm.cli.main")
+NEAR_TIE = 0.15
+"""Nats. A bfloat16 logit near 20 is rounded to steps of 0.125: smaller gaps are undecided."""
+
 EAGER = ("--enforce-eager", "--kv-cache-memory-bytes", "1G", "--max-model-len", "4096")
 
 
@@ -56,6 +59,26 @@ class Server:
             model="served", prompt=prompt, max_tokens=tokens, temperature=0, extra_body=body
         )
         return answer.choices[0].text
+
+    def differs_from_native(self, text: str, question: str, memory: str, tokens: int = 64) -> float:
+        """How far greedy answers from a same-model memory and from native prefill part.
+
+        0.0 where all tokens agree; else the gap, in nats, between the two tokens at the first
+        difference in the native distribution: a near-tie is rounding, anything else is a fault.
+        """
+        native, loaded = (
+            self.client.completions.create(
+                model="served", prompt=prompt, max_tokens=tokens, temperature=0, logprobs=5,
+                extra_body=body,
+            ).choices[0].logprobs
+            for prompt, body in ((text + question, {}), (question, {"memory_ids": [memory]}))
+        )  # fmt: skip
+        for right, found, top in zip(
+            native.tokens, loaded.tokens, native.top_logprobs, strict=True
+        ):
+            if right != found:
+                return top[right] - top.get(found, -float("inf"))
+        return 0.0
 
     def first_token(self, prompt: str, **body: object) -> float:
         """Seconds from a streamed request to its first token."""
