@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from awareness_vllm.cli.inspect_ import locate
+from awareness_vllm.cli.inspect_ import add_arguments, locate
+
+__all__ = ["HELP", "add_arguments", "run", "show"]
 
 HELP = "prove that a memory package or a W-Matrix is whole and unaltered"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", metavar="ID|FILE", help="a memory ID, or a file")
-    parser.add_argument("--store", type=Path, help="folder in which the ID is looked up")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

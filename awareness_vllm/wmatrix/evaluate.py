@@ -114,12 +114,13 @@ class Bench:
     def arms(self, context: str, other: Package, ids: list[int], scored: int) -> dict[str, Tensor]:
         """Log probabilities of all five arms after one context, [scored, V] each."""
         package = self.package(context)
-        none = self.native(self.ids(context)[: self.sink()] or ids[:1])
-        if not self.sink():
+        context_ids, sink = self.ids(context), self.sink()
+        none = self.native(context_ids[:sink] or ids[:1])
+        if not sink:
             # A target without a first token of its own starts with the prompt itself.
             none = AlignedMemory([], [k[:0] for k in none.keys], [v[:0] for v in none.values])
         memories = {
-            "native": self.native(self.ids(context)),
+            "native": self.native(context_ids),
             "memory": self.memory(package),
             "wrong_memory": self.memory(other),
             "none": none,
