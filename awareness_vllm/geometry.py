@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,11 @@ class Geometry(Strict):
     @property
     def width(self) -> int:
         """Elements of one token's keys and values over all layers."""
-        return 2 * self.key_width
+        return self.width_of(range(len(self.layers)))
+
+    def width_of(self, layers: Iterable[int]) -> int:
+        """Elements of one token's keys and values in some layers."""
+        return 2 * sum(self.layers[i].width for i in layers)
 
     def same_model(self, other: Geometry) -> bool:
         """Whether KV of one is KV of the other: same weights, same tokenizer, same cache."""

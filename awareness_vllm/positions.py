@@ -5,6 +5,7 @@ A scheme is a function `(positions [T] int64, descriptor) -> (cos, sin)`, float3
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -16,6 +17,8 @@ from awareness_vllm.kernels import rotate, unrotate
 
 Scheme = Callable[[Tensor, Positions], tuple[Tensor, Tensor]]
 SCHEMES: dict[str, Scheme] = {}
+MIN_BITS = 11
+"""Tables are kept for powers of two, of at least so many bits: few of them ever exist."""
 
 
 def scheme(name: str) -> Callable[[Scheme], Scheme]:
@@ -39,12 +42,21 @@ def rope(positions: Tensor, descriptor: Positions) -> tuple[Tensor, Tensor]:
 
 
 def table(positions: Tensor, descriptor: Positions) -> tuple[Tensor, Tensor]:
-    """cos and sin of these positions, [T, C] float32 each."""
+    """cos and sin of these positions [T] int64, [T, C] float32 each."""
     if descriptor.scheme not in SCHEMES:
         raise UnsupportedModel(
             "unknown positional scheme", found=descriptor.scheme, expected=sorted(SCHEMES)
         )
-    return SCHEMES[descriptor.scheme](positions, descriptor)
+    last = int(positions.max()) if len(positions) else 0
+    cos, sin = _rows(descriptor, 1 << max(last.bit_length(), MIN_BITS))
+    return cos[positions], sin[positions]
+
+
+@functools.lru_cache
+@torch.inference_mode(False)  # else tables made while serving could not take part in a calibration
+def _rows(descriptor: Positions, count: int) -> tuple[Tensor, Tensor]:
+    """The tables of positions 0 … count-1: every layer of a model asks for the same ones."""
+    return SCHEMES[descriptor.scheme](torch.arange(count), descriptor)
 
 
 def strip(keys: Tensor, positions: Tensor, descriptor: Positions) -> Tensor:

@@ -76,7 +76,9 @@ def realign(
         states = (
             None
             if blank
-            else flat_states(package.geometry, package.keys, package.values, source[rows])
+            else flat_states(
+                package.geometry, package.keys, package.values, source[rows], manifest.layers
+            )
         )
         free, mapped = wmatrix.map(states, embeddings[rows], blanked[rows])
         for i, layer in enumerate(layers):

@@ -22,23 +22,24 @@ def flat_states(
     keys: Sequence[Tensor],
     values: Sequence[Tensor],
     tokens: Tensor | None = None,
+    layers: Sequence[int] | None = None,
 ) -> Tensor:
-    """Position-free keys of all layers, then values of all layers, side by side.
+    """Position-free keys of the layers, then their values, side by side.
 
     Args:
         keys, values: per layer [T, H, D] as cached at positions 0 … T-1.
         tokens: [N] int64, which of these tokens; all by default.
+        layers: which layers, in this order; all by default.
 
     Returns:
-        [N, geometry.width] float32.
+        [N, geometry.width_of(layers)] float32.
     """
     if tokens is None:
         tokens = torch.arange(len(keys[0]))
-    free = [
-        strip(key[tokens], tokens, layer.positions).flatten(1)
-        for key, layer in zip(keys, geometry.layers, strict=True)
-    ]
-    return torch.cat([*free, *(value[tokens].float().flatten(1) for value in values)], dim=1)
+    if layers is None:
+        layers = range(len(geometry.layers))
+    free = [strip(keys[i][tokens], tokens, geometry.layers[i].positions).flatten(1) for i in layers]
+    return torch.cat([*free, *(values[i][tokens].float().flatten(1) for i in layers)], dim=1)
 
 
 def split_states(geometry: Geometry, flat: Tensor) -> tuple[list[Tensor], list[Tensor]]:

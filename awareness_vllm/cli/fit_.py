@@ -15,8 +15,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--anchors", required=True, nargs="+", type=Path, metavar="PATH")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE.wmatrix")
     parser.add_argument("--tokens", type=int, default=45_000, help="anchor tokens to read")
+    parser.add_argument(
+        "--layers", type=int, help="source layers to read, evenly spread (default: half of them)"
+    )
     parser.add_argument("--rank", type=int, default=1280, help="width of the latent")
-    parser.add_argument("--calibration", type=int, default=130, help="steps; 0 for none")
+    parser.add_argument("--calibration", type=int, default=150, help="steps; 0 for none")
     parser.add_argument("--seed", type=int, default=0)
 
 
@@ -25,7 +28,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from awareness_vllm.wmatrix.fit import FitConfig, fit
 
     config = FitConfig(
-        tokens=args.tokens, rank=args.rank, calibration=args.calibration, seed=args.seed
+        tokens=args.tokens,
+        layers=args.layers,
+        rank=args.rank,
+        calibration=args.calibration,
+        seed=args.seed,
     )
     args.out.parent.mkdir(parents=True, exist_ok=True)
     wmatrix = fit(args.source, args.target, load(args.anchors), config)

@@ -13,6 +13,7 @@ from torch import Tensor
 from awareness_vllm.anchors.spans import Tokens, load_tokenizer, prefix_ids, tokenize
 from awareness_vllm.errors import BadInput
 from awareness_vllm.geometry import Geometry, resolve_folder
+from awareness_vllm.memory import keep_freed_memory
 from awareness_vllm.packages.file import Package, build
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTra
     from transformers import AutoModelForCausalLM
 
     path = resolve_folder(folder)
+    keep_freed_memory()
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True).eval()
 
 

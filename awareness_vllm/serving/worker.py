@@ -15,7 +15,7 @@ from awareness_vllm.align.aligner import AlignedMemory, copy, realign
 from awareness_vllm.errors import AwarenessError, PackageCorrupt, UnsupportedModel
 from awareness_vllm.packages.file import read
 from awareness_vllm.serving.config import ServingConfig
-from awareness_vllm.serving.memories import Memories, Resolved
+from awareness_vllm.serving.memories import LoadParams, Memories
 from awareness_vllm.serving.scheduler import SKIP, Load
 from awareness_vllm.wmatrix.file import WMatrix
 from awareness_vllm.wmatrix.file import load as load_wmatrix
@@ -57,7 +57,7 @@ class WorkerHalf:
         for entry in self.memories.wmatrices:
             if entry.manifest.target.same_model(self.memories.geometry):
                 wmatrix = self.wmatrices[entry.digest] = load_wmatrix(entry.path)
-                width = len(wmatrix.mean) - entry.manifest.source.width
+                width = len(wmatrix.mean) - entry.manifest.source_width
                 wmatrix.map(None, torch.zeros(WARM_UP_ROWS, width))
                 logger.info("W-Matrix %s loaded (not certified)", entry.path.name)
             else:
@@ -118,21 +118,23 @@ class WorkerHalf:
         key = (load.params.memory, load.params.wmatrix)
         if (memory := self.warm.get(key)) is not None:
             return memory, "warm"
-        resolved = self.memories.resolve(load.params.memory)
-        if (resolved.wmatrix.digest if resolved.wmatrix else "") != load.params.wmatrix:
-            raise UnsupportedModel("the request was resolved with another W-Matrix")
-        memory = self.align(resolved)
+        memory = self.align(load.params)
         self.warm.put(key, memory)
         return memory, "cold"
 
-    def align(self, resolved: Resolved) -> AlignedMemory:
-        """Read a package and bring it into the served model's terms."""
-        package = read(resolved.path)
-        if resolved.wmatrix is None:
+    def align(self, params: LoadParams) -> AlignedMemory:
+        """Read a package and bring it into the served model's terms.
+
+        The frontend has proven the file's bytes and found the map; neither is done again here.
+        """
+        package = read(self.memories.store.path(params.memory))
+        if not params.wmatrix:
             return copy(package)
+        if params.wmatrix not in self.wmatrices:
+            raise UnsupportedModel("the request was resolved with another W-Matrix")
         return realign(
             package,
-            self.wmatrices[resolved.wmatrix.digest],
+            self.wmatrices[params.wmatrix],
             self.memories.folder,
             self.embed,
             dtype=self.dtype,

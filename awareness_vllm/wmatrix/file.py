@@ -33,14 +33,16 @@ class Anchors(Strict):
 class WMatrixManifest(Strict):
     """The JSON document in a W-Matrix's safetensors metadata.
 
-    `sink` are the target's fixed first tokens; `r2` is the share of variance explained on
-    held-out documents of the anchors' sources; without `certificate` the map is not certified.
+    `layers` are the source layers that the map reads; `sink` are the target's fixed first tokens;
+    `r2` is the share of variance explained on held-out documents of the anchors' sources; without
+    `certificate` the map is not certified.
     `payload` is the sha256 over the other fields and the tensors.
     """
 
     format: Literal["awareness-wmatrix/1"] = "awareness-wmatrix/1"
     source: Geometry
     target: Geometry
+    layers: tuple[int, ...]
     rank: int
     ridge: float
     predecessors: int
@@ -51,6 +53,11 @@ class WMatrixManifest(Strict):
     versions: dict[str, str]
     certificate: dict[str, Any] | None = None
     payload: str = ""
+
+    @property
+    def source_width(self) -> int:
+        """Numbers of source state that the map reads for one token."""
+        return self.source.width_of(self.layers)
 
 
 @dataclass(frozen=True)
@@ -74,19 +81,19 @@ class WMatrix:
         """Target states for each token, keys position-free.
 
         Args:
-            source: [T, source.width] float32 at the aligned source tokens; None blanks all states.
+            source: [T, source_width] float32 at the aligned source tokens; None blanks all states.
             embeddings: [T, (1 + predecessors) * E] float32.
             blank: [T] bool, rows whose source states say nothing.
 
         Returns:
             keys and values per target layer, [T, H, D] float32.
         """
-        width = self.manifest.source.width
+        width = self.manifest.source_width
         features = torch.zeros(len(embeddings), len(self.mean), dtype=self.encode.dtype)
         if source is not None:
             features[:, :width] = (source - self.mean[:width]) * self.scale[:width]
         if blank is not None:
-            features[blank, :width] = 0
+            features[blank.nonzero()[:, 0], :width] = 0
         features[:, width:] = (embeddings - self.mean[width:]) * self.scale[width:]
         flat = decode(encode(features, self.encode), self.decode, self.bias)
         return split_states(self.manifest.target, flat)
@@ -135,7 +142,9 @@ def load(path: str | Path) -> WMatrix:
         raise _corrupt(path, str(error)) from error
     if (payload := payload_digest(document, sorted(tensors.items()))) != manifest.payload:
         raise _corrupt(path, f"payload {payload}", manifest.payload)
-    features = source.width + (1 + manifest.predecessors) * target.hidden_size
+    if not set(manifest.layers) <= set(range(len(source.layers))):
+        raise _corrupt(path, f"source layers {manifest.layers}", f"0 … {len(source.layers) - 1}")
+    features = manifest.source_width + (1 + manifest.predecessors) * target.hidden_size
     shapes = {
         "mean": (features,),
         "scale": (features,),

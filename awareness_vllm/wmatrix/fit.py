@@ -32,14 +32,16 @@ PROSE_PER_RECALL = 2
 
 @dataclass(frozen=True)
 class FitConfig:
-    """`tokens` of anchors (target tokens), latent `rank`, `ridge` as a share of unit variance,
-    how many `predecessors` of a token lend their embeddings, and `calibration` steps."""
+    """`tokens` of anchors (target tokens), how many source `layers` are read (None: half), latent
+    `rank`, `ridge` as a share of unit variance, how many `predecessors` of a token lend their
+    embeddings, and `calibration` steps."""
 
     tokens: int = 45_000
+    layers: int | None = None
     rank: int = 1280
     ridge: float = 0.02
     predecessors: int = 3
-    calibration: int = 130
+    calibration: int = 150
     seed: int = 0
 
 
@@ -57,7 +59,9 @@ def fit(
         BadInput: too few anchor tokens for the features.
     """
     train, held_out = split(list(anchors), HELD_OUT, config.seed)
-    reader = Reader(resolve_folder(source), resolve_folder(target), config.predecessors)
+    reader = Reader(
+        resolve_folder(source), resolve_folder(target), config.predecessors, config.layers
+    )
     statistics = gather(reader, train, config, progress=progress)
     tokens = statistics.rows
     weight = torch.ones_like(statistics.y_scale)
@@ -70,6 +74,7 @@ def fit(
         WMatrixManifest(
             source=reader.source_geometry,
             target=reader.target_geometry,
+            layers=reader.layers,
             rank=config.rank,
             ridge=config.ridge,
             predecessors=config.predecessors,
@@ -152,7 +157,7 @@ def _cut(text: str) -> tuple[str, str] | None:
 
 def explained(reader: Reader, wmatrix: WMatrix, documents: Sequence[Document]) -> dict[str, float]:
     """Share of the variance of keys and of values explained, on documents not in the fit."""
-    width, half = reader.source_geometry.width, reader.target_geometry.key_width
+    width, half = reader.width, reader.target_geometry.key_width
     parts = []
     for text in _shuffled_windows(documents, wmatrix.manifest.seed)[:8]:
         x, y = reader.pairs(text)

@@ -31,11 +31,15 @@ class Row:
 
 @dataclass
 class Reader:
-    """A source and a target model, in bfloat16: sums and gradients average its rounding away."""
+    """A source and a target model, in bfloat16: sums and gradients average its rounding away.
+
+    Of the source, `count` layers are read, as `evenly_spread` says.
+    """
 
     source: Path
     target: Path
     predecessors: int
+    count: int | None = None
 
     def __post_init__(self) -> None:
         self.source_model = load_model(self.source, torch.bfloat16).requires_grad_(False)
@@ -43,6 +47,8 @@ class Reader:
         self.source_geometry = Geometry.from_folder(self.source)
         self.target_geometry = Geometry.from_folder(self.target)
         self.sink = sink_ids(self.target)
+        self.layers = evenly_spread(self.count, len(self.source_geometry.layers))
+        self.width = self.source_geometry.width_of(self.layers)
 
     @torch.no_grad()
     def read(self, text: str) -> Row:
@@ -51,7 +57,8 @@ class Reader:
         target = tokenize(load_tokenizer(str(self.target)), text)
         index = align(source.spans, target.spans)
         ids = [*self.sink, *target.ids]
-        flat = flat_states(self.source_geometry, *states(self.source_model, source.ids))
+        keys, values = states(self.source_model, source.ids)
+        flat = flat_states(self.source_geometry, keys, values, layers=self.layers)
         embed = self.target_model.get_input_embeddings()
         e = embedding_features(embed, ids, len(self.sink), self.predecessors)
         return Row(ids, torch.cat((flat[torch.from_numpy(index)], e), dim=1), blank_rows(index))
@@ -69,6 +76,16 @@ class Reader:
     def logits(self, ids: list[int], last: int) -> Tensor:
         """The target's logits at the last so many of these ids, [last, V]."""
         return last_logits(self.target_model, ids, last)
+
+
+def evenly_spread(count: int | None, total: int) -> tuple[int, ...]:
+    """So many of a model's layers (half by default), evenly spread, the last one among them.
+
+    Neighbouring layers say much the same: every other one does nearly what all do, at half the
+    price (docs/fidelity-log.md).
+    """
+    count = max(1, total // 2) if count is None else min(count, total)
+    return tuple((i + 1) * total // count - 1 for i in range(count))
 
 
 def last_logits(model: PreTrainedModel, ids: list[int], last: int, **inputs: object) -> Tensor:

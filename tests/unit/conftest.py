@@ -150,6 +150,7 @@ def wmatrix(geometry: Geometry) -> WMatrix:
         WMatrixManifest(
             source=geometry,
             target=target,
+            layers=(0, 1),
             rank=rank,
             ridge=0.02,
             predecessors=predecessors,

@@ -47,6 +47,14 @@ def test_keys_come_before_values(geometry: Geometry) -> None:
     assert torch.equal(flat[:, : geometry.key_width], torch.cat([k.flatten(1) for k in keys], 1))
 
 
+def test_only_some_layers_are_read(geometry: Geometry) -> None:
+    keys, values = random_states(geometry, 5, 0), random_states(geometry, 5, 1)
+    whole_keys, whole_values = split_states(geometry, flat_states(geometry, keys, values))
+    flat = flat_states(geometry, keys, values, layers=(1,))
+    assert flat.shape == (5, geometry.width_of((1,)))
+    assert torch.equal(flat, torch.cat([whole_keys[1].flatten(1), whole_values[1].flatten(1)], 1))
+
+
 def test_flat_states_are_float32(geometry: Geometry) -> None:
     states = [s.bfloat16() for s in random_states(geometry, 3, 0)]
     assert flat_states(geometry, states, states).dtype == torch.float32

@@ -60,6 +60,16 @@ def test_apply_is_what_transformers_does(theta: float, dim: int) -> None:
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_tables_made_while_serving_can_be_trained_through() -> None:
+    descriptor = Positions(scheme="rope", theta=123.0, rotary_dim=4)
+    positions = torch.arange(3)
+    with torch.inference_mode():
+        apply(torch.randn(3, 1, 4), positions, descriptor)
+    keys = torch.randn(3, 1, 4, requires_grad=True)
+    apply(keys, positions, descriptor).sum().backward()
+    assert keys.grad is not None
+
+
 def test_position_zero_changes_nothing() -> None:
     keys = torch.randn(1, 2, 8)
     descriptor = Positions(scheme="rope", theta=1e4, rotary_dim=8)
@@ -68,4 +78,4 @@ def test_position_zero_changes_nothing() -> None:
 
 def test_unknown_scheme_is_refused_by_name() -> None:
     with pytest.raises(UnsupportedModel, match="alibi"):
-        strip(torch.zeros(1, 1, 2), torch.zeros(1), Positions(scheme="alibi"))
+        strip(torch.zeros(1, 1, 2), torch.zeros(1, dtype=torch.int64), Positions(scheme="alibi"))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,6 +23,7 @@ from vllm.entrypoints.generate.base.protocol import validate_cache_salt
 
 from awareness_vllm.align.aligner import AlignedMemory
 from awareness_vllm.errors import PackageCorrupt, UnsupportedModel
+from awareness_vllm.packages.file import Package, publish
 from awareness_vllm.serving.config import PARAMS_KEY
 from awareness_vllm.serving.connector import AwarenessConnector
 from awareness_vllm.serving.memories import LoadParams, kv_transfer_params
@@ -40,6 +42,7 @@ from awareness_vllm.serving.worker import (
     check_layers,
     layer_index,
 )
+from awareness_vllm.store.folder import Store
 
 pytestmark = pytest.mark.unit
 
@@ -421,6 +424,18 @@ def test_null_blocks_are_never_handed_to_the_operator(
 def test_a_group_without_real_blocks_is_left_alone(worker: WorkerHalf) -> None:
     worker.load(load_of((list(range(8)), [SKIP] * 8)))
     assert (worker.layers[NAMES[1]].kv_cache == -7).all()
+
+
+def test_a_map_that_the_server_lacks_is_refused(
+    worker: WorkerHalf, make_package: Callable[..., Package], tmp_path: Path
+) -> None:
+    memory = publish(make_package(), tmp_path).stem
+    worker.memories = SimpleNamespace(store=Store(tmp_path))
+    worker.wmatrices = {}
+    params = LoadParams(memory=memory, wmatrix="f" * 64, tokens=12)
+    with pytest.raises(UnsupportedModel, match="another W-Matrix"):
+        worker.aligned(Load("r", params, list(range(12)), begin=0, slots=([], [])))
+    assert worker.warm.get((memory, "f" * 64)) is None
 
 
 def test_another_prompt_than_the_memorys_is_refused_before_writing(worker: WorkerHalf) -> None:
