@@ -29,7 +29,8 @@ from awareness_vllm.home import anchors_dir, default_store, home, models_dir, wm
 from awareness_vllm.models import prepare
 from awareness_vllm.packages.capture import capture, load_model
 from awareness_vllm.packages.file import publish
-from awareness_vllm.wmatrix.file import digest_of
+from awareness_vllm.wmatrix.certificate import lines
+from awareness_vllm.wmatrix.file import read_manifest
 
 MEMORY_TOKENS = 2000
 ROUNDS = 3
@@ -41,7 +42,7 @@ def main() -> None:
     install()
     source, target = models["smollm2-135m"], models["gemma3-270m"]
     wmatrix = fitted(source, target)
-    evaluate(wmatrix, source, target)
+    certify(wmatrix, source, target)
     case = fact_cases(3, seed=2)[2]
     texts = {"facts": case["context"]}
     texts |= {f"document-{i}": long_text(i) for i in range(ROUNDS)}
@@ -101,37 +102,19 @@ def long_text(number: int) -> str:
     return "\n\n".join(texts).encode()[begin:end].decode(errors="ignore")
 
 
-def evaluate(wmatrix: Path, source: Path, target: Path) -> None:
-    """The five arms on sources that no anchor came from; measured once per W-Matrix, then kept."""
-    kept = home() / "demo" / f"arms-{digest_of(wmatrix)[:16]}.json"
-    if not kept.is_file():
+def certify(wmatrix: Path, source: Path, target: Path) -> None:
+    """The five arms on sources that no anchor came from; measured once per W-Matrix, kept in it."""
+    if read_manifest(wmatrix).certificate is None:
         models = ("--source", source, "--target", target)
         texts = [held_out_dir() / name for name in ("crawl", "debian-history", "wordnet")]
-        figures = {
-            "texts": run("eval", wmatrix, *models, "--texts", *texts, "--limit", 12),
-            "cases": run(
-                "eval",
-                wmatrix,
-                *models,
-                "--cases",
-                held_out_dir() / "facts/cases.jsonl",
-                "--limit",
-                24,
-            ),
-        }
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(figures))
-    figures = json.loads(kept.read_text())
-    texts, cases = figures["texts"], figures["cases"]
-    print(f"\nfive arms: {texts['n']} texts of 300 tokens, {cases['n']} fact questions")
-    print(f"{'':14}{'NLL':>8}{'KL':>8}{'top-1':>8}{'facts':>8}")
-    for arm, row in texts["arms"].items():
-        facts = cases["arms"][arm]["exact_match"]
+        cases = held_out_dir() / "facts/cases.jsonl"
+        run("certify", wmatrix, *models, "--texts", *texts, "--cases", cases, "--limit", 12)
+    certificate = read_manifest(wmatrix).certificate
+    print(f"\nfive arms{'':5}{'NLL':>8}{'KL':>8}{'top-1':>8}{'facts':>8}")
+    for arm, row in certificate["texts"].items():
+        facts = certificate["cases"][arm]["exact_match"]
         print(f"{arm:14}{row['nll']:8.3f}{row['kl']:8.3f}{row['top1']:8.3f}{facts:8.2f}")
-    r = texts["retention"]
-    print(f"retention {r['mean']:.3f} (95 % CI {r['ci_low']:.3f} … {r['ci_high']:.3f})")
-    native = cases["arms"]["native"]["exact_match"]
-    print(f"fact recall {cases['arms']['memory']['exact_match'] / native:.2f} of native")
+    print("\n".join(lines(certificate)))
 
 
 @contextmanager
@@ -141,6 +124,7 @@ def server(target: Path, wmatrix: Path) -> Iterator[openai.OpenAI]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = home() / "demo" / "server.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
     command = [
         sys.executable,
         "-m",
@@ -155,6 +139,7 @@ def server(target: Path, wmatrix: Path) -> Iterator[openai.OpenAI]:
         str(port),
         "--max-model-len",
         "4096",
+        "--enforce-eager",
         "--kv-cache-memory-bytes",
         "1G",
         "--served-model-name",

@@ -132,6 +132,13 @@ ANCHORS = (
     DebianSource("gimp-help", "gimp-help-en", pages("usr/share/gimp/2.0/help/en/**/*.html")),
 )
 
+DOMAINS = {
+    "general_knowledge": ("debian-handbook", "gcide", "gimp-help"),
+    "language_understanding": ("fortunes", "facts"),
+    "code": ("python-doc", "perl-doc", "pydoc-topics"),
+}
+"""The default anchors by domain."""
+
 HELD_OUT = (
     DebianSource("crawl", "crawl-common", crawl, 300_000),
     DebianSource("wordnet", "wordnet-base", wordnet, 300_000),

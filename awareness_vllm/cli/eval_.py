@@ -35,16 +35,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     cases = read_cases(args.cases) if args.cases else None
     bench = Bench(args.source, args.target, load_wmatrix(args.wmatrix) if args.wmatrix else None)
     if cases is not None:
-        return evaluate_cases(bench, cases, limit=args.limit)
+        return evaluate_cases(bench, cases, limit=args.limit).summary()
     from awareness_vllm.anchors.corpus import load
 
     return evaluate_texts(
         bench,
-        [document.text for document in load(args.texts)],
+        load(args.texts),
         context=args.context,
         continuation=args.continuation,
         limit=args.limit,
-    )
+    ).summary()
 
 
 def read_cases(path: Path) -> list[dict[str, str]]:

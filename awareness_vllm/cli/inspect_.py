@@ -40,6 +40,9 @@ def show(result: dict[str, Any]) -> None:
     for geometry in ("geometry", "source", "target"):
         if geometry in result:
             result[geometry]["layers"] = f"{len(result[geometry]['layers'])} layers"
+    certificate = result.pop("certificate", None)
     print(json.dumps(result, indent=2, ensure_ascii=False))
-    if result["kind"] == "wmatrix" and not result["certified"]:
-        print("not certified")
+    if result["kind"] == "wmatrix":
+        from awareness_vllm.wmatrix.certificate import lines
+
+        print("\n".join(lines(certificate)) if certificate else "not certified")

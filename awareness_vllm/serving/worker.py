@@ -59,7 +59,7 @@ class WorkerHalf:
                 wmatrix = self.wmatrices[entry.digest] = load_wmatrix(entry.path)
                 width = len(wmatrix.mean) - entry.manifest.source_width
                 wmatrix.map(None, torch.zeros(WARM_UP_ROWS, width))
-                logger.info("W-Matrix %s loaded (not certified)", entry.path.name)
+                logger.info("W-Matrix %s loaded (%s)", entry.path.name, entry.manifest.standing)
             else:
                 logger.warning(
                     "W-Matrix %s leads to %s, not to the served model",

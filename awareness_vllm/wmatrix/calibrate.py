@@ -1,17 +1,16 @@
 """Calibration: the target's own judgement of the aligned memory, as gradients into the map.
 
-The ridge fits states; what counts is what the target says after them. Each step reads one text with
-both models, injects the mapped states as the target's cache, and lowers the divergence from the
-target's native prediction of the text's continuation.
+The ridge fits states; what counts is what the target says after them. Each step injects one
+lesson's mapped states as the target's cache, and lowers the divergence from the target's native
+prediction of the text's continuation.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import cycle
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,126 +18,193 @@ from torch import Tensor
 from tqdm import tqdm
 
 from awareness_vllm.align.features import split_states
-from awareness_vllm.anchors.spans import load_tokenizer, tokenize
 from awareness_vllm.positions import apply
 from awareness_vllm.wmatrix.file import WMatrix
+from awareness_vllm.wmatrix.lessons import Lesson, Lessons
 from awareness_vllm.wmatrix.reader import Reader, last_logits
+from awareness_vllm.wmatrix.workspace import Workspace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ENCODER_SHARE = 0.2
-"""The encoder's step as a share of the decoder's: it moves the latent under all outputs at once."""
-
-LIKELY = 256
-"""Tokens of each native prediction that the divergence is taken over."""
+PARTS = ("encode", "decode", "bias")
+SHARES = (0.2, 1.0, 1.0)
+"""Each part's step as a share of the decoder's: the encoder moves the latent under all outputs."""
+BETAS = (0.9, 0.98)
 
 
 @dataclass(frozen=True)
 class CalibrationConfig:
-    """`steps` of Adam, one text each; `rate` is relative to each tensor's spread."""
+    """Adam over the lessons, one a step. `rate` is relative to each tensor's spread; after each
+    epoch the map is tried on the held-out lessons, and training ends when it has not become better
+    for `patience` epochs. The work is saved every `save_every` steps."""
 
-    steps: int = 150
+    epochs: int = 1
     rate: float = 3e-3
     warm_up: int = 10
+    patience: int = 3
+    save_every: int = 50
+    seed: int = 0
+
+
+@dataclass
+class Training:
+    """The map in training: its parts in float32, and how far the training is.
+
+    `scores` are the divergences on the held-out lessons, before the first epoch and after each;
+    `best` are the parts that had the lowest.
+    """
+
+    parts: dict[str, Tensor]
+    optimizer: torch.optim.Adam
+    best: dict[str, Tensor]
+    scores: list[float]
+    step: int = 0
+
+    @classmethod
+    def start(cls, wmatrix: WMatrix) -> Training:
+        rows = torch.contiguous_format  # the solver's matrices lie by columns, files want rows
+        parts = {
+            name: getattr(wmatrix, name).float().clone(memory_format=rows).requires_grad_()
+            for name in PARTS
+        }
+        optimizer = torch.optim.Adam([{"params": [p]} for p in parts.values()], betas=BETAS)
+        best = {name: part.detach().clone() for name, part in parts.items()}
+        return cls(parts, optimizer, best, [])
+
+    def save(self, work: Workspace) -> None:
+        tensors = {f"best.{name}": tensor for name, tensor in self.best.items()}
+        for name, part in self.parts.items():
+            tensors[f"part.{name}"] = part.detach()
+            for moment in ("exp_avg", "exp_avg_sq"):
+                if part in self.optimizer.state:
+                    tensors[f"{moment}.{name}"] = self.optimizer.state[part][moment]
+        work.save("calibration", tensors, {"step": self.step, "scores": self.scores})
+
+    def resume(self, work: Workspace) -> None:
+        """Go on where a killed run's last save left off, if there is one."""
+        if (kept := work.load("calibration")) is None:
+            return
+        tensors, note = kept
+        self.step, self.scores = note["step"], note["scores"]
+        for name, part in self.parts.items():
+            self.best[name] = tensors[f"best.{name}"]
+            part.data.copy_(tensors[f"part.{name}"])
+            if f"exp_avg.{name}" in tensors:
+                self.optimizer.state[part] = {
+                    "step": torch.tensor(float(self.step)),
+                    "exp_avg": tensors[f"exp_avg.{name}"],
+                    "exp_avg_sq": tensors[f"exp_avg_sq.{name}"],
+                }
+
+    def judge(self, score: float) -> None:
+        """Note a divergence on the held-out lessons; keep the parts if it is the lowest yet."""
+        if not self.scores or score <= min(self.scores):
+            self.best = {name: part.detach().clone() for name, part in self.parts.items()}
+        self.scores.append(score)
+
+    def is_stuck(self, patience: int) -> bool:
+        """Whether the last so many epochs brought nothing better."""
+        best = self.scores.index(min(self.scores))
+        return len(self.scores) - 1 - best >= patience
 
 
 def calibrate(
     wmatrix: WMatrix,
-    reader: Reader,
-    texts: Sequence[tuple[str, str]],
+    lessons: Lessons,
+    held_out: Lessons,
     config: CalibrationConfig,
+    work: Workspace,
     *,
     progress: bool = True,
-) -> WMatrix:
-    """Train encoder, decoder and bias on pairs of context and continuation.
+) -> tuple[WMatrix, list[float]]:
+    """Train encoder, decoder and bias; the work is taken up again after a kill.
 
-    Args:
-        texts: cycled through in order, one pair a step.
+    Returns:
+        the map that did best on the held-out lessons (the last one where there are none), and its
+        divergence there before the first epoch and after each.
     """
-    tensors = [t.float().clone() for t in (wmatrix.encode, wmatrix.decode, wmatrix.bias)]
-    encode, decode, bias = (tensor.requires_grad_() for tensor in tensors)
-    spread = [t.detach().std().item() for t in (encode, decode, bias)]
-    shares = (ENCODER_SHARE, 1.0, 1.0)
-    optimizer = torch.optim.Adam(
-        [
-            {"params": [t], "lr": config.rate * s * share}
-            for t, s, share in zip((encode, decode, bias), spread, shares, strict=True)
-        ],
-        betas=(0.9, 0.98),
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: (
-            min(1.0, (step + 1) / config.warm_up)
-            * 0.5
-            * (1 + math.cos(math.pi * step / config.steps))
-        ),
-    )
+    training = Training.start(wmatrix)
+    training.resume(work)
+    reader, total = lessons.reader, config.epochs * len(lessons)
+    spread = [getattr(wmatrix, name).float().std().item() for name in PARTS]
+    if len(held_out) and not training.scores:
+        training.judge(judged(wmatrix, reader, training.parts, held_out))
     losses: list[float] = []
-    bar = tqdm(
-        zip(range(config.steps), cycle(texts)),
-        total=config.steps,
-        desc="calibration",
-        disable=not progress,
-    )
-    for _, (context, continuation) in bar:
-        loss = divergence(wmatrix, reader, (encode, decode, bias), context, continuation)
-        optimizer.zero_grad()
+    bar = tqdm(total=total, initial=training.step, desc="calibration", disable=not progress)
+    while training.step < total:
+        rate = config.rate * schedule(training.step, total, config.warm_up)
+        for group, scale, share in zip(
+            training.optimizer.param_groups, spread, SHARES, strict=True
+        ):
+            group["lr"] = rate * scale * share
+        epoch, place = divmod(training.step, len(lessons))
+        lesson = lessons[_order(len(lessons), epoch, config.seed)[place]]
+        loss = divergence(wmatrix, reader, training.parts, lesson)
+        training.optimizer.zero_grad()
         loss.backward()
-        optimizer.step()
-        schedule.step()
+        training.optimizer.step()
+        training.step += 1
         losses.append(loss.item())
+        bar.update()
         bar.set_postfix(kl=f"{sum(losses[-20:]) / len(losses[-20:]):.3f}")
+        if len(held_out) and training.step % len(lessons) == 0:
+            training.judge(judged(wmatrix, reader, training.parts, held_out))
+            bar.write(f"epoch {epoch + 1}: divergence on held-out texts {training.scores[-1]:.4f}")
+            if training.is_stuck(config.patience):
+                break
+        if training.step % config.save_every == 0:
+            training.save(work)
+    bar.close()
+    parts = training.best if training.scores else training.parts
     return replace(
         wmatrix,
-        encode=encode.detach().bfloat16(),
-        decode=decode.detach().bfloat16(),
-        bias=bias.detach(),
-    )
+        encode=parts["encode"].detach().bfloat16(),
+        decode=parts["decode"].detach().bfloat16(),
+        bias=parts["bias"].detach(),
+    ), training.scores
+
+
+def schedule(step: int, total: int, warm_up: int) -> float:
+    """The share of the full rate at a step: a linear rise, then a cosine's fall."""
+    return min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / total))
+
+
+@torch.no_grad()
+def judged(wmatrix: WMatrix, reader: Reader, parts: dict[str, Tensor], lessons: Lessons) -> float:
+    """The mean divergence over lessons."""
+    scores = [divergence(wmatrix, reader, parts, lessons[i]).item() for i in range(len(lessons))]
+    return sum(scores) / len(scores)
 
 
 def divergence(
-    wmatrix: WMatrix,
-    reader: Reader,
-    tensors: tuple[Tensor, Tensor, Tensor],
-    context: str,
-    continuation: str,
+    wmatrix: WMatrix, reader: Reader, parts: dict[str, Tensor], lesson: Lesson
 ) -> Tensor:
-    """KL from the target's native prediction of the continuation to that after the memory.
-
-    Over the tokens that are likely somewhere in this continuation: the head over a vocabulary of
-    262k would cost more than the rest of the step.
-    """
+    """KL from the target's native prediction of the continuation to that after the memory."""
     from transformers import DynamicCache
 
-    encode, decode, bias = (t.bfloat16() for t in tensors)
-    width, target = reader.width, reader.target_geometry
-    ids = tokenize(load_tokenizer(str(reader.target)), continuation).ids
-    row = reader.read(context)
-    native = reader.logits([*row.ids, *ids], len(ids))
-    likely = native.topk(min(LIKELY, native.shape[1]), dim=-1).indices.unique()
-    standard = ((row.features - wmatrix.mean) * wmatrix.scale).bfloat16()
-    standard[row.blank, :width] = 0
-    keys, values = split_states(target, (standard @ encode) @ decode + bias)
-    positions = torch.arange(len(reader.sink), len(row.ids))
+    encode, decode, bias = (parts[name].bfloat16() for name in PARTS)
+    target, sink, count = reader.target_geometry, len(reader.sink), len(lesson.ids)
+    keys, values = split_states(target, (lesson.features @ encode) @ decode + bias)
+    end = sink + len(lesson.features)
+    positions = torch.arange(sink, end)
     cache = DynamicCache()
     for i, layer in enumerate(target.layers):
         key = torch.cat((wmatrix.sink_keys[i], apply(keys[i], positions, layer.positions)))
         value = torch.cat((wmatrix.sink_values[i], values[i].float()))
         key, value = (s.bfloat16().transpose(0, 1)[None] for s in (key, value))
         cache.update(key, value, i)
-    with only_tokens(reader.target_model, likely):
+    with only_tokens(reader.target_model, lesson.likely):
         logits = last_logits(
             reader.target_model,
-            ids,
-            len(ids),
+            lesson.ids,
+            count,
             past_key_values=cache,
-            position_ids=torch.arange(len(row.ids), len(row.ids) + len(ids))[None],
+            position_ids=torch.arange(end, end + count)[None],
         )
     return torch.nn.functional.kl_div(
         logits.float().log_softmax(-1),
-        native[:, likely].float().log_softmax(-1),
+        lesson.native.float().log_softmax(-1),
         log_target=True,
         reduction="batchmean",
     )
@@ -157,3 +223,11 @@ def only_tokens(model: PreTrainedModel, tokens: Tensor) -> Iterator[None]:
         yield
     finally:
         model.set_output_embeddings(head)
+
+
+def _order(count: int, epoch: int, seed: int) -> list[int]:
+    """The order of the lessons in an epoch; the first takes them as they come."""
+    if epoch == 0:
+        return list(range(count))
+    generator = torch.Generator().manual_seed(seed + epoch)
+    return torch.randperm(count, generator=generator).tolist()

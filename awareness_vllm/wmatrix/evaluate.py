@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from awareness_vllm.align.aligner import AlignedMemory, copy, prompt_ids, realign
+from awareness_vllm.anchors.corpus import Document
 from awareness_vllm.anchors.spans import load_tokenizer, tokenize
 from awareness_vllm.errors import BadInput, UnsupportedModel
 from awareness_vllm.geometry import Geometry, resolve_folder
@@ -130,49 +131,92 @@ class Bench:
         return {arm: self.logprobs(memory, ids, scored) for arm, memory in memories.items()}
 
 
+@dataclass
+class TextFigures:
+    """What was measured, text by text: `arms[arm]` is [n, 3] (NLL, KL to native, top-1 agreement),
+    `names` are the texts'."""
+
+    names: list[str]
+    arms: dict[str, np.ndarray]
+
+    def nll(self, arm: str) -> np.ndarray:
+        return self.arms[arm][:, 0]
+
+    def summary(self) -> dict[str, Any]:
+        """Means of each arm, and retention with its interval."""
+        return {
+            "arms": {
+                arm: dict(zip(("nll", "kl", "top1"), self.arms[arm].mean(0).tolist(), strict=True))
+                for arm in ARMS
+                if arm in self.arms
+            },
+            "retention": retention(self.nll("native"), self.nll("memory"), self.nll("none")),
+            "n": len(self.names),
+        }
+
+
 def evaluate_texts(
     bench: Bench,
-    texts: Sequence[str],
+    documents: Sequence[Document],
     *,
     context: int = 300,
     continuation: int = 60,
     limit: int | None = None,
     progress: bool = True,
-) -> dict[str, Any]:
+) -> TextFigures:
     """Retention over texts: the target goes on with each text after `context` tokens of memory.
 
     Raises:
         BadInput: fewer than two texts are long enough (the wrong-memory arm needs another).
     """
-    cuts = [cut for text in texts if (cut := _cut(bench, text, context, continuation))]
-    cuts = evenly(cuts, limit)
+    long_enough = [
+        (document.name, *cut)
+        for document in documents
+        if (cut := _cut(bench, document.text, context, continuation))
+    ]
+    cuts = evenly(long_enough, limit)
     if len(cuts) < 2:
         raise BadInput(
             "too few texts to evaluate on",
-            found=f"{len(cuts)} of {len(texts)} texts are long enough",
+            found=f"{len(cuts)} of {len(documents)} texts are long enough",
             expected=f"at least 2 of {context + continuation + 1} tokens or more",
             remedy="give more or longer texts, or a smaller --context",
         )
+    names: list[str] = []
     rows: dict[str, list[tuple[float, float, float]]] = {}
     for i, wrong in tqdm(paired(len(cuts)), desc="five arms", disable=not progress):
-        text, ids = cuts[i]
-        arms = bench.arms(text, bench.package(cuts[wrong][0]), ids, continuation)
+        name, text, ids = cuts[i]
+        names.append(name)
+        arms = bench.arms(text, bench.package(cuts[wrong][1]), ids, continuation)
         native, labels = arms["native"], torch.tensor(ids[1:])
         for arm, logprobs in arms.items():
             surprise = -logprobs.gather(1, labels[:, None]).mean()
             kl = (native.exp() * (native - logprobs)).sum(-1).mean()
             top1 = (native.argmax(-1) == logprobs.argmax(-1)).float().mean()
             rows.setdefault(arm, []).append((surprise.item(), kl.item(), top1.item()))
-    means = {arm: np.mean(rows[arm], axis=0) for arm in ARMS if arm in rows}
-    nll = {arm: np.array([row[0] for row in rows[arm]]) for arm in rows}
-    return {
-        "arms": {
-            arm: dict(zip(("nll", "kl", "top1"), map(float, mean), strict=True))
-            for arm, mean in means.items()
-        },
-        "retention": _retention(nll["native"], nll["memory"], nll["none"]),
-        "n": len(cuts),
-    }
+    return TextFigures(names, {arm: np.array(figures) for arm, figures in rows.items()})
+
+
+@dataclass
+class CaseFigures:
+    """What was measured, case by case: `arms[arm]` is [n, 2] (exact match, log probability)."""
+
+    arms: dict[str, np.ndarray]
+
+    def exact(self, arm: str) -> np.ndarray:
+        return self.arms[arm][:, 0]
+
+    def summary(self) -> dict[str, Any]:
+        """Means of each arm."""
+        names = ("exact_match", "logprob")
+        return {
+            "arms": {
+                arm: dict(zip(names, self.arms[arm].mean(0).tolist(), strict=True))
+                for arm in ARMS
+                if arm in self.arms
+            },
+            "n": len(self.arms["native"]),
+        }
 
 
 def evaluate_cases(
@@ -181,7 +225,7 @@ def evaluate_cases(
     *,
     limit: int | None = None,
     progress: bool = True,
-) -> dict[str, Any]:
+) -> CaseFigures:
     """Fact recall: the greedy answer, compared token by token, and its log probability."""
     cases = evenly(cases, limit)
     if len(cases) < 2:
@@ -202,16 +246,7 @@ def evaluate_cases(
             rows.setdefault(arm, []).append(
                 (float(exact), logprobs.gather(1, labels[:, None]).sum().item())
             )
-    return {
-        "arms": {
-            arm: dict(
-                zip(("exact_match", "logprob"), map(float, np.mean(rows[arm], 0)), strict=True)
-            )
-            for arm in ARMS
-            if arm in rows
-        },
-        "n": len(cases),
-    }
+    return CaseFigures({arm: np.array(figures) for arm, figures in rows.items()})
 
 
 def paired(count: int) -> list[tuple[int, int]]:
@@ -241,12 +276,39 @@ def _cut(bench: Bench, text: str, context: int, continuation: int) -> tuple[str,
     return head, tokens.ids[context : context + continuation + 1]
 
 
-def _retention(
-    native: np.ndarray, memory: np.ndarray, none: np.ndarray, draws: int = 2000
-) -> dict[str, float]:
-    """(NLL_none − NLL_memory) / (NLL_none − NLL_native), with a bootstrap over documents."""
-    picks = np.random.default_rng(0).integers(0, len(native), (draws, len(native)))
-    gained, possible = (none - memory)[picks].mean(1), (none - native)[picks].mean(1)
-    low, high = np.quantile(gained / possible, (0.025, 0.975))
-    mean = (none - memory).mean() / (none - native).mean()
-    return {"mean": float(mean), "ci_low": float(low), "ci_high": float(high)}
+def retention(native: np.ndarray, memory: np.ndarray, none: np.ndarray) -> dict[str, float]:
+    """(NLL_none − NLL_memory) / (NLL_none − NLL_native), its interval over documents."""
+    return share(none - memory, none - native)
+
+
+def share(gained: np.ndarray, possible: np.ndarray) -> dict[str, float]:
+    """The ratio of two sums over documents, with a 95 % bootstrap interval over documents.
+
+    Raises:
+        BadInput: nothing could be gained at all.
+    """
+    if not possible.any():
+        raise BadInput(
+            "there is nothing to measure against",
+            found="the native arm is no better than none",
+            expected="texts or facts that the target profits from reading",
+        )
+    picks = resamples(len(gained))
+    total = possible[picks].sum(1)
+    ratios = gained[picks].sum(1)[total != 0] / total[total != 0]
+    low, high = np.quantile(ratios, (0.025, 0.975))
+    return {
+        "mean": float(gained.mean() / possible.mean()),
+        "ci_low": float(low),
+        "ci_high": float(high),
+    }
+
+
+def mean(values: np.ndarray) -> dict[str, float]:
+    """A mean over documents with its 95 % bootstrap interval."""
+    return share(values, np.ones(len(values)))
+
+
+def resamples(count: int, draws: int = 2000) -> np.ndarray:
+    """Indices of a bootstrap's draws, [draws, count]; always the same ones."""
+    return np.random.default_rng(0).integers(0, count, (draws, count))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,11 +16,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from awareness_vllm.align.features import split_states
-from awareness_vllm.errors import WMatrixCorrupt
+from awareness_vllm.errors import BadInput, WMatrixCorrupt
 from awareness_vllm.geometry import Geometry, Strict, file_digest
+from awareness_vllm.home import wmatrices_dir
 from awareness_vllm.kernels import decode, encode
 from awareness_vllm.packages.file import METADATA_KEY
 from awareness_vllm.packages.payload import payload_digest
+
+REGISTERED = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 class Anchors(Strict):
@@ -34,9 +38,11 @@ class WMatrixManifest(Strict):
     """The JSON document in a W-Matrix's safetensors metadata.
 
     `layers` are the source layers that the map reads; `sink` are the target's fixed first tokens;
-    `r2` is the share of variance explained on held-out documents of the anchors' sources; without
+    `r2` is the share of variance explained on held-out documents of the anchors' sources,
+    `reconstruction_error` the share of the features' variance that the latent loses; without
     `certificate` the map is not certified.
-    `payload` is the sha256 over the other fields and the tensors.
+    `fit` is the configuration of the fit; `payload` is the sha256 over the other fields and the
+    tensors.
     """
 
     format: Literal["awareness-wmatrix/1"] = "awareness-wmatrix/1"
@@ -44,12 +50,12 @@ class WMatrixManifest(Strict):
     target: Geometry
     layers: tuple[int, ...]
     rank: int
-    ridge: float
     predecessors: int
     sink: tuple[int, ...]
     anchors: Anchors
-    seed: int
+    fit: dict[str, float | int | None]
     r2: dict[str, float]
+    reconstruction_error: float
     versions: dict[str, str]
     certificate: dict[str, Any] | None = None
     payload: str = ""
@@ -58,6 +64,14 @@ class WMatrixManifest(Strict):
     def source_width(self) -> int:
         """Numbers of source state that the map reads for one token."""
         return self.source.width_of(self.layers)
+
+    @property
+    def standing(self) -> str:
+        """What is known of the map's worth, in a few words."""
+        if self.certificate is None:
+            return "not certified"
+        retention, facts = (self.certificate[name]["mean"] for name in ("retention", "facts"))
+        return f"certified: retention {retention:.3f}, facts {facts:.2f} of native"
 
 
 @dataclass(frozen=True)
@@ -74,6 +88,24 @@ class WMatrix:
     bias: Tensor
     sink_keys: list[Tensor]
     sink_values: list[Tensor]
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the target states' variance that the map explains on held-out documents."""
+        return sum(self.manifest.r2.values()) / max(1, len(self.manifest.r2))
+
+    @property
+    def reconstruction_error(self) -> float:
+        """Share of the features' variance that is lost in a round trip through the latent."""
+        return self.manifest.reconstruction_error
+
+    def register(self, name: str) -> Path:
+        """Save under a name in `$AWARENESS_HOME/wmatrices`; the file's path."""
+        if not REGISTERED.fullmatch(name):
+            raise BadInput("not a W-Matrix name", found=repr(name), expected=REGISTERED.pattern)
+        path = wmatrices_dir() / f"{name}.wmatrix"
+        self.save(path)
+        return path
 
     def map(
         self, source: Tensor | None, embeddings: Tensor, blank: Tensor | None = None

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +21,22 @@ from awareness_vllm.errors import BadInput
 from awareness_vllm.geometry import resolve_folder
 from awareness_vllm.wmatrix.calibrate import CalibrationConfig, calibrate
 from awareness_vllm.wmatrix.file import Anchors, WMatrix, WMatrixManifest
+from awareness_vllm.wmatrix.lessons import Lessons
 from awareness_vllm.wmatrix.reader import Reader, sink_states
-from awareness_vllm.wmatrix.solve import reduced_rank_ridge
+from awareness_vllm.wmatrix.solve import reduced_rank_ridge, round_trip_error
 from awareness_vllm.wmatrix.statistics import Statistics
+from awareness_vllm.wmatrix.workspace import Workspace, workspace
+
+logger = logging.getLogger(__name__)
 
 WINDOW_CHARACTERS = 2400
 CHUNK_ROWS = 2048
+SAVE_EVERY = 4
+"""Chunks after which the sums are saved: a kill loses no more than these."""
 HELD_OUT = 0.05
+HELD_OUT_TEXTS = 16
+HELD_OUT_SEED = 1_000_000
+"""Added to the seed: no recall text of the held-out ones is among those that are trained on."""
 CONTEXT_CHARACTERS = 1100
 CONTINUATION_CHARACTERS = 400
 PROSE_PER_RECALL = 2
@@ -34,14 +46,19 @@ PROSE_PER_RECALL = 2
 class FitConfig:
     """`tokens` of anchors (target tokens), how many source `layers` are read (None: half), latent
     `rank`, `ridge` as a share of unit variance, how many `predecessors` of a token lend their
-    embeddings, and `calibration` steps."""
+    embeddings; `calibration` texts, gone through `epochs` times with a relative step `rate`, until
+    `patience` epochs bring nothing better on held-out documents."""
 
-    tokens: int = 45_000
+    tokens: int = 40_000
     layers: int | None = None
-    rank: int = 1280
+    rank: int = 1024
     ridge: float = 0.02
     predecessors: int = 3
-    calibration: int = 150
+    calibration: int = 140
+    epochs: int = 1
+    rate: float = 3e-3
+    patience: int = 3
+    held_out: float = HELD_OUT
     seed: int = 0
 
 
@@ -51,37 +68,74 @@ def fit(
     anchors: Sequence[Document],
     config: FitConfig,
     *,
+    folder: Path | None = None,
     progress: bool = True,
 ) -> WMatrix:
     """Learn the map from one model's states to another's.
 
+    Args:
+        folder: for the unfinished work, so that a killed fit goes on where it was.
+
     Raises:
         BadInput: too few anchor tokens for the features.
     """
-    train, held_out = split(list(anchors), HELD_OUT, config.seed)
+    train, held_out = split(list(anchors), config.held_out, config.seed)
     reader = Reader(
         resolve_folder(source), resolve_folder(target), config.predecessors, config.layers
     )
-    statistics = gather(reader, train, config, progress=progress)
+    with workspace(folder, _key(reader, train, config)) as work:
+        wmatrix = regress(reader, train, config, work, progress=progress)
+        if config.calibration:
+            pairs = calibration_texts(train, config.calibration, config.seed)
+            judges = calibration_texts(held_out, HELD_OUT_TEXTS, config.seed + HELD_OUT_SEED)
+            wmatrix, scores = calibrate(
+                wmatrix,
+                Lessons(reader, wmatrix, pairs, work, "lesson"),
+                Lessons(reader, wmatrix, judges if config.epochs > 1 else [], work, "held-out"),
+                CalibrationConfig(
+                    epochs=config.epochs,
+                    rate=config.rate,
+                    patience=config.patience,
+                    seed=config.seed,
+                ),
+                work,
+                progress=progress,
+            )
+            logger.info("divergence on held-out texts, by epoch: %s", scores)
+        r2 = explained(reader, wmatrix, held_out, config.seed)
+    return replace(wmatrix, manifest=wmatrix.manifest.model_copy(update={"r2": r2}))
+
+
+def regress(
+    reader: Reader,
+    documents: Sequence[Document],
+    config: FitConfig,
+    work: Workspace,
+    *,
+    progress: bool,
+) -> WMatrix:
+    """The map by ridge regression alone."""
+    statistics = gather(reader, documents, config, work, progress=progress)
     tokens = statistics.rows
     weight = torch.ones_like(statistics.y_scale)
     mean, scale = statistics.x_mean, 1 / statistics.x_scale
     encode, decode, bias = reduced_rank_ridge(
         statistics, config.rank, config.ridge, weight, config.seed
     )
+    error = round_trip_error(statistics.gram, encode)
     sink_keys, sink_values = sink_states(reader.target, reader.sink)
-    wmatrix = WMatrix(
+    return WMatrix(
         WMatrixManifest(
             source=reader.source_geometry,
             target=reader.target_geometry,
             layers=reader.layers,
             rank=config.rank,
-            ridge=config.ridge,
             predecessors=config.predecessors,
             sink=tuple(reader.sink),
-            anchors=Anchors(digest=digest(train), documents=len(train), tokens=tokens),
-            seed=config.seed,
+            anchors=Anchors(digest=digest(documents), documents=len(documents), tokens=tokens),
+            fit=asdict(config),
             r2={},
+            reconstruction_error=error,
             versions={p: importlib.metadata.version(p) for p in ("torch", "transformers")},
         ),
         mean=mean,
@@ -92,59 +146,83 @@ def fit(
         sink_keys=sink_keys,
         sink_values=sink_values,
     )
-    if config.calibration:
-        texts = calibration_texts(train, config)
-        wmatrix = calibrate(
-            wmatrix, reader, texts, CalibrationConfig(steps=config.calibration), progress=progress
-        )
-    r2 = explained(reader, wmatrix, held_out)
-    return replace(wmatrix, manifest=wmatrix.manifest.model_copy(update={"r2": r2}))
 
 
 def gather(
-    reader: Reader, documents: Sequence[Document], config: FitConfig, *, progress: bool
+    reader: Reader,
+    documents: Sequence[Document],
+    config: FitConfig,
+    work: Workspace,
+    *,
+    progress: bool,
 ) -> Statistics:
     """Read anchors until `config.tokens` rows are gathered, in chunks of bounded memory.
 
     Raises:
         BadInput: the anchors run out before the features can be told apart.
     """
-    statistics: Statistics | None = None
+    statistics, first = _resumed(work)
     chunk: list[tuple[Tensor, Tensor]] = []
-    rows = 0
-    with tqdm(total=config.tokens, unit="tok", desc="anchors", disable=not progress) as bar:
-        for text in _shuffled_windows(documents, config.seed):
+    chunks, pending = 0, 0
+    texts = _shuffled_windows(documents, config.seed)
+    done = statistics.rows if statistics else 0
+    with tqdm(
+        total=config.tokens, initial=done, unit="tok", desc="anchors", disable=not progress
+    ) as bar:
+        for number, text in enumerate(texts[first:], first + 1):
+            if done + pending >= config.tokens:
+                break
             x, y = reader.pairs(text)
             chunk.append((x, y))
-            rows += len(x)
+            pending += len(x)
             bar.update(len(x))
-            if sum(len(x) for x, _ in chunk) >= CHUNK_ROWS or rows >= config.tokens:
-                xs, ys = (torch.cat(parts) for parts in zip(*chunk, strict=True))
-                statistics = statistics or Statistics.start(xs, ys)
+            if pending < CHUNK_ROWS and done + pending < config.tokens and number < len(texts):
+                continue
+            xs, ys = (torch.cat(parts) for parts in zip(*chunk, strict=True))
+            if statistics is None and len(xs) >= CHUNK_ROWS:
+                statistics = Statistics.start(xs, ys)
+            if statistics is not None:
                 statistics.add(xs, ys)
-                chunk = []
-            if rows >= config.tokens:
-                break
-    if chunk and statistics is not None:
-        statistics.add(*(torch.cat(parts) for parts in zip(*chunk, strict=True)))
+                chunk, chunks, done, pending = [], chunks + 1, statistics.rows, 0
+                if chunks % SAVE_EVERY == 0:
+                    note = {"texts": number, "rows": done}
+                    work.save("statistics", statistics.tensors(), note)
     if statistics is None:
         raise BadInput(
             "too few anchor tokens",
-            found=f"{rows} usable tokens",
+            found=f"{pending} usable tokens",
             expected=f"at least {CHUNK_ROWS}",
             remedy="give more anchors",
         )
     return statistics
 
 
-def calibration_texts(documents: Sequence[Document], config: FitConfig) -> list[tuple[str, str]]:
-    """Pairs of context and continuation: stretches of the anchors, recall texts between them."""
-    texts = _shuffled_windows(documents, config.seed + 1)
-    pairs = [pair for text in texts[: config.calibration] if (pair := _cut(text))]
-    recall = recall_texts(len(pairs) // PROSE_PER_RECALL, config.seed)
-    for i, pair in enumerate(recall):
-        pairs.insert((i + 1) * (PROSE_PER_RECALL + 1) - 1, pair)
-    return pairs
+def _resumed(work: Workspace) -> tuple[Statistics | None, int]:
+    """The sums of a killed run, and how many texts are in them."""
+    if (kept := work.load("statistics")) is None:
+        return None, 0
+    tensors, note = kept
+    return Statistics(**tensors, rows=note["rows"]), note["texts"]
+
+
+def _key(reader: Reader, documents: Sequence[Document], config: FitConfig) -> str:
+    """What unfinished work belongs to: models, anchors and configuration."""
+    parts = [reader.source_geometry.weights, reader.target_geometry.weights, digest(documents)]
+    return json.dumps([*parts, asdict(config)])
+
+
+def calibration_texts(
+    documents: Sequence[Document], count: int, seed: int
+) -> list[tuple[str, str]]:
+    """Pairs of context and continuation: stretches of documents, recall texts between them."""
+    cuts = (pair for text in _shuffled_windows(documents, seed + 1) if (pair := _cut(text)))
+    recall = iter(recall_texts(count // (PROSE_PER_RECALL + 1), seed))
+    pairs: list[tuple[str, str]] = []
+    for pair in islice(cuts, count - count // (PROSE_PER_RECALL + 1)):
+        pairs.append(pair)
+        if len(pairs) % (PROSE_PER_RECALL + 1) == PROSE_PER_RECALL:
+            pairs += islice(recall, 1)
+    return [*pairs, *recall][:count]
 
 
 def _cut(text: str) -> tuple[str, str] | None:
@@ -155,11 +233,13 @@ def _cut(text: str) -> tuple[str, str] | None:
     return (text[:middle], text[middle:end]) if enough else None
 
 
-def explained(reader: Reader, wmatrix: WMatrix, documents: Sequence[Document]) -> dict[str, float]:
+def explained(
+    reader: Reader, wmatrix: WMatrix, documents: Sequence[Document], seed: int
+) -> dict[str, float]:
     """Share of the variance of keys and of values explained, on documents not in the fit."""
     width, half = reader.width, reader.target_geometry.key_width
     parts = []
-    for text in _shuffled_windows(documents, wmatrix.manifest.seed)[:8]:
+    for text in _shuffled_windows(documents, seed)[:8]:
         x, y = reader.pairs(text)
         keys, values = wmatrix.map(x[:, :width], x[:, width:])
         parts.append((y, torch.cat([s.flatten(1) for s in (*keys, *values)], dim=1)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,8 @@ from awareness_vllm.packages.capture import load_model, read_tokens, states
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,14 @@ class Reader:
         row = self.read(text)
         truth = flat_states(self.target_geometry, *states(self.target_model, row.ids))
         y = truth[len(self.sink) :]
-        usable = ~row.blank & row.features.isfinite().all(1) & y.isfinite().all(1)
+        finite = row.features.isfinite().all(1) & y.isfinite().all(1)
+        if not finite.all():
+            logger.warning(
+                "left out %d tokens with NaN or infinite states, of the text that begins %r",
+                int((~finite).sum()),
+                text[:60],
+            )
+        usable = ~row.blank & finite
         return row.features[usable], y[usable]
 
     @torch.no_grad()

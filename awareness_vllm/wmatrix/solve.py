@@ -41,6 +41,24 @@ def reduced_rank_ridge(
     return encode, decode, y_mean - x_mean @ encode @ decode
 
 
+def round_trip_error(gram: Tensor, encode: Tensor) -> float:
+    """Mean squared error of the standardised features, read back from the latent.
+
+    The best linear way back from latent z = xE is (EᵀGE)⁻¹ EᵀG, which leaves
+    tr G − tr (EᵀGE)⁻¹ EᵀG·GE of the variance tr G.
+
+    Args:
+        gram: [F, F], the features' covariance; its upper triangle is read.
+        encode: [F, R].
+
+    Returns:
+        a share of the variance, from 0 to 1.
+    """
+    mapped = gram.triu() @ encode + gram.triu(1).T @ encode
+    kept = torch.linalg.solve(encode.T @ mapped, mapped.T @ mapped).trace()
+    return 1 - (kept / gram.trace()).item()
+
+
 def leading_right_vectors(matrix: Tensor, rank: int, seed: int, iterations: int = 2) -> Tensor:
     """Right singular vectors of a matrix [M, N] with the largest singular values, [N, rank].
 

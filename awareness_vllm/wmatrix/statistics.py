@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -57,6 +57,24 @@ class Statistics:
         self.x_sum += x.sum(0)
         self.y_sum += y.sum(0)
         self.rows += len(x)
+
+    def merge(self, other: Statistics) -> None:
+        """Add another machine's sums, whatever provisional mean and scale it started from."""
+        a, b = other.x_scale / self.x_scale, (other.x_mean - self.x_mean) / self.x_scale
+        c, d = other.y_scale / self.y_scale, (other.y_mean - self.y_mean) / self.y_scale
+        x_sum, y_sum, rows = a * other.x_sum, c * other.y_sum, other.rows
+        # With x' = a·x + b: Σ x'x'ᵀ = a Σxxᵀ a + Σax·bᵀ + b·Σaxᵀ + n·b·bᵀ, and so for x'y'ᵀ.
+        self.gram += a[:, None] * other.gram * a
+        self.gram += torch.outer(x_sum, b) + torch.outer(b, x_sum + rows * b)
+        self.cross += a[:, None] * other.cross * c
+        self.cross += torch.outer(x_sum, d) + torch.outer(b, y_sum + rows * d)
+        self.x_sum += x_sum + rows * b
+        self.y_sum += y_sum + rows * d
+        self.rows += rows
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All sums by name, to be kept; `rows` is not a tensor and kept apart."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "rows"}
 
     def centred(self) -> tuple[Tensor, Tensor]:
         """Covariances of x with x [F, F] (upper triangle) and with y [F, O]. Consumes the sums.

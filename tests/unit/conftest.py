@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from awareness_vllm.anchors.corpus import Document
 from awareness_vllm.geometry import Geometry, LayerGeometry, Positions
 from awareness_vllm.packages.file import Package, build
 from awareness_vllm.wmatrix.file import Anchors, WMatrix, WMatrixManifest
@@ -20,6 +22,9 @@ TEXTS = [
     "日本語の文章と中文句子。 Über größere Straßen führt der Weg.",
     "naïve café, e\u0301tude, 👩‍👩‍👧 and 🏳️‍🌈 in one line\n\tand a second line.",
 ]
+
+
+WORDS = tuple(TEXTS[0].strip(".").split())
 
 
 def byte_level() -> Tokenizer:
@@ -152,12 +157,12 @@ def wmatrix(geometry: Geometry) -> WMatrix:
             target=target,
             layers=(0, 1),
             rank=rank,
-            ridge=0.02,
             predecessors=predecessors,
             sink=sink,
             anchors=Anchors(digest="a" * 64, documents=1, tokens=100),
-            seed=0,
+            fit={"seed": 0},
             r2={"keys": 0.5, "values": 0.25},
+            reconstruction_error=0.1,
             versions={"torch": "0"},
         ),
         mean=random(features),
@@ -168,3 +173,46 @@ def wmatrix(geometry: Geometry) -> WMatrix:
         sink_keys=[random(len(sink), g.heads, g.head_dim) for g in layers],
         sink_values=[random(len(sink), g.heads, g.head_dim) for g in layers],
     )
+
+
+def save_model(folder: Path, tokenizer: Tokenizer, hidden: int, layers: int, heads: int) -> Path:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=hidden,
+        intermediate_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=4096,
+        bos_token_id=2,
+    )
+    torch.manual_seed(hidden)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_models(
+    tmp_path_factory: pytest.TempPathFactory,
+    byte_level_tokenizer: Tokenizer,
+    byte_fallback_tokenizer: Tokenizer,
+) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return (
+        save_model(root / "source", byte_level_tokenizer, hidden=16, layers=4, heads=2),
+        save_model(root / "target", byte_fallback_tokenizer, hidden=24, layers=2, heads=3),
+    )
+
+
+@pytest.fixture(scope="session")
+def anchors() -> list[Document]:
+    generator = torch.Generator().manual_seed(0)
+
+    def text() -> str:
+        picks = torch.randint(len(WORDS), (320,), generator=generator)
+        return " ".join(WORDS[i] for i in picks)
+
+    return [Document(f"d{i}", text()) for i in range(10)]

@@ -148,6 +148,7 @@ def test_unknown_flags_are_refused(name: str, capfd: pytest.CaptureFixture[str])
         "capture": ["--model", "m", "--text", "t"],
         "fit": ["--source", "a", "--target", "b", "--anchors", "x", "--out", "o"],
         "eval": ["--source", "a", "--target", "b", "--texts", "x"],
+        "certify": ["w", "--source", "a", "--target", "b", "--texts", "x", "--cases", "y"],
         "list": [],
         "inspect": ["x"],
         "verify": ["x"],

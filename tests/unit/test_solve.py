@@ -53,6 +53,19 @@ def test_chunks_give_the_statistics_of_one_batch(chunk: int) -> None:
     torch.testing.assert_close(parts.y_sum, whole.y_sum, atol=1e-2, rtol=1e-4)
 
 
+def test_two_machines_statistics_add_up() -> None:
+    x, y = planted(1000)
+    whole = gathered(x, y, 1000)
+    # Another sample to start from: other provisional means and scales.
+    one, other = gathered(x[:600], y[:600], 300), Statistics.start(x[600:900], y[600:900])
+    other.add(x[600:], y[600:])
+    one.merge(other)
+    assert one.rows == 1000
+    for ours, theirs in zip(one.centred(), whole.centred(), strict=True):
+        atol = 0.02 * theirs.abs().max().item()
+        torch.testing.assert_close(ours.triu(), theirs.triu(), atol=atol, rtol=0)
+
+
 def test_centred_statistics_are_covariances() -> None:
     x, y = planted(1000)
     statistics = gathered(x, y, 300)

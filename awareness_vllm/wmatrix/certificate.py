@@ -1,0 +1,189 @@
+"""The certificate: what a W-Matrix was measured to keep, by which protocol, on what."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from awareness_vllm.anchors.corpus import Document, digest
+from awareness_vllm.geometry import Strict
+from awareness_vllm.wmatrix.evaluate import (
+    Bench,
+    CaseFigures,
+    TextFigures,
+    evaluate_cases,
+    evaluate_texts,
+    mean,
+    share,
+)
+from awareness_vllm.wmatrix.file import WMatrix
+
+TIERS = ((0.90, 0.85), (0.82, 0.60), (0.75, 0.30), (0.60, 0.0))
+"""Lowest retention and lowest share of facts of tiers 1 to 4. The retentions are the lower ends of
+the ranges published with the tiers; the facts are ours: retention alone hides their loss."""
+
+
+class Interval(Strict):
+    """A measured figure with its 95 % bootstrap interval over documents."""
+
+    mean: float
+    ci_low: float
+    ci_high: float
+
+
+class Protocol(Strict):
+    """What was measured on, and how. `texts` and `cases` are digests; `limit` documents of them
+    were taken evenly; `context` tokens of memory, `continuation` tokens scored after it."""
+
+    texts: str
+    cases: str
+    limit: int
+    context: int
+    continuation: int
+
+
+class Certificate(Strict):
+    """The five arms' figures and what follows from them.
+
+    `margin` is what the source's states add to the text alone: NLL of the tokens-only arm less the
+    memory arm's, in nats. `kinds` is the retention by the folder that a text came from. `facts` is
+    fact recall as a share of native, `facts_margin` the memory arm's exact match less the
+    tokens-only arm's.
+    """
+
+    protocol: Protocol
+    texts: dict[str, dict[str, float]]
+    cases: dict[str, dict[str, float]]
+    retention: Interval
+    margin: Interval
+    kinds: dict[str, Interval]
+    facts: Interval
+    facts_margin: Interval
+    counts: dict[str, int]
+    tier: int | None
+    measured: datetime.date
+    hardware: str
+    versions: dict[str, str]
+
+
+def certify(
+    wmatrix: WMatrix,
+    source: str | Path,
+    target: str | Path,
+    texts: Sequence[Document],
+    cases: Sequence[dict[str, str]],
+    *,
+    limit: int,
+    context: int = 300,
+    continuation: int = 60,
+    progress: bool = True,
+) -> WMatrix:
+    """Measure a W-Matrix and write what was found into it.
+
+    Args:
+        texts, cases: from sources that no anchor came from.
+        limit: at most so many texts, and as many cases.
+    """
+    bench = Bench(Path(source), Path(target), wmatrix)
+    on_texts = evaluate_texts(
+        bench, texts, context=context, continuation=continuation, limit=limit, progress=progress
+    )
+    on_cases = evaluate_cases(bench, cases, limit=limit, progress=progress)
+    protocol = Protocol(
+        texts=digest(texts),
+        cases=digest(as_documents(cases)),
+        limit=limit,
+        context=context,
+        continuation=continuation,
+    )
+    manifest = wmatrix.manifest.model_copy(
+        update={"certificate": certificate(protocol, on_texts, on_cases).model_dump(mode="json")}
+    )
+    return replace(wmatrix, manifest=manifest)
+
+
+def certificate(protocol: Protocol, texts: TextFigures, cases: CaseFigures) -> Certificate:
+    """What the measured figures say."""
+    on_texts, on_cases = texts.summary(), cases.summary()
+    facts = share(cases.exact("memory"), cases.exact("native"))
+    return Certificate(
+        protocol=protocol,
+        texts=on_texts["arms"],
+        cases=on_cases["arms"],
+        retention=on_texts["retention"],
+        margin=mean(texts.nll("tokens_only") - texts.nll("memory")),
+        kinds={kind: retained(texts, rows) for kind, rows in by_kind(texts.names).items()},
+        facts=facts,
+        facts_margin=mean(cases.exact("memory") - cases.exact("tokens_only")),
+        counts={"texts": on_texts["n"], "cases": on_cases["n"]},
+        tier=tier(on_texts["retention"]["mean"], facts["mean"]),
+        measured=datetime.date.today(),
+        hardware=f"{os.cpu_count()} × {processor()}",
+        versions={p: importlib.metadata.version(p) for p in ("torch", "transformers")},
+    )
+
+
+def by_kind(names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Rows of the texts of each kind: the folder that a text came from."""
+    kinds: dict[str, list[int]] = {}
+    for row, name in enumerate(names):
+        kinds.setdefault(name.split("/")[0], []).append(row)
+    return {kind: np.array(rows) for kind, rows in kinds.items()}
+
+
+def retained(texts: TextFigures, rows: np.ndarray) -> dict[str, float]:
+    """Retention on some of the texts."""
+    native, memory, none = (texts.nll(arm)[rows] for arm in ("native", "memory", "none"))
+    return share(none - memory, none - native)
+
+
+def tier(retention: float, facts: float) -> int | None:
+    """1 (excellent) to 4 (marginal); None below all of them."""
+    for number, (least, least_facts) in enumerate(TIERS, 1):
+        if retention >= least and facts >= least_facts:
+            return number
+    return None
+
+
+def as_documents(cases: Sequence[dict[str, str]]) -> list[Document]:
+    """Cases in the form that has a digest."""
+    return [Document(case["question"] + case["answer"], case["context"]) for case in cases]
+
+
+def processor() -> str:
+    """The processor's name, where the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def lines(document: dict[str, Any]) -> list[str]:
+    """A certificate for the terminal."""
+    found = Certificate.model_validate(document)
+
+    def interval(name: str, i: Interval) -> str:
+        return f"  {name:28}{i.mean:7.3f}   95 % CI {i.ci_low:.3f} … {i.ci_high:.3f}"
+
+    counts = found.counts
+    return [
+        f"certified {found.measured}: tier {found.tier or 'none'} "
+        f"({counts['texts']} texts of {found.protocol.context} tokens, {counts['cases']} facts; "
+        f"{found.hardware})",
+        interval("retention", found.retention),
+        *(interval(f"  {kind}", i) for kind, i in sorted(found.kinds.items())),
+        interval("facts, share of native", found.facts),
+        interval("above tokens only, nats", found.margin),
+        interval("above tokens only, facts", found.facts_margin),
+        f"  {'top-1 agreement':28}{found.texts['memory']['top1']:7.3f}",
+    ]

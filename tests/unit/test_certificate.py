@@ -1,0 +1,175 @@
+"""The certificate says what was measured, the monitor what has changed since."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from awareness_vllm.anchors.corpus import Document
+from awareness_vllm.cli.main import main
+from awareness_vllm.errors import BadInput, WMatrixCorrupt
+from awareness_vllm.wmatrix import fit, monitor
+from awareness_vllm.wmatrix.certificate import Certificate, Protocol, certificate, lines, tier
+from awareness_vllm.wmatrix.evaluate import CaseFigures, TextFigures
+from awareness_vllm.wmatrix.file import WMatrix, load
+from awareness_vllm.wmatrix.monitor import WMatrixMonitor
+
+pytestmark = pytest.mark.unit
+
+PROTOCOL = Protocol(texts="t", cases="c", limit=8, context=300, continuation=60)
+ARMS = ("native", "memory", "tokens_only", "wrong_memory", "none")
+
+
+def texts(kept: float = 0.9, count: int = 8) -> TextFigures:
+    """Texts of two kinds; the memory arm keeps so much of what reading brings."""
+    rng = np.random.default_rng(0)
+    native = 3 + rng.random(count)
+    brought = 0.5 + rng.random(count)
+    nll = dict(zip(ARMS, (0, 1 - kept, 0.8, 1.1, 1), strict=True))
+    arms = {
+        arm: np.stack((native + loss * brought, np.full(count, loss), np.full(count, 1 - loss)), 1)
+        for arm, loss in nll.items()
+    }
+    names = [f"{'poems' if i % 4 else 'lists'}/{i}.txt" for i in range(count)]
+    return TextFigures(names, arms)
+
+
+def cases(native: int = 6, memory: int = 3, count: int = 8) -> CaseFigures:
+    exact = dict(zip(ARMS, (native, memory, 0, 0, 0), strict=True))
+    return CaseFigures(
+        {arm: np.stack((np.arange(count) < n, np.zeros(count)), 1) for arm, n in exact.items()}
+    )
+
+
+def test_the_figures_are_those_that_were_measured() -> None:
+    found = certificate(PROTOCOL, texts(0.9), cases())
+    assert found.retention.mean == pytest.approx(0.9)
+    assert found.kinds.keys() == {"poems", "lists"}
+    assert found.kinds["lists"].mean == pytest.approx(0.9)
+    assert found.facts.mean == pytest.approx(0.5)
+    assert found.facts.ci_low < 0.5 < found.facts.ci_high
+    assert found.margin.ci_low > 0
+    assert found.facts_margin.mean == pytest.approx(3 / 8)
+    assert found.counts == {"texts": 8, "cases": 8}
+    assert found.texts["memory"]["top1"] == pytest.approx(0.9)
+
+
+def test_facts_that_the_target_itself_cannot_recall_are_no_measure() -> None:
+    with pytest.raises(BadInput, match="nothing to measure against"):
+        certificate(PROTOCOL, texts(), cases(native=0, memory=0))
+
+
+@pytest.mark.parametrize(
+    ("retention", "facts", "expected"),
+    [(0.95, 0.9, 1), (0.95, 0.7, 2), (0.95, 0.0, 4), (0.8, 0.9, 3), (0.59, 1.0, None)],
+)
+def test_tiers_need_retention_and_facts(
+    retention: float, facts: float, expected: int | None
+) -> None:
+    assert tier(retention, facts) == expected
+
+
+@pytest.fixture
+def certified(wmatrix: WMatrix, tmp_path: Path) -> Path:
+    document = certificate(PROTOCOL, texts(), cases()).model_dump(mode="json")
+    manifest = wmatrix.manifest.model_copy(update={"certificate": document})
+    path = tmp_path / "pair.wmatrix"
+    replace(wmatrix, manifest=manifest).save(path)
+    return path
+
+
+def test_the_files_digest_covers_the_certificate(certified: Path) -> None:
+    raw = certified.read_bytes()
+    found = load(certified).manifest.certificate
+    assert found is not None
+    mean = str(found["retention"]["mean"]).encode()
+    assert raw.count(mean) >= 1
+    better = mean[:-1] + (b"1" if mean[-1:] != b"1" else b"2")
+    certified.write_bytes(raw.replace(mean, better, 1))
+    with pytest.raises(WMatrixCorrupt, match="payload"):
+        load(certified)
+
+
+def test_inspect_prints_it(certified: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(certified)]) == 0
+    printed = capsys.readouterr().out
+    assert "retention                     0.900" in printed
+    assert "not certified" not in printed
+    assert main(["inspect", str(certified), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["certified"] is True
+
+
+def test_who_has_none_says_so(
+    wmatrix: WMatrix, certified: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wmatrix.save(tmp_path / "plain.wmatrix")
+    assert main(["inspect", str(tmp_path / "plain.wmatrix")]) == 0
+    assert "not certified" in capsys.readouterr().out
+    assert wmatrix.manifest.standing == "not certified"
+    assert load(certified).manifest.standing == "certified: retention 0.900, facts 0.50 of native"
+
+
+def test_lines_name_every_kind() -> None:
+    document = certificate(PROTOCOL, texts(), cases()).model_dump(mode="json")
+    text = "\n".join(lines(document))
+    assert "poems" in text
+    assert "lists" in text
+    assert Certificate.model_validate(document).tier == 3
+
+
+@pytest.fixture
+def fitted(
+    tiny_models: tuple[Path, Path],
+    anchors: list[Document],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Path:
+    """A map between the tiny models, with a certificate that is not theirs: what is measured is
+    set by each test."""
+    monkeypatch.setattr(fit, "CHUNK_ROWS", 256)
+    config = fit.FitConfig(tokens=1000, rank=4, predecessors=0, calibration=0, held_out=0.3)
+    wmatrix = fit.fit(*tiny_models, anchors, config, progress=False)
+    document = certificate(PROTOCOL, texts(), cases()).model_dump(mode="json")
+    manifest = wmatrix.manifest.model_copy(update={"certificate": document})
+    path = tmp_path / "tiny.wmatrix"
+    replace(wmatrix, manifest=manifest).save(path)
+    return path
+
+
+@pytest.mark.parametrize(("kept", "drifted"), [(0.9, False), (0.95, False), (0.5, True)])
+def test_drift_is_retention_below_the_certificates_interval(
+    tiny_models: tuple[Path, Path],
+    fitted: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kept: float,
+    drifted: bool,
+) -> None:
+    monkeypatch.setattr(monitor, "evaluate_texts", lambda *args, **kwargs: texts(kept))
+    checker = WMatrixMonitor([Document("a", "b")], source=tiny_models[0], target=tiny_models[1])
+    status = checker.check(fitted)
+    assert status.drift_detected is drifted
+    assert status.accuracy == pytest.approx(kept)
+    assert bool(status.reasons) is drifted
+
+
+def test_changed_weights_are_drift_with_the_reason(
+    tiny_models: tuple[Path, Path], fitted: Path, tmp_path: Path
+) -> None:
+    # The source in the target's place: other weights, another tokenizer, another cache.
+    checker = WMatrixMonitor([], source=tiny_models[0], target=tiny_models[0])
+    status = checker.check(fitted)
+    assert status.drift_detected
+    assert status.recommendation == "fit it again"
+    assert any("weights" in reason for reason in status.reasons)
+    assert any("tokenizer" in reason for reason in status.reasons)
+
+
+def test_a_map_without_certificate_cannot_drift(wmatrix: WMatrix, tmp_path: Path) -> None:
+    wmatrix.save(tmp_path / "plain.wmatrix")
+    status = WMatrixMonitor([]).check(tmp_path / "plain.wmatrix")
+    assert (status.drift_detected, status.accuracy) == (False, None)
+    assert "certify" in status.recommendation

@@ -1,0 +1,186 @@
+"""The whole fit on two tiny random models: nothing of the work is lost or done twice."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from awareness_vllm.anchors.corpus import Document
+from awareness_vllm.wmatrix import calibrate, fit
+from awareness_vllm.wmatrix.file import WMatrix
+from awareness_vllm.wmatrix.fit import FitConfig, calibration_texts
+from awareness_vllm.wmatrix.workspace import Workspace
+
+pytestmark = pytest.mark.unit
+
+CONFIG = FitConfig(tokens=3000, rank=6, predecessors=1, calibration=5, epochs=2, held_out=0.3)
+
+
+class Killed(Exception):
+    """What a test raises where a real fit would be killed."""
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks and saves so frequent that a small fit has several."""
+    monkeypatch.setattr(fit, "CHUNK_ROWS", 256)
+    monkeypatch.setattr(fit, "SAVE_EVERY", 1)
+    monkeypatch.setattr(fit, "HELD_OUT_TEXTS", 3)
+    original = calibrate.CalibrationConfig
+    monkeypatch.setattr(fit, "CalibrationConfig", lambda **k: original(**k, save_every=1))
+
+
+def fitted(tiny_models: tuple[Path, Path], anchors: list[Document], folder: Path | None) -> WMatrix:
+    return fit.fit(*tiny_models, anchors, CONFIG, folder=folder, progress=False)
+
+
+def killed_after(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, calls: int) -> None:
+    original, count = getattr(owner, name), 0
+
+    def counted(*args: object, **kwargs: object) -> object:
+        nonlocal count
+        count += 1
+        if count > calls:
+            raise Killed
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, counted)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(
+    ("owner", "name", "calls"),
+    [
+        pytest.param(fit.Reader, "pairs", 4, id="while reading anchors"),
+        pytest.param(fit, "reduced_rank_ridge", 0, id="before solving"),
+        pytest.param(calibrate, "divergence", 7, id="in the first epoch"),
+        pytest.param(calibrate, "divergence", 13, id="in the second epoch"),
+    ],
+)
+def test_a_killed_fit_goes_on_where_it_was(
+    tiny_models: tuple[Path, Path],
+    anchors: list[Document],
+    tmp_path: Path,
+    owner: object,
+    name: str,
+    calls: int,
+) -> None:
+    whole, folder = fitted(tiny_models, anchors, None), tmp_path / "work"
+    with pytest.MonkeyPatch.context() as patch:
+        killed_after(patch, owner, name, calls)
+        with pytest.raises(Killed):
+            fitted(tiny_models, anchors, folder)
+    assert folder.is_dir()
+    again = fitted(tiny_models, anchors, folder)
+    assert not folder.exists()
+    assert again.manifest == whole.manifest
+    for part in calibrate.PARTS:
+        torch.testing.assert_close(getattr(again, part), getattr(whole, part))
+
+
+@pytest.mark.usefixtures("small")
+def test_what_was_done_is_not_done_again(
+    tiny_models: tuple[Path, Path], anchors: list[Document], tmp_path: Path
+) -> None:
+    read: list[str] = []
+    original = fit.Reader.pairs
+
+    def noted(self: fit.Reader, text: str) -> object:
+        read.append(text)
+        return original(self, text)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fit.Reader, "pairs", noted)
+        killed_after(patch, calibrate, "divergence", 2)
+        with pytest.raises(Killed):
+            fitted(tiny_models, anchors, tmp_path / "work")
+        before = len(read)
+        with pytest.raises(Killed):
+            fitted(tiny_models, anchors, tmp_path / "work")
+    assert before > 4
+    assert len(read) == before
+
+
+def test_another_configuration_starts_anew(tmp_path: Path) -> None:
+    Workspace(tmp_path / "work", "one").save("a", {"x": torch.ones(2)}, {"n": 1})
+    assert Workspace(tmp_path / "work", "one").load("a") is not None
+    assert Workspace(tmp_path / "work", "two").load("a") is None
+
+
+def test_a_set_that_was_cut_off_counts_as_none(tmp_path: Path) -> None:
+    work = Workspace(tmp_path / "work", "one")
+    work.save("a", {"x": torch.ones(1000)}, {})
+    path = tmp_path / "work" / "a.safetensors"
+    path.write_bytes(path.read_bytes()[:300])
+    assert work.load("a") is None
+
+
+@pytest.mark.usefixtures("small")
+def test_calibration_keeps_the_epoch_that_was_best(
+    tiny_models: tuple[Path, Path], anchors: list[Document], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The map before any step is called the best: then nothing of the training may remain.
+    scores = iter((0.0, 1.0, 2.0))
+    monkeypatch.setattr(calibrate, "judged", lambda *args: next(scores))
+    kept = fitted(tiny_models, anchors, None)
+    plain = fit.fit(*tiny_models, anchors, replace(CONFIG, calibration=0), progress=False)
+    for part in calibrate.PARTS:
+        assert torch.equal(getattr(kept, part), getattr(plain, part))
+
+
+@pytest.mark.usefixtures("small")
+def test_calibration_lowers_the_divergence_on_held_out_texts(
+    tiny_models: tuple[Path, Path],
+    anchors: list[Document],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found: list[list[float]] = []
+    original = fit.calibrate
+
+    def noted(*args: object, **kwargs: object) -> object:
+        result = original(*args, **kwargs)
+        found.append(result[1])
+        return result
+
+    monkeypatch.setattr(fit, "calibrate", noted)
+    config = replace(CONFIG, calibration=12, epochs=3)
+    fit.fit(*tiny_models, anchors, config, progress=False)
+    assert min(found[0][1:]) < found[0][0]
+
+
+@pytest.mark.usefixtures("small")
+def test_texts_with_nan_are_named_and_left_out(
+    tiny_models: tuple[Path, Path],
+    anchors: list[Document],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from awareness_vllm.wmatrix import reader
+
+    original = reader.states
+
+    def poisoned(model: torch.nn.Module, ids: list[int]) -> object:
+        keys, values = original(model, ids)
+        if len(ids) % 2:
+            keys[0][3:5] = float("nan")
+        return keys, values
+
+    monkeypatch.setattr(reader, "states", poisoned)
+    config = replace(CONFIG, calibration=0)
+    wmatrix = fit.fit(*tiny_models, anchors, config, progress=False)
+    assert wmatrix.decode.isfinite().all()
+    assert "NaN or infinite" in caplog.text
+
+
+def test_calibration_texts_mix_prose_and_recall(anchors: list[Document]) -> None:
+    pairs = calibration_texts(anchors, 6, seed=0)
+    assert len(pairs) == 6
+    prose = {document.text for document in anchors}
+    kinds = [any(context in text for text in prose) for context, _ in pairs]
+    assert kinds == [True, True, False] * 2
+    other = calibration_texts(anchors, 6, seed=fit.HELD_OUT_SEED)
+    assert not {c for c, _ in pairs[2::3]} & {c for c, _ in other[2::3]}

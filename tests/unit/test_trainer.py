@@ -1,0 +1,87 @@
+"""The trainer's names, and what the map says of its heads."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from awareness_vllm.anchors.sources import ANCHORS, DOMAINS
+from awareness_vllm.errors import BadInput, UnsupportedModel
+from awareness_vllm.wmatrix import fit
+from awareness_vllm.wmatrix.file import WMatrix, load
+from awareness_vllm.wmatrix.mapping import Head, head_mapping_summary, layer_correspondence
+from awareness_vllm.wmatrix.trainer import WMatrixTrainer, of_domains
+
+pytestmark = pytest.mark.unit
+
+
+def test_train_save_register(
+    tiny_models: tuple[Path, Path],
+    anchors: list,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fit, "CHUNK_ROWS", 256)
+    monkeypatch.setenv("AWARENESS_HOME", str(tmp_path / "home"))
+    for document in anchors:
+        (tmp_path / f"{document.name}.txt").write_text(document.text)
+    trainer = WMatrixTrainer(*tiny_models).configure(
+        num_anchors=1000, anchors=[tmp_path], layers="all", rank=4, calibration=2
+    )
+    wmatrix = trainer.train(epochs=1, validation_split=0.3, progress=False)
+    assert wmatrix.manifest.layers == (0, 1, 2, 3)
+    assert wmatrix.manifest.anchors.tokens >= 1000
+    assert wmatrix.manifest.fit["held_out"] == 0.3
+    assert wmatrix.accuracy < 1
+    assert 0 < wmatrix.reconstruction_error < 1
+    path = wmatrix.register(name="tiny")
+    assert path == tmp_path / "home" / "wmatrices" / "tiny.wmatrix"
+    assert torch.equal(load(path).encode, wmatrix.encode)
+
+
+def test_names_are_not_paths(wmatrix: WMatrix) -> None:
+    with pytest.raises(BadInput, match="name"):
+        wmatrix.register("../elsewhere")
+
+
+def test_what_cannot_be_honoured_is_refused(tiny_models: tuple[Path, Path]) -> None:
+    with pytest.raises(UnsupportedModel, match="endpoint"):
+        WMatrixTrainer(*tiny_models, source_endpoint="http://localhost:1")
+    with pytest.raises(BadInput, match="optimization"):
+        WMatrixTrainer(*tiny_models).configure(optimization="adam")
+    with pytest.raises(BadInput, match="exclude"):
+        WMatrixTrainer(*tiny_models).configure(anchors=["x"], anchor_domains=["code"])
+    with pytest.raises(BadInput, match="code"):
+        WMatrixTrainer(*tiny_models).configure(anchor_domains=["poetry"]).documents()
+
+
+def test_every_debian_source_belongs_to_one_domain() -> None:
+    sources = of_domains(list(DOMAINS))
+    assert len(sources) == len(set(sources))
+    assert {source.name for source in ANCHORS} <= set(sources)
+
+
+def test_a_planted_head_is_found(wmatrix: WMatrix) -> None:
+    """Only the source's layer 1 value reaches the target's layer 2 key."""
+    width = wmatrix.manifest.source_width
+    encode, decode = torch.zeros_like(wmatrix.encode), torch.zeros_like(wmatrix.decode)
+    # Source: keys 8 + 8 wide, values 8 + 8; target: keys 4 + 4 + 4 wide, then values.
+    encode[24:32, 0] = 1.0
+    decode[0, 8:12] = 1.0
+    encode[width:, 1] = 1.0
+    decode[1, 0:4] = 1.0
+    planted = replace(wmatrix, encode=encode, decode=decode)
+    found = {row.target: row for row in head_mapping_summary(planted, top=1)}
+    row = found[Head("key", 2, 0)]
+    assert row.shares == ((Head("value", 1, 0), pytest.approx(1.0)),)
+    assert row.tokens == 0
+    assert found[Head("key", 0, 0)].tokens == pytest.approx(1.0)
+
+
+def test_layers_correspond(wmatrix: WMatrix) -> None:
+    table = layer_correspondence(wmatrix)
+    assert table.shape == (3, 2)
+    torch.testing.assert_close(table.sum(1), torch.ones(3))
