@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from awareness_vllm.anchors.corpus import load
+    from awareness_vllm.distributed import join
     from awareness_vllm.wmatrix.fit import FitConfig, fit
 
     config = FitConfig(
@@ -41,6 +42,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     work = args.out.with_name(f".{args.out.name}.work")
     wmatrix = fit(args.source, args.target, load(args.anchors), config, folder=work)
+    if join()[0] > 0:  # under torchrun all processes end with the same map; the first speaks
+        raise SystemExit(0)
     wmatrix.save(args.out)
     manifest = wmatrix.manifest
     return {

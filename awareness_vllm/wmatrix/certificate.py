@@ -19,16 +19,22 @@ from awareness_vllm.wmatrix.evaluate import (
     Bench,
     CaseFigures,
     TextFigures,
+    cut_evenly,
     evaluate_cases,
     evaluate_texts,
     mean,
     share,
 )
 from awareness_vllm.wmatrix.file import WMatrix
+from awareness_vllm.wmatrix.metrics import Metrics, measure
 
 TIERS = ((0.90, 0.85), (0.82, 0.60), (0.75, 0.30), (0.60, 0.0))
 """Lowest retention and lowest share of facts of tiers 1 to 4. The retentions are the lower ends of
 the ranges published with the tiers; the facts are ours: retention alone hides their loss."""
+
+
+METRIC_TEXTS = 6
+"""Texts that the metrics of `metrics.py` are taken on, evenly from all of them."""
 
 
 class Interval(Strict):
@@ -62,6 +68,7 @@ class Certificate(Strict):
     protocol: Protocol
     texts: dict[str, dict[str, float]]
     cases: dict[str, dict[str, float]]
+    metrics: Metrics
     retention: Interval
     margin: Interval
     kinds: dict[str, Interval]
@@ -97,6 +104,8 @@ def certify(
         bench, texts, context=context, continuation=continuation, limit=limit, progress=progress
     )
     on_cases = evaluate_cases(bench, cases, limit=limit, progress=progress)
+    cuts = cut_evenly(bench, texts, context, continuation, METRIC_TEXTS)
+    metrics = measure(bench, [(text, ids) for _, text, ids in cuts])
     protocol = Protocol(
         texts=digest(texts),
         cases=digest(as_documents(cases)),
@@ -105,12 +114,18 @@ def certify(
         continuation=continuation,
     )
     manifest = wmatrix.manifest.model_copy(
-        update={"certificate": certificate(protocol, on_texts, on_cases).model_dump(mode="json")}
+        update={
+            "certificate": certificate(protocol, on_texts, on_cases, metrics).model_dump(
+                mode="json"
+            )
+        }
     )
     return replace(wmatrix, manifest=manifest)
 
 
-def certificate(protocol: Protocol, texts: TextFigures, cases: CaseFigures) -> Certificate:
+def certificate(
+    protocol: Protocol, texts: TextFigures, cases: CaseFigures, metrics: Metrics
+) -> Certificate:
     """What the measured figures say."""
     on_texts, on_cases = texts.summary(), cases.summary()
     facts = share(cases.exact("memory"), cases.exact("native"))
@@ -118,6 +133,7 @@ def certificate(protocol: Protocol, texts: TextFigures, cases: CaseFigures) -> C
         protocol=protocol,
         texts=on_texts["arms"],
         cases=on_cases["arms"],
+        metrics=metrics,
         retention=on_texts["retention"],
         margin=mean(texts.nll("tokens_only") - texts.nll("memory")),
         kinds={kind: retained(texts, rows) for kind, rows in by_kind(texts.names).items()},
@@ -168,6 +184,10 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def average(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
 def lines(document: dict[str, Any]) -> list[str]:
     """A certificate for the terminal."""
     found = Certificate.model_validate(document)
@@ -186,4 +206,7 @@ def lines(document: dict[str, Any]) -> list[str]:
         interval("above tokens only, nats", found.margin),
         interval("above tokens only, facts", found.facts_margin),
         f"  {'top-1 agreement':28}{found.texts['memory']['top1']:7.3f}",
+        f"  {'semantic preservation':28}{average(found.metrics.semantic_preservation):7.3f}",
+        f"  {'attention fidelity':28}{average(found.metrics.attention_fidelity):7.3f}",
+        f"  {'gradient stability':28}{'pass' if found.metrics.gradient_stability else 'fail':>7}",
     ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from awareness_vllm.packages.capture import capture, load_model, read_tokens, st
 from awareness_vllm.packages.file import Package
 from awareness_vllm.wmatrix.file import WMatrix
 from awareness_vllm.wmatrix.reader import last_logits
+
+if TYPE_CHECKING:
+    from transformers import Cache
 
 Item = TypeVar("Item")
 ARMS = ("native", "memory", "tokens_only", "wrong_memory", "none")
@@ -97,17 +100,12 @@ class Bench:
     @torch.inference_mode()
     def logprobs(self, memory: AlignedMemory, ids: list[int], scored: int) -> Tensor:
         """Log probabilities of the last `scored` ids, read after a memory, [scored, V]."""
-        from transformers import DynamicCache
-
-        cache = DynamicCache()
-        for i, (key, value) in enumerate(zip(memory.keys, memory.values, strict=True)):
-            cache.update(key.float().transpose(0, 1)[None], value.float().transpose(0, 1)[None], i)
         begin = len(memory.ids)
         logits = last_logits(
             self.target_model,
             ids,
             scored + 1,
-            past_key_values=cache,
+            past_key_values=cache_of(memory),
             position_ids=torch.arange(begin, begin + len(ids))[None],
         )
         return logits[:-1].float().log_softmax(-1)
@@ -169,12 +167,7 @@ def evaluate_texts(
     Raises:
         BadInput: fewer than two texts are long enough (the wrong-memory arm needs another).
     """
-    long_enough = [
-        (document.name, *cut)
-        for document in documents
-        if (cut := _cut(bench, document.text, context, continuation))
-    ]
-    cuts = evenly(long_enough, limit)
+    cuts = cut_evenly(bench, documents, context, continuation, limit)
     if len(cuts) < 2:
         raise BadInput(
             "too few texts to evaluate on",
@@ -195,6 +188,18 @@ def evaluate_texts(
             top1 = (native.argmax(-1) == logprobs.argmax(-1)).float().mean()
             rows.setdefault(arm, []).append((surprise.item(), kl.item(), top1.item()))
     return TextFigures(names, {arm: np.array(figures) for arm, figures in rows.items()})
+
+
+def cut_evenly(
+    bench: Bench, documents: Sequence[Document], context: int, continuation: int, limit: int | None
+) -> list[tuple[str, str, list[int]]]:
+    """Name, context and the ids that follow it, of at most `limit` documents long enough."""
+    cuts = [
+        (document.name, *cut)
+        for document in documents
+        if (cut := _cut(bench, document.text, context, continuation))
+    ]
+    return evenly(cuts, limit)
 
 
 @dataclass
@@ -247,6 +252,16 @@ def evaluate_cases(
                 (float(exact), logprobs.gather(1, labels[:, None]).sum().item())
             )
     return CaseFigures({arm: np.array(figures) for arm, figures in rows.items()})
+
+
+def cache_of(memory: AlignedMemory) -> Cache:
+    """A memory as transformers' cache, in float32."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    for i, (key, value) in enumerate(zip(memory.keys, memory.values, strict=True)):
+        cache.update(key.float().transpose(0, 1)[None], value.float().transpose(0, 1)[None], i)
+    return cache
 
 
 def paired(count: int) -> list[tuple[int, int]]:

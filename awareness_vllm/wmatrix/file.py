@@ -130,8 +130,9 @@ class WMatrix:
         flat = decode(encode(features, self.encode), self.decode, self.bias)
         return split_states(self.manifest.target, flat)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write the file atomically; the payload digest is put into the manifest here."""
+        path = Path(path)
         tensors = self._tensors()
         payload = payload_digest(self.manifest.model_dump_json(), sorted(tensors.items()))
         manifest = self.manifest.model_copy(update={"payload": payload})

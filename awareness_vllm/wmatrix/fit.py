@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -17,11 +20,13 @@ from tqdm import tqdm
 
 from awareness_vllm.anchors.corpus import Document, digest, split, windows
 from awareness_vllm.anchors.recall import recall_texts
+from awareness_vllm.distributed import join
 from awareness_vllm.errors import BadInput
 from awareness_vllm.geometry import resolve_folder
 from awareness_vllm.wmatrix.calibrate import CalibrationConfig, calibrate
 from awareness_vllm.wmatrix.file import Anchors, WMatrix, WMatrixManifest
 from awareness_vllm.wmatrix.lessons import Lessons
+from awareness_vllm.wmatrix.mapping import main_layers
 from awareness_vllm.wmatrix.reader import Reader, sink_states
 from awareness_vllm.wmatrix.solve import reduced_rank_ridge, round_trip_error
 from awareness_vllm.wmatrix.statistics import Statistics
@@ -80,30 +85,62 @@ def fit(
         BadInput: too few anchor tokens for the features.
     """
     train, held_out = split(list(anchors), config.held_out, config.seed)
-    reader = Reader(
-        resolve_folder(source), resolve_folder(target), config.predecessors, config.layers
-    )
+    with phase("structural analysis", progress):
+        reader = Reader(
+            resolve_folder(source), resolve_folder(target), config.predecessors, config.layers
+        )
+    rank, processes = join()
+    if folder is not None and processes > 1:
+        folder = folder.with_name(f"{folder.name}.{rank}-of-{processes}")
     with workspace(folder, _key(reader, train, config)) as work:
-        wmatrix = regress(reader, train, config, work, progress=progress)
+        with phase("representation alignment", progress):
+            wmatrix = regress(reader, train, config, work, progress=progress)
+        with phase("component mapping", progress):
+            logger.info("each target layer's main source layer: %s", main_layers(wmatrix))
         if config.calibration:
-            pairs = calibration_texts(train, config.calibration, config.seed)
-            judges = calibration_texts(held_out, HELD_OUT_TEXTS, config.seed + HELD_OUT_SEED)
-            wmatrix, scores = calibrate(
-                wmatrix,
-                Lessons(reader, wmatrix, pairs, work, "lesson"),
-                Lessons(reader, wmatrix, judges if config.epochs > 1 else [], work, "held-out"),
-                CalibrationConfig(
-                    epochs=config.epochs,
-                    rate=config.rate,
-                    patience=config.patience,
-                    seed=config.seed,
-                ),
-                work,
-                progress=progress,
-            )
-            logger.info("divergence on held-out texts, by epoch: %s", scores)
+            with phase("calibration", progress):
+                wmatrix = calibrated(
+                    reader, wmatrix, (train, held_out), config, work, progress=progress
+                )
         r2 = explained(reader, wmatrix, held_out, config.seed)
     return replace(wmatrix, manifest=wmatrix.manifest.model_copy(update={"r2": r2}))
+
+
+@contextmanager
+def phase(name: str, progress: bool) -> Iterator[None]:
+    """Say on stderr how long a phase of the fit took."""
+    started = time.perf_counter()
+    yield
+    if progress:
+        print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+
+
+def calibrated(
+    reader: Reader,
+    wmatrix: WMatrix,
+    documents: tuple[Sequence[Document], Sequence[Document]],
+    config: FitConfig,
+    work: Workspace,
+    *,
+    progress: bool,
+) -> WMatrix:
+    """The map after calibration on the (training, held-out) documents."""
+    train, held_out = documents
+    pairs = calibration_texts(train, config.calibration, config.seed)
+    judges = calibration_texts(held_out, HELD_OUT_TEXTS, config.seed + HELD_OUT_SEED)
+    wmatrix, scores = calibrate(
+        wmatrix,
+        Lessons(reader, wmatrix, pairs, work, "lesson"),
+        # One epoch is never cut short: there is nothing to judge.
+        Lessons(reader, wmatrix, judges if config.epochs > 1 else [], work, "held-out"),
+        CalibrationConfig(
+            epochs=config.epochs, rate=config.rate, patience=config.patience, seed=config.seed
+        ),
+        work,
+        progress=progress,
+    )
+    logger.info("divergence on held-out texts, by epoch: %s", scores)
+    return wmatrix
 
 
 def regress(
@@ -115,7 +152,10 @@ def regress(
     progress: bool,
 ) -> WMatrix:
     """The map by ridge regression alone."""
-    statistics = gather(reader, documents, config, work, progress=progress)
+    rank, processes = join()
+    statistics = gather(reader, documents, config, work, (rank, processes), progress=progress)
+    if processes > 1:
+        statistics = statistics.all_reduce()
     tokens = statistics.rows
     weight = torch.ones_like(statistics.y_scale)
     mean, scale = statistics.x_mean, 1 / statistics.x_scale
@@ -153,10 +193,15 @@ def gather(
     documents: Sequence[Document],
     config: FitConfig,
     work: Workspace,
+    share: tuple[int, int],
     *,
     progress: bool,
 ) -> Statistics:
     """Read anchors until `config.tokens` rows are gathered, in chunks of bounded memory.
+
+    Args:
+        share: (r, n): this process is the r-th of n, and reads every n-th text for an n-th of
+            the rows.
 
     Raises:
         BadInput: the anchors run out before the features can be told apart.
@@ -164,19 +209,19 @@ def gather(
     statistics, first = _resumed(work)
     chunk: list[tuple[Tensor, Tensor]] = []
     chunks, pending = 0, 0
-    texts = _shuffled_windows(documents, config.seed)
+    rank, processes = share
+    texts = _shuffled_windows(documents, config.seed)[rank::processes]
+    wanted = config.tokens // processes
     done = statistics.rows if statistics else 0
-    with tqdm(
-        total=config.tokens, initial=done, unit="tok", desc="anchors", disable=not progress
-    ) as bar:
+    with tqdm(total=wanted, initial=done, unit="tok", desc="anchors", disable=not progress) as bar:
         for number, text in enumerate(texts[first:], first + 1):
-            if done + pending >= config.tokens:
+            if done + pending >= wanted:
                 break
             x, y = reader.pairs(text)
             chunk.append((x, y))
             pending += len(x)
             bar.update(len(x))
-            if pending < CHUNK_ROWS and done + pending < config.tokens and number < len(texts):
+            if pending < CHUNK_ROWS and done + pending < wanted and number < len(texts):
                 continue
             xs, ys = (torch.cat(parts) for parts in zip(*chunk, strict=True))
             if statistics is None and len(xs) >= CHUNK_ROWS:

@@ -73,6 +73,12 @@ def layer_correspondence(wmatrix: WMatrix) -> Tensor:
     return table / table.sum(1, keepdim=True)
 
 
+def main_layers(wmatrix: WMatrix) -> list[int]:
+    """For each target layer, the source layer that weighs most."""
+    read = wmatrix.manifest.layers
+    return [read[i] for i in layer_correspondence(wmatrix).argmax(1).tolist()]
+
+
 def heads(geometry: Geometry, layers: tuple[int, ...] | range) -> Iterator[tuple[Head, slice]]:
     """Each head of these layers, and where it lies in the features: keys first, then values."""
     begin = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from awareness_vllm.errors import BadInput
@@ -34,12 +35,18 @@ class Statistics:
     @classmethod
     def start(cls, x: Tensor, y: Tensor) -> Statistics:
         """Empty statistics whose provisional mean and scale come from a first sample of rows."""
-        features, outputs = x.shape[1], y.shape[1]
+        scales = x.std(0).clamp_min(1e-6), y.std(0).clamp_min(1e-6)
+        return cls.empty(x.mean(0), scales[0], y.mean(0), scales[1])
+
+    @classmethod
+    def empty(cls, x_mean: Tensor, x_scale: Tensor, y_mean: Tensor, y_scale: Tensor) -> Statistics:
+        """Statistics of no rows."""
+        features, outputs = len(x_mean), len(y_mean)
         return cls(
-            x_mean=x.mean(0),
-            x_scale=x.std(0).clamp_min(1e-6),
-            y_mean=y.mean(0),
-            y_scale=y.std(0).clamp_min(1e-6),
+            x_mean=x_mean,
+            x_scale=x_scale,
+            y_mean=y_mean,
+            y_scale=y_scale,
             gram=torch.zeros(features, features),
             cross=torch.zeros(features, outputs),
             x_sum=torch.zeros(features),
@@ -71,6 +78,19 @@ class Statistics:
         self.x_sum += x_sum + rows * b
         self.y_sum += y_sum + rows * d
         self.rows += rows
+
+    def all_reduce(self) -> Statistics:
+        """The sums of all processes of the group, the same in each of them."""
+        basis = [self.x_mean, self.x_scale, self.y_mean, self.y_scale]
+        for tensor in (basis := [tensor.clone() for tensor in basis]):
+            dist.broadcast(tensor, 0)
+        total = Statistics.empty(*basis)
+        total.merge(self)
+        rows = torch.tensor([total.rows])
+        for tensor in (total.gram, total.cross, total.x_sum, total.y_sum, rows):
+            dist.all_reduce(tensor)
+        total.rows = int(rows)
+        return total
 
     def tensors(self) -> dict[str, Tensor]:
         """All sums by name, to be kept; `rows` is not a tensor and kept apart."""

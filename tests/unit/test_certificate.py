@@ -16,11 +16,19 @@ from awareness_vllm.wmatrix import fit, monitor
 from awareness_vllm.wmatrix.certificate import Certificate, Protocol, certificate, lines, tier
 from awareness_vllm.wmatrix.evaluate import CaseFigures, TextFigures
 from awareness_vllm.wmatrix.file import WMatrix, load
+from awareness_vllm.wmatrix.metrics import Metrics
 from awareness_vllm.wmatrix.monitor import WMatrixMonitor
 
 pytestmark = pytest.mark.unit
 
 PROTOCOL = Protocol(texts="t", cases="c", limit=8, context=300, continuation=60)
+METRICS = Metrics(
+    semantic_preservation=(0.9, 0.8),
+    attention_fidelity=(0.7, 0.9),
+    gradient_ratio=1.1,
+    gradient_stability=True,
+    n=2,
+)
 ARMS = ("native", "memory", "tokens_only", "wrong_memory", "none")
 
 
@@ -46,7 +54,7 @@ def cases(native: int = 6, memory: int = 3, count: int = 8) -> CaseFigures:
 
 
 def test_the_figures_are_those_that_were_measured() -> None:
-    found = certificate(PROTOCOL, texts(0.9), cases())
+    found = certificate(PROTOCOL, texts(0.9), cases(), METRICS)
     assert found.retention.mean == pytest.approx(0.9)
     assert found.kinds.keys() == {"poems", "lists"}
     assert found.kinds["lists"].mean == pytest.approx(0.9)
@@ -60,7 +68,7 @@ def test_the_figures_are_those_that_were_measured() -> None:
 
 def test_facts_that_the_target_itself_cannot_recall_are_no_measure() -> None:
     with pytest.raises(BadInput, match="nothing to measure against"):
-        certificate(PROTOCOL, texts(), cases(native=0, memory=0))
+        certificate(PROTOCOL, texts(), cases(native=0, memory=0), METRICS)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +83,7 @@ def test_tiers_need_retention_and_facts(
 
 @pytest.fixture
 def certified(wmatrix: WMatrix, tmp_path: Path) -> Path:
-    document = certificate(PROTOCOL, texts(), cases()).model_dump(mode="json")
+    document = certificate(PROTOCOL, texts(), cases(), METRICS).model_dump(mode="json")
     manifest = wmatrix.manifest.model_copy(update={"certificate": document})
     path = tmp_path / "pair.wmatrix"
     replace(wmatrix, manifest=manifest).save(path)
@@ -114,7 +122,7 @@ def test_who_has_none_says_so(
 
 
 def test_lines_name_every_kind() -> None:
-    document = certificate(PROTOCOL, texts(), cases()).model_dump(mode="json")
+    document = certificate(PROTOCOL, texts(), cases(), METRICS).model_dump(mode="json")
     text = "\n".join(lines(document))
     assert "poems" in text
     assert "lists" in text
@@ -133,7 +141,7 @@ def fitted(
     monkeypatch.setattr(fit, "CHUNK_ROWS", 256)
     config = fit.FitConfig(tokens=1000, rank=4, predecessors=0, calibration=0, held_out=0.3)
     wmatrix = fit.fit(*tiny_models, anchors, config, progress=False)
-    document = certificate(PROTOCOL, texts(), cases()).model_dump(mode="json")
+    document = certificate(PROTOCOL, texts(), cases(), METRICS).model_dump(mode="json")
     manifest = wmatrix.manifest.model_copy(update={"certificate": document})
     path = tmp_path / "tiny.wmatrix"
     replace(wmatrix, manifest=manifest).save(path)

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import copy
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from awareness_vllm.errors import BadInput
@@ -62,6 +68,49 @@ def test_two_machines_statistics_add_up() -> None:
     one.merge(other)
     assert one.rows == 1000
     for ours, theirs in zip(one.centred(), whole.centred(), strict=True):
+        atol = 0.02 * theirs.abs().max().item()
+        torch.testing.assert_close(ours.triu(), theirs.triu(), atol=atol, rtol=0)
+
+
+REDUCE = """
+import sys
+import torch
+from safetensors.torch import load_file, save_file
+from awareness_vllm.distributed import join
+from awareness_vllm.wmatrix.statistics import Statistics
+
+rank, processes = join()
+rows = load_file(sys.argv[1])
+x, y = rows["x"][rank::processes].contiguous(), rows["y"][rank::processes].contiguous()
+statistics = Statistics.start(x[:20], y[:20])
+statistics.add(x, y)
+total = statistics.all_reduce()
+save_file(total.tensors() | {"rows": torch.tensor([total.rows])}, f"{sys.argv[2]}.{rank}")
+"""
+
+
+def test_processes_add_up_over_gloo(tmp_path: Path) -> None:
+    x, y = planted(1000)
+    save_file({"x": x, "y": y}, tmp_path / "rows")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, "-c", REDUCE, str(tmp_path / "rows"), str(tmp_path / "out")]
+    running = [
+        subprocess.Popen(command, env={**os.environ, **group, "RANK": str(rank)})
+        for rank in range(2)
+    ]
+    assert [process.wait(60) for process in running] == [0, 0]
+    found = [load_file(tmp_path / f"out.{rank}") for rank in range(2)]
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    rows = int(found[0].pop("rows"))
+    assert rows == 1000
+    total = Statistics(**found[0], rows=rows)
+    # As one process sees it, from the same first sample as the first of the two.
+    whole = Statistics.start(x[0:40:2], y[0:40:2])
+    whole.add(x, y)
+    for ours, theirs in zip(total.centred(), whole.centred(), strict=True):
         atol = 0.02 * theirs.abs().max().item()
         torch.testing.assert_close(ours.triu(), theirs.triu(), atol=atol, rtol=0)
 
