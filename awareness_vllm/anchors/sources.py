@@ -69,18 +69,23 @@ def fortunes(tree: Path) -> Iterator[Document]:
             yield Document(f"{name}-{i:03}", text)
 
 
-def gcide(tree: Path) -> Iterator[Document]:
-    """The dictionary's entries, hard line breaks undone, about 4,000 characters to a document."""
-    with gzip.open(tree / "usr/share/dictd/gcide.dict.dz", "rt", errors="replace") as file:
-        raw = file.read()
-    # The first entries are about the file itself.
-    entries = re.split(r"\n(?=\S)", raw)[50:]
-    cleaned = (_unwrap(_gcide_markup(entry)) for entry in entries)
-    for i, text in enumerate(group((e for e in cleaned if len(e) > 40), characters=4000)):
-        yield Document(f"entries-{i:05}", text)
+def dictionary(name: str) -> Reader:
+    """A dictd dictionary's entries, line breaks undone, about 4,000 characters to a document."""
+
+    def read(tree: Path) -> Iterator[Document]:
+        path = tree / f"usr/share/dictd/{name}.dict.dz"
+        with gzip.open(path, "rt", encoding="utf-8", errors="replace") as file:
+            raw = file.read()
+        # The first entries are about the file itself.
+        entries = re.split(r"\n(?=\S)", raw)[50:]
+        cleaned = (_unwrap(_without_marks(entry)) for entry in entries)
+        for i, text in enumerate(group((e for e in cleaned if len(e) > 40), characters=4000)):
+            yield Document(f"entries-{i:05}", text)
+
+    return read
 
 
-def _gcide_markup(entry: str) -> str:
+def _without_marks(entry: str) -> str:
     """Without source marks, pronunciation and the braces of cross references."""
     entry = re.sub(r"\[(1913 Webster|PJC|WordNet[^]]*|Webster[^]]*)\]", "", entry)
     entry = re.sub(r"\\[^\\\n]*\\", "", entry)
@@ -128,12 +133,16 @@ ANCHORS = (
         "python-doc", "python3.11-doc", texts("usr/share/doc/python3.11/html/_sources/**/*.rst.txt")
     ),
     DebianSource("perl-doc", "perl-doc", texts("usr/share/perl/*/pod/**/*.pod")),
-    DebianSource("gcide", "dict-gcide", gcide),
+    DebianSource("gcide", "dict-gcide", dictionary("gcide")),
+    DebianSource("foldoc", "dict-foldoc", dictionary("foldoc")),
+    DebianSource("jargon", "dict-jargon", dictionary("jargon")),
+    DebianSource("anarchism", "anarchism", pages("usr/share/doc/anarchism/html/*.html")),
     DebianSource("gimp-help", "gimp-help-en", pages("usr/share/gimp/2.0/help/en/**/*.html")),
 )
 
 DOMAINS = {
-    "general_knowledge": ("debian-handbook", "gcide", "gimp-help"),
+    "general_knowledge": ("debian-handbook", "gcide", "foldoc", "gimp-help"),
+    "reasoning": ("anarchism", "jargon"),
     "language_understanding": ("fortunes", "facts"),
     "code": ("python-doc", "perl-doc", "pydoc-topics"),
 }

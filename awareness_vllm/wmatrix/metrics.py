@@ -28,11 +28,11 @@ STABLE = 10.0
 class Metrics(Strict):
     """Means over texts.
 
-    `semantic_preservation` [layers] is the cosine of a token's aligned keys and values of a layer to
-    the target's own; `attention_fidelity` [layers] the overlap of the attention distributions, from
-    0 to 1; `gradient_ratio` the norm of the gradient of the continuation's loss in the memory's
-    states, as a share of native, `gradient_stability` whether all texts' are finite and within ten
-    times either way.
+    `semantic_preservation` [layers] is the cosine of a token's aligned keys and values of a layer
+    to the target's own; `attention_fidelity` [layers] the overlap of the attention distributions,
+    from 0 to 1; `gradient_ratio` the norm of the gradient of the continuation's loss in the
+    memory's states, as a share of native, `gradient_stability` whether all texts' are finite and
+    within ten times either way.
     """
 
     semantic_preservation: tuple[float, ...]
