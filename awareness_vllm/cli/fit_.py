@@ -14,13 +14,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", required=True, help="folder of the model that is served")
     parser.add_argument("--anchors", required=True, nargs="+", type=Path, metavar="PATH")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE.wmatrix")
-    parser.add_argument("--tokens", type=int, default=40_000, help="anchor tokens to read")
+    parser.add_argument("--tokens", type=int, default=45_000, help="anchor tokens to read")
     parser.add_argument(
         "--layers", type=int, help="source layers to read, evenly spread (default: half of them)"
     )
-    parser.add_argument("--rank", type=int, default=1024, help="width of the latent")
+    parser.add_argument("--rank", type=int, default=1280, help="width of the latent")
     parser.add_argument(
-        "--calibration", type=int, default=140, help="texts of calibration; 0 for none"
+        "--calibration", type=int, default=160, help="texts of calibration; 0 for none"
     )
     parser.add_argument("--epochs", type=int, default=1, help="times these texts are gone through")
     parser.add_argument("--seed", type=int, default=0)

@@ -54,12 +54,12 @@ class FitConfig:
     embeddings; `calibration` texts, gone through `epochs` times with a relative step `rate`, until
     `patience` epochs bring nothing better on held-out documents."""
 
-    tokens: int = 40_000
+    tokens: int = 45_000
     layers: int | None = None
-    rank: int = 1024
+    rank: int = 1280
     ridge: float = 0.02
     predecessors: int = 3
-    calibration: int = 140
+    calibration: int = 160
     epochs: int = 1
     rate: float = 3e-3
     patience: int = 3
