@@ -14,7 +14,8 @@ from awareness_vllm.anchors.install import held_out_dir
 from awareness_vllm.wmatrix.file import load as load_wmatrix
 from awareness_vllm.wmatrix.monitor import WMatrixMonitor
 
-pytestmark = pytest.mark.engine
+# The first test waits for the fit (eight minutes on two cores) and for the certificate.
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(2400)]
 
 SOURCES = ("crawl", "debian-history", "wordnet")
 
