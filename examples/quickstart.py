@@ -34,6 +34,7 @@ from awareness_vllm.wmatrix.file import read_manifest
 
 MEMORY_TOKENS = 2000
 ROUNDS = 3
+CASES = 4
 
 
 def main() -> None:
@@ -43,12 +44,13 @@ def main() -> None:
     source, target = models["smollm2-135m"], models["gemma3-270m"]
     wmatrix = fitted(source, target)
     certify(wmatrix, source, target)
-    case = fact_cases(3, seed=2)[2]
-    texts = {"facts": case["context"]}
+    cases = fact_cases(CASES, seed=2)
+    texts = {f"facts-{i}": case["context"] for i, case in enumerate(cases)}
     texts |= {f"document-{i}": long_text(i) for i in range(ROUNDS)}
     memories = captured(source, texts)
     with server(target, wmatrix) as client:
-        ask(client, memories.pop("facts"), case)
+        for i, case in enumerate(cases):
+            ask(client, memories.pop(f"facts-{i}"), case)
         time_to_first_token(client, memories)
     print(
         f"\ntook {time.perf_counter() - started:.0f} s "
