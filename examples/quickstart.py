@@ -30,7 +30,7 @@ from awareness_vllm.models import prepare
 from awareness_vllm.packages.capture import capture, load_model
 from awareness_vllm.packages.file import publish
 from awareness_vllm.wmatrix.certificate import lines
-from awareness_vllm.wmatrix.file import read_manifest
+from awareness_vllm.wmatrix.file import is_readable, read_manifest
 
 MEMORY_TOKENS = 2000
 ROUNDS = 3
@@ -67,7 +67,7 @@ def run(*args: str | Path) -> dict:
 
 def fitted(source: Path, target: Path) -> Path:
     path = wmatrices_dir() / f"{source.name}--{target.name}.wmatrix"
-    if not path.is_file():
+    if not is_readable(path):
         print(f"fitting {path.name}")
         print(
             run(

@@ -215,6 +215,15 @@ def read_manifest(path: Path) -> WMatrixManifest:
         raise _corrupt(path, str(error)) from error
 
 
+def is_readable(path: Path) -> bool:
+    """Whether there is a W-Matrix that this version reads; an older version's is none."""
+    try:
+        read_manifest(path)
+    except WMatrixCorrupt:
+        return False
+    return True
+
+
 def digest_of(path: Path) -> str:
     """sha256 of the file: what aligned memories and cache salts are keyed by."""
     return file_digest(path)

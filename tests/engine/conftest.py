@@ -14,6 +14,7 @@ from awareness_vllm.anchors.install import held_out_dir, install
 from awareness_vllm.anchors.spans import load_tokenizer, tokenize
 from awareness_vllm.home import anchors_dir, wmatrices_dir
 from awareness_vllm.models import prepare
+from awareness_vllm.wmatrix.file import is_readable
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +36,7 @@ def gemma3(models: dict[str, Path]) -> Path:
 def wmatrix(smollm2: Path, gemma3: Path) -> Path:
     """SmolLM2 → Gemma-3, fitted with the defaults unless `make demo` has done so."""
     path = wmatrices_dir() / "smollm2-135m--gemma3-270m.wmatrix"
-    if not path.is_file():
+    if not is_readable(path):
         install()
         command = [*CLI, "fit", "--source", smollm2, "--target", gemma3]
         command += ["--anchors", anchors_dir(), "--out", path]

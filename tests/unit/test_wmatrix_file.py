@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from awareness_vllm.errors import WMatrixCorrupt
 from awareness_vllm.packages.file import METADATA_KEY
 from awareness_vllm.packages.payload import payload_digest
-from awareness_vllm.wmatrix.file import WMatrix, digest_of, load, read_manifest
+from awareness_vllm.wmatrix.file import WMatrix, digest_of, is_readable, load, read_manifest
 
 pytestmark = pytest.mark.unit
 
@@ -44,6 +44,12 @@ def rewrite(
     document["payload"] = payload_digest(json.dumps(document), sorted(states.items()))
     save_file(states, out, {METADATA_KEY: json.dumps(document)})
     return out
+
+
+def test_only_a_file_of_this_version_is_readable(saved: Path, tmp_path: Path) -> None:
+    assert is_readable(saved)
+    assert not is_readable(tmp_path / "none.wmatrix")
+    assert not is_readable(rewrite(saved, tmp_path / "old.wmatrix", {"ridge": 0.02}))
 
 
 def same(one: WMatrix, other: WMatrix) -> bool:
