@@ -8,22 +8,25 @@ from typing import Any
 
 HELP = "fit a W-Matrix from a source model to a target model"
 
+CONFIGURATION = {
+    "tokens": "anchor tokens to read",
+    "layers": "source layers to read, evenly spread (default: half of them)",
+    "rank": "width of the latent",
+    "calibration": "texts of calibration; 0 for none",
+    "epochs": "times these texts are gone through",
+    "seed": None,
+}
+"""Fields of FitConfig that have a flag, and its help."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--source", required=True, help="folder of the model that makes memories")
     parser.add_argument("--target", required=True, help="folder of the model that is served")
     parser.add_argument("--anchors", required=True, nargs="+", type=Path, metavar="PATH")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE.wmatrix")
-    parser.add_argument("--tokens", type=int, default=45_000, help="anchor tokens to read")
-    parser.add_argument(
-        "--layers", type=int, help="source layers to read, evenly spread (default: half of them)"
-    )
-    parser.add_argument("--rank", type=int, default=1280, help="width of the latent")
-    parser.add_argument(
-        "--calibration", type=int, default=160, help="texts of calibration; 0 for none"
-    )
-    parser.add_argument("--epochs", type=int, default=1, help="times these texts are gone through")
-    parser.add_argument("--seed", type=int, default=0)
+    # No defaults here: FitConfig has them, and importing it would load torch for `--help`.
+    for name, help_text in CONFIGURATION.items():
+        parser.add_argument(f"--{name}", type=int, help=help_text)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -31,14 +34,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from awareness_vllm.distributed import join
     from awareness_vllm.wmatrix.fit import FitConfig, fit
 
-    config = FitConfig(
-        tokens=args.tokens,
-        layers=args.layers,
-        rank=args.rank,
-        calibration=args.calibration,
-        epochs=args.epochs,
-        seed=args.seed,
-    )
+    given = {name: getattr(args, name) for name in CONFIGURATION}
+    config = FitConfig(**{name: value for name, value in given.items() if value is not None})
     args.out.parent.mkdir(parents=True, exist_ok=True)
     work = args.out.with_name(f".{args.out.name}.work")
     wmatrix = fit(args.source, args.target, load(args.anchors), config, folder=work)

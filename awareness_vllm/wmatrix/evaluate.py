@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,9 +25,6 @@ from awareness_vllm.packages.capture import capture, load_model, read_tokens, st
 from awareness_vllm.packages.file import Package
 from awareness_vllm.wmatrix.file import WMatrix
 from awareness_vllm.wmatrix.reader import last_logits
-
-if TYPE_CHECKING:
-    from transformers import Cache
 
 Item = TypeVar("Item")
 ARMS = ("native", "memory", "tokens_only", "wrong_memory", "none")
@@ -100,14 +97,7 @@ class Bench:
     @torch.inference_mode()
     def logprobs(self, memory: AlignedMemory, ids: list[int], scored: int) -> Tensor:
         """Log probabilities of the last `scored` ids, read after a memory, [scored, V]."""
-        begin = len(memory.ids)
-        logits = last_logits(
-            self.target_model,
-            ids,
-            scored + 1,
-            past_key_values=cache_of(memory),
-            position_ids=torch.arange(begin, begin + len(ids))[None],
-        )
+        logits = last_logits(self.target_model, ids, scored + 1, **after(memory, ids))
         return logits[:-1].float().log_softmax(-1)
 
     def arms(self, context: str, other: Package, ids: list[int], scored: int) -> dict[str, Tensor]:
@@ -143,11 +133,7 @@ class TextFigures:
     def summary(self) -> dict[str, Any]:
         """Means of each arm, and retention with its interval."""
         return {
-            "arms": {
-                arm: dict(zip(("nll", "kl", "top1"), self.arms[arm].mean(0).tolist(), strict=True))
-                for arm in ARMS
-                if arm in self.arms
-            },
+            "arms": means(self.arms, ("nll", "kl", "top1")),
             "retention": retention(self.nll("native"), self.nll("memory"), self.nll("none")),
             "n": len(self.names),
         }
@@ -213,13 +199,8 @@ class CaseFigures:
 
     def summary(self) -> dict[str, Any]:
         """Means of each arm."""
-        names = ("exact_match", "logprob")
         return {
-            "arms": {
-                arm: dict(zip(names, self.arms[arm].mean(0).tolist(), strict=True))
-                for arm in ARMS
-                if arm in self.arms
-            },
+            "arms": means(self.arms, ("exact_match", "logprob")),
             "n": len(self.arms["native"]),
         }
 
@@ -254,14 +235,25 @@ def evaluate_cases(
     return CaseFigures({arm: np.array(figures) for arm, figures in rows.items()})
 
 
-def cache_of(memory: AlignedMemory) -> Cache:
-    """A memory as transformers' cache, in float32."""
+def means(arms: dict[str, np.ndarray], names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Each arm's means over documents, under the figures' names."""
+    return {
+        arm: dict(zip(names, arms[arm].mean(0).tolist(), strict=True))
+        for arm in ARMS
+        if arm in arms
+    }
+
+
+def after(memory: AlignedMemory, ids: Sequence[int]) -> dict[str, Any]:
+    """The model's inputs that make it read ids after a memory: a float32 cache, positions."""
     from transformers import DynamicCache
 
     cache = DynamicCache()
     for i, (key, value) in enumerate(zip(memory.keys, memory.values, strict=True)):
         cache.update(key.float().transpose(0, 1)[None], value.float().transpose(0, 1)[None], i)
-    return cache
+    begin = len(memory.ids)
+    positions = torch.arange(begin, begin + len(ids))[None]
+    return {"past_key_values": cache, "position_ids": positions}
 
 
 def paired(count: int) -> list[tuple[int, int]]:

@@ -96,7 +96,7 @@ def fit(
         with phase("representation alignment", progress):
             wmatrix = regress(reader, train, config, work, progress=progress)
         with phase("component mapping", progress):
-            logger.info("each target layer's main source layer: %s", main_layers(wmatrix))
+            say(f"main source layer of each target layer: {main_layers(wmatrix)}", progress)
         if config.calibration:
             with phase("calibration", progress):
                 wmatrix = calibrated(
@@ -111,8 +111,12 @@ def phase(name: str, progress: bool) -> Iterator[None]:
     """Say on stderr how long a phase of the fit took."""
     started = time.perf_counter()
     yield
+    say(f"{name}: {time.perf_counter() - started:.0f} s", progress)
+
+
+def say(line: str, progress: bool) -> None:
     if progress:
-        print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+        print(line, file=sys.stderr, flush=True)
 
 
 def calibrated(
@@ -152,10 +156,7 @@ def regress(
     progress: bool,
 ) -> WMatrix:
     """The map by ridge regression alone."""
-    rank, processes = join()
-    statistics = gather(reader, documents, config, work, (rank, processes), progress=progress)
-    if processes > 1:
-        statistics = statistics.all_reduce()
+    statistics = gather(reader, documents, config, work, progress=progress)
     tokens = statistics.rows
     weight = torch.ones_like(statistics.y_scale)
     mean, scale = statistics.x_mean, 1 / statistics.x_scale
@@ -193,15 +194,12 @@ def gather(
     documents: Sequence[Document],
     config: FitConfig,
     work: Workspace,
-    share: tuple[int, int],
     *,
     progress: bool,
 ) -> Statistics:
     """Read anchors until `config.tokens` rows are gathered, in chunks of bounded memory.
 
-    Args:
-        share: (r, n): this process is the r-th of n, and reads every n-th text for an n-th of
-            the rows.
+    Of n processes each reads every n-th text, for an n-th of the rows; all get the sums of all.
 
     Raises:
         BadInput: the anchors run out before the features can be told apart.
@@ -209,7 +207,7 @@ def gather(
     statistics, first = _resumed(work)
     chunk: list[tuple[Tensor, Tensor]] = []
     chunks, pending = 0, 0
-    rank, processes = share
+    rank, processes = join()
     texts = _shuffled_windows(documents, config.seed)[rank::processes]
     wanted = config.tokens // processes
     done = statistics.rows if statistics else 0
@@ -239,7 +237,7 @@ def gather(
             expected=f"at least {CHUNK_ROWS}",
             remedy="give more anchors",
         )
-    return statistics
+    return statistics.all_reduce() if processes > 1 else statistics
 
 
 def _resumed(work: Workspace) -> tuple[Statistics | None, int]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from awareness_vllm.align.aligner import AlignedMemory
 from awareness_vllm.geometry import Strict
-from awareness_vllm.wmatrix.evaluate import Bench, cache_of
+from awareness_vllm.wmatrix.evaluate import Bench, after
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -83,8 +83,7 @@ def attention(model: PreTrainedModel, memory: AlignedMemory, ids: list[int]) -> 
     with eager(model):
         out = model(
             torch.tensor([ids]),
-            past_key_values=cache_of(memory),
-            position_ids=_after(memory, ids),
+            **after(memory, ids),
             output_attentions=True,
             logits_to_keep=1,
         )
@@ -102,10 +101,8 @@ def gradient_norm(model: PreTrainedModel, memory: AlignedMemory, ids: list[int])
     """Norm of the gradient of the next-token loss over the ids, in all states of the memory."""
     leaves = [s.float().clone().requires_grad_() for s in (*memory.keys, *memory.values)]
     half = len(memory.keys)
-    cache = cache_of(AlignedMemory(memory.ids, leaves[:half], leaves[half:]))
-    logits = model(
-        torch.tensor([ids]), past_key_values=cache, position_ids=_after(memory, ids)
-    ).logits[0, :-1]
+    injected = AlignedMemory(memory.ids, leaves[:half], leaves[half:])
+    logits = model(torch.tensor([ids]), **after(injected, ids)).logits[0, :-1]
     loss = torch.nn.functional.cross_entropy(logits.float(), torch.tensor(ids[1:]))
     gradients = torch.autograd.grad(loss, leaves)
     return math.sqrt(sum(g.square().sum().item() for g in gradients))
@@ -120,8 +117,3 @@ def eager(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(before)
-
-
-def _after(memory: AlignedMemory, ids: list[int]) -> Tensor:
-    begin = len(memory.ids)
-    return torch.arange(begin, begin + len(ids))[None]

@@ -135,7 +135,6 @@ def test_calibration_keeps_the_epoch_that_was_best(
 def test_calibration_lowers_the_divergence_on_held_out_texts(
     tiny_models: tuple[Path, Path],
     anchors: list[Document],
-    caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found: list[list[float]] = []
