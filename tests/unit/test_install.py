@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import bz2
+import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from awareness_vllm import models
-from awareness_vllm.anchors import debian, install, sources
+from awareness_vllm.anchors import debian, install, pypi, sources
 from awareness_vllm.anchors.corpus import Document
+from awareness_vllm.anchors.mathematics import EXERCISES, mathematics
+from awareness_vllm.anchors.wikitext import wikitext_to_text
 from awareness_vllm.errors import BadInput
 
 pytestmark = pytest.mark.unit
@@ -49,12 +54,15 @@ def test_sources_are_installed_once_and_again_when_damaged(
     def no_packages(package: str, scratch: Path) -> Path:
         raise BadInput(f"cannot get {package}", remedy="apt-get update")
 
-    monkeypatch.setattr(install, "unpack", no_packages)
+    for name in ("ANCHORS", "HELD_OUT"):
+        unreachable = [replace(s, registry=no_packages) for s in getattr(sources, name)]
+        monkeypatch.setattr(install, name, unreachable)
     monkeypatch.setattr(install, "FACT_TEXTS", 5)
     lines: list[str] = []
     folders = install.install(progress=lines.append)
-    # Without Debian's packages the rest is there, and the warning says what to do.
-    assert set(folders) == {"anchors/pydoc-topics", "anchors/facts", "held-out/facts"}
+    # Without any registry the rest is there, and the warning says what to do.
+    made = {"anchors/pydoc-topics", "anchors/facts", "anchors/mathematics", "held-out/facts"}
+    assert set(folders) == made
     assert "apt-get update" in caplog.text
     assert len(list(folders["anchors/facts"].glob("*.txt"))) == 5
     assert (folders["held-out/facts"] / "cases.jsonl").read_text().count("\n") == 300
@@ -74,6 +82,54 @@ def test_a_package_that_cannot_be_had_names_the_remedy(
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(BadInput, match="apt-get update"):
         debian.unpack("no-such-package", tmp_path)
+
+
+def test_a_wheel_that_cannot_be_had_names_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(BadInput, match="make anchors"):
+        pypi.unpack("no-such-wheel==1.0", tmp_path)
+
+
+def test_an_article_becomes_what_a_reader_reads(tmp_path: Path) -> None:
+    markup = (
+        "{{Infobox|a={{b|c}}}}\n'''Albedo''' is a [[ratio|fraction]]<ref>Smith</ref> of [[light]]."
+        "&lt;!-- note --&gt;\n[[File:x.jpg|thumb|A [[cloud]].]]\n"
+        "== Ice ==\n* bright [http://x it]\n"
+        "{| class=a\n| 1\n|}\n== See also ==\n* [[Sun]]"
+    )
+    text = "Albedo is a fraction of light.\n\nIce\n- bright it"
+    assert wikitext_to_text(markup) == text
+    assert wikitext_to_text("open {{ takes the rest") == "open"
+
+    folder = tmp_path / "gensim/test/test_data"
+    folder.mkdir(parents=True)
+    long = "Albedo matters. " * 200
+    page = f"<page><title>A (b)</title><text x='1'>{long}</text></page>"
+    page += "<page><title>R</title><text>#REDIRECT</text></page>"
+    (folder / "enwiki-latest-pages-articles1.x.bz2").write_bytes(bz2.compress(page.encode()))
+    (only,) = sources.wikipedia(tmp_path)
+    assert only == Document("A-b-", long.strip())
+
+
+def test_exercises_are_solved_correctly() -> None:
+    documents = list(mathematics(400, seed=3))
+    assert documents == list(mathematics(400, seed=3)) != list(mathematics(400, seed=4))
+    text = "\n".join(document.text for document in documents)
+    claims = re.findall(r"(?<![-+*^\d] )\b(\d+) ([-+*]) (\d+) = (-?\d+)\b", text)
+    assert len(claims) > 300
+    for a, sign, b, result in claims:
+        expected = {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b)}[sign]
+        assert int(result) == expected, (a, sign, b, result)
+    solved = re.findall(
+        r"Solve (\d+)\*\w \+ (\d+) = (-?\d+) for .*\n.*= (-?\d+)\.$", text, re.MULTILINE
+    )
+    assert solved
+    for a, b, right, root in solved:
+        assert int(a) * int(root) + int(b) == int(right)
+    names = {exercise.__name__ for exercise in EXERCISES}
+    assert len(names) == len(EXERCISES) == 13
 
 
 def test_fortunes_and_descriptions_become_prose(tmp_path: Path) -> None:

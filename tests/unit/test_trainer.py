@@ -58,7 +58,7 @@ def test_what_cannot_be_honoured_is_refused(tiny_models: tuple[Path, Path]) -> N
         WMatrixTrainer(*tiny_models).configure(anchor_domains=["poetry"]).documents()
 
 
-def test_every_debian_source_belongs_to_one_domain() -> None:
+def test_every_source_belongs_to_one_domain() -> None:
     sources = of_domains(list(DOMAINS))
     assert len(sources) == len(set(sources))
     assert {source.name for source in ANCHORS} <= set(sources)
