@@ -72,5 +72,11 @@ class UnsupportedModel(AwarenessError):
     status = 422
 
 
+class QualityUnreachable(AwarenessError):
+    """A quality target above what the certificate says any plan reaches."""
+
+    status = 422
+
+
 class BadInput(AwarenessError):
     """Input of a command or function that cannot be used."""

@@ -80,6 +80,10 @@ class Geometry(Strict):
             other.layers,
         )
 
+    def same_shape(self, other: Geometry) -> bool:
+        """Whether states of one are states for the other, token by token: variants of one model."""
+        return (self.layers, self.tokenizer) == (other.layers, other.tokenizer)
+
     @classmethod
     def from_folder(cls, folder: str | Path) -> Geometry:
         """Read a Hugging Face model folder (a name is resolved in the local hub cache).

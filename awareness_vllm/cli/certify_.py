@@ -16,6 +16,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--texts", required=True, nargs="+", type=Path, metavar="PATH")
     parser.add_argument("--cases", required=True, type=Path, metavar="FILE.jsonl")
     parser.add_argument("--limit", type=int, default=48, help="at most so many texts, and cases")
+    parser.add_argument(
+        "--lengths",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="TOKENS",
+        help="measure retention after contexts of these lengths too",
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -26,7 +34,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     texts, cases = load_texts(args.texts), read_cases(args.cases)
     certified = certify(
-        load(args.wmatrix), args.source, args.target, texts, cases, limit=args.limit
+        load(args.wmatrix),
+        args.source,
+        args.target,
+        texts,
+        cases,
+        limit=args.limit,
+        lengths=args.lengths,
     )
     certified.save(args.wmatrix)
     assert certified.manifest.certificate is not None

@@ -25,11 +25,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--cases", type=Path, metavar="FILE.jsonl")
     parser.add_argument("--context", type=int, default=300, help="target tokens of memory")
     parser.add_argument("--continuation", type=int, default=60, help="tokens scored after it")
+    parser.add_argument(
+        "--join", action="store_true", help="read successive short texts of a folder as one"
+    )
+    parser.add_argument(
+        "--tails",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="measure also with the memory's last N tokens read natively",
+    )
     parser.add_argument("--limit", type=int, help="at most so many texts or cases")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    from awareness_vllm.wmatrix.evaluate import Bench, evaluate_cases, evaluate_texts
+    from awareness_vllm.wmatrix.evaluate import Bench, evaluate_cases, evaluate_texts, joined
     from awareness_vllm.wmatrix.file import load as load_wmatrix
 
     cases = read_cases(args.cases) if args.cases else None
@@ -38,12 +49,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         return evaluate_cases(bench, cases, limit=args.limit).summary()
     from awareness_vllm.anchors.corpus import load
 
+    texts = load(args.texts)
     return evaluate_texts(
         bench,
-        load(args.texts),
+        joined(texts, args.context + args.continuation) if args.join else texts,
         context=args.context,
         continuation=args.continuation,
         limit=args.limit,
+        tails=args.tails,
     ).summary()
 
 
@@ -75,6 +88,6 @@ def show(result: dict[str, Any]) -> None:
     for arm, figures in result["arms"].items():
         print(f"{arm:14}" + "".join(f"{name} {value:8.4f}   " for name, value in figures.items()))
     if "retention" in result:
-        r = result["retention"]
-        print(f"retention {r['mean']:.3f} (95 % CI {r['ci_low']:.3f} … {r['ci_high']:.3f})")
+        for name, r in {"retention": result["retention"], **result["tails"]}.items():
+            print(f"{name:14}{r['mean']:.3f} (95 % CI {r['ci_low']:.3f} … {r['ci_high']:.3f})")
     print(f"n = {result['n']}")

@@ -18,8 +18,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from awareness_vllm.align.features import split_states
-from awareness_vllm.positions import apply
 from awareness_vllm.wmatrix.file import WMatrix
+from awareness_vllm.wmatrix.inject import inject
 from awareness_vllm.wmatrix.lessons import Lesson, Lessons
 from awareness_vllm.wmatrix.reader import Reader, last_logits
 from awareness_vllm.wmatrix.workspace import Workspace
@@ -181,19 +181,14 @@ def divergence(
     wmatrix: WMatrix, reader: Reader, parts: dict[str, Tensor], lesson: Lesson
 ) -> Tensor:
     """KL from the target's native prediction of the continuation to that after the memory."""
-    from transformers import DynamicCache
-
     encode, decode, bias = (parts[name].bfloat16() for name in PARTS)
     target, sink, count = reader.target_geometry, len(reader.sink), len(lesson.ids)
-    keys, values = split_states(target, (lesson.features @ encode) @ decode + bias)
+    flat = (lesson.features @ encode) @ decode + bias
+    if wmatrix.manifest.residual:
+        flat = flat + standing_states(wmatrix, lesson.features)
+    sinks = wmatrix.sink_keys, wmatrix.sink_values
+    cache = inject(target, split_states(target, flat), sinks)
     end = sink + len(lesson.features)
-    positions = torch.arange(sink, end)
-    cache = DynamicCache()
-    for i, layer in enumerate(target.layers):
-        key = torch.cat((wmatrix.sink_keys[i], apply(keys[i], positions, layer.positions)))
-        value = torch.cat((wmatrix.sink_values[i], values[i].float()))
-        key, value = (s.bfloat16().transpose(0, 1)[None] for s in (key, value))
-        cache.update(key, value, i)
     with only_tokens(reader.target_model, lesson.likely):
         logits = last_logits(
             reader.target_model,
@@ -208,6 +203,12 @@ def divergence(
         log_target=True,
         reduction="batchmean",
     )
+
+
+def standing_states(wmatrix: WMatrix, features: Tensor) -> Tensor:
+    """The source's states [T, source_width], back from standardised features [T, F]."""
+    width = wmatrix.manifest.source_width
+    return features[:, :width] / wmatrix.scale[:width] + wmatrix.mean[:width]
 
 
 @contextlib.contextmanager

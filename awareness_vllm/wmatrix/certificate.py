@@ -6,7 +6,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 
 from awareness_vllm.anchors.corpus import Document, digest
+from awareness_vllm.errors import QualityUnreachable
 from awareness_vllm.geometry import Strict
+from awareness_vllm.wmatrix.cost import map_flop, prefill_flop, share_of_prefill
 from awareness_vllm.wmatrix.evaluate import (
     Bench,
     CaseFigures,
@@ -22,8 +24,10 @@ from awareness_vllm.wmatrix.evaluate import (
     cut_evenly,
     evaluate_cases,
     evaluate_texts,
+    joined,
     mean,
     share,
+    tail_arm,
 )
 from awareness_vllm.wmatrix.file import WMatrix
 from awareness_vllm.wmatrix.metrics import Metrics, measure
@@ -33,6 +37,8 @@ TIERS = ((0.90, 0.85), (0.82, 0.60), (0.75, 0.30), (0.60, 0.0))
 the ranges published with the tiers; the facts are ours: retention alone hides their loss."""
 
 
+TAILS = (16, 64, 128)
+"""How many last tokens of a memory the measured plans read natively, beside none."""
 METRIC_TEXTS = 6
 """Texts that the metrics of `metrics.py` are taken on, evenly from all of them."""
 
@@ -56,13 +62,26 @@ class Protocol(Strict):
     continuation: int
 
 
+class Plan(Strict):
+    """A way to load a memory: the map for most of it, the last `tail` tokens read natively.
+
+    `cost` is its share of the target's floating point operations for reading the whole context of
+    the protocol.
+    """
+
+    tail: int
+    cost: float
+    retention: Interval
+
+
 class Certificate(Strict):
     """The five arms' figures and what follows from them.
 
     `margin` is what the source's states add to the text alone: NLL of the tokens-only arm less the
     memory arm's, in nats. `kinds` is the retention by the folder that a text came from. `facts` is
     fact recall as a share of native, `facts_margin` the memory arm's exact match less the
-    tokens-only arm's.
+    tokens-only arm's. `lengths` is the retention by tokens of context; `plans` are the ways to load
+    that were measured, cheapest first.
     """
 
     protocol: Protocol
@@ -72,6 +91,8 @@ class Certificate(Strict):
     retention: Interval
     margin: Interval
     kinds: dict[str, Interval]
+    lengths: dict[int, Interval]
+    plans: tuple[Plan, ...]
     facts: Interval
     facts_margin: Interval
     counts: dict[str, int]
@@ -91,6 +112,7 @@ def certify(
     limit: int,
     context: int = 300,
     continuation: int = 60,
+    lengths: Sequence[int] = (),
     progress: bool = True,
 ) -> WMatrix:
     """Measure a W-Matrix and write what was found into it.
@@ -98,11 +120,40 @@ def certify(
     Args:
         texts, cases: from sources that no anchor came from.
         limit: at most so many texts, and as many cases.
+        lengths: tokens of context to measure retention at besides `context`; texts that are too
+            short are read in a row.
     """
     bench = Bench(Path(source), Path(target), wmatrix)
     on_texts = evaluate_texts(
-        bench, texts, context=context, continuation=continuation, limit=limit, progress=progress
+        bench,
+        texts,
+        context=context,
+        continuation=continuation,
+        limit=limit,
+        tails=[tail for tail in TAILS if tail < context],
+        progress=progress,
     )
+    by_length = {
+        length: evaluate_texts(
+            bench,
+            joined(texts, length + continuation),
+            context=length,
+            continuation=continuation,
+            limit=limit,
+            progress=progress,
+        ).retention()
+        for length in lengths
+    }
+    mapped, native = map_flop(wmatrix), prefill_flop(bench.target_model, context)
+    plans = [
+        Plan(
+            tail=tail,
+            cost=share_of_prefill(mapped, native, context, tail),
+            retention=Interval(**on_texts.retention(tail_arm(tail) if tail else "memory")),
+        )
+        for tail in (0, *TAILS)
+        if tail < context
+    ]
     on_cases = evaluate_cases(bench, cases, limit=limit, progress=progress)
     cuts = cut_evenly(bench, texts, context, continuation, METRIC_TEXTS)
     metrics = measure(bench, [(text, ids) for _, text, ids in cuts])
@@ -115,16 +166,21 @@ def certify(
     )
     manifest = wmatrix.manifest.model_copy(
         update={
-            "certificate": certificate(protocol, on_texts, on_cases, metrics).model_dump(
-                mode="json"
-            )
+            "certificate": certificate(
+                protocol, on_texts, on_cases, metrics, by_length, plans
+            ).model_dump(mode="json")
         }
     )
     return replace(wmatrix, manifest=manifest)
 
 
 def certificate(
-    protocol: Protocol, texts: TextFigures, cases: CaseFigures, metrics: Metrics
+    protocol: Protocol,
+    texts: TextFigures,
+    cases: CaseFigures,
+    metrics: Metrics,
+    lengths: Mapping[int, Mapping[str, float]],
+    plans: Sequence[Plan],
 ) -> Certificate:
     """What the measured figures say."""
     on_texts, on_cases = texts.summary(), cases.summary()
@@ -136,7 +192,12 @@ def certificate(
         metrics=metrics,
         retention=on_texts["retention"],
         margin=mean(texts.nll("tokens_only") - texts.nll("memory")),
-        kinds={kind: retained(texts, rows) for kind, rows in by_kind(texts.names).items()},
+        kinds={kind: texts.retention(rows=rows) for kind, rows in by_kind(texts.names).items()},
+        lengths={
+            length: Interval(**found)
+            for length, found in sorted({protocol.context: texts.retention(), **lengths}.items())
+        },
+        plans=sorted(plans, key=lambda plan: plan.cost),
         facts=facts,
         facts_margin=mean(cases.exact("memory") - cases.exact("tokens_only")),
         counts={"texts": on_texts["n"], "cases": on_cases["n"]},
@@ -155,10 +216,21 @@ def by_kind(names: Sequence[str]) -> dict[str, np.ndarray]:
     return {kind: np.array(rows) for kind, rows in kinds.items()}
 
 
-def retained(texts: TextFigures, rows: np.ndarray) -> dict[str, float]:
-    """Retention on some of the texts."""
-    native, memory, none = (texts.nll(arm)[rows] for arm in ("native", "memory", "none"))
-    return share(none - memory, none - native)
+def cheapest(certificate: Certificate, quality_target: float) -> Plan:
+    """The cheapest measured plan that keeps so much.
+
+    Raises:
+        QualityUnreachable: none does; the best one and the remedy are named.
+    """
+    for plan in certificate.plans:
+        if plan.retention.mean >= quality_target:
+            return plan
+    best = max(certificate.plans, key=lambda plan: plan.retention.mean)
+    raise QualityUnreachable(
+        f"no measured plan keeps {quality_target:.3f}",
+        found=f"at best {best.retention.mean:.3f}, with the last {best.tail} tokens read natively",
+        remedy="lower quality_target, let the target read the text itself, or fit a better map",
+    )
 
 
 def tier(retention: float, facts: float) -> int | None:
@@ -202,6 +274,8 @@ def lines(document: dict[str, Any]) -> list[str]:
         f"{found.hardware})",
         interval("retention", found.retention),
         *(interval(f"  {kind}", i) for kind, i in sorted(found.kinds.items())),
+        *(interval(f"  {n} tokens", i) for n, i in found.lengths.items() if len(found.lengths) > 1),
+        *(interval(f"  tail {p.tail}, {p.cost:.0%} of prefill", p.retention) for p in found.plans),
         interval("facts, share of native", found.facts),
         interval("above tokens only, nats", found.margin),
         interval("above tokens only, facts", found.facts_margin),

@@ -27,6 +27,8 @@ from awareness_vllm.wmatrix.file import WMatrix
 from awareness_vllm.wmatrix.reader import last_logits
 
 Item = TypeVar("Item")
+CHARACTERS_PER_TOKEN = 6
+"""More than English has: so many characters are enough for a context."""
 ARMS = ("native", "memory", "tokens_only", "wrong_memory", "none")
 
 
@@ -95,13 +97,21 @@ class Bench:
         return AlignedMemory(ids, *states(self.target_model, ids))
 
     @torch.inference_mode()
-    def logprobs(self, memory: AlignedMemory, ids: list[int], scored: int) -> Tensor:
-        """Log probabilities of the last `scored` ids, read after a memory, [scored, V]."""
+    def logprobs(self, memory: AlignedMemory, ids: list[int], scored: int, tail: int = 0) -> Tensor:
+        """Log probabilities of the last `scored` ids, read after a memory, [scored, V].
+
+        The memory's last `tail` tokens are read natively after its others.
+        """
+        memory, recomputed = cut_tail(memory, tail)
+        ids = [*recomputed, *ids]
         logits = last_logits(self.target_model, ids, scored + 1, **after(memory, ids))
         return logits[:-1].float().log_softmax(-1)
 
-    def arms(self, context: str, other: Package, ids: list[int], scored: int) -> dict[str, Tensor]:
-        """Log probabilities of all five arms after one context, [scored, V] each."""
+    def arms(
+        self, context: str, other: Package, ids: list[int], scored: int, tails: Sequence[int] = ()
+    ) -> dict[str, Tensor]:
+        """Log probabilities of all five arms after one context, [scored, V] each, and of the memory
+        with each of the `tails` read natively."""
         package = self.package(context)
         context_ids, sink = self.ids(context), self.sink()
         none = self.native(context_ids[:sink] or ids[:1])
@@ -116,7 +126,10 @@ class Bench:
         }
         if self.wmatrix is not None:
             memories["tokens_only"] = self.memory(package, blank=True)
-        return {arm: self.logprobs(memory, ids, scored) for arm, memory in memories.items()}
+        found = {arm: self.logprobs(memory, ids, scored) for arm, memory in memories.items()}
+        for tail in tails:
+            found[tail_arm(tail)] = self.logprobs(memories["memory"], ids, scored, tail)
+        return found
 
 
 @dataclass
@@ -130,11 +143,18 @@ class TextFigures:
     def nll(self, arm: str) -> np.ndarray:
         return self.arms[arm][:, 0]
 
+    def retention(self, arm: str = "memory", rows: np.ndarray | None = None) -> dict[str, float]:
+        """An arm's retention over all documents, or over some `rows` of them."""
+        chosen = slice(None) if rows is None else rows
+        return retention(*(self.nll(name)[chosen] for name in ("native", arm, "none")))
+
     def summary(self) -> dict[str, Any]:
         """Means of each arm, and retention with its interval."""
+        tails = [arm for arm in self.arms if arm not in ARMS]
         return {
             "arms": means(self.arms, ("nll", "kl", "top1")),
-            "retention": retention(self.nll("native"), self.nll("memory"), self.nll("none")),
+            "retention": self.retention(),
+            "tails": {arm: self.retention(arm) for arm in tails},
             "n": len(self.names),
         }
 
@@ -146,9 +166,13 @@ def evaluate_texts(
     context: int = 300,
     continuation: int = 60,
     limit: int | None = None,
+    tails: Sequence[int] = (),
     progress: bool = True,
 ) -> TextFigures:
     """Retention over texts: the target goes on with each text after `context` tokens of memory.
+
+    Args:
+        tails: how many last tokens of the memory to read natively, an arm for each.
 
     Raises:
         BadInput: fewer than two texts are long enough (the wrong-memory arm needs another).
@@ -166,7 +190,7 @@ def evaluate_texts(
     for i, wrong in tqdm(paired(len(cuts)), desc="five arms", disable=not progress):
         name, text, ids = cuts[i]
         names.append(name)
-        arms = bench.arms(text, bench.package(cuts[wrong][1]), ids, continuation)
+        arms = bench.arms(text, bench.package(cuts[wrong][1]), ids, continuation, tails)
         native, labels = arms["native"], torch.tensor(ids[1:])
         for arm, logprobs in arms.items():
             surprise = -logprobs.gather(1, labels[:, None]).mean()
@@ -244,6 +268,18 @@ def means(arms: dict[str, np.ndarray], names: Sequence[str]) -> dict[str, dict[s
     }
 
 
+def tail_arm(tail: int) -> str:
+    """The name of the arm whose last `tail` tokens are read natively."""
+    return f"tail_{tail}"
+
+
+def cut_tail(memory: AlignedMemory, tail: int) -> tuple[AlignedMemory, list[int]]:
+    """A memory without its last `tail` tokens, and their ids; the first token stays."""
+    end = max(min(1, len(memory.ids)), len(memory.ids) - tail)
+    keys, values = [k[:end] for k in memory.keys], [v[:end] for v in memory.values]
+    return AlignedMemory(memory.ids[:end], keys, values), memory.ids[end:]
+
+
 def after(memory: AlignedMemory, ids: Sequence[int]) -> dict[str, Any]:
     """The model's inputs that make it read ids after a memory: a float32 cache, positions."""
     from transformers import DynamicCache
@@ -264,6 +300,22 @@ def paired(count: int) -> list[tuple[int, int]]:
     half = count // 2
     order = [j for i in range(half) for j in (i, i + half)] + list(range(2 * half, count))
     return [(i, (i + half) % (2 * half) if i < 2 * half else 0) for i in order]
+
+
+def joined(documents: Sequence[Document], tokens: int) -> list[Document]:
+    """Successive documents of one folder as one text, until it is long enough for so many tokens.
+
+    Few documents are as long as the longest contexts; entries of one source are read in a row.
+    """
+    characters = CHARACTERS_PER_TOKEN * tokens
+    texts: dict[str, list[Document]] = {}
+    for document in documents:
+        kind = texts.setdefault(document.name.split("/")[0], [])
+        if kind and len(kind[-1].text) < characters:
+            kind[-1] = Document(kind[-1].name, f"{kind[-1].text}\n\n{document.text}")
+        else:
+            kind.append(document)
+    return [document for kind in texts.values() for document in kind]
 
 
 def evenly(items: Sequence[Item], limit: int | None) -> list[Item]:

@@ -37,8 +37,9 @@ class Anchors(Strict):
 class WMatrixManifest(Strict):
     """The JSON document in a W-Matrix's safetensors metadata.
 
-    `layers` are the source layers that the map reads; `sink` are the target's fixed first tokens;
-    `r2` is the share of variance explained on held-out documents of the anchors' sources,
+    `layers` are the source layers that the map reads; with `residual` the map gives what is to be
+    added to the source's own states (variants of one model); `sink` are the target's fixed first
+    tokens; `r2` is the share of variance explained on held-out documents of the anchors' sources,
     `reconstruction_error` the share of the features' variance that the latent loses; without
     `certificate` the map is not certified.
     `fit` is the configuration of the fit; `payload` is the sha256 over the other fields and the
@@ -51,6 +52,7 @@ class WMatrixManifest(Strict):
     layers: tuple[int, ...]
     rank: int
     predecessors: int
+    residual: bool = False
     sink: tuple[int, ...]
     anchors: Anchors
     fit: dict[str, float | int | None]
@@ -128,7 +130,17 @@ class WMatrix:
             features[blank.nonzero()[:, 0], :width] = 0
         features[:, width:] = (embeddings - self.mean[width:]) * self.scale[width:]
         flat = decode(encode(features, self.encode), self.decode, self.bias)
+        if self.manifest.residual:
+            flat += self.own_states(source, blank, len(flat))
         return split_states(self.manifest.target, flat)
+
+    def own_states(self, source: Tensor | None, blank: Tensor | None, rows: int) -> Tensor:
+        """What a residual map adds to, [rows, source_width]: the source's states, or their mean
+        where they say nothing."""
+        mean = self.mean[: self.manifest.source_width]
+        if source is None:
+            return mean.expand(rows, -1)
+        return source if blank is None else torch.where(blank[:, None], mean, source)
 
     def save(self, path: str | Path) -> None:
         """Write the file atomically; the payload digest is put into the manifest here."""
@@ -177,6 +189,8 @@ def load(path: str | Path) -> WMatrix:
         raise _corrupt(path, f"payload {payload}", manifest.payload)
     if not set(manifest.layers) <= set(range(len(source.layers))):
         raise _corrupt(path, f"source layers {manifest.layers}", f"0 … {len(source.layers) - 1}")
+    if manifest.residual and manifest.source_width != target.width:
+        raise _corrupt(path, f"a residual map of {manifest.source_width} states", target.width)
     features = manifest.source_width + (1 + manifest.predecessors) * target.hidden_size
     shapes = {
         "mean": (features,),
@@ -230,7 +244,7 @@ def digest_of(path: Path) -> str:
 
 
 def _corrupt(
-    path: Path, found: str, expected: str = "a W-Matrix as `awareness fit` writes it"
+    path: Path, found: str, expected: str | int = "a W-Matrix as `awareness fit` writes it"
 ) -> WMatrixCorrupt:
     return WMatrixCorrupt(
         f"W-Matrix {path.name} cannot be used",

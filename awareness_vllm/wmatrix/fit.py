@@ -25,23 +25,26 @@ from awareness_vllm.errors import BadInput
 from awareness_vllm.geometry import resolve_folder
 from awareness_vllm.wmatrix.calibrate import CalibrationConfig, calibrate
 from awareness_vllm.wmatrix.file import Anchors, WMatrix, WMatrixManifest
+from awareness_vllm.wmatrix.importance import importance, output_weight
 from awareness_vllm.wmatrix.lessons import Lessons
 from awareness_vllm.wmatrix.mapping import main_layers
 from awareness_vllm.wmatrix.reader import Reader, sink_states
-from awareness_vllm.wmatrix.solve import reduced_rank_ridge, round_trip_error
+from awareness_vllm.wmatrix.solve import choose_ridge, reduced_rank_ridge, round_trip_error
 from awareness_vllm.wmatrix.statistics import Statistics
 from awareness_vllm.wmatrix.workspace import Workspace, workspace
 
 logger = logging.getLogger(__name__)
 
 WINDOW_CHARACTERS = 2400
-CHUNK_ROWS = 2048
-SAVE_EVERY = 4
-"""Chunks after which the sums are saved: a kill loses no more than these."""
+CHUNK_ROWS = 4096
+"""Rows after which the sums are saved: a kill loses no more than these."""
 HELD_OUT = 0.05
 HELD_OUT_TEXTS = 16
 HELD_OUT_SEED = 1_000_000
 """Added to the seed: no recall text of the held-out ones is among those that are trained on."""
+JUDGING_TEXTS = 18
+"""Texts on which the importance of the target's states is measured."""
+JUDGING_SEED = 2_000_000
 CONTEXT_CHARACTERS = 1100
 CONTINUATION_CHARACTERS = 400
 PROSE_PER_RECALL = 2
@@ -50,14 +53,15 @@ PROSE_PER_RECALL = 2
 @dataclass(frozen=True)
 class FitConfig:
     """`tokens` of anchors (target tokens), how many source `layers` are read (None: half), latent
-    `rank`, `ridge` as a share of unit variance, how many `predecessors` of a token lend their
-    embeddings; `calibration` texts, gone through `epochs` times with a relative step `rate`, until
-    `patience` epochs bring nothing better on held-out documents."""
+    `rank`, `ridge` as a share of unit variance (None: chosen on held-out documents), how many
+    `predecessors` of a token lend their embeddings; `calibration` texts, gone through `epochs`
+    times with a relative step `rate`, until `patience` epochs bring nothing better on held-out
+    documents."""
 
     tokens: int = 45_000
     layers: int | None = None
-    rank: int = 1280
-    ridge: float = 0.02
+    rank: int = 1152
+    ridge: float | None = None
     predecessors: int = 3
     calibration: int = 160
     epochs: int = 1
@@ -94,7 +98,7 @@ def fit(
         folder = folder.with_name(f"{folder.name}.{rank}-of-{processes}")
     with workspace(folder, _key(reader, train, config)) as work:
         with phase("representation alignment", progress):
-            wmatrix = regress(reader, train, config, work, progress=progress)
+            wmatrix = regress(reader, (train, held_out), config, work, progress=progress)
         with phase("component mapping", progress):
             say(f"main source layer of each target layer: {main_layers(wmatrix)}", progress)
         if config.calibration:
@@ -149,20 +153,18 @@ def calibrated(
 
 def regress(
     reader: Reader,
-    documents: Sequence[Document],
+    documents: tuple[Sequence[Document], Sequence[Document]],
     config: FitConfig,
     work: Workspace,
     *,
     progress: bool,
 ) -> WMatrix:
-    """The map by ridge regression alone."""
-    statistics = gather(reader, documents, config, work, progress=progress)
-    tokens = statistics.rows
-    weight = torch.ones_like(statistics.y_scale)
-    mean, scale = statistics.x_mean, 1 / statistics.x_scale
-    encode, decode, bias = reduced_rank_ridge(
-        statistics, config.rank, config.ridge, weight, config.seed
-    )
+    """The map by ridge regression alone, on (training, held-out) documents."""
+    train = documents[0]
+    statistics = gather(reader, train, config, work, progress=progress)
+    weight, ridge = weighting(reader, documents, statistics, config, work, progress=progress)
+    tokens, mean, scale = statistics.rows, statistics.x_mean, 1 / statistics.x_scale
+    encode, decode, bias = reduced_rank_ridge(statistics, config.rank, ridge, weight, config.seed)
     error = round_trip_error(statistics.gram, encode)
     sink_keys, sink_values = sink_states(reader.target, reader.sink)
     return WMatrix(
@@ -172,9 +174,10 @@ def regress(
             layers=reader.layers,
             rank=config.rank,
             predecessors=config.predecessors,
+            residual=reader.residual,
             sink=tuple(reader.sink),
-            anchors=Anchors(digest=digest(documents), documents=len(documents), tokens=tokens),
-            fit=asdict(config),
+            anchors=Anchors(digest=digest(train), documents=len(train), tokens=tokens),
+            fit=asdict(config) | {"ridge": ridge},
             r2={},
             reconstruction_error=error,
             versions={p: importlib.metadata.version(p) for p in ("torch", "transformers")},
@@ -187,6 +190,34 @@ def regress(
         sink_keys=sink_keys,
         sink_values=sink_values,
     )
+
+
+def weighting(
+    reader: Reader,
+    documents: tuple[Sequence[Document], Sequence[Document]],
+    statistics: Statistics,
+    config: FitConfig,
+    work: Workspace,
+    *,
+    progress: bool,
+) -> tuple[Tensor, float]:
+    """What the regression minimises: the weight of each standardised target [O], and the ridge."""
+    if (kept := work.load("weighting")) is not None:
+        return kept[0]["weight"], kept[1]["ridge"]
+    train, held_out = documents
+    judges = calibration_texts(train, JUDGING_TEXTS, config.seed + JUDGING_SEED)
+    weight = output_weight(
+        importance(reader, judges, config.seed, progress=progress),
+        statistics.y_scale,
+        [layer.width for layer in reader.target_geometry.layers] * 2,
+    )
+    ridge = config.ridge
+    if ridge is None:
+        x, y = held_out_rows(reader, held_out or train, config.seed)
+        ridge = choose_ridge(statistics, x, y, weight, config.seed)
+        say(f"ridge: {ridge}", progress)
+    work.save("weighting", {"weight": weight}, {"ridge": ridge})
+    return weight, ridge
 
 
 def gather(
@@ -206,7 +237,7 @@ def gather(
     """
     statistics, first = _resumed(work)
     chunk: list[tuple[Tensor, Tensor]] = []
-    chunks, pending = 0, 0
+    pending = 0
     rank, processes = join()
     texts = _shuffled_windows(documents, config.seed)[rank::processes]
     wanted = config.tokens // processes
@@ -226,10 +257,8 @@ def gather(
                 statistics = Statistics.start(xs, ys)
             if statistics is not None:
                 statistics.add(xs, ys)
-                chunk, chunks, done, pending = [], chunks + 1, statistics.rows, 0
-                if chunks % SAVE_EVERY == 0:
-                    note = {"texts": number, "rows": done}
-                    work.save("statistics", statistics.tensors(), note)
+                chunk, done, pending = [], statistics.rows, 0
+                work.save("statistics", statistics.tensors(), {"texts": number, "rows": done})
     if statistics is None:
         raise BadInput(
             "too few anchor tokens",
@@ -276,19 +305,27 @@ def _cut(text: str) -> tuple[str, str] | None:
     return (text[:middle], text[middle:end]) if enough else None
 
 
+def held_out_rows(
+    reader: Reader, documents: Sequence[Document], seed: int
+) -> tuple[Tensor, Tensor]:
+    """Features [N, F] and target states [N, O] of a few texts of documents."""
+    texts = _shuffled_windows(documents, seed)[:8]
+    x, y = zip(*(reader.pairs(text) for text in texts), strict=True)
+    return torch.cat(x), torch.cat(y)
+
+
 def explained(
     reader: Reader, wmatrix: WMatrix, documents: Sequence[Document], seed: int
 ) -> dict[str, float]:
     """Share of the variance of keys and of values explained, on documents not in the fit."""
-    width, half = reader.width, reader.target_geometry.key_width
-    parts = []
-    for text in _shuffled_windows(documents, seed)[:8]:
-        x, y = reader.pairs(text)
-        keys, values = wmatrix.map(x[:, :width], x[:, width:])
-        parts.append((y, torch.cat([s.flatten(1) for s in (*keys, *values)], dim=1)))
-    if not parts:
+    if not documents:
         return {}
-    y, predicted = (torch.cat(p) for p in zip(*parts, strict=True))
+    width, half = reader.width, reader.target_geometry.key_width
+    x, y = held_out_rows(reader, documents, seed)
+    keys, values = wmatrix.map(x[:, :width], x[:, width:])
+    predicted = torch.cat([s.flatten(1) for s in (*keys, *values)], dim=1)
+    if reader.residual:
+        y = y + x[:, :width]
     error, spread = (y - predicted).square().mean(0), y.var(0)
     return {
         name: 1 - (error[part].sum() / spread[part].sum()).item()

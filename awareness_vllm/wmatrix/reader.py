@@ -36,7 +36,8 @@ class Row:
 class Reader:
     """A source and a target model, in bfloat16: sums and gradients average its rounding away.
 
-    Of the source, `count` layers are read, as `evenly_spread` says.
+    Of the source, `count` layers are read, as `evenly_spread` says; of a variant of the target
+    (`residual`) all of them, since the map then learns what to add to them.
     """
 
     source: Path
@@ -50,7 +51,9 @@ class Reader:
         self.source_geometry = Geometry.from_folder(self.source)
         self.target_geometry = Geometry.from_folder(self.target)
         self.sink = sink_ids(self.target)
-        self.layers = evenly_spread(self.count, len(self.source_geometry.layers))
+        self.residual = self.source_geometry.same_shape(self.target_geometry)
+        total = len(self.source_geometry.layers)
+        self.layers = evenly_spread(total if self.residual else self.count, total)
         self.width = self.source_geometry.width_of(self.layers)
 
     @torch.no_grad()
@@ -68,7 +71,10 @@ class Reader:
 
     @torch.no_grad()
     def pairs(self, text: str) -> tuple[Tensor, Tensor]:
-        """Features [T, F] and position-free target states [T, O] of a text's usable tokens."""
+        """Features [T, F] and position-free target states [T, O] of a text's usable tokens.
+
+        Of a variant: what the target's states are more than the source's.
+        """
         row = self.read(text)
         truth = flat_states(self.target_geometry, *states(self.target_model, row.ids))
         y = truth[len(self.sink) :]
@@ -80,7 +86,8 @@ class Reader:
                 text[:60],
             )
         usable = ~row.blank & finite
-        return row.features[usable], y[usable]
+        x, y = row.features[usable], y[usable]
+        return x, y - x[:, : self.width] if self.residual else y
 
     @torch.no_grad()
     def logits(self, ids: list[int], last: int) -> Tensor:

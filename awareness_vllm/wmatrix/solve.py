@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from awareness_vllm.wmatrix.statistics import Statistics
 
+RIDGES = (0.002, 0.007, 0.02, 0.07)
+"""Ridges to choose from, rising: shares of the features' unit variance."""
+JUDGES = 256
 OVERSAMPLING = 32
 """Columns beyond the rank that the subspace iteration carries, so that its last ones are right."""
 
@@ -39,6 +43,34 @@ def reduced_rank_ridge(
     x_mean = statistics.x_sum / statistics.rows
     y_mean = statistics.y_mean + statistics.y_scale * statistics.y_sum / statistics.rows
     return encode, decode, y_mean - x_mean @ encode @ decode
+
+
+def choose_ridge(
+    statistics: Statistics, x: Tensor, y: Tensor, weight: Tensor, seed: int = 0
+) -> float:
+    """The ridge of `RIDGES` that explains rows of held-out documents best.
+
+    The full solution for some of the targets, by chance, stands for all of them: a ridge is about
+    the features.
+
+    Args:
+        statistics: sums over the anchors; left as they are.
+        x, y: rows [N, F] and [N, O] of documents that are not among the anchors.
+        weight: [O], importance of each standardised target.
+    """
+    rows = statistics.rows
+    some = torch.randperm(len(weight), generator=torch.Generator().manual_seed(seed))[:JUDGES]
+    x_mean, y_mean = statistics.x_sum / rows, statistics.y_sum[some] / rows
+    gram = (statistics.gram / rows).addr_(x_mean, x_mean, alpha=-1)
+    cross = (statistics.cross[:, some] / rows).addr_(x_mean, y_mean, alpha=-1)
+    x = (x - statistics.x_mean) / statistics.x_scale - x_mean
+    y = (y[:, some] - statistics.y_mean[some]) / statistics.y_scale[some] - y_mean
+    errors: dict[float, float] = {}
+    for ridge, step in zip(RIDGES, np.diff(RIDGES, prepend=0.0), strict=True):
+        gram.diagonal().add_(float(step))
+        solution = torch.cholesky_solve(cross, torch.linalg.cholesky(gram, upper=True), upper=True)
+        errors[ridge] = ((y - x @ solution) * weight[some]).square().mean().item()
+    return min(errors, key=errors.__getitem__)
 
 
 def round_trip_error(gram: Tensor, encode: Tensor) -> float:

@@ -71,7 +71,8 @@ class WMatrixTrainer:
             anchors: files and folders of texts, instead of the default ones.
             layers: source layers to read, evenly spread; half by default.
             optimization: "svd", the reduced-rank ridge; there is no other.
-            regularization: ridge, as a share of the features' variance.
+            regularization: ridge, as a share of the features' variance; by default the one that
+                serves held-out documents best.
             rank: width of the latent.
             calibration: texts of calibration through the target; 0 for none.
         """

@@ -11,9 +11,18 @@ import pytest
 
 from awareness_vllm.anchors.corpus import Document
 from awareness_vllm.cli.main import main
-from awareness_vllm.errors import BadInput, WMatrixCorrupt
+from awareness_vllm.errors import BadInput, QualityUnreachable, WMatrixCorrupt
 from awareness_vllm.wmatrix import fit, monitor
-from awareness_vllm.wmatrix.certificate import Certificate, Protocol, certificate, lines, tier
+from awareness_vllm.wmatrix.certificate import (
+    Certificate,
+    Interval,
+    Plan,
+    Protocol,
+    certificate,
+    cheapest,
+    lines,
+    tier,
+)
 from awareness_vllm.wmatrix.evaluate import CaseFigures, TextFigures
 from awareness_vllm.wmatrix.file import WMatrix, load
 from awareness_vllm.wmatrix.metrics import Metrics
@@ -29,6 +38,11 @@ METRICS = Metrics(
     gradient_stability=True,
     n=2,
 )
+LENGTHS = {1000: {"mean": 0.85, "ci_low": 0.8, "ci_high": 0.9}}
+PLANS = [
+    Plan(tail=tail, cost=cost, retention=Interval(mean=kept, ci_low=0, ci_high=1))
+    for tail, cost, kept in ((64, 0.4, 0.97), (0, 0.2, 0.9), (16, 0.3, 0.95))
+]
 ARMS = ("native", "memory", "tokens_only", "wrong_memory", "none")
 
 
@@ -54,7 +68,7 @@ def cases(native: int = 6, memory: int = 3, count: int = 8) -> CaseFigures:
 
 
 def test_the_figures_are_those_that_were_measured() -> None:
-    found = certificate(PROTOCOL, texts(0.9), cases(), METRICS)
+    found = certificate(PROTOCOL, texts(0.9), cases(), METRICS, LENGTHS, PLANS)
     assert found.retention.mean == pytest.approx(0.9)
     assert found.kinds.keys() == {"poems", "lists"}
     assert found.kinds["lists"].mean == pytest.approx(0.9)
@@ -66,9 +80,22 @@ def test_the_figures_are_those_that_were_measured() -> None:
     assert found.texts["memory"]["top1"] == pytest.approx(0.9)
 
 
+@pytest.mark.parametrize(("wanted", "tail"), [(0.5, 0), (0.9, 0), (0.91, 16), (0.97, 64)])
+def test_the_dial_takes_the_cheapest_plan_that_keeps_enough(wanted: float, tail: int) -> None:
+    found = certificate(PROTOCOL, texts(), cases(), METRICS, LENGTHS, PLANS)
+    assert cheapest(found, wanted).tail == tail
+    assert list(found.lengths) == [300, 1000]
+
+
+def test_a_target_that_no_plan_reaches_names_the_best() -> None:
+    found = certificate(PROTOCOL, texts(), cases(), METRICS, LENGTHS, PLANS)
+    with pytest.raises(QualityUnreachable, match=r"0\.970, with the last 64"):
+        cheapest(found, 0.98)
+
+
 def test_facts_that_the_target_itself_cannot_recall_are_no_measure() -> None:
     with pytest.raises(BadInput, match="nothing to measure against"):
-        certificate(PROTOCOL, texts(), cases(native=0, memory=0), METRICS)
+        certificate(PROTOCOL, texts(), cases(native=0, memory=0), METRICS, {}, [])
 
 
 @pytest.mark.parametrize(
@@ -83,7 +110,9 @@ def test_tiers_need_retention_and_facts(
 
 @pytest.fixture
 def certified(wmatrix: WMatrix, tmp_path: Path) -> Path:
-    document = certificate(PROTOCOL, texts(), cases(), METRICS).model_dump(mode="json")
+    document = certificate(PROTOCOL, texts(), cases(), METRICS, LENGTHS, PLANS).model_dump(
+        mode="json"
+    )
     manifest = wmatrix.manifest.model_copy(update={"certificate": document})
     path = tmp_path / "pair.wmatrix"
     replace(wmatrix, manifest=manifest).save(path)
@@ -122,7 +151,9 @@ def test_who_has_none_says_so(
 
 
 def test_lines_name_every_kind() -> None:
-    document = certificate(PROTOCOL, texts(), cases(), METRICS).model_dump(mode="json")
+    document = certificate(PROTOCOL, texts(), cases(), METRICS, LENGTHS, PLANS).model_dump(
+        mode="json"
+    )
     text = "\n".join(lines(document))
     assert "poems" in text
     assert "lists" in text
@@ -141,7 +172,9 @@ def fitted(
     monkeypatch.setattr(fit, "CHUNK_ROWS", 256)
     config = fit.FitConfig(tokens=1000, rank=4, predecessors=0, calibration=0, held_out=0.3)
     wmatrix = fit.fit(*tiny_models, anchors, config, progress=False)
-    document = certificate(PROTOCOL, texts(), cases(), METRICS).model_dump(mode="json")
+    document = certificate(PROTOCOL, texts(), cases(), METRICS, LENGTHS, PLANS).model_dump(
+        mode="json"
+    )
     manifest = wmatrix.manifest.model_copy(update={"certificate": document})
     path = tmp_path / "tiny.wmatrix"
     replace(wmatrix, manifest=manifest).save(path)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from awareness_vllm.anchors.corpus import Document
 from awareness_vllm.wmatrix import calibrate, fit
-from awareness_vllm.wmatrix.file import WMatrix
+from awareness_vllm.wmatrix.file import WMatrix, load, read_manifest
 from awareness_vllm.wmatrix.fit import FitConfig, calibration_texts
 from awareness_vllm.wmatrix.workspace import Workspace
 
@@ -27,7 +29,6 @@ class Killed(Exception):
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks and saves so frequent that a small fit has several."""
     monkeypatch.setattr(fit, "CHUNK_ROWS", 256)
-    monkeypatch.setattr(fit, "SAVE_EVERY", 1)
     monkeypatch.setattr(fit, "HELD_OUT_TEXTS", 3)
     original = calibrate.CalibrationConfig
     monkeypatch.setattr(fit, "CalibrationConfig", lambda **k: original(**k, save_every=1))
@@ -183,3 +184,44 @@ def test_calibration_texts_mix_prose_and_recall(anchors: list[Document]) -> None
     assert kinds == [True, True, False] * 2
     other = calibration_texts(anchors, 6, seed=fit.HELD_OUT_SEED)
     assert not {c for c, _ in pairs[2::3]} & {c for c, _ in other[2::3]}
+
+
+def perturbed(folder: Path, into: Path, noise: float) -> Path:
+    """A variant of a model: the same shapes and tokenizer, slightly other weights."""
+    shutil.copytree(folder, into)
+    path = into / "model.safetensors"
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        name: w + noise * w.float().std() * torch.randn(w.shape, generator=generator)
+        for name, w in load_file(path).items()
+    }
+    save_file({n: w.bfloat16() for n, w in weights.items()}, path, {"format": "pt"})
+    return into
+
+
+@pytest.mark.usefixtures("small")
+def test_a_variants_map_adds_to_what_the_source_says(
+    tiny_models: tuple[Path, Path], anchors: list[Document], tmp_path: Path
+) -> None:
+    variant = perturbed(tiny_models[0], tmp_path / "variant", 0.02)
+    config = replace(CONFIG, rank=1, calibration=3, epochs=1)
+    wmatrix = fit.fit(tiny_models[0], variant, anchors, config, progress=False)
+    assert wmatrix.manifest.residual
+    assert wmatrix.manifest.layers == (0, 1, 2, 3)
+    # Rank 1 could never say as much by itself.
+    assert wmatrix.accuracy > 0.95
+    wmatrix.save(tmp_path / "variant.wmatrix")
+    assert load(tmp_path / "variant.wmatrix").manifest == read_manifest(
+        tmp_path / "variant.wmatrix"
+    )
+
+    width = wmatrix.manifest.source_width
+    source, blank = torch.randn(3, width), torch.tensor([False, True, False])
+    embeddings = torch.zeros(3, len(wmatrix.mean) - width)
+    nothing = replace(wmatrix, decode=0 * wmatrix.decode, bias=0 * wmatrix.bias)
+    keys, values = nothing.map(source, embeddings, blank)
+    kept = torch.cat([s.flatten(1) for s in (*keys, *values)], dim=1)
+    assert torch.equal(kept[[0, 2]], source[[0, 2]])
+    assert torch.equal(kept[1], wmatrix.mean[:width])
+    keys, values = nothing.map(None, embeddings)
+    assert torch.equal(keys[0].flatten(1)[2], wmatrix.mean[: keys[0][0].numel()])

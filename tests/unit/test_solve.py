@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from awareness_vllm.errors import BadInput
-from awareness_vllm.wmatrix.solve import reduced_rank_ridge
+from awareness_vllm.wmatrix.solve import RIDGES, choose_ridge, reduced_rank_ridge
 from awareness_vllm.wmatrix.statistics import Statistics
 
 pytestmark = pytest.mark.unit
@@ -185,3 +185,15 @@ def test_a_constant_feature_or_target_does_no_harm() -> None:
     statistics = gathered(x, y, 1000)
     for tensor in reduced_rank_ridge(statistics, RANK, 0.01, torch.ones(OUTPUTS)):
         assert tensor.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("rows", "noise", "expected"), [(200, 3.0, RIDGES[-1]), (4000, 0.0, RIDGES[0])]
+)
+def test_noise_asks_for_more_ridge(rows: int, noise: float, expected: float) -> None:
+    x, y = planted(rows + 500, noise)
+    statistics = gathered(x[:rows], y[:rows], 100)
+    before = copy.deepcopy(statistics)
+    assert choose_ridge(statistics, x[rows:], y[rows:], torch.ones(OUTPUTS)) == expected
+    for name, tensor in statistics.tensors().items():
+        assert torch.equal(tensor, before.tensors()[name]), name
