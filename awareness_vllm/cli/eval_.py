@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     cases = read_cases(args.cases) if args.cases else None
     bench = Bench(args.source, args.target, load_wmatrix(args.wmatrix) if args.wmatrix else None)
     if cases is not None:
-        return evaluate_cases(bench, cases, limit=args.limit).summary()
+        return evaluate_cases(bench, cases, limit=args.limit, tails=args.tails).summary()
     from awareness_vllm.anchors.corpus import load
 
     texts = load(args.texts)
@@ -87,7 +87,7 @@ def read_cases(path: Path) -> list[dict[str, str]]:
 def show(result: dict[str, Any]) -> None:
     for arm, figures in result["arms"].items():
         print(f"{arm:14}" + "".join(f"{name} {value:8.4f}   " for name, value in figures.items()))
-    if "retention" in result:
-        for name, r in {"retention": result["retention"], **result["tails"]}.items():
-            print(f"{name:14}{r['mean']:.3f} (95 % CI {r['ci_low']:.3f} … {r['ci_high']:.3f})")
+    shares = {"retention": result["retention"]} if "retention" in result else {}
+    for name, r in {**shares, **result["tails"]}.items():
+        print(f"{name:14}{r['mean']:.3f} (95 % CI {r['ci_low']:.3f} … {r['ci_high']:.3f})")
     print(f"n = {result['n']}")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from awareness_vllm.align.aligner import prompt_ids
 from awareness_vllm.anchors.spans import load_tokenizer, prefix_ids
@@ -22,23 +22,29 @@ from awareness_vllm.store.folder import Store
 from awareness_vllm.wmatrix.file import WMatrixManifest, digest_of
 from awareness_vllm.wmatrix.file import read_manifest as read_wmatrix_manifest
 
+TAIL = 16
+"""Last tokens of a realigned memory that the target reads itself, after the rest: what is asked
+follows them at once, and they bring more retention than anything else at their price
+(docs/fidelity-log.md)."""
 RESOLVED = 1024
 """Memories whose prompt ids are kept, so that a hot request does not tokenize them again."""
 
 
 class LoadParams(Strict):
-    """What a request tells the connector, under `kv_transfer_params["awareness"]`."""
+    """What a request tells the connector, under `kv_transfer_params["awareness"]`: of the prompt's
+    first `tokens` ids, all but the last `tail` come from the memory."""
 
     memory: str
     wmatrix: str = ""
     tokens: int
+    tail: int = Field(0, ge=0)
     caller_salt: str = ""
 
     @property
     def cache_salt(self) -> str:
         """Aligned KV is approximate: it shares cached blocks with nothing but the same memory,
         through the same map, for the same caller."""
-        parts = json.dumps([self.memory, self.wmatrix, self.caller_salt])
+        parts = json.dumps([self.memory, self.wmatrix, self.tail, self.caller_salt])
         return f"awareness-{hashlib.sha256(parts.encode()).hexdigest()}"
 
     @classmethod
@@ -71,6 +77,7 @@ class Resolved:
             memory=self.memory,
             wmatrix=self.wmatrix.digest if self.wmatrix else "",
             tokens=len(self.ids),
+            tail=TAIL if self.wmatrix else 0,
             caller_salt=caller_salt or "",
         )
 

@@ -118,4 +118,4 @@ class SchedulerHalf:
 
 def loadable(params: LoadParams, request: Request) -> int:
     """How many first tokens of a request its memory brings."""
-    return min(params.tokens, request.num_tokens - MIN_COMPUTED)
+    return min(params.tokens - params.tail, request.num_tokens - MIN_COMPUTED)

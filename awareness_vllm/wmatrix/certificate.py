@@ -26,7 +26,6 @@ from awareness_vllm.wmatrix.evaluate import (
     evaluate_texts,
     joined,
     mean,
-    share,
     tail_arm,
 )
 from awareness_vllm.wmatrix.file import WMatrix
@@ -39,6 +38,8 @@ the ranges published with the tiers; the facts are ours: retention alone hides t
 
 TAILS = (16, 64, 128)
 """How many last tokens of a memory the measured plans read natively, beside none."""
+LENGTH_TEXTS = 16
+"""Texts for each further length of context: a long one costs many short ones."""
 METRIC_TEXTS = 6
 """Texts that the metrics of `metrics.py` are taken on, evenly from all of them."""
 
@@ -72,6 +73,7 @@ class Plan(Strict):
     tail: int
     cost: float
     retention: Interval
+    facts: Interval
 
 
 class Certificate(Strict):
@@ -124,13 +126,14 @@ def certify(
             short are read in a row.
     """
     bench = Bench(Path(source), Path(target), wmatrix)
+    tails = [tail for tail in TAILS if tail < context]
     on_texts = evaluate_texts(
         bench,
         texts,
         context=context,
         continuation=continuation,
         limit=limit,
-        tails=[tail for tail in TAILS if tail < context],
+        tails=tails,
         progress=progress,
     )
     by_length = {
@@ -139,22 +142,22 @@ def certify(
             joined(texts, length + continuation),
             context=length,
             continuation=continuation,
-            limit=limit,
+            limit=min(limit, LENGTH_TEXTS),
             progress=progress,
         ).retention()
         for length in lengths
     }
+    on_cases = evaluate_cases(bench, cases, limit=limit, tails=tails, progress=progress)
     mapped, native = map_flop(wmatrix), prefill_flop(bench.target_model, context)
     plans = [
         Plan(
             tail=tail,
             cost=share_of_prefill(mapped, native, context, tail),
-            retention=Interval(**on_texts.retention(tail_arm(tail) if tail else "memory")),
+            retention=Interval(**on_texts.retention(arm)),
+            facts=Interval(**on_cases.recall(arm)),
         )
-        for tail in (0, *TAILS)
-        if tail < context
+        for tail, arm in ((0, "memory"), *((tail, tail_arm(tail)) for tail in tails))
     ]
-    on_cases = evaluate_cases(bench, cases, limit=limit, progress=progress)
     cuts = cut_evenly(bench, texts, context, continuation, METRIC_TEXTS)
     metrics = measure(bench, [(text, ids) for _, text, ids in cuts])
     protocol = Protocol(
@@ -184,7 +187,7 @@ def certificate(
 ) -> Certificate:
     """What the measured figures say."""
     on_texts, on_cases = texts.summary(), cases.summary()
-    facts = share(cases.exact("memory"), cases.exact("native"))
+    facts = cases.recall()
     return Certificate(
         protocol=protocol,
         texts=on_texts["arms"],

@@ -221,10 +221,15 @@ class CaseFigures:
     def exact(self, arm: str) -> np.ndarray:
         return self.arms[arm][:, 0]
 
+    def recall(self, arm: str = "memory") -> dict[str, float]:
+        """An arm's exact match as a share of native."""
+        return share(self.exact(arm), self.exact("native"))
+
     def summary(self) -> dict[str, Any]:
         """Means of each arm."""
         return {
             "arms": means(self.arms, ("exact_match", "logprob")),
+            "tails": {arm: self.recall(arm) for arm in self.arms if arm not in ARMS},
             "n": len(self.arms["native"]),
         }
 
@@ -234,6 +239,7 @@ def evaluate_cases(
     cases: Sequence[dict[str, str]],
     *,
     limit: int | None = None,
+    tails: Sequence[int] = (),
     progress: bool = True,
 ) -> CaseFigures:
     """Fact recall: the greedy answer, compared token by token, and its log probability."""
@@ -249,7 +255,8 @@ def evaluate_cases(
         other = next(
             c for c in (*cases[i - 1 :: -1], *cases[::-1]) if c["context"] != case["context"]
         )
-        arms = bench.arms(case["context"], bench.package(other["context"]), tokens.ids, scored)
+        wrong = bench.package(other["context"])
+        arms = bench.arms(case["context"], wrong, tokens.ids, scored, tails)
         labels = torch.tensor(tokens.ids[-scored:])
         for arm, logprobs in arms.items():
             exact = bool((logprobs.argmax(-1) == labels).all())

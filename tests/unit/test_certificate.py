@@ -40,7 +40,12 @@ METRICS = Metrics(
 )
 LENGTHS = {1000: {"mean": 0.85, "ci_low": 0.8, "ci_high": 0.9}}
 PLANS = [
-    Plan(tail=tail, cost=cost, retention=Interval(mean=kept, ci_low=0, ci_high=1))
+    Plan(
+        tail=tail,
+        cost=cost,
+        retention=Interval(mean=kept, ci_low=0, ci_high=1),
+        facts=Interval(mean=kept, ci_low=0, ci_high=1),
+    )
     for tail, cost, kept in ((64, 0.4, 0.97), (0, 0.2, 0.9), (16, 0.3, 0.95))
 ]
 ARMS = ("native", "memory", "tokens_only", "wrong_memory", "none")

@@ -70,6 +70,19 @@ def test_gradients_reach_every_state(model: torch.nn.Module, native: AlignedMemo
     torch.testing.assert_close(gradient_norm(model, noisy(native, 0.0), IDS), norm)
 
 
+@pytest.mark.parametrize("tail", [1, 5, 100])
+def test_a_tail_read_natively_says_what_its_states_say(
+    tiny_models: tuple[Path, Path], native: AlignedMemory, tail: int
+) -> None:
+    bench = Bench(tiny_models[1], tiny_models[1], None)
+    whole = bench.logprobs(native, IDS, 3)
+    torch.testing.assert_close(bench.logprobs(native, IDS, 3, tail), whole, atol=1e-4, rtol=1e-4)
+    worse = noisy(native, 1.0)
+    far = (bench.logprobs(worse, IDS, 3) - whole).abs().max()
+    # All but the first position are read natively: only that one's noise is left.
+    assert (bench.logprobs(worse, IDS, 3, 100) - whole).abs().max() < far
+
+
 def test_a_same_model_memory_is_perfect(tiny_models: tuple[Path, Path]) -> None:
     bench = Bench(tiny_models[1], tiny_models[1], None)
     found = measure(

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from awareness_vllm.wmatrix.evaluate import retention
+from awareness_vllm.align.aligner import AlignedMemory
+from awareness_vllm.anchors.corpus import Document
+from awareness_vllm.wmatrix.evaluate import CHARACTERS_PER_TOKEN, cut_tail, joined, retention
 
 pytestmark = pytest.mark.unit
 
@@ -49,3 +54,27 @@ def test_the_order_of_documents_does_not_change_the_mean() -> None:
     # Documents are drawn whole: the interval is one over them, whatever their order.
     assert other["ci_low"] == pytest.approx(one["ci_low"], abs=0.03)
     assert other["ci_high"] == pytest.approx(one["ci_high"], abs=0.03)
+
+
+@given(count=st.integers(0, 12), tail=st.integers(0, 14))
+def test_a_memory_and_its_tail_are_the_memory(count: int, tail: int) -> None:
+    state = torch.arange(count, dtype=torch.float32)[:, None, None]
+    memory = AlignedMemory(list(range(count)), [state], [state + 0.5])
+    rest, ids = cut_tail(memory, tail)
+    assert rest.ids + ids == memory.ids
+    assert len(ids) == min(tail, max(0, count - 1))
+    assert torch.equal(rest.keys[0], state[: len(rest.ids)])
+    assert torch.equal(rest.values[0], state[: len(rest.ids)] + 0.5)
+
+
+@given(st.lists(st.tuples(st.sampled_from("ab"), st.text("xy ", max_size=30))), st.integers(1, 9))
+def test_joined_documents_hold_every_text_once(parts: list[tuple[str, str]], tokens: int) -> None:
+    documents = [Document(f"{kind}/{i}", text) for i, (kind, text) in enumerate(parts)]
+    long = joined(documents, tokens)
+    for kind in "ab":
+        texts = [d.text for d in documents if d.name.startswith(kind)]
+        assert "\n\n".join(d.text for d in long if d.name.startswith(kind)) == "\n\n".join(texts)
+        # Only the last of a kind may be too short.
+        for document in [d for d in long if d.name.startswith(kind)][:-1]:
+            assert len(document.text) >= CHARACTERS_PER_TOKEN * tokens
+    assert joined(long, tokens) == long

@@ -54,9 +54,16 @@ def scheduler_half(*block_sizes: int) -> SchedulerHalf:
     return SchedulerHalf(SimpleNamespace(kv_cache_groups=groups))  # type: ignore[arg-type]
 
 
-def request(tokens: int = 40, *, memory: int = 20, name: str = "r", salt: str | None = None) -> Any:
+def request(
+    tokens: int = 40,
+    *,
+    memory: int = 20,
+    tail: int = 0,
+    name: str = "r",
+    salt: str | None = None,
+) -> Any:
     """What vLLM's `Request` shows of a prompt of `tokens` ids, `memory` of them a memory's."""
-    params = LoadParams(memory=MEMORY, tokens=memory)
+    params = LoadParams(memory=MEMORY, tokens=memory, tail=tail)
     return SimpleNamespace(
         request_id=name,
         num_tokens=tokens,
@@ -174,6 +181,10 @@ def test_the_salt_tells_memory_map_and_caller_apart(parts: list[tuple[str, str, 
         assert set(salt) <= set(string.ascii_lowercase + string.digits + "-")
 
 
+def test_the_salt_tells_how_much_was_read_natively() -> None:
+    assert len({LoadParams(memory=MEMORY, tokens=9, tail=n).cache_salt for n in (0, 1)}) == 2
+
+
 def test_a_salt_cannot_be_shifted_from_one_part_to_the_next() -> None:
     parts = [("a", "b", ""), ("ab", "", ""), ("a", "", "b"), ("", "a", "b"), ('a", "b', "", "")]
     salts = {
@@ -189,16 +200,21 @@ def test_the_salt_does_not_depend_on_how_long_the_memory_is_said_to_be() -> None
 # The scheduler half
 
 
-@given(tokens=st.integers(1, 60), memory=st.integers(-3, 60), computed=st.integers(0, 60))
-def test_tokens_to_load(tokens: int, memory: int, computed: int) -> None:
-    half, one = scheduler_half(16), request(tokens, memory=memory)
+@given(
+    tokens=st.integers(1, 60),
+    memory=st.integers(-3, 60),
+    tail=st.integers(0, 20),
+    computed=st.integers(0, 60),
+)
+def test_tokens_to_load(tokens: int, memory: int, tail: int, computed: int) -> None:
+    half, one = scheduler_half(16), request(tokens, memory=memory, tail=tail)
     found = half.tokens_to_load(one, computed)
     assert found == half.tokens_to_load(one, computed)
     assert found >= 0
     if found:
-        assert computed + found <= min(memory, tokens - MIN_COMPUTED)
+        assert computed + found == min(memory - tail, tokens - MIN_COMPUTED)
     else:
-        assert computed >= min(memory, tokens - MIN_COMPUTED) or memory <= 0
+        assert computed >= min(memory - tail, tokens - MIN_COMPUTED) or memory <= 0
     assert half.take_step() == StepMetadata()
 
 
@@ -214,12 +230,12 @@ def test_requests_that_are_not_ours_load_nothing() -> None:
 
 def test_the_memorys_last_tokens_go_into_the_requests_blocks() -> None:
     half = scheduler_half(16, 8)
-    one = request(60, memory=40)
+    one = request(60, memory=45, tail=5)
     assert half.tokens_to_load(one, 16) == 24
     half.allocated(one, blocks([7, 8, 9], [SKIP, SKIP, SKIP, SKIP, 6]), 24)
     (load,) = half.take_step().loads
     assert (load.request_id, load.begin) == ("r", 16)
-    assert load.ids == list(range(40))
+    assert load.ids == list(range(45))
     assert load.slots == ([*range(128, 152)], [SKIP] * 16 + [*range(48, 56)])
     assert half.take_step() == StepMetadata()
 
