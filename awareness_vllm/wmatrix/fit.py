@@ -160,11 +160,24 @@ def regress(
     progress: bool,
 ) -> WMatrix:
     """The map by ridge regression alone, on (training, held-out) documents."""
-    train = documents[0]
-    statistics = gather(reader, train, config, work, progress=progress)
+    statistics = gather(reader, documents[0], config, work, progress=progress)
     weight, ridge = weighting(reader, documents, statistics, config, work, progress=progress)
+    return solved(reader, documents[0], statistics, weight, replace(config, ridge=ridge))
+
+
+def solved(
+    reader: Reader,
+    train: Sequence[Document],
+    statistics: Statistics,
+    weight: Tensor,
+    config: FitConfig,
+) -> WMatrix:
+    """The map of one rank and ridge. Consumes the statistics."""
+    assert config.ridge is not None
     tokens, mean, scale = statistics.rows, statistics.x_mean, 1 / statistics.x_scale
-    encode, decode, bias = reduced_rank_ridge(statistics, config.rank, ridge, weight, config.seed)
+    encode, decode, bias = reduced_rank_ridge(
+        statistics, config.rank, config.ridge, weight, config.seed
+    )
     error = round_trip_error(statistics.gram, encode)
     sink_keys, sink_values = sink_states(reader.target, reader.sink)
     return WMatrix(
@@ -177,7 +190,7 @@ def regress(
             residual=reader.residual,
             sink=tuple(reader.sink),
             anchors=Anchors(digest=digest(train), documents=len(train), tokens=tokens),
-            fit=asdict(config) | {"ridge": ridge},
+            fit=asdict(config),
             r2={},
             reconstruction_error=error,
             versions={p: importlib.metadata.version(p) for p in ("torch", "transformers")},

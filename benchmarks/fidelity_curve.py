@@ -1,0 +1,159 @@
+"""Retention against cost, by rank: `python benchmarks/fidelity_curve.py --out docs/figures/NAME`.
+
+The anchors are read once; from the same sums a map of each rank is solved (without calibration) and
+measured on held-out texts. Further maps can be given as they are, calibrated ones above all. Writes
+NAME.json (the data) and NAME.png (the plot; needs matplotlib).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import importlib.metadata
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from awareness_vllm.anchors.corpus import load, split
+from awareness_vllm.anchors.install import held_out_dir
+from awareness_vllm.home import anchors_dir, models_dir
+from awareness_vllm.packages.capture import load_model
+from awareness_vllm.wmatrix.certificate import processor
+from awareness_vllm.wmatrix.cost import map_flop, prefill_flop
+from awareness_vllm.wmatrix.evaluate import Bench, cut_evenly, retention
+from awareness_vllm.wmatrix.file import WMatrix
+from awareness_vllm.wmatrix.file import load as load_wmatrix
+from awareness_vllm.wmatrix.fit import FitConfig, gather, solved, weighting
+from awareness_vllm.wmatrix.reader import Reader
+from awareness_vllm.wmatrix.workspace import Workspace
+
+CONTEXT, CONTINUATION = 300, 60
+HELD_OUT = ("crawl", "debian-history", "wordnet")
+
+
+def main() -> None:
+    args = arguments()
+    maps = {path.stem: load_wmatrix(path) for path in args.wmatrix}
+    maps |= solutions(args)
+    points, count = measured(args, maps)
+    native = prefill_flop(load_model(args.target), CONTEXT)
+    document = {
+        "source": args.source.name,
+        "target": args.target.name,
+        "context": CONTEXT,
+        "texts": count,
+        "sources": HELD_OUT,
+        "anchor_tokens": args.tokens,
+        "native_flop_per_token": native,
+        "points": [
+            {
+                "map": name,
+                "rank": wmatrix.manifest.rank,
+                "calibration": wmatrix.manifest.fit["calibration"],
+                "flop_per_token": map_flop(wmatrix),
+                "share_of_prefill": map_flop(wmatrix) / native,
+                "retention": points[name],
+            }
+            for name, wmatrix in maps.items()
+        ],
+        "measured": str(datetime.date.today()),
+        "hardware": f"{os.cpu_count()} × {processor()}",
+        "versions": {p: importlib.metadata.version(p) for p in ("torch", "transformers")},
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
+    plot(document, args.out.with_suffix(".png"))
+    print(json.dumps(document["points"], indent=1))
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--source", type=Path, default=models_dir() / "smollm2-135m")
+    parser.add_argument("--target", type=Path, default=models_dir() / "gemma3-270m")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[128, 256, 512, 1024, 2048])
+    parser.add_argument("--tokens", type=int, default=FitConfig.tokens)
+    parser.add_argument("--texts", type=int, default=24)
+    parser.add_argument("--wmatrix", type=Path, nargs="*", default=[])
+    parser.add_argument("--out", type=Path, required=True)
+    return parser.parse_args()
+
+
+def solutions(args: argparse.Namespace) -> dict[str, WMatrix]:
+    """A map of each rank from the same sums."""
+    config = FitConfig(tokens=args.tokens, calibration=0)
+    documents = split(load([anchors_dir()]), config.held_out, config.seed)
+    reader = Reader(args.source, args.target, config.predecessors)
+    with tempfile.TemporaryDirectory() as folder:
+        work = Workspace(Path(folder) / "work", "curve")
+        statistics = gather(reader, documents[0], config, work, progress=True)
+        weight, ridge = weighting(reader, documents, statistics, config, work, progress=True)
+    found = {}
+    for rank in args.ranks:
+        one = FitConfig(tokens=args.tokens, calibration=0, rank=rank, ridge=ridge)
+        sums = copy.deepcopy(statistics)
+        found[f"rank {rank}"] = solved(reader, documents[0], sums, weight, one)
+    return found
+
+
+def measured(
+    args: argparse.Namespace, maps: dict[str, WMatrix]
+) -> tuple[dict[str, dict[str, float]], int]:
+    """Each map's retention with its interval, on the same texts."""
+    bench = Bench(args.source, args.target, next(iter(maps.values())))
+    texts = load([held_out_dir() / name for name in HELD_OUT])
+    cuts = cut_evenly(bench, texts, CONTEXT, CONTINUATION, args.texts)
+    nll: dict[str, list[float]] = {name: [] for name in ("native", "none", *maps)}
+    for _, context, ids in cuts:
+        package, read, sink = bench.package(context), bench.ids(context), bench.sink()
+        memories: dict[str, Any] = {
+            "native": bench.native(read),
+            "none": bench.native(read[:sink]),
+        }
+        for name, wmatrix in maps.items():
+            bench.wmatrix = wmatrix
+            memories[name] = bench.memory(package)
+        for name, memory in memories.items():
+            said = bench.logprobs(memory, ids, CONTINUATION)
+            nll[name].append(-said[range(CONTINUATION), ids[1:]].mean().item())
+    native, none = np.array(nll["native"]), np.array(nll["none"])
+    return {name: retention(native, np.array(nll[name]), none) for name in maps}, len(cuts)
+
+
+def plot(document: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    for calibrated, mark, label in ((False, "o-", "ridge alone"), (True, "s", "calibrated")):
+        points = sorted(
+            (p for p in document["points"] if bool(p["calibration"]) is calibrated),
+            key=lambda p: p["share_of_prefill"],
+        )
+        if not points:
+            continue
+        x = [p["share_of_prefill"] for p in points]
+        y = [p["retention"]["mean"] for p in points]
+        error = [
+            [m - p["retention"]["ci_low"] for m, p in zip(y, points, strict=True)],
+            [p["retention"]["ci_high"] - m for m, p in zip(y, points, strict=True)],
+        ]
+        axes.errorbar(x, y, yerr=error, fmt=mark, capsize=3, label=label)
+        for share, kept, point in zip(x, y, points, strict=True):
+            axes.annotate(f" {point['rank']}", (share, kept), va="top")
+    axes.axvline(0.25, color="grey", linewidth=0.8, linestyle=":")
+    axes.set_xlabel("cost of the map, share of the target's prefill FLOP")
+    axes.set_ylabel("retention (95 % CI over texts)")
+    axes.set_title(f"{document['source']} → {document['target']}, {document['texts']} texts")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
