@@ -13,6 +13,7 @@ CONFIGURATION = {
     "layers": "source layers to read, evenly spread (default: half of them)",
     "rank": "width of the latent",
     "calibration": "texts of calibration; 0 for none",
+    "batch": "texts of a step of calibration",
     "epochs": "times these texts are gone through",
     "seed": None,
 }
@@ -27,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     # No defaults here: FitConfig has them, and importing it would load torch for `--help`.
     for name, help_text in CONFIGURATION.items():
         parser.add_argument(f"--{name}", type=int, help=help_text)
+    parser.add_argument("--choice", choices=("spread", "best"), help="which source layers to read")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -34,7 +36,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from awareness_vllm.distributed import join
     from awareness_vllm.wmatrix.fit import FitConfig, fit
 
-    given = {name: getattr(args, name) for name in CONFIGURATION}
+    given = {name: getattr(args, name) for name in (*CONFIGURATION, "choice")}
     config = FitConfig(**{name: value for name, value in given.items() if value is not None})
     args.out.parent.mkdir(parents=True, exist_ok=True)
     work = args.out.with_name(f".{args.out.name}.work")

@@ -35,10 +35,11 @@ BETAS = (0.9, 0.98)
 
 @dataclass(frozen=True)
 class CalibrationConfig:
-    """Adam over the lessons, one a step. `rate` is relative to each tensor's spread; after each
-    epoch the map is tried on the held-out lessons, and training ends when it has not become better
-    for `patience` epochs. The work is saved every `save_every` steps."""
+    """Adam over the lessons, `batch` of them a step. `rate` is relative to each tensor's spread;
+    after each epoch the map is tried on the held-out lessons, and training ends when it has not
+    become better for `patience` epochs. The work is saved every `save_every` lessons."""
 
+    batch: int = 1
     epochs: int = 1
     rate: float = 3e-3
     warm_up: int = 10
@@ -60,6 +61,7 @@ class Training:
     best: dict[str, Tensor]
     scores: list[float]
     step: int = 0
+    """Lessons gone through."""
 
     @classmethod
     def start(cls, wmatrix: WMatrix) -> Training:
@@ -79,7 +81,9 @@ class Training:
             for moment in ("exp_avg", "exp_avg_sq"):
                 if part in self.optimizer.state:
                     tensors[f"{moment}.{name}"] = self.optimizer.state[part][moment]
-        work.save("calibration", tensors, {"step": self.step, "scores": self.scores})
+        updates = [int(state["step"]) for state in self.optimizer.state.values()]
+        note = {"step": self.step, "updates": max(updates, default=0), "scores": self.scores}
+        work.save("calibration", tensors, note)
 
     def resume(self, work: Workspace) -> None:
         """Go on where a killed run's last save left off, if there is one."""
@@ -92,7 +96,7 @@ class Training:
             part.data.copy_(tensors[f"part.{name}"])
             if f"exp_avg.{name}" in tensors:
                 self.optimizer.state[part] = {
-                    "step": torch.tensor(float(self.step)),
+                    "step": torch.tensor(float(note["updates"])),
                     "exp_avg": tensors[f"exp_avg.{name}"],
                     "exp_avg_sq": tensors[f"exp_avg_sq.{name}"],
                 }
@@ -139,21 +143,22 @@ def calibrate(
         ):
             group["lr"] = rate * scale * share
         epoch, place = divmod(training.step, len(lessons))
-        lesson = lessons[_order(len(lessons), epoch, config.seed)[place]]
-        loss = divergence(wmatrix, reader, training.parts, lesson)
+        batch = _order(len(lessons), epoch, config.seed)[place : place + config.batch]
         training.optimizer.zero_grad()
-        loss.backward()
+        for index in batch:
+            loss = divergence(wmatrix, reader, training.parts, lessons[index])
+            (loss / len(batch)).backward()
+            losses.append(loss.item())
         training.optimizer.step()
-        training.step += 1
-        losses.append(loss.item())
-        bar.update()
+        training.step += len(batch)
+        bar.update(len(batch))
         bar.set_postfix(kl=f"{sum(losses[-20:]) / len(losses[-20:]):.3f}")
         if len(held_out) and training.step % len(lessons) == 0:
             training.judge(judged(wmatrix, reader, training.parts, held_out))
             bar.write(f"epoch {epoch + 1}: divergence on held-out texts {training.scores[-1]:.4f}")
             if training.is_stuck(config.patience):
                 break
-        if training.step % config.save_every == 0:
+        if training.step % config.save_every < len(batch):
             training.save(work)
     bar.close()
     parts = training.best if training.scores else training.parts

@@ -55,7 +55,7 @@ class WMatrixManifest(Strict):
     residual: bool = False
     sink: tuple[int, ...]
     anchors: Anchors
-    fit: dict[str, float | int | None]
+    fit: dict[str, float | int | str | None]
     r2: dict[str, float]
     reconstruction_error: float
     versions: dict[str, str]

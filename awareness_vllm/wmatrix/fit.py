@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from awareness_vllm.geometry import resolve_folder
 from awareness_vllm.wmatrix.calibrate import CalibrationConfig, calibrate
 from awareness_vllm.wmatrix.file import Anchors, WMatrix, WMatrixManifest
 from awareness_vllm.wmatrix.importance import importance, output_weight
+from awareness_vllm.wmatrix.layers import Elimination
 from awareness_vllm.wmatrix.lessons import Lessons
 from awareness_vllm.wmatrix.mapping import main_layers
 from awareness_vllm.wmatrix.reader import Reader, sink_states
@@ -42,9 +44,12 @@ HELD_OUT = 0.05
 HELD_OUT_TEXTS = 16
 HELD_OUT_SEED = 1_000_000
 """Added to the seed: no recall text of the held-out ones is among those that are trained on."""
-JUDGING_TEXTS = 18
+JUDGING_TEXTS = 12
 """Texts on which the importance of the target's states is measured."""
 JUDGING_SEED = 2_000_000
+CHOICE_TOKENS = 15_000
+CHOICE_RIDGE = 0.02
+"""Rows and ridge of the small regression that chooses the source's layers."""
 CONTEXT_CHARACTERS = 1100
 CONTINUATION_CHARACTERS = 400
 PROSE_PER_RECALL = 2
@@ -52,18 +57,20 @@ PROSE_PER_RECALL = 2
 
 @dataclass(frozen=True)
 class FitConfig:
-    """`tokens` of anchors (target tokens), how many source `layers` are read (None: half), latent
-    `rank`, `ridge` as a share of unit variance (None: chosen on held-out documents), how many
-    `predecessors` of a token lend their embeddings; `calibration` texts, gone through `epochs`
-    times with a relative step `rate`, until `patience` epochs bring nothing better on held-out
-    documents."""
+    """`tokens` of anchors (target tokens), how many source `layers` are read (None: half) and by
+    which `choice` ("spread" evenly, or the "best"), latent `rank`, `ridge` as a share of unit
+    variance (None: chosen on held-out documents), how many `predecessors` of a token lend their
+    embeddings; `calibration` texts, `batch` of them a step, gone through `epochs` times with a
+    relative step `rate`, until `patience` epochs bring nothing better on held-out documents."""
 
     tokens: int = 45_000
     layers: int | None = None
+    choice: Literal["spread", "best"] = "spread"
     rank: int = 1152
     ridge: float | None = None
     predecessors: int = 3
     calibration: int = 160
+    batch: int = 1
     epochs: int = 1
     rate: float = 3e-3
     patience: int = 3
@@ -98,6 +105,8 @@ def fit(
         folder = folder.with_name(f"{folder.name}.{rank}-of-{processes}")
     with workspace(folder, _key(reader, train, config)) as work:
         with phase("representation alignment", progress):
+            if config.choice == "best" and not reader.residual:
+                choose_layers(reader, train, config, work, progress=progress)
             wmatrix = regress(reader, (train, held_out), config, work, progress=progress)
         with phase("component mapping", progress):
             say(f"main source layer of each target layer: {main_layers(wmatrix)}", progress)
@@ -142,13 +151,42 @@ def calibrated(
         # One epoch is never cut short: there is nothing to judge.
         Lessons(reader, wmatrix, judges if config.epochs > 1 else [], work, "held-out"),
         CalibrationConfig(
-            epochs=config.epochs, rate=config.rate, patience=config.patience, seed=config.seed
+            batch=config.batch,
+            epochs=config.epochs,
+            rate=config.rate,
+            patience=config.patience,
+            seed=config.seed,
         ),
         work,
         progress=progress,
     )
     logger.info("divergence on held-out texts, by epoch: %s", scores)
     return wmatrix
+
+
+def choose_layers(
+    reader: Reader,
+    documents: Sequence[Document],
+    config: FitConfig,
+    work: Workspace,
+    *,
+    progress: bool,
+) -> None:
+    """Have the reader read the source's layers without which a small regression loses most."""
+    if (kept := work.load("layers")) is not None:
+        return reader.choose(tuple(kept[1]["layers"]))
+    count = len(reader.layers)
+    reader.choose(tuple(range(len(reader.source_geometry.layers))))
+    few = replace(config, tokens=min(config.tokens, CHOICE_TOKENS))
+    with workspace(None, "choice") as scratch:
+        statistics = gather(reader, documents, few, scratch, progress=progress)
+    weight = fisher_weight(reader, documents, statistics, config, progress=progress)
+    elimination = Elimination(
+        statistics, reader.source_geometry, weight, config.ridge or CHOICE_RIDGE
+    )
+    reader.choose(elimination.keep(count))
+    say(f"source layers: {reader.layers}", progress)
+    work.save("layers", {}, {"layers": reader.layers})
 
 
 def regress(
@@ -218,12 +256,7 @@ def weighting(
     if (kept := work.load("weighting")) is not None:
         return kept[0]["weight"], kept[1]["ridge"]
     train, held_out = documents
-    judges = calibration_texts(train, JUDGING_TEXTS, config.seed + JUDGING_SEED)
-    weight = output_weight(
-        importance(reader, judges, config.seed, progress=progress),
-        statistics.y_scale,
-        [layer.width for layer in reader.target_geometry.layers] * 2,
-    )
+    weight = fisher_weight(reader, train, statistics, config, progress=progress)
     ridge = config.ridge
     if ridge is None:
         x, y = held_out_rows(reader, held_out or train, config.seed)
@@ -231,6 +264,23 @@ def weighting(
         say(f"ridge: {ridge}", progress)
     work.save("weighting", {"weight": weight}, {"ridge": ridge})
     return weight, ridge
+
+
+def fisher_weight(
+    reader: Reader,
+    documents: Sequence[Document],
+    statistics: Statistics,
+    config: FitConfig,
+    *,
+    progress: bool,
+) -> Tensor:
+    """The weight of each standardised target [O]: what the target's predictions hang on."""
+    texts = calibration_texts(documents, JUDGING_TEXTS, config.seed + JUDGING_SEED)
+    return output_weight(
+        importance(reader, texts, config.seed, progress=progress),
+        statistics.y_scale,
+        [layer.width for layer in reader.target_geometry.layers] * 2,
+    )
 
 
 def gather(

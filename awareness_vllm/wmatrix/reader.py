@@ -15,6 +15,7 @@ from awareness_vllm.align.features import blank_rows, embedding_features, flat_s
 from awareness_vllm.anchors.spans import align, load_tokenizer, prefix_ids, tokenize
 from awareness_vllm.geometry import Geometry
 from awareness_vllm.packages.capture import load_model, read_tokens, states
+from awareness_vllm.wmatrix.layers import evenly_spread
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,8 +54,12 @@ class Reader:
         self.sink = sink_ids(self.target)
         self.residual = self.source_geometry.same_shape(self.target_geometry)
         total = len(self.source_geometry.layers)
-        self.layers = evenly_spread(total if self.residual else self.count, total)
-        self.width = self.source_geometry.width_of(self.layers)
+        self.choose(evenly_spread(total if self.residual else self.count, total))
+
+    def choose(self, layers: tuple[int, ...]) -> None:
+        """Read these layers of the source from now on."""
+        self.layers = layers
+        self.width = self.source_geometry.width_of(layers)
 
     @torch.no_grad()
     def read(self, text: str) -> Row:
@@ -93,16 +98,6 @@ class Reader:
     def logits(self, ids: list[int], last: int) -> Tensor:
         """The target's logits at the last so many of these ids, [last, V]."""
         return last_logits(self.target_model, ids, last)
-
-
-def evenly_spread(count: int | None, total: int) -> tuple[int, ...]:
-    """So many of a model's layers (half by default), evenly spread, the last one among them.
-
-    Neighbouring layers say much the same: every other one does nearly what all do, at half the
-    price (docs/fidelity-log.md).
-    """
-    count = max(1, total // 2) if count is None else min(count, total)
-    return tuple((i + 1) * total // count - 1 for i in range(count))
 
 
 def last_logits(model: PreTrainedModel, ids: list[int], last: int, **inputs: object) -> Tensor:

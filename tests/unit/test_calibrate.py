@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from awareness_vllm.wmatrix.calibrate import only_tokens
-from awareness_vllm.wmatrix.reader import evenly_spread, last_logits
+from awareness_vllm.wmatrix.layers import evenly_spread
+from awareness_vllm.wmatrix.reader import last_logits
 
 pytestmark = pytest.mark.unit
 

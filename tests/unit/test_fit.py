@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,8 +35,13 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fit, "CalibrationConfig", lambda **k: original(**k, save_every=1))
 
 
-def fitted(tiny_models: tuple[Path, Path], anchors: list[Document], folder: Path | None) -> WMatrix:
-    return fit.fit(*tiny_models, anchors, CONFIG, folder=folder, progress=False)
+def fitted(
+    tiny_models: tuple[Path, Path],
+    anchors: list[Document],
+    folder: Path | None,
+    config: FitConfig = CONFIG,
+) -> WMatrix:
+    return fit.fit(*tiny_models, anchors, config, folder=folder, progress=False)
 
 
 def killed_after(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, calls: int) -> None:
@@ -53,12 +59,16 @@ def killed_after(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, call
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize(
-    ("owner", "name", "calls"),
+    ("owner", "name", "calls", "changes"),
     [
-        pytest.param(fit.Reader, "pairs", 4, id="while reading anchors"),
-        pytest.param(fit, "reduced_rank_ridge", 0, id="before solving"),
-        pytest.param(calibrate, "divergence", 7, id="in the first epoch"),
-        pytest.param(calibrate, "divergence", 13, id="in the second epoch"),
+        pytest.param(fit.Reader, "pairs", 4, {}, id="while reading anchors"),
+        pytest.param(fit, "reduced_rank_ridge", 0, {}, id="before solving"),
+        pytest.param(calibrate, "divergence", 7, {}, id="in the first epoch"),
+        pytest.param(calibrate, "divergence", 13, {}, id="in the second epoch"),
+        pytest.param(calibrate, "divergence", 13, {"batch": 2}, id="with batches"),
+        pytest.param(
+            fit, "reduced_rank_ridge", 0, {"choice": "best"}, id="with the best layers chosen"
+        ),
     ],
 )
 def test_a_killed_fit_goes_on_where_it_was(
@@ -68,14 +78,16 @@ def test_a_killed_fit_goes_on_where_it_was(
     owner: object,
     name: str,
     calls: int,
+    changes: dict[str, Any],
 ) -> None:
-    whole, folder = fitted(tiny_models, anchors, None), tmp_path / "work"
+    config, folder = replace(CONFIG, **changes), tmp_path / "work"
+    whole = fitted(tiny_models, anchors, None, config)
     with pytest.MonkeyPatch.context() as patch:
         killed_after(patch, owner, name, calls)
         with pytest.raises(Killed):
-            fitted(tiny_models, anchors, folder)
+            fitted(tiny_models, anchors, folder, config)
     assert folder.is_dir()
-    again = fitted(tiny_models, anchors, folder)
+    again = fitted(tiny_models, anchors, folder, config)
     assert not folder.exists()
     assert again.manifest == whole.manifest
     for part in calibrate.PARTS:

@@ -1,0 +1,69 @@
+"""The choice of source layers: what nothing is lost by leaving out is left out."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from awareness_vllm.geometry import Geometry
+from awareness_vllm.wmatrix.layers import Elimination, columns
+from awareness_vllm.wmatrix.statistics import Statistics
+
+pytestmark = pytest.mark.unit
+
+RIDGE = 0.05
+
+
+@pytest.fixture
+def source(geometry: Geometry) -> Geometry:
+    return geometry.model_copy(update={"layers": geometry.layers * 2})
+
+
+@pytest.fixture
+def statistics(source: Geometry) -> Statistics:
+    """Targets that layers 1 and 2 decide; layer 3 is a noisy copy of layer 1, layer 0 is noise."""
+    generator = torch.Generator().manual_seed(0)
+    embeddings = 3
+    x = torch.randn(600, source.width + embeddings, generator=generator)
+    x[:, columns(source, 3)] = x[:, columns(source, 1)] + 0.5 * x[:, columns(source, 3)]
+    told = torch.cat((x[:, columns(source, 1)], x[:, columns(source, 2)]), dim=1)
+    y = told @ torch.randn(told.shape[1], 7, generator=generator)
+    statistics = Statistics.start(x, y)
+    statistics.add(x, y)
+    return statistics
+
+
+def test_the_layers_that_tell_are_kept(source: Geometry, statistics: Statistics) -> None:
+    elimination = Elimination(statistics, source, torch.ones(7), RIDGE)
+    assert elimination.keep(4) == (0, 1, 2, 3)
+    assert elimination.keep(2) == (1, 2)
+    assert elimination.lost < elimination.cost(1)
+
+
+def test_what_is_lost_is_the_growth_of_the_minimised_error(
+    source: Geometry, statistics: Statistics
+) -> None:
+    weight = torch.linspace(0.5, 2, 7)
+    gram, cross = (s.double().numpy() for s in copy.deepcopy(statistics).centred())
+    gram = np.triu(gram) + np.triu(gram, 1).T + RIDGE * np.eye(len(gram))
+    cross = cross * weight.numpy()
+
+    def explained(kept: np.ndarray) -> float:
+        part = cross[kept]
+        return float(np.sum(part * np.linalg.solve(gram[np.ix_(kept, kept)], part)))
+
+    elimination = Elimination(statistics, source, weight, RIDGE)
+    whole = explained(np.arange(len(gram)))
+    for layer in (3, 1):
+        elimination.drop(layer)
+    gone = torch.cat((columns(source, 3), columns(source, 1))).numpy()
+    left = np.setdiff1d(np.arange(len(gram)), gone)
+    assert elimination.lost == pytest.approx(whole - explained(left), rel=1e-3)
+
+
+def test_columns_are_a_layers_keys_and_values(geometry: Geometry) -> None:
+    assert columns(geometry, 0).tolist() == [*range(8), *range(16, 24)]
+    assert columns(geometry, 1).tolist() == [*range(8, 16), *range(24, 32)]
