@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import Field
 
 from awareness_vllm.anchors.corpus import Document, digest
 from awareness_vllm.errors import QualityUnreachable
@@ -93,8 +94,8 @@ class Certificate(Strict):
     retention: Interval
     margin: Interval
     kinds: dict[str, Interval]
-    lengths: dict[int, Interval]
-    plans: tuple[Plan, ...]
+    lengths: dict[int, Interval] = Field(default_factory=dict)
+    plans: tuple[Plan, ...] = ()
     facts: Interval
     facts_margin: Interval
     counts: dict[str, int]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from awareness_vllm.anchors.corpus import Document
 from awareness_vllm.cli.main import main
 from awareness_vllm.errors import BadInput, QualityUnreachable, WMatrixCorrupt
+from awareness_vllm.wmatrix import certificate as certificates
 from awareness_vllm.wmatrix import fit, monitor
 from awareness_vllm.wmatrix.certificate import (
     Certificate,
@@ -19,6 +21,7 @@ from awareness_vllm.wmatrix.certificate import (
     Plan,
     Protocol,
     certificate,
+    certify,
     cheapest,
     lines,
     tier,
@@ -184,6 +187,41 @@ def fitted(
     path = tmp_path / "tiny.wmatrix"
     replace(wmatrix, manifest=manifest).save(path)
     return path
+
+
+def test_lengths_and_plans_are_measured(
+    tiny_models: tuple[Path, Path],
+    fitted: Path,
+    anchors: list[Document],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def with_tails(*args: object, tails: Sequence[int], **kwargs: object) -> CaseFigures:
+        found = cases()
+        for tail in tails:
+            found.arms[f"tail_{tail}"] = found.arms["native"]
+        return found
+
+    # No random model recalls a fact.
+    monkeypatch.setattr(certificates, "evaluate_cases", with_tails)
+    measured = certify(
+        load(fitted),
+        *tiny_models,
+        anchors,
+        [{"context": "a", "question": "b", "answer": "c"}],
+        limit=4,
+        context=100,
+        continuation=8,
+        lengths=[400],
+        progress=False,
+    )
+    found = Certificate.model_validate(measured.manifest.certificate)
+    assert list(found.lengths) == [100, 400]
+    assert [plan.tail for plan in found.plans] == [0, 16, 64]
+    costs = [plan.cost for plan in found.plans]
+    assert costs == sorted(costs)
+    assert costs[1] - costs[0] == pytest.approx(0.16 * (1 - costs[0]))
+    assert found.plans[1].facts.mean == 1
+    assert found.plans[0].facts.mean == 0.5
 
 
 @pytest.mark.parametrize(("kept", "drifted"), [(0.9, False), (0.95, False), (0.5, True)])
