@@ -23,9 +23,10 @@ from awareness_vllm.anchors.install import held_out_dir
 from awareness_vllm.anchors.spans import load_tokenizer
 from awareness_vllm.home import anchors_dir, models_dir
 from awareness_vllm.packages.capture import load_model
+from awareness_vllm.wmatrix.config import FitConfig
 from awareness_vllm.wmatrix.evaluate import Bench, evaluate_texts
 from awareness_vllm.wmatrix.file import WMatrix
-from awareness_vllm.wmatrix.fit import FitConfig, fit
+from awareness_vllm.wmatrix.fit import fit
 
 HELD_OUT = ("crawl", "debian-history", "wordnet")
 STEPS, RATE = 40, 1e-5

@@ -34,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from awareness_vllm.anchors.corpus import load
     from awareness_vllm.distributed import join
-    from awareness_vllm.wmatrix.fit import FitConfig, fit
+    from awareness_vllm.wmatrix.config import FitConfig
+    from awareness_vllm.wmatrix.fit import fit
 
     given = {name: getattr(args, name) for name in (*CONFIGURATION, "choice")}
     config = FitConfig(**{name: value for name, value in given.items() if value is not None})

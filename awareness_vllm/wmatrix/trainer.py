@@ -12,8 +12,9 @@ from awareness_vllm.anchors.sources import DOMAINS
 from awareness_vllm.errors import BadInput, UnsupportedModel
 from awareness_vllm.geometry import Geometry, resolve_folder
 from awareness_vllm.home import anchors_dir
+from awareness_vllm.wmatrix.config import FitConfig
 from awareness_vllm.wmatrix.file import WMatrix
-from awareness_vllm.wmatrix.fit import FitConfig, fit
+from awareness_vllm.wmatrix.fit import fit
 
 
 class WMatrixTrainer:

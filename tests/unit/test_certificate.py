@@ -14,7 +14,7 @@ from awareness_vllm.anchors.corpus import Document
 from awareness_vllm.cli.main import main
 from awareness_vllm.errors import BadInput, QualityUnreachable, WMatrixCorrupt
 from awareness_vllm.wmatrix import certificate as certificates
-from awareness_vllm.wmatrix import fit, monitor
+from awareness_vllm.wmatrix import fit, gather, monitor
 from awareness_vllm.wmatrix.certificate import (
     Certificate,
     Interval,
@@ -177,7 +177,7 @@ def fitted(
 ) -> Path:
     """A map between the tiny models, with a certificate that is not theirs: what is measured is
     set by each test."""
-    monkeypatch.setattr(fit, "CHUNK_ROWS", 256)
+    monkeypatch.setattr(gather, "CHUNK_ROWS", 256)
     config = fit.FitConfig(tokens=1000, rank=4, predecessors=0, calibration=0, held_out=0.3)
     wmatrix = fit.fit(*tiny_models, anchors, config, progress=False)
     document = certificate(PROTOCOL, texts(), cases(), METRICS, LENGTHS, PLANS).model_dump(

@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from awareness_vllm.anchors.corpus import Document
-from awareness_vllm.wmatrix import calibrate, fit
+from awareness_vllm.wmatrix import calibrate, fit, gather, regress
+from awareness_vllm.wmatrix.config import FitConfig
 from awareness_vllm.wmatrix.file import WMatrix, load, read_manifest
-from awareness_vllm.wmatrix.fit import FitConfig, calibration_texts
+from awareness_vllm.wmatrix.texts import calibration_texts
 from awareness_vllm.wmatrix.workspace import Workspace
 
 pytestmark = pytest.mark.unit
@@ -29,7 +30,7 @@ class Killed(Exception):
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks and saves so frequent that a small fit has several."""
-    monkeypatch.setattr(fit, "CHUNK_ROWS", 256)
+    monkeypatch.setattr(gather, "CHUNK_ROWS", 256)
     monkeypatch.setattr(fit, "HELD_OUT_TEXTS", 3)
     original = calibrate.CalibrationConfig
     monkeypatch.setattr(fit, "CalibrationConfig", lambda **k: original(**k, save_every=1))
@@ -62,12 +63,12 @@ def killed_after(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, call
     ("owner", "name", "calls", "changes"),
     [
         pytest.param(fit.Reader, "pairs", 4, {}, id="while reading anchors"),
-        pytest.param(fit, "reduced_rank_ridge", 0, {}, id="before solving"),
+        pytest.param(regress, "reduced_rank_ridge", 0, {}, id="before solving"),
         pytest.param(calibrate, "divergence", 7, {}, id="in the first epoch"),
         pytest.param(calibrate, "divergence", 13, {}, id="in the second epoch"),
         pytest.param(calibrate, "divergence", 13, {"batch": 2}, id="with batches"),
         pytest.param(
-            fit, "reduced_rank_ridge", 0, {"choice": "best"}, id="with the best layers chosen"
+            regress, "reduced_rank_ridge", 0, {"choice": "best"}, id="with the best layers chosen"
         ),
     ],
 )

@@ -10,7 +10,7 @@ import torch
 
 from awareness_vllm.anchors.sources import ANCHORS, DOMAINS
 from awareness_vllm.errors import BadInput, UnsupportedModel
-from awareness_vllm.wmatrix import fit
+from awareness_vllm.wmatrix import gather
 from awareness_vllm.wmatrix.file import WMatrix, load
 from awareness_vllm.wmatrix.mapping import Head, head_mapping_summary, layer_correspondence
 from awareness_vllm.wmatrix.trainer import WMatrixTrainer, of_domains
@@ -24,7 +24,7 @@ def test_train_save_register(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(fit, "CHUNK_ROWS", 256)
+    monkeypatch.setattr(gather, "CHUNK_ROWS", 256)
     monkeypatch.setenv("AWARENESS_HOME", str(tmp_path / "home"))
     for document in anchors:
         (tmp_path / f"{document.name}.txt").write_text(document.text)
