@@ -23,10 +23,11 @@ from awareness_vllm.anchors.corpus import load, split
 from awareness_vllm.anchors.install import held_out_dir
 from awareness_vllm.home import anchors_dir, models_dir
 from awareness_vllm.packages.capture import load_model
+from awareness_vllm.wmatrix.bootstrap import retention
 from awareness_vllm.wmatrix.certificate import processor
 from awareness_vllm.wmatrix.config import FitConfig
 from awareness_vllm.wmatrix.cost import map_flop, prefill_flop
-from awareness_vllm.wmatrix.evaluate import Bench, cut_evenly, retention
+from awareness_vllm.wmatrix.evaluate import Bench, cut_evenly
 from awareness_vllm.wmatrix.file import WMatrix
 from awareness_vllm.wmatrix.file import load as load_wmatrix
 from awareness_vllm.wmatrix.gather import gather

@@ -17,6 +17,7 @@ from pydantic import Field
 from awareness_vllm.anchors.corpus import Document, digest
 from awareness_vllm.errors import QualityUnreachable
 from awareness_vllm.geometry import Strict
+from awareness_vllm.wmatrix.bootstrap import mean
 from awareness_vllm.wmatrix.cost import map_flop, prefill_flop, share_of_prefill
 from awareness_vllm.wmatrix.evaluate import (
     Bench,
@@ -26,7 +27,6 @@ from awareness_vllm.wmatrix.evaluate import (
     evaluate_cases,
     evaluate_texts,
     joined,
-    mean,
     tail_arm,
 )
 from awareness_vllm.wmatrix.file import WMatrix

@@ -23,6 +23,7 @@ from awareness_vllm.errors import BadInput, UnsupportedModel
 from awareness_vllm.geometry import Geometry, resolve_folder
 from awareness_vllm.packages.capture import capture, load_model, read_tokens, states
 from awareness_vllm.packages.file import Package
+from awareness_vllm.wmatrix.bootstrap import retention, share
 from awareness_vllm.wmatrix.file import WMatrix
 from awareness_vllm.wmatrix.reader import last_logits
 
@@ -270,8 +271,7 @@ def means(arms: dict[str, np.ndarray], names: Sequence[str]) -> dict[str, dict[s
     """Each arm's means over documents, under the figures' names."""
     return {
         arm: dict(zip(names, arms[arm].mean(0).tolist(), strict=True))
-        for arm in ARMS
-        if arm in arms
+        for arm in sorted(arms, key=lambda arm: (*ARMS, arm).index(arm))
     }
 
 
@@ -340,41 +340,3 @@ def _cut(bench: Bench, text: str, context: int, continuation: int) -> tuple[str,
     end = int(tokens.spans[context - 1, 1])
     head = text.encode()[:end].decode(errors="ignore")
     return head, tokens.ids[context : context + continuation + 1]
-
-
-def retention(native: np.ndarray, memory: np.ndarray, none: np.ndarray) -> dict[str, float]:
-    """(NLL_none − NLL_memory) / (NLL_none − NLL_native), its interval over documents."""
-    return share(none - memory, none - native)
-
-
-def share(gained: np.ndarray, possible: np.ndarray) -> dict[str, float]:
-    """The ratio of two sums over documents, with a 95 % bootstrap interval over documents.
-
-    Raises:
-        BadInput: nothing could be gained at all.
-    """
-    if not possible.any():
-        raise BadInput(
-            "there is nothing to measure against",
-            found="the native arm is no better than none",
-            expected="texts or facts that the target profits from reading",
-        )
-    picks = resamples(len(gained))
-    total = possible[picks].sum(1)
-    ratios = gained[picks].sum(1)[total != 0] / total[total != 0]
-    low, high = np.quantile(ratios, (0.025, 0.975))
-    return {
-        "mean": float(gained.mean() / possible.mean()),
-        "ci_low": float(low),
-        "ci_high": float(high),
-    }
-
-
-def mean(values: np.ndarray) -> dict[str, float]:
-    """A mean over documents with its 95 % bootstrap interval."""
-    return share(values, np.ones(len(values)))
-
-
-def resamples(count: int, draws: int = 2000) -> np.ndarray:
-    """Indices of a bootstrap's draws, [draws, count]; always the same ones."""
-    return np.random.default_rng(0).integers(0, count, (draws, count))

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from awareness_vllm.align.aligner import AlignedMemory
 from awareness_vllm.anchors.corpus import Document
-from awareness_vllm.wmatrix.evaluate import CHARACTERS_PER_TOKEN, cut_tail, joined, retention
+from awareness_vllm.wmatrix.bootstrap import retention
+from awareness_vllm.wmatrix.evaluate import CHARACTERS_PER_TOKEN, cut_tail, joined
 
 pytestmark = pytest.mark.unit
 
