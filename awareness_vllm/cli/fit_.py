@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", required=True, help="folder of the model that is served")
     parser.add_argument("--anchors", required=True, nargs="+", type=Path, metavar="PATH")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE.wmatrix")
-    # No defaults here: FitConfig has them, and importing it would load torch for `--help`.
+    # No defaults here: FitConfig has them.
     for name, help_text in CONFIGURATION.items():
         parser.add_argument(f"--{name}", type=int, help=help_text)
     parser.add_argument("--choice", choices=("spread", "best"), help="which source layers to read")

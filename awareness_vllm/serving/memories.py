@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from awareness_vllm.align.aligner import prompt_ids
+from awareness_vllm.align.aligner import TAIL, prompt_ids
 from awareness_vllm.anchors.spans import load_tokenizer, prefix_ids
 from awareness_vllm.errors import NoWMatrix
 from awareness_vllm.geometry import Geometry, Strict, resolve_folder
@@ -22,10 +22,6 @@ from awareness_vllm.store.folder import Store
 from awareness_vllm.wmatrix.file import WMatrixManifest, digest_of
 from awareness_vllm.wmatrix.file import read_manifest as read_wmatrix_manifest
 
-TAIL = 16
-"""Last tokens of a realigned memory that the target reads itself, after the rest: what is asked
-follows them at once, and they bring more retention than anything else at their price
-(docs/fidelity-log.md)."""
 RESOLVED = 1024
 """Memories whose prompt ids are kept, so that a hot request does not tokenize them again."""
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
+from awareness_vllm.align.aligner import TAIL
 from awareness_vllm.anchors.corpus import Document, digest
 from awareness_vllm.errors import QualityUnreachable
 from awareness_vllm.geometry import Strict
@@ -37,8 +38,9 @@ TIERS = ((0.90, 0.85), (0.82, 0.60), (0.75, 0.30), (0.60, 0.0))
 the ranges published with the tiers; the facts are ours: retention alone hides their loss."""
 
 
-TAILS = (16, 64, 128)
-"""How many last tokens of a memory the measured plans read natively, beside none."""
+TAILS = (TAIL, 64, 128)
+"""How many last tokens of a memory the measured plans read natively, beside none; a server's is
+among them."""
 LENGTH_TEXTS = 16
 """Texts for each further length of context: a long one costs many short ones."""
 METRIC_TEXTS = 6

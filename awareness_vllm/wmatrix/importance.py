@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from awareness_vllm.align.aligner import prompt_ids
 from awareness_vllm.align.features import flat_states, split_states
 from awareness_vllm.anchors.spans import load_tokenizer, tokenize
 from awareness_vllm.packages.capture import states
@@ -36,7 +37,7 @@ def importance(
     sink = len(reader.sink)
     for context, continuation in tqdm(pairs, desc="importance", disable=not progress):
         ids = tokenize(tokenizer, continuation).ids
-        read = [*reader.sink, *tokenize(tokenizer, context).ids]
+        read = prompt_ids(context, reader.sink, reader.target)
         keys, values = states(reader.target_model, read)
         flat = flat_states(reader.target_geometry, keys, values)[sink:].requires_grad_()
         sinks = [[state[:sink] for state in kind] for kind in (keys, values)]

@@ -13,8 +13,8 @@ import openai
 import pytest
 from harness import NEAR_TIE, Server, captured, serving
 
+from awareness_vllm.align.aligner import TAIL
 from awareness_vllm.anchors.facts import fact_cases
-from awareness_vllm.serving.memories import TAIL
 
 pytestmark = pytest.mark.engine
 
