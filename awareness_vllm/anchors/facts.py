@@ -119,11 +119,13 @@ QUESTIONS = {
 
 
 class Case(TypedDict):
-    """A question about a context. `question` ends where `answer`, with its blank, continues."""
+    """A question about a context. `question` ends where `answer`, with its blank, continues;
+    `kind` is what is asked for."""
 
     context: str
     question: str
     answer: str
+    kind: str
 
 
 def fact_texts(count: int, seed: int, characters: int = 1500) -> list[str]:
@@ -255,7 +257,7 @@ def _case(rng: random.Random, kind: str) -> Case:
         paragraph.insert(rng.randrange(1, len(paragraph) + 1), (None, fillers.pop()))
     person = rng.choice(people)
     question = QUESTIONS[kind].format(name=person["name"], article=person["a_job"].split(" ")[0])
-    return Case(context=context(), question=question, answer=f" {person[kind]}")
+    return Case(context=context(), question=question, answer=f" {person[kind]}", kind=kind)
 
 
 def unlike_people(rng: random.Random, words: Words, *, for_case: bool) -> list[dict[str, str]]:

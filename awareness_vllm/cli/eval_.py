@@ -61,7 +61,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def read_cases(path: Path) -> list[dict[str, str]]:
-    """Lines of `{"context", "question", "answer"}`. Raises BadInput naming the line."""
+    """Lines of `{"context", "question", "answer"}`, and `"kind"` where it is known.
+
+    Raises:
+        BadInput: names the line.
+    """
     from awareness_vllm.errors import BadInput
     from awareness_vllm.packages.source import read_text_file
 
@@ -73,6 +77,7 @@ def read_cases(path: Path) -> list[dict[str, str]]:
         try:
             case = json.loads(line)
             cases.append({field: case[field] for field in ("context", "question", "answer")})
+            cases[-1] |= {"kind": case["kind"]} if "kind" in case else {}
         except (ValueError, KeyError, TypeError) as error:
             raise BadInput(
                 f"{path}, line {number} is not a case",

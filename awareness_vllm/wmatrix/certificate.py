@@ -6,13 +6,12 @@ import datetime
 import importlib.metadata
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import Field
 
 from awareness_vllm.align.aligner import TAIL
 from awareness_vllm.anchors.corpus import Document, digest
@@ -38,9 +37,12 @@ TIERS = ((0.90, 0.85), (0.82, 0.60), (0.75, 0.30), (0.60, 0.0))
 the ranges published with the tiers; the facts are ours: retention alone hides their loss."""
 
 
-TAILS = (TAIL, 64, 128)
-"""How many last tokens of a memory the measured plans read natively, beside none; a server's is
-among them."""
+TAIL_SHARES = (0.16, 0.4)
+"""Shares of a context that the measured plans read natively, beside none and a server's tail."""
+TAIL_STEP = 16
+"""Tails are whole blocks of vLLM's cache."""
+DISTANCES = (0, 64, 128)
+"""Where the ranges begin in which recall is reported by distance, in tokens."""
 LENGTH_TEXTS = 16
 """Texts for each further length of context: a long one costs many short ones."""
 METRIC_TEXTS = 6
@@ -67,38 +69,46 @@ class Protocol(Strict):
 
 
 class Plan(Strict):
-    """A way to load a memory: the map for most of it, the last `tail` tokens read natively.
+    """A way to load a memory of `context` tokens: the map for most of it, the last `tail` tokens
+    read natively.
 
-    `cost` is its share of the target's floating point operations for reading the whole context of
-    the protocol.
+    `cost` is its share of the target's floating point operations for reading the whole context;
+    `kinds` is the retention by the folder that a text came from, `tokens_only` that of the same
+    plan with the source's states blanked. `facts` is fact recall as a share of native, where it
+    was measured.
     """
 
+    context: int
     tail: int
     cost: float
     retention: Interval
-    facts: Interval
+    kinds: dict[str, Interval]
+    top1: float
+    tokens_only: Interval
+    facts: Interval | None = None
 
 
 class Certificate(Strict):
     """The five arms' figures and what follows from them.
 
     `margin` is what the source's states add to the text alone: NLL of the tokens-only arm less the
-    memory arm's, in nats. `kinds` is the retention by the folder that a text came from. `facts` is
-    fact recall as a share of native, `facts_margin` the memory arm's exact match less the
-    tokens-only arm's. `lengths` is the retention by tokens of context; `plans` are the ways to load
-    that were measured, cheapest first.
+    memory arm's, in nats. `facts` is fact recall as a share of native, by kind of fact and by
+    tokens between it and the question, `facts_margin` the memory arm's exact match less the
+    tokens-only arm's. `retention` and `facts` are the map's alone; `plans` are the ways to load
+    that were measured, for each length of context the cheapest first. Without `metrics`: the map
+    gives tokens of its own, which do not compare with the target's.
     """
 
     protocol: Protocol
     texts: dict[str, dict[str, float]]
     cases: dict[str, dict[str, float]]
-    metrics: Metrics
+    metrics: Metrics | None
     retention: Interval
     margin: Interval
-    kinds: dict[str, Interval]
-    lengths: dict[int, Interval] = Field(default_factory=dict)
-    plans: tuple[Plan, ...] = ()
+    plans: tuple[Plan, ...]
     facts: Interval
+    facts_kinds: dict[str, Interval]
+    facts_distances: dict[str, Interval]
     facts_margin: Interval
     counts: dict[str, int]
     tier: int | None
@@ -129,40 +139,38 @@ def certify(
             short are read in a row.
     """
     bench = Bench(Path(source), Path(target), wmatrix)
-    tails = [tail for tail in TAILS if tail < context]
-    on_texts = evaluate_texts(
-        bench,
-        texts,
-        context=context,
-        continuation=continuation,
-        limit=limit,
-        tails=tails,
-        progress=progress,
-    )
-    by_length = {
+    measured = {
         length: evaluate_texts(
             bench,
-            joined(texts, length + continuation),
+            texts if length == context else joined(texts, length + continuation),
             context=length,
             continuation=continuation,
-            limit=min(limit, LENGTH_TEXTS),
+            limit=limit if length == context else min(limit, LENGTH_TEXTS),
+            tails=tails(wmatrix, length),
             progress=progress,
-        ).retention()
-        for length in lengths
-    }
-    on_cases = evaluate_cases(bench, cases, limit=limit, tails=tails, progress=progress)
-    mapped, native = map_flop(wmatrix), prefill_flop(bench.target_model, context)
-    plans = [
-        Plan(
-            tail=tail,
-            cost=share_of_prefill(mapped, native, context, tail),
-            retention=Interval(**on_texts.retention(arm)),
-            facts=Interval(**on_cases.recall(arm)),
         )
-        for tail, arm in ((0, "memory"), *((tail, tail_arm(tail)) for tail in tails))
+        for length in sorted({context, *lengths})
+    }
+    on_cases = evaluate_cases(
+        bench, cases, limit=limit, tails=tails(wmatrix, context), progress=progress
+    )
+    plans = [
+        plan(
+            length,
+            tail,
+            share_of_prefill(
+                map_flop(wmatrix), prefill_flop(bench.target_model, length), length, tail
+            ),
+            figures,
+            on_cases if length == context else None,
+        )
+        for length, figures in measured.items()
+        for tail in (0, *tails(wmatrix, length))
     ]
-    cuts = cut_evenly(bench, texts, context, continuation, METRIC_TEXTS)
-    metrics = measure(bench, [(text, ids) for _, text, ids in cuts])
+    metrics = None
+    if wmatrix.manifest.reads_tokens:
+        cuts = cut_evenly(bench, texts, context, continuation, METRIC_TEXTS)
+        metrics = measure(bench, [(text, ids) for _, text, ids in cuts])
     protocol = Protocol(
         texts=digest(texts),
         cases=digest(as_documents(cases)),
@@ -173,7 +181,7 @@ def certify(
     manifest = wmatrix.manifest.model_copy(
         update={
             "certificate": certificate(
-                protocol, on_texts, on_cases, metrics, by_length, plans
+                protocol, measured[context], on_cases, metrics, plans
             ).model_dump(mode="json")
         }
     )
@@ -184,8 +192,7 @@ def certificate(
     protocol: Protocol,
     texts: TextFigures,
     cases: CaseFigures,
-    metrics: Metrics,
-    lengths: Mapping[int, Mapping[str, float]],
+    metrics: Metrics | None,
     plans: Sequence[Plan],
 ) -> Certificate:
     """What the measured figures say."""
@@ -198,13 +205,10 @@ def certificate(
         metrics=metrics,
         retention=on_texts["retention"],
         margin=mean(texts.nll("tokens_only") - texts.nll("memory")),
-        kinds={kind: texts.retention(rows=rows) for kind, rows in by_kind(texts.names).items()},
-        lengths={
-            length: Interval(**found)
-            for length, found in sorted({protocol.context: texts.retention(), **lengths}.items())
-        },
-        plans=sorted(plans, key=lambda plan: plan.cost),
+        plans=sorted(plans, key=lambda plan: (plan.context, plan.cost)),
         facts=facts,
+        facts_kinds=recall_by(cases, cases.kinds),
+        facts_distances=recall_by(cases, [distance_range(d) for d in cases.distances]),
         facts_margin=mean(cases.exact("memory") - cases.exact("tokens_only")),
         counts={"texts": on_texts["n"], "cases": on_cases["n"]},
         tier=tier(on_texts["retention"]["mean"], facts["mean"]),
@@ -214,24 +218,69 @@ def certificate(
     )
 
 
-def by_kind(names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Rows of the texts of each kind: the folder that a text came from."""
-    kinds: dict[str, list[int]] = {}
-    for row, name in enumerate(names):
-        kinds.setdefault(name.split("/")[0], []).append(row)
-    return {kind: np.array(rows) for kind, rows in kinds.items()}
+def tails(wmatrix: WMatrix, context: int) -> list[int]:
+    """How many last tokens of a context the measured plans read natively, beside none of them."""
+    if not wmatrix.manifest.reads_tokens:
+        return []  # without the text there is nothing to read
+    shares = {round(share * context / TAIL_STEP) * TAIL_STEP for share in TAIL_SHARES}
+    return sorted(tail for tail in {TAIL, *shares} if 0 < tail < context)
 
 
-def cheapest(certificate: Certificate, quality_target: float) -> Plan:
-    """The cheapest measured plan that keeps so much.
+def plan(
+    context: int, tail: int, cost: float, texts: TextFigures, cases: CaseFigures | None
+) -> Plan:
+    """What was measured of one way to load."""
+    arm = tail_arm(tail)
+    kinds = rows_by([name.split("/")[0] for name in texts.names])
+    return Plan(
+        context=context,
+        tail=tail,
+        cost=cost,
+        retention=Interval(**texts.retention(arm)),
+        kinds={kind: Interval(**texts.retention(arm, rows)) for kind, rows in kinds.items()},
+        top1=texts.arms[arm][:, 2].mean(),
+        tokens_only=Interval(**texts.retention(tail_arm(tail, "tokens_only"))),
+        facts=Interval(**cases.recall(arm)) if cases else None,
+    )
+
+
+def recall_by(cases: CaseFigures, groups: Sequence[str]) -> dict[str, Interval]:
+    """The memory arm's recall by group of facts, of which the target itself recalls some."""
+    return {
+        group: Interval(**cases.recall(rows=rows))
+        for group, rows in sorted(rows_by(groups).items())
+        if cases.exact("native")[rows].any()
+    }
+
+
+def rows_by(groups: Sequence[str]) -> dict[str, np.ndarray]:
+    """The rows of each group."""
+    rows: dict[str, list[int]] = {}
+    for row, group in enumerate(groups):
+        rows.setdefault(group, []).append(row)
+    return {group: np.array(found) for group, found in rows.items()}
+
+
+def distance_range(distance: int) -> str:
+    """The range of distances that one is reported in, in tokens."""
+    low = max((edge for edge in DISTANCES if edge <= distance), default=0)
+    return f"from {low:3} tokens"
+
+
+def cheapest(certificate: Certificate, quality_target: float, context: int | None = None) -> Plan:
+    """The cheapest measured plan that keeps so much of a context as long as `context`, or as the
+    nearest length that was measured (by default the protocol's).
 
     Raises:
         QualityUnreachable: none does; the best one and the remedy are named.
     """
-    for plan in certificate.plans:
+    wanted = context or certificate.protocol.context
+    nearest = min({p.context for p in certificate.plans}, key=lambda length: abs(length - wanted))
+    plans = [p for p in certificate.plans if p.context == nearest]
+    for plan in plans:
         if plan.retention.mean >= quality_target:
             return plan
-    best = max(certificate.plans, key=lambda plan: plan.retention.mean)
+    best = max(plans, key=lambda plan: plan.retention.mean)
     raise QualityUnreachable(
         f"no measured plan keeps {quality_target:.3f}",
         found=f"at best {best.retention.mean:.3f}, with the last {best.tail} tokens read natively",
@@ -270,23 +319,41 @@ def lines(document: dict[str, Any]) -> list[str]:
     """A certificate for the terminal."""
     found = Certificate.model_validate(document)
 
-    def interval(name: str, i: Interval) -> str:
-        return f"  {name:28}{i.mean:7.3f}   95 % CI {i.ci_low:.3f} … {i.ci_high:.3f}"
-
     counts = found.counts
     return [
         f"certified {found.measured}: tier {found.tier or 'none'} "
         f"({counts['texts']} texts of {found.protocol.context} tokens, {counts['cases']} facts; "
         f"{found.hardware})",
         interval("retention", found.retention),
-        *(interval(f"  {kind}", i) for kind, i in sorted(found.kinds.items())),
-        *(interval(f"  {n} tokens", i) for n, i in found.lengths.items() if len(found.lengths) > 1),
-        *(interval(f"  tail {p.tail}, {p.cost:.0%} of prefill", p.retention) for p in found.plans),
+        *(line for plan in found.plans for line in plan_lines(plan)),
         interval("facts, share of native", found.facts),
+        *(interval(f"  {kind}", i) for kind, i in found.facts_kinds.items()),
+        *(interval(f"  {distance}", i) for distance, i in found.facts_distances.items()),
         interval("above tokens only, nats", found.margin),
         interval("above tokens only, facts", found.facts_margin),
-        f"  {'top-1 agreement':28}{found.texts['memory']['top1']:7.3f}",
-        f"  {'semantic preservation':28}{average(found.metrics.semantic_preservation):7.3f}",
-        f"  {'attention fidelity':28}{average(found.metrics.attention_fidelity):7.3f}",
-        f"  {'gradient stability':28}{'pass' if found.metrics.gradient_stability else 'fail':>7}",
+        *(metric_lines(found.metrics) if found.metrics else ()),
     ]
+
+
+def plan_lines(plan: Plan) -> list[str]:
+    """A plan for the terminal: what it keeps of all texts, and of each kind."""
+    head = f"{plan.context} tokens, tail {plan.tail}, cost {plan.cost:.0%}"
+    return [
+        f"{interval(head, plan.retention)}   top-1 {plan.top1:.3f}",
+        *(interval(f"  {kind}", i) for kind, i in sorted(plan.kinds.items())),
+        interval("  tokens only", plan.tokens_only),
+        *([interval("  facts, share of native", plan.facts)] if plan.facts else []),
+    ]
+
+
+def metric_lines(metrics: Metrics) -> list[str]:
+    stable = "pass" if metrics.gradient_stability else "fail"
+    return [
+        f"  {'semantic preservation':34}{average(metrics.semantic_preservation):7.3f}",
+        f"  {'attention fidelity':34}{average(metrics.attention_fidelity):7.3f}",
+        f"  {'gradient stability':34}{stable:>7}",
+    ]
+
+
+def interval(name: str, i: Interval) -> str:
+    return f"  {name:34}{i.mean:7.3f}   95 % CI {i.ci_low:.3f} … {i.ci_high:.3f}"

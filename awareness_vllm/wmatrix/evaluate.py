@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
@@ -111,8 +112,8 @@ class Bench:
     def arms(
         self, context: str, other: Package, ids: list[int], scored: int, tails: Sequence[int] = ()
     ) -> dict[str, Tensor]:
-        """Log probabilities of all five arms after one context, [scored, V] each, and of the memory
-        with each of the `tails` read natively."""
+        """Log probabilities of all five arms after one context, [scored, V] each; with each of the
+        `tails` read natively, of the memory and of what its tokens alone give."""
         package = self.package(context)
         context_ids, sink = self.ids(context), self.sink()
         none = self.native(context_ids[:sink] or ids[:1])
@@ -129,7 +130,8 @@ class Bench:
             memories["tokens_only"] = self.memory(package, blank=True)
         found = {arm: self.logprobs(memory, ids, scored) for arm, memory in memories.items()}
         for tail in tails:
-            found[tail_arm(tail)] = self.logprobs(memories["memory"], ids, scored, tail)
+            for arm in {"memory", "tokens_only"} & memories.keys():
+                found[tail_arm(tail, arm)] = self.logprobs(memories[arm], ids, scored, tail)
         return found
 
 
@@ -215,23 +217,28 @@ def cut_evenly(
 
 @dataclass
 class CaseFigures:
-    """What was measured, case by case: `arms[arm]` is [n, 2] (exact match, log probability)."""
+    """What was measured, case by case: `arms[arm]` is [n, 2] (exact match, log probability),
+    `kinds` are the kinds of the facts asked for, `distances` how many tokens before the context's
+    end each was last stated."""
 
     arms: dict[str, np.ndarray]
+    kinds: list[str]
+    distances: list[int]
 
     def exact(self, arm: str) -> np.ndarray:
         return self.arms[arm][:, 0]
 
-    def recall(self, arm: str = "memory") -> dict[str, float]:
-        """An arm's exact match as a share of native."""
-        return share(self.exact(arm), self.exact("native"))
+    def recall(self, arm: str = "memory", rows: np.ndarray | None = None) -> dict[str, float]:
+        """An arm's exact match as a share of native, over all cases or over some `rows` of them."""
+        chosen = slice(None) if rows is None else rows
+        return share(self.exact(arm)[chosen], self.exact("native")[chosen])
 
     def summary(self) -> dict[str, Any]:
         """Means of each arm."""
         return {
             "arms": means(self.arms, ("exact_match", "logprob")),
             "tails": {arm: self.recall(arm) for arm in self.arms if arm not in ARMS},
-            "n": len(self.arms["native"]),
+            "n": len(self.kinds),
         }
 
 
@@ -249,6 +256,7 @@ def evaluate_cases(
         raise BadInput("too few cases", found=len(cases), expected="at least 2")
     tokenizer = load_tokenizer(str(bench.target))
     rows: dict[str, list[tuple[float, float]]] = {}
+    distances = [distance(tokenizer, case["context"], case["answer"]) for case in cases]
     for i, case in enumerate(tqdm(cases, desc="five arms", disable=not progress)):
         tokens = tokenize(tokenizer, case["question"] + case["answer"])
         boundary = len(case["question"].encode())
@@ -264,7 +272,17 @@ def evaluate_cases(
             rows.setdefault(arm, []).append(
                 (float(exact), logprobs.gather(1, labels[:, None]).sum().item())
             )
-    return CaseFigures({arm: np.array(figures) for arm, figures in rows.items()})
+    return CaseFigures(
+        {arm: np.array(figures) for arm, figures in rows.items()},
+        [case.get("kind", "fact") for case in cases],
+        distances,
+    )
+
+
+def distance(tokenizer: Tokenizer, context: str, answer: str) -> int:
+    """Tokens between the answer's last mention and the context's end; 0 where it has none."""
+    _, mention, rest = context.rpartition(answer.strip())
+    return len(tokenize(tokenizer, rest).ids) if mention and rest else 0
 
 
 def means(arms: dict[str, np.ndarray], names: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -275,9 +293,9 @@ def means(arms: dict[str, np.ndarray], names: Sequence[str]) -> dict[str, dict[s
     }
 
 
-def tail_arm(tail: int) -> str:
-    """The name of the arm whose last `tail` tokens are read natively."""
-    return f"tail_{tail}"
+def tail_arm(tail: int, arm: str = "memory") -> str:
+    """The name of an arm whose last `tail` tokens are read natively."""
+    return f"{arm}_tail_{tail}" if tail else arm
 
 
 def cut_tail(memory: AlignedMemory, tail: int) -> tuple[AlignedMemory, list[int]]:

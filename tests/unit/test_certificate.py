@@ -24,6 +24,7 @@ from awareness_vllm.wmatrix.certificate import (
     certify,
     cheapest,
     lines,
+    plan,
     tier,
 )
 from awareness_vllm.wmatrix.evaluate import CaseFigures, TextFigures
@@ -41,15 +42,28 @@ METRICS = Metrics(
     gradient_stability=True,
     n=2,
 )
-LENGTHS = {1000: {"mean": 0.85, "ci_low": 0.8, "ci_high": 0.9}}
-PLANS = [
-    Plan(
+
+
+def measured_plan(context: int, tail: int, cost: float, kept: float) -> Plan:
+    interval = Interval(mean=kept, ci_low=0, ci_high=1)
+    return Plan(
+        context=context,
         tail=tail,
         cost=cost,
-        retention=Interval(mean=kept, ci_low=0, ci_high=1),
-        facts=Interval(mean=kept, ci_low=0, ci_high=1),
+        retention=interval,
+        kinds={"poems": interval, "lists": interval},
+        top1=kept,
+        tokens_only=interval,
+        facts=interval,
     )
-    for tail, cost, kept in ((64, 0.4, 0.97), (0, 0.2, 0.9), (16, 0.3, 0.95))
+
+
+PLANS = [
+    measured_plan(1000, 0, 0.2, 0.8),
+    measured_plan(1000, 48, 0.25, 0.85),
+    measured_plan(300, 64, 0.4, 0.97),
+    measured_plan(300, 0, 0.2, 0.9),
+    measured_plan(300, 16, 0.3, 0.95),
 ]
 ARMS = ("native", "memory", "tokens_only", "wrong_memory", "none")
 
@@ -71,39 +85,63 @@ def texts(kept: float = 0.9, count: int = 8) -> TextFigures:
 def cases(native: int = 6, memory: int = 3, count: int = 8) -> CaseFigures:
     exact = dict(zip(ARMS, (native, memory, 0, 0, 0), strict=True))
     return CaseFigures(
-        {arm: np.stack((np.arange(count) < n, np.zeros(count)), 1) for arm, n in exact.items()}
+        {arm: np.stack((np.arange(count) < n, np.zeros(count)), 1) for arm, n in exact.items()},
+        kinds=["city", "code"] * (count // 2),
+        distances=[20] * (count // 2) + [200] * (count // 2),
     )
 
 
 def test_the_figures_are_those_that_were_measured() -> None:
-    found = certificate(PROTOCOL, texts(0.9), cases(), METRICS, LENGTHS, PLANS)
+    found = certificate(PROTOCOL, texts(0.9), cases(), METRICS, PLANS)
     assert found.retention.mean == pytest.approx(0.9)
-    assert found.kinds.keys() == {"poems", "lists"}
-    assert found.kinds["lists"].mean == pytest.approx(0.9)
     assert found.facts.mean == pytest.approx(0.5)
     assert found.facts.ci_low < 0.5 < found.facts.ci_high
     assert found.margin.ci_low > 0
     assert found.facts_margin.mean == pytest.approx(3 / 8)
+    # Of cases 0 to 7 the target recalls 0 to 5, the memory 0 to 2.
+    assert found.facts_kinds["city"].mean == pytest.approx(2 / 3)
+    assert found.facts_kinds["code"].mean == pytest.approx(1 / 3)
+    assert {k: round(i.mean, 6) for k, i in found.facts_distances.items()} == {
+        "from   0 tokens": 0.75,
+        "from 128 tokens": 0,
+    }
     assert found.counts == {"texts": 8, "cases": 8}
     assert found.texts["memory"]["top1"] == pytest.approx(0.9)
 
 
 @pytest.mark.parametrize(("wanted", "tail"), [(0.5, 0), (0.9, 0), (0.91, 16), (0.97, 64)])
 def test_the_dial_takes_the_cheapest_plan_that_keeps_enough(wanted: float, tail: int) -> None:
-    found = certificate(PROTOCOL, texts(), cases(), METRICS, LENGTHS, PLANS)
+    found = certificate(PROTOCOL, texts(), cases(), METRICS, PLANS)
     assert cheapest(found, wanted).tail == tail
-    assert list(found.lengths) == [300, 1000]
+
+
+@pytest.mark.parametrize(
+    ("context", "tail"), [(None, 0), (300, 0), (640, 0), (660, 48), (9000, 48)]
+)
+def test_the_dial_looks_at_the_nearest_length(context: int | None, tail: int) -> None:
+    found = certificate(PROTOCOL, texts(), cases(), METRICS, PLANS)
+    assert cheapest(found, 0.82, context).tail == tail
+
+
+def test_a_plan_says_what_each_kind_keeps() -> None:
+    found = plan(300, 0, 0.2, texts(0.9), cases())
+    assert found.kinds.keys() == {"poems", "lists"}
+    assert found.kinds["lists"].mean == pytest.approx(0.9)
+    assert found.tokens_only.mean == pytest.approx(0.2)
+    assert found.top1 == pytest.approx(0.9)
+    assert found.facts is not None
+    assert found.facts.mean == pytest.approx(0.5)
 
 
 def test_a_target_that_no_plan_reaches_names_the_best() -> None:
-    found = certificate(PROTOCOL, texts(), cases(), METRICS, LENGTHS, PLANS)
+    found = certificate(PROTOCOL, texts(), cases(), METRICS, PLANS)
     with pytest.raises(QualityUnreachable, match=r"0\.970, with the last 64"):
         cheapest(found, 0.98)
 
 
 def test_facts_that_the_target_itself_cannot_recall_are_no_measure() -> None:
     with pytest.raises(BadInput, match="nothing to measure against"):
-        certificate(PROTOCOL, texts(), cases(native=0, memory=0), METRICS, {}, [])
+        certificate(PROTOCOL, texts(), cases(native=0, memory=0), METRICS, [])
 
 
 @pytest.mark.parametrize(
@@ -118,9 +156,7 @@ def test_tiers_need_retention_and_facts(
 
 @pytest.fixture
 def certified(wmatrix: WMatrix, tmp_path: Path) -> Path:
-    document = certificate(PROTOCOL, texts(), cases(), METRICS, LENGTHS, PLANS).model_dump(
-        mode="json"
-    )
+    document = certificate(PROTOCOL, texts(), cases(), METRICS, PLANS).model_dump(mode="json")
     manifest = wmatrix.manifest.model_copy(update={"certificate": document})
     path = tmp_path / "pair.wmatrix"
     replace(wmatrix, manifest=manifest).save(path)
@@ -142,7 +178,7 @@ def test_the_files_digest_covers_the_certificate(certified: Path) -> None:
 def test_inspect_prints_it(certified: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(certified)]) == 0
     printed = capsys.readouterr().out
-    assert "retention                     0.900" in printed
+    assert "retention                           0.900" in printed
     assert "not certified" not in printed
     assert main(["inspect", str(certified), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["certified"] is True
@@ -159,9 +195,7 @@ def test_who_has_none_says_so(
 
 
 def test_lines_name_every_kind() -> None:
-    document = certificate(PROTOCOL, texts(), cases(), METRICS, LENGTHS, PLANS).model_dump(
-        mode="json"
-    )
+    document = certificate(PROTOCOL, texts(), cases(), METRICS, PLANS).model_dump(mode="json")
     text = "\n".join(lines(document))
     assert "poems" in text
     assert "lists" in text
@@ -180,9 +214,7 @@ def fitted(
     monkeypatch.setattr(gather, "CHUNK_ROWS", 256)
     config = fit.FitConfig(tokens=1000, rank=4, predecessors=0, calibration=0, held_out=0.3)
     wmatrix = fit.fit(*tiny_models, anchors, config, progress=False)
-    document = certificate(PROTOCOL, texts(), cases(), METRICS, LENGTHS, PLANS).model_dump(
-        mode="json"
-    )
+    document = certificate(PROTOCOL, texts(), cases(), METRICS, PLANS).model_dump(mode="json")
     manifest = wmatrix.manifest.model_copy(update={"certificate": document})
     path = tmp_path / "tiny.wmatrix"
     replace(wmatrix, manifest=manifest).save(path)
@@ -198,7 +230,7 @@ def test_lengths_and_plans_are_measured(
     def with_tails(*args: object, tails: Sequence[int], **kwargs: object) -> CaseFigures:
         found = cases()
         for tail in tails:
-            found.arms[f"tail_{tail}"] = found.arms["native"]
+            found.arms[f"memory_tail_{tail}"] = found.arms["native"]
         return found
 
     # No random model recalls a fact.
@@ -215,13 +247,22 @@ def test_lengths_and_plans_are_measured(
         progress=False,
     )
     found = Certificate.model_validate(measured.manifest.certificate)
-    assert list(found.lengths) == [100, 400]
-    assert [plan.tail for plan in found.plans] == [0, 16, 64]
-    costs = [plan.cost for plan in found.plans]
+    ways = [(way.context, way.tail) for way in found.plans]
+    assert ways == [
+        (100, 0),
+        (100, 16),
+        (100, 32),
+        (100, 48),
+        (400, 0),
+        (400, 48),
+        (400, 64),
+        (400, 160),
+    ]
+    costs = [way.cost for way in found.plans[:4]]
     assert costs == sorted(costs)
     assert costs[1] - costs[0] == pytest.approx(0.16 * (1 - costs[0]))
-    assert found.plans[1].facts.mean == 1
-    assert found.plans[0].facts.mean == 0.5
+    recalled = [way.facts and way.facts.mean for way in found.plans]
+    assert recalled == [0.5, 1, 1, 1, None, None, None, None]
 
 
 @pytest.mark.parametrize(("kept", "drifted"), [(0.9, False), (0.95, False), (0.5, True)])

@@ -180,9 +180,10 @@ def test_a_bad_case_is_named_by_its_line(tmp_path: Path, line: str) -> None:
 
 def test_cases_are_read_line_by_line(tmp_path: Path) -> None:
     strange = {"context": "one\u2028two\u0085\x0b", "question": "q\n", "answer": " a"}
-    lines = (json.dumps(CASE | {"more": 1}), "", json.dumps(strange, ensure_ascii=False))
+    known = CASE | {"kind": "k"}
+    lines = (json.dumps(known | {"more": 1}), "", json.dumps(strange, ensure_ascii=False))
     (tmp_path / "c.jsonl").write_bytes("\r\n".join(lines).encode())
-    assert read_cases(tmp_path / "c.jsonl") == [CASE, strange]
+    assert read_cases(tmp_path / "c.jsonl") == [known, strange]
 
 
 def test_serve_becomes_vllms_server(

@@ -74,7 +74,7 @@ def test_cases_can_be_answered_in_one_way() -> None:
         answer = case["answer"].strip()
         assert case["context"].count(answer) == 1
         assert 800 <= len(case["context"]) <= 1000
-        assert set(case) == {"context", "question", "answer"}
+        assert set(case) == {"context", "question", "answer", "kind"}
         name = re.search(r"(\w+ \w+)(?: live| work|\?)", case["question"])
         assert name is not None
         assert name[1] in case["context"]
