@@ -11,11 +11,12 @@ from torch import Tensor
 
 from awareness_vllm.align.features import Embed, blank_rows, embedding_features, flat_states
 from awareness_vllm.anchors.spans import align, load_tokenizer, tokenize
+from awareness_vllm.errors import BadInput
 from awareness_vllm.packages.file import Package
 from awareness_vllm.positions import apply
-from awareness_vllm.wmatrix.file import WMatrix
+from awareness_vllm.wmatrix.file import WMatrix, WMatrixManifest
 
-TAIL = 16
+TAIL = 48
 """Last tokens of a realigned memory that the target reads itself, after the rest: what is asked
 follows them at once, and they bring more retention than anything else at their price
 (docs/fidelity-log.md)."""
@@ -47,6 +48,35 @@ def prompt_ids(text: str, sink: Sequence[int], target: str | Path) -> list[int]:
     return [*sink, *tokenize(load_tokenizer(str(target)), text).ids]
 
 
+def rows(
+    package: Package, manifest: WMatrixManifest, target: str | Path, embed: Embed
+) -> tuple[list[int], Tensor, Tensor]:
+    """What the map reads: the target's ids [S + T] with the sink first, for each token the source's
+    [T], and the embeddings [T, embedding_width].
+
+    A map that reads no tokens gives one row for each of the source's but the first, its sink; their
+    ids are the target's sink again, which says nothing.
+
+    Raises:
+        BadInput: the map reads tokens, and the package has no text.
+    """
+    sink = manifest.sink
+    if manifest.predecessors is None:
+        source = torch.arange(1, package.manifest.tokens)
+        return [*sink, *(sink[-1:] * len(source))], source, torch.empty(len(source), 0)
+    if not package.manifest.has_text:
+        raise BadInput(
+            "the W-Matrix needs the memory's text",
+            found="a package without text",
+            expected="a W-Matrix that reads the source's states alone",
+            remedy="fit one with `awareness fit --without-text`",
+        )
+    tokens = tokenize(load_tokenizer(str(target)), package.text)
+    ids = [*sink, *tokens.ids]
+    embeddings = embedding_features(embed, ids, len(sink), manifest.predecessors)
+    return ids, torch.from_numpy(align(package.spans, tokens.spans)), embeddings
+
+
 @torch.inference_mode()
 def realign(
     package: Package,
@@ -66,26 +96,23 @@ def realign(
         blank: hide the source's states (the tokens-only arm).
     """
     manifest = wmatrix.manifest
-    tokens = tokenize(load_tokenizer(str(target)), package.text)
-    ids = [*manifest.sink, *tokens.ids]
-    index = align(package.spans, tokens.spans)
-    source, blanked = torch.from_numpy(index), blank_rows(index)
-    embeddings = embedding_features(embed, ids, len(manifest.sink), manifest.predecessors)
+    ids, source, embeddings = rows(package, manifest, target, embed)
+    blanked = blank_rows(source)
     positions = torch.arange(len(manifest.sink), len(ids))
     layers = manifest.target.layers
     keys = [[sink.to(dtype)] for sink in wmatrix.sink_keys]
     values = [[sink.to(dtype)] for sink in wmatrix.sink_values]
     for begin in range(0, len(positions), BLOCK):
-        rows = slice(begin, begin + BLOCK)
+        block = slice(begin, begin + BLOCK)
         states = (
             None
             if blank
             else flat_states(
-                package.geometry, package.keys, package.values, source[rows], manifest.layers
+                package.geometry, package.keys, package.values, source[block], manifest.layers
             )
         )
-        free, mapped = wmatrix.map(states, embeddings[rows], blanked[rows])
+        free, mapped = wmatrix.map(states, embeddings[block], blanked[block])
         for i, layer in enumerate(layers):
-            keys[i].append(apply(free[i], positions[rows], layer.positions).to(dtype))
+            keys[i].append(apply(free[i], positions[block], layer.positions).to(dtype))
             values[i].append(mapped[i].to(dtype))
     return AlignedMemory(ids, [torch.cat(key) for key in keys], [torch.cat(v) for v in values])

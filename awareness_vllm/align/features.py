@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -52,12 +50,12 @@ def split_states(geometry: Geometry, flat: Tensor) -> tuple[list[Tensor], list[T
     return shaped[: len(widths)], shaped[len(widths) :]
 
 
-def blank_rows(index: npt.NDArray[np.int64]) -> Tensor:
+def blank_rows(index: Tensor) -> Tensor:
     """Which target tokens are aligned to the source's first position, [T] bool.
 
     That position is the source's attention sink: its states say nothing of the text.
     """
-    return torch.from_numpy(index == 0)
+    return index == 0
 
 
 def embedding_features(embed: Embed, ids: Sequence[int], sink: int, predecessors: int) -> Tensor:

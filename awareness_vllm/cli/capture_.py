@@ -18,13 +18,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="transformers",
         help="whose numerics: transformers (quick) or vllm (exact in a vLLM server)",
     )
+    parser.add_argument(
+        "--without-text",
+        action="store_true",
+        help="leave text and token ids out; needs a W-Matrix fitted without text",
+    )
     parser.add_argument("--store", type=Path, help="folder to publish into")
     parser.add_argument("--name", help="a name for people, kept in the manifest")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from awareness_vllm.home import default_store
-    from awareness_vllm.packages.file import publish
+    from awareness_vllm.packages.file import publish, without_text
     from awareness_vllm.packages.source import read_text_file
 
     if args.engine == "vllm":
@@ -32,6 +37,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     else:
         from awareness_vllm.packages.capture import capture
     package = capture(args.model, read_text_file(args.text), name=args.name)
+    if args.without_text:
+        package = without_text(package)
     path = publish(package, args.store or default_store())
     return {
         "id": path.stem,

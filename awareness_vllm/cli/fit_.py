@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, help_text in CONFIGURATION.items():
         parser.add_argument(f"--{name}", type=int, help=help_text)
     parser.add_argument("--choice", choices=("spread", "best"), help="which source layers to read")
+    parser.add_argument(
+        "--without-text",
+        action="store_true",
+        help="read the source's states alone: a map for packages captured without text",
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -39,6 +45,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     given = {name: getattr(args, name) for name in (*CONFIGURATION, "choice")}
     config = FitConfig(**{name: value for name, value in given.items() if value is not None})
+    if args.without_text:
+        config = replace(config, predecessors=None)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     work = args.out.with_name(f".{args.out.name}.work")
     wmatrix = fit(args.source, args.target, load(args.anchors), config, folder=work)

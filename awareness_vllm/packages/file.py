@@ -56,6 +56,7 @@ def build(
     engine: Literal["transformers", "vllm"],
     versions: dict[str, str],
     name: str | None = None,
+    has_text: bool = True,
 ) -> Package:
     """A package from captured states; the manifest's payload digest is computed here."""
     tensors = _tensors(text, tokens, spans, keys, values)
@@ -63,6 +64,7 @@ def build(
         name=name,
         geometry=geometry,
         tokens=len(tokens),
+        has_text=has_text,
         engine=engine,
         versions=versions,
         payload="",
@@ -70,6 +72,26 @@ def build(
     payload = payload_digest(manifest.model_dump_json(), sorted(tensors.items()))
     manifest = manifest.model_copy(update={"payload": payload})
     return Package(manifest, text, tokens, spans, keys, values)
+
+
+def without_text(package: Package) -> Package:
+    """The same states without text, token ids and spans.
+
+    Nobody should take this for secrecy: prompts can be rebuilt from KV states.
+    """
+    count = package.manifest.tokens
+    return build(
+        geometry=package.geometry,
+        text="",
+        tokens=[0] * count,
+        spans=np.zeros((count, 2), np.int64),
+        keys=package.keys,
+        values=package.values,
+        engine=package.manifest.engine,
+        versions=package.manifest.versions,
+        name=package.manifest.name,
+        has_text=False,
+    )
 
 
 def publish(package: Package, store: Path) -> Path:

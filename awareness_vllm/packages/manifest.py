@@ -15,13 +15,15 @@ class Manifest(Strict):
     """The JSON document in a package's safetensors metadata.
 
     `payload` is the sha256 over the other fields and the tensors; `engine` tells whose numerics
-    the states have, so whether a load into the same server is exact.
+    the states have, so whether a load into the same server is exact. Without text (`has_text`) the
+    package has no token ids and no spans either: all of them are zero.
     """
 
     format: Literal["awareness-memory/1"] = "awareness-memory/1"
     name: str | None = None
     geometry: Geometry
     tokens: int
+    has_text: bool = True
     engine: Literal["transformers", "vllm"]
     versions: dict[str, str]
     payload: str

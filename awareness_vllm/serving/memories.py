@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError
 
 from awareness_vllm.align.aligner import TAIL, prompt_ids
 from awareness_vllm.anchors.spans import load_tokenizer, prefix_ids
-from awareness_vllm.errors import NoWMatrix
+from awareness_vllm.errors import NoWMatrix, UnsupportedRequest
 from awareness_vllm.geometry import Geometry, Strict, resolve_folder
 from awareness_vllm.packages.file import read_manifest, read_text, read_tokens
 from awareness_vllm.serving.config import PARAMS_KEY, ServingConfig
@@ -107,12 +107,20 @@ class Memories:
         """Everything that can be wrong with loading this memory is found here.
 
         Raises:
-            InvalidMemoryId, MemoryNotFound, PackageCorrupt, NoWMatrix
+            InvalidMemoryId, MemoryNotFound, PackageCorrupt, NoWMatrix, UnsupportedRequest
         """
         return self._resolve_once(self.store.checked_path(memory_id))
 
     def _resolve(self, path: Path) -> Resolved:
-        source = read_manifest(path).geometry
+        manifest = read_manifest(path)
+        source = manifest.geometry
+        if not manifest.has_text:
+            raise UnsupportedRequest(
+                f"memory {path.stem} has no text",
+                found="a package captured without text",
+                expected="one whose text this server could read itself, should a load fail",
+                remedy="capture it with its text",
+            )
         if source.same_model(self.geometry):
             return Resolved(path.stem, path, None, read_tokens(path))
         entry = self.wmatrix_for(path.stem, source)
@@ -121,7 +129,11 @@ class Memories:
 
     def wmatrix_for(self, memory_id: str, source: Geometry) -> WMatrixEntry:
         """The W-Matrix from a source model to the served one. Raises NoWMatrix."""
-        from_source = [e for e in self.wmatrices if e.manifest.source.same_model(source)]
+        from_source = [
+            e
+            for e in self.wmatrices
+            if e.manifest.source.same_model(source) and e.manifest.reads_tokens
+        ]
         for entry in from_source:
             if entry.manifest.target.same_model(self.geometry):
                 return entry

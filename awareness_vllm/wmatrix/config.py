@@ -11,15 +11,16 @@ class FitConfig:
     """`tokens` of anchors (target tokens), how many source `layers` are read (None: half) and by
     which `choice` ("spread" evenly, or the "best"), latent `rank`, `ridge` as a share of unit
     variance (None: chosen on held-out documents), how many `predecessors` of a token lend their
-    embeddings; `calibration` texts, `batch` of them a step, gone through `epochs` times with a
-    relative step `rate`, until `patience` epochs bring nothing better on held-out documents."""
+    embeddings (None: not even the token itself, for packages without text); `calibration` texts,
+    `batch` of them a step, gone through `epochs` times with a relative step `rate`, until
+    `patience` epochs bring nothing better on held-out documents."""
 
     tokens: int = 45_000
     layers: int | None = None
     choice: Literal["spread", "best"] = "spread"
-    rank: int = 1152
+    rank: int = 576
     ridge: float | None = None
-    predecessors: int = 3
+    predecessors: int | None = 3
     calibration: int = 160
     batch: int = 1
     epochs: int = 1

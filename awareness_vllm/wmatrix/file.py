@@ -38,7 +38,8 @@ class WMatrixManifest(Strict):
     """The JSON document in a W-Matrix's safetensors metadata.
 
     `layers` are the source layers that the map reads; with `residual` the map gives what is to be
-    added to the source's own states (variants of one model); `sink` are the target's fixed first
+    added to the source's own states (variants of one model); without `predecessors` it reads the
+    source's states alone, for packages without text; `sink` are the target's fixed first
     tokens; `r2` is the share of variance explained on held-out documents of the anchors' sources,
     `reconstruction_error` the share of the features' variance that the latent loses; without
     `certificate` the map is not certified.
@@ -51,7 +52,7 @@ class WMatrixManifest(Strict):
     target: Geometry
     layers: tuple[int, ...]
     rank: int
-    predecessors: int
+    predecessors: int | None
     residual: bool = False
     sink: tuple[int, ...]
     anchors: Anchors
@@ -66,6 +67,16 @@ class WMatrixManifest(Strict):
     def source_width(self) -> int:
         """Numbers of source state that the map reads for one token."""
         return self.source.width_of(self.layers)
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether the map reads the target's tokens of the text, beside the source's states."""
+        return self.predecessors is not None
+
+    @property
+    def embedding_width(self) -> int:
+        """Numbers of the target's embeddings that the map reads for one token."""
+        return 0 if self.predecessors is None else (1 + self.predecessors) * self.target.hidden_size
 
     @property
     def standing(self) -> str:
@@ -116,7 +127,7 @@ class WMatrix:
 
         Args:
             source: [T, source_width] float32 at the aligned source tokens; None blanks all states.
-            embeddings: [T, (1 + predecessors) * E] float32.
+            embeddings: [T, embedding_width] float32.
             blank: [T] bool, rows whose source states say nothing.
 
         Returns:
@@ -191,7 +202,7 @@ def load(path: str | Path) -> WMatrix:
         raise _corrupt(path, f"source layers {manifest.layers}", f"0 … {len(source.layers) - 1}")
     if manifest.residual and manifest.source_width != target.width:
         raise _corrupt(path, f"a residual map of {manifest.source_width} states", target.width)
-    features = manifest.source_width + (1 + manifest.predecessors) * target.hidden_size
+    features = manifest.source_width + manifest.embedding_width
     shapes = {
         "mean": (features,),
         "scale": (features,),

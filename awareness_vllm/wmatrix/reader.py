@@ -25,12 +25,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Row:
-    """One text as the map sees it: the target's `ids` [S + T] with the sink first, `features`
-    [T, F] float32, and which rows have `blank` source states [T] bool."""
+    """One text as the map sees it: the target's `ids` with the sink first, `features` [T, F]
+    float32, which rows have `blank` source states [T] bool, and at which of the ids after the sink
+    each row stands, `places` [T]."""
 
     ids: list[int]
     features: Tensor
     blank: Tensor
+    places: Tensor
 
 
 @dataclass
@@ -38,12 +40,14 @@ class Reader:
     """A source and a target model, in bfloat16: sums and gradients average its rounding away.
 
     Of the source, `count` layers are read, as `evenly_spread` says; of a variant of the target
-    (`residual`) all of them, since the map then learns what to add to them.
+    (`residual`) all of them, since the map then learns what to add to them. Without `predecessors`
+    there is a row for each of the source's tokens but the first, otherwise for each of the
+    target's.
     """
 
     source: Path
     target: Path
-    predecessors: int
+    predecessors: int | None
     count: int | None = None
 
     def __post_init__(self) -> None:
@@ -66,13 +70,17 @@ class Reader:
         """The features of one text."""
         source = read_tokens(self.source, text)
         target = tokenize(load_tokenizer(str(self.target)), text)
-        index = align(source.spans, target.spans)
         ids = [*self.sink, *target.ids]
         keys, values = states(self.source_model, source.ids)
         flat = flat_states(self.source_geometry, keys, values, layers=self.layers)
+        if self.predecessors is None:
+            places = torch.from_numpy(align(target.spans, source.spans[1:]))
+            return Row(ids, flat[1:], torch.zeros(len(places), dtype=torch.bool), places)
+        index = torch.from_numpy(align(source.spans, target.spans))
         embed = self.target_model.get_input_embeddings()
         e = embedding_features(embed, ids, len(self.sink), self.predecessors)
-        return Row(ids, torch.cat((flat[torch.from_numpy(index)], e), dim=1), blank_rows(index))
+        features = torch.cat((flat[index], e), dim=1)
+        return Row(ids, features, blank_rows(index), torch.arange(len(index)))
 
     @torch.no_grad()
     def pairs(self, text: str) -> tuple[Tensor, Tensor]:
@@ -82,7 +90,7 @@ class Reader:
         """
         row = self.read(text)
         truth = flat_states(self.target_geometry, *states(self.target_model, row.ids))
-        y = truth[len(self.sink) :]
+        y = truth[len(self.sink) :][row.places]
         finite = row.features.isfinite().all(1) & y.isfinite().all(1)
         if not finite.all():
             logger.warning(

@@ -62,6 +62,7 @@ class WMatrixTrainer:
         regularization: float | None = None,
         rank: int | None = None,
         calibration: int | None = None,
+        text: bool = True,
         seed: int | None = None,
     ) -> WMatrixTrainer:
         """Set what is given; the rest stays as it is.
@@ -76,6 +77,7 @@ class WMatrixTrainer:
                 serves held-out documents best.
             rank: width of the latent.
             calibration: texts of calibration through the target; 0 for none.
+            text: whether packages hold their text; without, the map reads states alone.
         """
         if optimization != "svd":
             raise BadInput("unknown optimization", found=optimization, expected="svd")
@@ -89,6 +91,8 @@ class WMatrixTrainer:
             "calibration": calibration,
             "seed": seed,
         }
+        if not text:
+            self.config = replace(self.config, predecessors=None)
         changes = {name: value for name, value in given.items() if value is not None}
         self.config = replace(self.config, **changes)  # type: ignore[arg-type]
         self.anchors = anchors if anchors is not None else self.anchors

@@ -1,0 +1,176 @@
+"""Packages without text: their own map reads the source's states alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from awareness_vllm.align.aligner import copy, realign
+from awareness_vllm.align.features import flat_states
+from awareness_vllm.anchors.corpus import Document
+from awareness_vllm.cli.main import main
+from awareness_vllm.errors import BadInput, UnsupportedRequest
+from awareness_vllm.packages.capture import capture
+from awareness_vllm.packages.file import Package, publish, read, verify, without_text
+from awareness_vllm.positions import strip
+from awareness_vllm.serving.config import ServingConfig
+from awareness_vllm.serving.memories import Memories
+from awareness_vllm.wmatrix import certificate, fit, gather
+from awareness_vllm.wmatrix.certificate import Certificate, certify
+from awareness_vllm.wmatrix.config import FitConfig
+from awareness_vllm.wmatrix.evaluate import CaseFigures
+from awareness_vllm.wmatrix.file import WMatrix, load
+from awareness_vllm.wmatrix.reader import Reader
+
+pytestmark = pytest.mark.unit
+
+CONFIG = FitConfig(tokens=1000, rank=4, predecessors=None, calibration=4, held_out=0.3)
+
+
+@pytest.fixture(scope="module")
+def package(make_package: Callable[..., Package]) -> Package:
+    return make_package("nobody needs to know")
+
+
+@pytest.fixture(scope="module")
+def stripped(package: Package) -> Package:
+    return without_text(package)
+
+
+@pytest.fixture(scope="module")
+def states_only(wmatrix: WMatrix) -> WMatrix:
+    width = wmatrix.manifest.source_width
+    return replace(
+        wmatrix,
+        manifest=wmatrix.manifest.model_copy(update={"predecessors": None}),
+        mean=wmatrix.mean[:width],
+        scale=wmatrix.scale[:width],
+        encode=wmatrix.encode[:width],
+    )
+
+
+def no_embedding(ids: Tensor) -> Tensor:
+    raise AssertionError("no token is to be looked up")
+
+
+def test_nothing_of_the_text_is_left(package: Package, stripped: Package, tmp_path: Path) -> None:
+    raw = publish(stripped, tmp_path).read_bytes()
+    assert package.text.encode() not in raw
+    kept = verify(next(tmp_path.iterdir()))
+    assert (kept.text, set(kept.tokens), kept.spans.any()) == ("", {0}, False)
+    assert not kept.manifest.has_text
+    for one, other in zip(copy(kept).keys, copy(package).keys, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_each_source_token_but_the_first_becomes_one_of_the_targets(
+    stripped: Package, states_only: WMatrix, tmp_path: Path
+) -> None:
+    memory = realign(stripped, states_only, tmp_path, no_embedding, dtype=torch.float32)
+    manifest, count = states_only.manifest, stripped.manifest.tokens
+    sink = len(manifest.sink)
+    assert len(memory.ids) == sink + count - 1
+    flat = flat_states(stripped.geometry, stripped.keys, stripped.values)[1:]
+    keys, values = states_only.map(flat, torch.empty(count - 1, 0))
+    positions = torch.arange(sink, sink + count - 1)
+    for i, layer in enumerate(manifest.target.layers):
+        torch.testing.assert_close(
+            strip(memory.keys[i][sink:], positions, layer.positions), keys[i]
+        )
+        torch.testing.assert_close(memory.values[i][sink:], values[i])
+
+
+def test_the_text_changes_nothing_for_such_a_map(
+    package: Package, stripped: Package, states_only: WMatrix, tmp_path: Path
+) -> None:
+    one, other = (
+        realign(p, states_only, tmp_path, no_embedding, dtype=torch.float32)
+        for p in (package, stripped)
+    )
+    assert one.ids == other.ids
+    assert all(torch.equal(a, b) for a, b in zip(one.keys, other.keys, strict=True))
+
+
+def test_a_map_that_reads_tokens_refuses_such_a_package(
+    stripped: Package, wmatrix: WMatrix, tmp_path: Path
+) -> None:
+    with pytest.raises(BadInput, match="--without-text"):
+        realign(stripped, wmatrix, tmp_path, no_embedding, dtype=torch.float32)
+
+
+def test_a_row_stands_where_the_source_token_ends(tiny_models: tuple[Path, Path]) -> None:
+    reader = Reader(*tiny_models, predecessors=None)
+    text = "naïve words, and 🦊 more of them"
+    row = reader.read(text)
+    package = capture(tiny_models[0], text)
+    assert len(row.places) == package.manifest.tokens - 1
+    assert row.features.shape == (len(row.places), reader.width)
+    assert (row.places.diff() >= 0).all()
+    assert row.places[-1] == len(row.ids) - len(reader.sink) - 1
+    x, y = reader.pairs(text)
+    assert (len(x), y.shape[1]) == (len(row.places), reader.target_geometry.width)
+
+
+@pytest.fixture(scope="module")
+def fitted(
+    tiny_models: tuple[Path, Path],
+    anchors: list[Document],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gather, "CHUNK_ROWS", 256)
+        wmatrix = fit.fit(*tiny_models, anchors, CONFIG, progress=False)
+    path = tmp_path_factory.mktemp("map") / "states.wmatrix"
+    wmatrix.save(path)
+    return path
+
+
+def test_it_is_fitted_and_certified_like_any_other(
+    fitted: Path,
+    tiny_models: tuple[Path, Path],
+    anchors: list[Document],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    wmatrix = load(fitted)
+    assert not wmatrix.manifest.reads_tokens
+    assert len(wmatrix.encode) == wmatrix.manifest.source_width
+
+    def recalled(
+        bench: object, cases: object, *, tails: list[int], **kwargs: object
+    ) -> CaseFigures:
+        assert tails == []
+        arms = ("native", "memory", "tokens_only", "wrong_memory", "none")
+        ones = torch.ones(2, 2).numpy()
+        return CaseFigures({arm: ones for arm in arms}, ["fact"] * 2, [0, 0])
+
+    monkeypatch.setattr(certificate, "evaluate_cases", recalled)  # no random model recalls
+    measured = certify(wmatrix, *tiny_models, anchors, [], limit=3, context=90, continuation=8)
+    found = Certificate.model_validate(measured.manifest.certificate)
+    assert [plan.tail for plan in found.plans] == [0]
+    assert found.metrics is None
+
+
+def test_a_server_refuses_it_for_now(
+    fitted: Path, tiny_models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    package = without_text(capture(tiny_models[0], "some words or others"))
+    path = publish(package, tmp_path)
+    config = ServingConfig(store=str(tmp_path), wmatrices=(str(fitted),))
+    with pytest.raises(UnsupportedRequest, match="has no text"):
+        Memories(config, str(tiny_models[1]), 1000).resolve(path.stem)
+
+
+def test_the_command_leaves_it_out(
+    tiny_models: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.txt").write_text("some words or others")
+    given = ["--model", str(tiny_models[0]), "--text", str(tmp_path / "a.txt")]
+    store = ["--store", str(tmp_path / "store"), "--without-text", "--json"]
+    assert main(["capture", *given, *store]) == 0
+    assert not read(Path(json.loads(capsys.readouterr().out)["path"])).manifest.has_text
