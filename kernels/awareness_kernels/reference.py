@@ -1,45 +1,57 @@
-"""The mathematics of alignment in plain torch.
+"""The mathematics of alignment in plain torch: in float32, in float64 for float64 arguments.
 
-Letters: T tokens, H heads, D head dim, L layers, E embedding width, R rank, C cos/sin width.
+Letters: T tokens, S sink tokens, H heads, D head dim, L layers, E embedding width, R rank, C pairs
+of dims that are turned, F features, O outputs, P positions.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the first `2 * C` dims of x by a position's angles, halves paired (GPT-NeoX style).
+def wide(x: Tensor) -> Tensor:
+    """x in float32, or in float64 where it is that already."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, woven: bool = False) -> Tensor:
+    """Turn the first `2 * C` dims of x by a position's angles.
 
     Args:
         x: [T, H, D], any float dtype.
-        cos, sin: [T, C] float32, `2 * C <= D`.
+        cos, sin: [T, C], `2 * C <= D`.
+        woven: a pair's dims stand side by side (GPT-J), else half of 2 * C apart (GPT-NeoX).
 
     Returns:
         [T, H, D] float32.
     """
-    half = cos.shape[-1]
-    x = x.float()
+    turned = cos.shape[-1]
+    x = wide(x)
     cos, sin = cos[:, None, :], sin[:, None, :]
-    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
+    head, rest = x[..., : 2 * turned], x[..., 2 * turned :]
+    a, b = (head[..., ::2], head[..., 1::2]) if woven else head.chunk(2, dim=-1)
+    a, b = a * cos - b * sin, b * cos + a * sin
+    both = torch.stack((a, b), dim=-1).flatten(-2) if woven else torch.cat((a, b), dim=-1)
+    return torch.cat((both, rest), dim=-1)
 
 
-def unrotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def unrotate(x: Tensor, cos: Tensor, sin: Tensor, woven: bool = False) -> Tensor:
     """The inverse of `rotate`. Divides by cos²+sin², so scaled tables (YaRN) invert too."""
     scale = cos * cos + sin * sin
-    return rotate(x, cos / scale, -sin / scale)
+    return rotate(x, cos / scale, -sin / scale, woven)
 
 
 def rms_normalise(x: Tensor, eps: float = 1e-6) -> Tensor:
     """x / rms(x) over the last dim, in float32."""
-    x = x.float()
+    x = wide(x)
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 
 def with_predecessors(x: Tensor, count: int) -> Tensor:
-    """Each row beside its `count` predecessors; before the first row stand zeros.
+    """Each row beside its `count` predecessors; before the first row stand zeros. Of -1, nothing.
 
     Args:
         x: [T, E].
@@ -47,6 +59,8 @@ def with_predecessors(x: Tensor, count: int) -> Tensor:
     Returns:
         [T, (1 + count) * E]: the row itself first, then one before, two before, …
     """
+    if count < 0:
+        return x[:, :0]
     padded = torch.nn.functional.pad(x, (0, 0, count, 0))
     return torch.cat([padded[count - i : count - i + len(x)] for i in range(count + 1)], dim=-1)
 
@@ -58,4 +72,122 @@ def encode(features: Tensor, weight: Tensor) -> Tensor:
 
 def decode(latent: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """latent [T, R], weight [R, O], bias [O] to position-free targets [T, O] float32."""
-    return (latent.to(weight.dtype) @ weight).float() + bias
+    return wide(latent.to(weight.dtype) @ weight) + bias
+
+
+def encode_states(
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    cos: Sequence[Tensor],
+    sin: Sequence[Tensor],
+    woven: Sequence[int],
+    source: Tensor,
+    blank: Tensor,
+    ids: Tensor,
+    embedding: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    predecessors: int,
+    sink: int,
+) -> Tensor:
+    """A memory's latent: positions off, source states and embeddings side by side, standardised.
+
+    Args:
+        keys, values: per source layer that is read [N, H, D], keys as cached at 0 … N-1.
+        cos, sin: per layer [P, C], contiguous; C is 0 where keys have no rotary positions.
+        woven: per layer, whether the turned pairs are interleaved.
+        source: [T] int64, the source token that each row reads.
+        blank: [T] bool, rows whose source states say nothing.
+        ids: [sink + T] int64, the target's; their embeddings are rows of `embedding` [V, E].
+        mean, scale: [F], of the features.
+        weight: [F, R]; F is the width of all states and (1 + predecessors) * E.
+        predecessors: how many tokens before a row's lend it their embeddings; -1 for none at all.
+
+    Returns:
+        [T, R] in the weight's dtype.
+    """
+    turns = zip(keys, cos, sin, woven, strict=True)
+    free = [unrotate(k[source], c[source], s[source], bool(w)).flatten(1) for k, c, s, w in turns]
+    states = torch.cat([*free, *(wide(value[source]).flatten(1) for value in values)], dim=1)
+    width = states.shape[1]
+    states = (states - mean[:width]) * scale[:width]
+    states[blank] = 0
+    rows = with_predecessors(rms_normalise(embedding[ids]), predecessors)[sink:]
+    tokens = (rows - mean[width:]) * scale[width:]
+    return encode(torch.cat((states, tokens), dim=1), weight)
+
+
+def decode_paged(
+    latent: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    positions: Tensor,
+    cos: Sequence[Tensor],
+    sin: Sequence[Tensor],
+    woven: Sequence[int],
+    sink_keys: Sequence[Tensor],
+    sink_values: Sequence[Tensor],
+    key_pages: Sequence[Tensor],
+    value_pages: Sequence[Tensor],
+    slots: Sequence[Tensor],
+    scales: Tensor,
+) -> None:
+    """A memory's sink and the keys and values of its latent, written where the engine looks.
+
+    Args:
+        latent: [T, R]; weight [R, O] and bias [O]: keys of all layers, then values, head by head.
+        positions: [S + T] int64; cos, sin, woven: the target's, as in `encode_states`.
+        sink_keys, sink_values: per layer [S, H, D], as cached.
+        key_pages, value_pages: per layer [pages, page size, H, D], by any strides; written.
+        slots: per layer [S + T] int64, where each row belongs; negative ones are not written.
+        scales: [2 L] float32, what stored keys of each layer, then values, are to be multiplied by.
+    """
+    sink = len(positions) - len(latent)
+    flat = decode(latent, weight, bias)
+    widths = [page.shape[2] * page.shape[3] for page in (*key_pages, *value_pages)]
+    states = flat.split(widths, dim=1)
+    count = len(key_pages)
+    for i, page in enumerate((*key_pages, *value_pages)):
+        x = states[i].unflatten(1, page.shape[2:])
+        if i < count:
+            at = positions[sink:]
+            x = rotate(x, cos[i][at], sin[i][at], bool(woven[i]))
+        own = (*sink_keys, *sink_values)[i]
+        write(page, torch.cat((wide(own), x)) / scales[i], slots[i % count])
+
+
+def rotate_paged(
+    key_pages: Sequence[Tensor],
+    slots: Sequence[Tensor],
+    cos: Sequence[Tensor],
+    sin: Sequence[Tensor],
+    woven: Sequence[int],
+    scales: Tensor,
+) -> None:
+    """Keys that lie in pages, moved by an offset of positions where they are.
+
+    Args:
+        key_pages: per layer [pages, page size, H, D], by any strides; rewritten.
+        slots: per layer [T] int64, which keys; negative ones are left alone.
+        cos, sin: per layer [C], of the offset's angles.
+        scales: [L] float32, what stored keys are to be multiplied by.
+    """
+    for i, (page, slot) in enumerate(zip(key_pages, slots, strict=True)):
+        real = slot[slot >= 0]
+        stored = raw(page)[real // page.shape[1], real % page.shape[1]].view(page.dtype)
+        keys = wide(stored) * scales[i]
+        rows = [table.expand(len(real), -1) for table in (cos[i], sin[i])]
+        write(page, rotate(keys, rows[0], rows[1], bool(woven[i])) / scales[i], real)
+
+
+def write(page: Tensor, x: Tensor, slots: Tensor) -> None:
+    """Scatter x [T, H, D] into slots [T] of pages [pages, page size, H, D]; skip negative ones."""
+    real = slots >= 0
+    slots = slots[real]
+    raw(page)[slots // page.shape[1], slots % page.shape[1]] = raw(x[real].to(page.dtype))
+
+
+def raw(x: Tensor) -> Tensor:
+    """float8 as bytes: torch moves it, but does not index it."""
+    return x.view(torch.uint8) if x.element_size() == 1 else x

@@ -1,0 +1,181 @@
+"""Decode: the latent to keys and values of all target layers, into their pages, in one launch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from awareness_kernels.launch import (
+    Config,
+    Tuner,
+    dot_type,
+    narrow,
+    on_device,
+    padded_pairs,
+    scalar_type,
+    tables,
+)
+
+CONFIGS = (
+    Config(rows=64, columns=0, depth=64, warps=4, stages=3),
+    Config(rows=128, columns=0, depth=32, warps=8, stages=3),
+    Config(rows=128, columns=0, depth=64, warps=8, stages=3),
+)
+"""The columns of a tile are one head's."""
+
+
+@triton.jit
+def decode_kernel(
+    segments,
+    scales,
+    latent,
+    weight,
+    bias,
+    positions,
+    rows,
+    sink,
+    rank,
+    outputs,
+    PAGE: tl.constexpr,
+    SINK: tl.constexpr,
+    FIELDS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    ROWS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """One head's keys or values of ROWS tokens; the first `sink` of all rows are as cached."""
+    field = segments + tl.program_id(0) * FIELDS
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    column, half = tl.load(field), tl.load(field + 1)
+    turned, woven = tl.load(field + 2), tl.load(field + 3)
+    pair = tl.arange(0, PAIRS)
+    real = pair < half
+    first = tl.where(woven == 1, 2 * pair, tl.where(pair < turned, pair, turned + pair))
+    second = tl.where(woven == 1, 2 * pair + 1, tl.where(pair < turned, pair + turned, pair + half))
+    mapped = (row >= sink) & (row < rows)
+    a = tl.zeros((ROWS, PAIRS), tl.float32)
+    b = tl.zeros((ROWS, PAIRS), tl.float32)
+    for begin in range(0, rank, DEPTH):
+        k = begin + tl.arange(0, DEPTH)
+        known = k < rank
+        z = tl.load(
+            latent + (row - sink)[:, None] * rank + k[None, :],
+            mask=mapped[:, None] & known[None, :],
+            other=0.0,
+        )
+        z = z.to(DOT)
+        w = weight + k[:, None] * outputs + column
+        there = known[:, None] & real[None, :]
+        one = tl.load(w + first[None, :], mask=there, other=0.0).to(DOT)
+        two = tl.load(w + second[None, :], mask=there, other=0.0).to(DOT)
+        a = tl.dot(z, one, a, input_precision="ieee")
+        b = tl.dot(z, two, b, input_precision="ieee")
+    a += tl.load(bias + column + first, mask=real, other=0.0)[None, :]
+    b += tl.load(bias + column + second, mask=real, other=0.0)[None, :]
+    if turned > 0:
+        turns = mapped[:, None] & (pair < turned)[None, :]
+        angle = tl.load(positions + row, mask=mapped, other=0)[:, None] * turned + pair[None, :]
+        c = tl.load(
+            tl.load(field + 4).to(tl.pointer_type(tl.float32)) + angle, mask=turns, other=1.0
+        )
+        d = tl.load(
+            tl.load(field + 5).to(tl.pointer_type(tl.float32)) + angle, mask=turns, other=0.0
+        )
+        a, b = a * c - b * d, b * c + a * d
+    given = (row < sink)[:, None] & real[None, :]
+    own = tl.load(field + 6).to(tl.pointer_type(SINK)) + row[:, None] * tl.load(field + 7)
+    a = tl.where(given, tl.load(own + first[None, :], mask=given, other=0.0).to(tl.float32), a)
+    b = tl.where(given, tl.load(own + second[None, :], mask=given, other=0.0).to(tl.float32), b)
+    slots = tl.load(field + 8).to(tl.pointer_type(tl.int64))
+    slot = tl.load(slots + row, mask=row < rows, other=-1)
+    size = tl.load(field + 9)
+    page = tl.load(field + 10).to(tl.pointer_type(PAGE))
+    page += (slot // size)[:, None] * tl.load(field + 11) + (slot % size)[:, None] * tl.load(
+        field + 12
+    )
+    stride = tl.load(field + 13)
+    kept = (slot >= 0)[:, None] & real[None, :]
+    unit = tl.load(scales + tl.program_id(0))
+    tl.store(page + first[None, :] * stride, narrow(a / unit, PAGE), mask=kept)
+    tl.store(page + second[None, :] * stride, narrow(b / unit, PAGE), mask=kept)
+
+
+tuner = Tuner(CONFIGS)
+
+
+def decode_paged(
+    latent: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    positions: Tensor,
+    cos: Sequence[Tensor],
+    sin: Sequence[Tensor],
+    woven: Sequence[int],
+    sink_keys: Sequence[Tensor],
+    sink_values: Sequence[Tensor],
+    key_pages: Sequence[Tensor],
+    value_pages: Sequence[Tensor],
+    slots: Sequence[Tensor],
+    scales: Tensor,
+) -> None:
+    """`reference.decode_paged` in one launch; see there for arguments and result."""
+    rows, count = len(positions), len(key_pages)
+    turns = [*tables(cos, sin, woven), *([[0, 0, 0, 0]] * count)]
+    fields: list[list[int]] = []
+    units: list[int] = []
+    column = 0
+    layers = zip(
+        turns, (*sink_keys, *sink_values), (*key_pages, *value_pages), (*slots, *slots), strict=True
+    )
+    for layer, (turn, own, page, slot) in enumerate(layers):
+        heads, dims = page.shape[2:]
+        for head in range(heads):
+            place = page[:, :, head]
+            at = own[:, head].data_ptr() if len(own) else 0
+            fields.append(
+                [
+                    column,
+                    dims // 2,
+                    *turn,
+                    at,
+                    own.stride(0),
+                    slot.data_ptr(),
+                    page.shape[1],
+                    place.data_ptr(),
+                    *place.stride(),
+                ]
+            )
+            units.append(layer)
+            column += dims
+    table = on_device(fields, latent.device)
+    scale_of = scales[on_device([units], latent.device)[0]]
+
+    def launch(config: Config) -> None:
+        decode_kernel[(len(fields), triton.cdiv(rows, config.rows))](
+            table,
+            scale_of,
+            latent,
+            weight,
+            bias,
+            positions,
+            rows,
+            rows - len(latent),
+            latent.shape[1],
+            weight.shape[1],
+            PAGE=scalar_type(key_pages[0].dtype),
+            SINK=scalar_type(sink_keys[0].dtype),
+            FIELDS=table.shape[1],
+            PAIRS=padded_pairs(key_pages),
+            ROWS=config.rows,
+            DEPTH=config.depth,
+            DOT=dot_type(weight.dtype),
+            num_warps=config.warps,
+            num_stages=config.stages,
+        )
+
+    if rows:
+        launch(tuner.best((latent.shape[1], column), launch))

@@ -1,0 +1,86 @@
+"""Re-rotation: keys that lie in pages, moved to other positions where they are, in one launch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from awareness_kernels.launch import narrow, on_device, padded_pairs, scalar_type, tables
+
+ROWS = 64
+
+
+@triton.jit
+def rotate_kernel(
+    segments,
+    scales,
+    rows,
+    PAGE: tl.constexpr,
+    FIELDS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """One head's keys of ROWS tokens, all turned by the same angles."""
+    field = segments + tl.program_id(0) * FIELDS
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    turned, woven = tl.load(field), tl.load(field + 1)
+    pair = tl.arange(0, PAIRS)
+    first = tl.where(woven == 1, 2 * pair, pair)
+    second = tl.where(woven == 1, 2 * pair + 1, pair + turned)
+    turns = pair < turned
+    c = tl.load(tl.load(field + 2).to(tl.pointer_type(tl.float32)) + pair, mask=turns, other=1.0)
+    d = tl.load(tl.load(field + 3).to(tl.pointer_type(tl.float32)) + pair, mask=turns, other=0.0)
+    slots = tl.load(field + 4).to(tl.pointer_type(tl.int64))
+    slot = tl.load(slots + row, mask=row < rows, other=-1)
+    size = tl.load(field + 5)
+    page = tl.load(field + 6).to(tl.pointer_type(PAGE))
+    page += (slot // size)[:, None] * tl.load(field + 7) + (slot % size)[:, None] * tl.load(
+        field + 8
+    )
+    stride = tl.load(field + 9)
+    kept = (slot >= 0)[:, None] & turns[None, :]
+    unit = tl.load(scales + tl.program_id(0))
+    a = tl.load(page + first[None, :] * stride, mask=kept, other=0.0).to(tl.float32) * unit
+    b = tl.load(page + second[None, :] * stride, mask=kept, other=0.0).to(tl.float32) * unit
+    one, two = a * c[None, :] - b * d[None, :], b * c[None, :] + a * d[None, :]
+    tl.store(page + first[None, :] * stride, narrow(one / unit, PAGE), mask=kept)
+    tl.store(page + second[None, :] * stride, narrow(two / unit, PAGE), mask=kept)
+
+
+def rotate_paged(
+    key_pages: Sequence[Tensor],
+    slots: Sequence[Tensor],
+    cos: Sequence[Tensor],
+    sin: Sequence[Tensor],
+    woven: Sequence[int],
+    scales: Tensor,
+) -> None:
+    """`reference.rotate_paged` in one launch; see there for arguments and result."""
+    fields: list[list[int]] = []
+    units: list[int] = []
+    for layer, (turn, page, slot) in enumerate(
+        zip(tables(cos, sin, woven), key_pages, slots, strict=True)
+    ):
+        for head in range(page.shape[2] if turn[0] else 0):
+            place = page[:, :, head]
+            fields.append(
+                [*turn, slot.data_ptr(), page.shape[1], place.data_ptr(), *place.stride()]
+            )
+            units.append(layer)
+    rows = max((len(slot) for slot in slots), default=0)
+    if not rows or not fields:
+        return
+    device = key_pages[0].device
+    table = on_device(fields, device)
+    rotate_kernel[(len(fields), triton.cdiv(rows, ROWS))](
+        table,
+        scales[on_device([units], device)[0]],
+        rows,
+        PAGE=scalar_type(key_pages[0].dtype),
+        FIELDS=table.shape[1],
+        PAIRS=padded_pairs(key_pages),
+        ROWS=ROWS,
+    )
