@@ -15,7 +15,13 @@ from awareness_vllm.anchors.corpus import Document
 from awareness_vllm.wmatrix import calibrate, fit, gather, regress
 from awareness_vllm.wmatrix.config import FitConfig
 from awareness_vllm.wmatrix.file import WMatrix, load, read_manifest
-from awareness_vllm.wmatrix.texts import calibration_texts
+from awareness_vllm.wmatrix.texts import (
+    CONTEXT_CHARACTERS,
+    LONG,
+    WINDOW_CHARACTERS,
+    calibration_texts,
+    shuffled_windows,
+)
 from awareness_vllm.wmatrix.workspace import Workspace
 
 pytestmark = pytest.mark.unit
@@ -197,6 +203,18 @@ def test_calibration_texts_mix_prose_and_recall(anchors: list[Document]) -> None
     assert kinds == [True, False] * 3
     other = calibration_texts(anchors, 6, seed=fit.HELD_OUT_SEED)
     assert not {c for c, _ in pairs[1::2]} & {c for c, _ in other[1::2]}
+
+
+def test_every_other_long_document_gives_long_texts() -> None:
+    long = " ".join(f"word{i}" for i in range(4000))
+    documents = [Document(f"d{i}", long) for i in range(2)]
+    lengths = sorted(len(text) for text in shuffled_windows(documents, 0))
+    assert lengths[0] <= 1.1 * WINDOW_CHARACTERS
+    assert lengths[-1] >= LONG * WINDOW_CHARACTERS
+    contexts = [len(context) for context, _ in calibration_texts(documents, 12, 0)[::2]]
+    assert min(contexts) <= CONTEXT_CHARACTERS < LONG * CONTEXT_CHARACTERS - 20 <= max(contexts)
+    short = [Document(f"d{i}", long[: 2 * WINDOW_CHARACTERS - 500]) for i in range(2)]
+    assert max(len(text) for text in shuffled_windows(short, 0)) <= 1.1 * WINDOW_CHARACTERS
 
 
 def perturbed(folder: Path, into: Path, noise: float) -> Path:

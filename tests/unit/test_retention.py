@@ -7,11 +7,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from awareness_vllm.align.aligner import AlignedMemory
 from awareness_vllm.anchors.corpus import Document
+from awareness_vllm.anchors.spans import tokenize
 from awareness_vllm.wmatrix.bootstrap import retention
-from awareness_vllm.wmatrix.evaluate import CHARACTERS_PER_TOKEN, cut_tail, joined
+from awareness_vllm.wmatrix.evaluate import CHARACTERS_PER_TOKEN, cut_tail, distance, joined
 
 pytestmark = pytest.mark.unit
 
@@ -79,3 +81,11 @@ def test_joined_documents_hold_every_text_once(parts: list[tuple[str, str]], tok
         for document in [d for d in long if d.name.startswith(kind)][:-1]:
             assert len(document.text) >= CHARACTERS_PER_TOKEN * tokens
     assert joined(long, tokens) == long
+
+
+def test_distance_is_from_the_last_mention_to_the_end(byte_level_tokenizer: Tokenizer) -> None:
+    rest = " and more words"
+    count = len(tokenize(byte_level_tokenizer, rest).ids)
+    assert distance(byte_level_tokenizer, f"Rome, or Rome{rest}", " Rome") == count
+    assert distance(byte_level_tokenizer, "it is Rome", " Rome") == 0
+    assert distance(byte_level_tokenizer, "no such place", " Rome") == 0

@@ -14,9 +14,10 @@ from torch import Tensor
 from awareness_vllm.align.aligner import copy, realign
 from awareness_vllm.align.features import flat_states
 from awareness_vllm.anchors.corpus import Document
+from awareness_vllm.anchors.spans import load_tokenizer, tokenize
 from awareness_vllm.cli.main import main
 from awareness_vllm.errors import BadInput, UnsupportedRequest
-from awareness_vllm.packages.capture import capture
+from awareness_vllm.packages.capture import capture, states
 from awareness_vllm.packages.file import Package, publish, read, verify, without_text
 from awareness_vllm.positions import strip
 from awareness_vllm.serving.config import ServingConfig
@@ -113,8 +114,17 @@ def test_a_row_stands_where_the_source_token_ends(tiny_models: tuple[Path, Path]
     assert row.features.shape == (len(row.places), reader.width)
     assert (row.places.diff() >= 0).all()
     assert row.places[-1] == len(row.ids) - len(reader.sink) - 1
+    target, source = (
+        tokenize(load_tokenizer(str(model)), text).spans[:, 1] for model in tiny_models[::-1]
+    )
+    # Of the target's tokens, the one that holds the last byte: no earlier one reaches it.
+    for place, end in zip(row.places.tolist(), source[1:], strict=True):
+        assert target[place] >= end
+        assert place == 0 or target[place - 1] < end
     x, y = reader.pairs(text)
-    assert (len(x), y.shape[1]) == (len(row.places), reader.target_geometry.width)
+    assert torch.equal(x, row.features)
+    truth = flat_states(reader.target_geometry, *states(reader.target_model, row.ids))
+    torch.testing.assert_close(y, truth[len(reader.sink) :][row.places])
 
 
 @pytest.fixture(scope="module")
