@@ -52,7 +52,7 @@ engine: $(STAMP) models anchors
 	@$(BIN)/python -m pytest -m engine
 
 gpu: $(STAMP)
-	@$(BIN)/python -m pytest -m gpu
+	@PYTHON=$(BIN)/python benchmarks/gpu.sh
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .
