@@ -98,10 +98,13 @@ def realign(
     manifest = wmatrix.manifest
     ids, source, embeddings = rows(package, manifest, target, embed)
     blanked = blank_rows(source)
-    positions = torch.arange(len(manifest.sink), len(ids))
+    sink = len(manifest.sink)
+    positions = torch.arange(sink, len(ids))
     layers = manifest.target.layers
-    keys = [[sink.to(dtype)] for sink in wmatrix.sink_keys]
-    values = [[sink.to(dtype)] for sink in wmatrix.sink_values]
+    shapes = [(len(ids), layer.heads, layer.head_dim) for layer in layers]
+    keys, values = ([torch.empty(shape, dtype=dtype) for shape in shapes] for _ in range(2))
+    for i in range(len(layers)):
+        keys[i][:sink], values[i][:sink] = wmatrix.sink_keys[i], wmatrix.sink_values[i]
     for begin in range(0, len(positions), BLOCK):
         block = slice(begin, begin + BLOCK)
         states = (
@@ -112,7 +115,9 @@ def realign(
             )
         )
         free, mapped = wmatrix.map(states, embeddings[block], blanked[block])
+        # Assigning casts and places at once: no copy is made that is not kept.
+        placed = slice(sink + begin, sink + begin + len(mapped[0]))
         for i, layer in enumerate(layers):
-            keys[i].append(apply(free[i], positions[block], layer.positions).to(dtype))
-            values[i].append(mapped[i].to(dtype))
-    return AlignedMemory(ids, [torch.cat(key) for key in keys], [torch.cat(v) for v in values])
+            keys[i][placed] = apply(free[i], positions[block], layer.positions)
+            values[i][placed] = mapped[i]
+    return AlignedMemory(ids, keys, values)

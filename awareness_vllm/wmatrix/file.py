@@ -136,7 +136,8 @@ class WMatrix:
         width = self.manifest.source_width
         features = torch.zeros(len(embeddings), len(self.mean), dtype=self.encode.dtype)
         if source is not None:
-            features[:, :width] = (source - self.mean[:width]) * self.scale[:width]
+            scale = self.scale[:width]
+            features[:, :width] = torch.addcmul(-self.mean[:width] * scale, source, scale)
         if blank is not None:
             features[blank.nonzero()[:, 0], :width] = 0
         features[:, width:] = (embeddings - self.mean[width:]) * self.scale[width:]

@@ -72,7 +72,7 @@ def encode(features: Tensor, weight: Tensor) -> Tensor:
 
 def decode(latent: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """latent [T, R], weight [R, O], bias [O] to position-free targets [T, O] float32."""
-    return wide(latent.to(weight.dtype) @ weight) + bias
+    return latent.to(weight.dtype) @ weight + bias  # the sum is as wide as the bias
 
 
 def encode_states(

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 from awareness_kernels import ops, reference
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -270,6 +272,34 @@ def compare(plain: Tensor, found: Tensor, exact: Tensor, slots: Tensor) -> None:
     if named.any():
         plain, found, exact = (pages[named].double() for pages in (plain, found, exact))
         assert error(found, exact) <= SLACK * error(plain, exact) + 1e-9
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> Shape:
+    dims = 2 * draw(st.integers(16, 128))
+    turned = draw(st.integers(0, dims // 2))
+    return Shape(
+        draw(st.integers(1, 3)), draw(st.integers(1, 4)), dims, turned, draw(st.booleans())
+    )
+
+
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    shape=shapes(),
+    tokens=st.integers(0, 40),
+    sink=st.integers(0, 3),
+    rank=st.integers(1, 70),
+    order=st.sampled_from(ORDERS),
+)
+def test_any_geometry(
+    kernels: Kernels, shape: Shape, tokens: int, sink: int, rank: int, order: tuple[int, ...]
+) -> None:
+    if tokens:
+        check_encode(kernels, encode_arguments(shape, tokens, torch.bfloat16, rank=rank))
+    arguments = decode_arguments(shape, tokens, torch.bfloat16, order=order, sink=sink, rank=rank)
+    check_decode(kernels, arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
