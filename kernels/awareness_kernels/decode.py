@@ -15,6 +15,8 @@ from awareness_kernels.launch import (
     narrow,
     on_device,
     padded_pairs,
+    paired,
+    placed,
     scalar_type,
     tables,
 )
@@ -54,8 +56,7 @@ def decode_kernel(
     turned, woven = tl.load(field + 2), tl.load(field + 3)
     pair = tl.arange(0, PAIRS)
     real = pair < half
-    first = tl.where(woven == 1, 2 * pair, tl.where(pair < turned, pair, turned + pair))
-    second = tl.where(woven == 1, 2 * pair + 1, tl.where(pair < turned, pair + turned, pair + half))
+    first, second = paired(pair, turned, half, woven)
     mapped = (row >= sink) & (row < rows)
     a = tl.zeros((ROWS, PAIRS), tl.float32)
     b = tl.zeros((ROWS, PAIRS), tl.float32)
@@ -92,12 +93,7 @@ def decode_kernel(
     b = tl.where(given, tl.load(own + second[None, :], mask=given, other=0.0).to(tl.float32), b)
     slots = tl.load(field + 8).to(tl.pointer_type(tl.int64))
     slot = tl.load(slots + row, mask=row < rows, other=-1)
-    size = tl.load(field + 9)
-    page = tl.load(field + 10).to(tl.pointer_type(PAGE))
-    page += (slot // size)[:, None] * tl.load(field + 11) + (slot % size)[:, None] * tl.load(
-        field + 12
-    )
-    stride = tl.load(field + 13)
+    page, stride = placed(field + 9, slot, PAGE)
     kept = (slot >= 0)[:, None] & real[None, :]
     unit = tl.load(scales + tl.program_id(0))
     tl.store(page + first[None, :] * stride, narrow(a / unit, PAGE), mask=kept)

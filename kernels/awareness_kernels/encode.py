@@ -16,6 +16,7 @@ from awareness_kernels.launch import (
     narrow,
     on_device,
     padded_pairs,
+    paired,
     scalar_type,
     tables,
 )
@@ -70,11 +71,7 @@ def encode_kernel(
         token_stride, dim_stride = tl.load(field + 1), tl.load(field + 2)
         begin, half = tl.load(field + 3), tl.load(field + 4)
         turned, woven = tl.load(field + 5), tl.load(field + 6)
-        # Dims of a pair that is turned together; those beyond the rotary ones pass in any pairing.
-        first = tl.where(woven == 1, 2 * pair, tl.where(pair < turned, pair, turned + pair))
-        second = tl.where(
-            woven == 1, 2 * pair + 1, tl.where(pair < turned, pair + turned, pair + half)
-        )
+        first, second = paired(pair, turned, half, woven)
         real = pair < half
         used = seen[:, None] & real[None, :]
         at = states + place[:, None] * token_stride

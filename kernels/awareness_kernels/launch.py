@@ -35,6 +35,25 @@ def narrow(x, TYPE: tl.constexpr):
     return x.to(TYPE)
 
 
+@triton.jit
+def paired(pair, turned, half, woven):
+    """The two dims of each pair: side by side where woven, else as far apart as `turned` pairs go;
+    the dims beyond those are turned by nothing and pass in any pairing."""
+    first = tl.where(woven == 1, 2 * pair, tl.where(pair < turned, pair, turned + pair))
+    second = tl.where(woven == 1, 2 * pair + 1, pair + tl.where(pair < turned, turned, half))
+    return first, second
+
+
+@triton.jit
+def placed(field, slot, PAGE: tl.constexpr):
+    """Where the states of slots lie, and the stride of their dims. From `field` on stand the page
+    size, the address, and the strides of pages, of slots within one, and of dims."""
+    size = tl.load(field)
+    page = tl.load(field + 1).to(tl.pointer_type(PAGE))
+    at = (slot // size) * tl.load(field + 2) + (slot % size) * tl.load(field + 3)
+    return page + at[:, None], tl.load(field + 4)
+
+
 @dataclass(frozen=True)
 class Config:
     """A tile: `rows` of tokens, `columns` of outputs, `depth` of a step of the product."""

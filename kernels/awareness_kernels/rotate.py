@@ -8,7 +8,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from awareness_kernels.launch import narrow, on_device, padded_pairs, scalar_type, tables
+from awareness_kernels.launch import (
+    narrow,
+    on_device,
+    padded_pairs,
+    paired,
+    placed,
+    scalar_type,
+    tables,
+)
 
 ROWS = 64
 
@@ -28,19 +36,13 @@ def rotate_kernel(
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     turned, woven = tl.load(field), tl.load(field + 1)
     pair = tl.arange(0, PAIRS)
-    first = tl.where(woven == 1, 2 * pair, pair)
-    second = tl.where(woven == 1, 2 * pair + 1, pair + turned)
+    first, second = paired(pair, turned, turned, woven)
     turns = pair < turned
     c = tl.load(tl.load(field + 2).to(tl.pointer_type(tl.float32)) + pair, mask=turns, other=1.0)
     d = tl.load(tl.load(field + 3).to(tl.pointer_type(tl.float32)) + pair, mask=turns, other=0.0)
     slots = tl.load(field + 4).to(tl.pointer_type(tl.int64))
     slot = tl.load(slots + row, mask=row < rows, other=-1)
-    size = tl.load(field + 5)
-    page = tl.load(field + 6).to(tl.pointer_type(PAGE))
-    page += (slot // size)[:, None] * tl.load(field + 7) + (slot % size)[:, None] * tl.load(
-        field + 8
-    )
-    stride = tl.load(field + 9)
+    page, stride = placed(field + 5, slot, PAGE)
     kept = (slot >= 0)[:, None] & turns[None, :]
     unit = tl.load(scales + tl.program_id(0))
     a = tl.load(page + first[None, :] * stride, mask=kept, other=0.0).to(tl.float32) * unit

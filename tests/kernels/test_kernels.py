@@ -138,15 +138,14 @@ def kernels() -> Kernels:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [PLAIN, PARTIAL, WOVEN, STILL, WIDE])
-@pytest.mark.parametrize("tokens", [1, 63])
-def test_encode(kernels: Kernels, shape: Shape, tokens: int, dtype: torch.dtype) -> None:
-    arguments = encode_arguments(shape, tokens, dtype)
-    check_encode(kernels, arguments)
+def test_encode(kernels: Kernels, shape: Shape, dtype: torch.dtype) -> None:
+    check_encode(kernels, encode_arguments(shape, 63, dtype))
 
 
 @pytest.mark.parametrize(
     ("tokens", "changes"),
     [
+        (1, {}),
         (129, {}),
         (15, {"predecessors": -1}),
         (15, {"predecessors": 0, "rank": 150}),
@@ -232,13 +231,12 @@ def decode_arguments(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [PLAIN, PARTIAL, WOVEN, STILL, WIDE])
-@pytest.mark.parametrize("tokens", [1, 63])
-def test_decode(kernels: Kernels, shape: Shape, tokens: int, dtype: torch.dtype) -> None:
-    check_decode(kernels, decode_arguments(shape, tokens, dtype))
+def test_decode(kernels: Kernels, shape: Shape, dtype: torch.dtype) -> None:
+    check_decode(kernels, decode_arguments(shape, 63, dtype))
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize(("tokens", "sink"), [(15, 0), (129, 1), (15, 17)])
+@pytest.mark.parametrize(("tokens", "sink"), [(1, 1), (15, 0), (129, 1), (15, 17)])
 def test_decode_into_any_order(
     kernels: Kernels, order: tuple[int, ...], tokens: int, sink: int
 ) -> None:
@@ -276,7 +274,7 @@ def compare(plain: Tensor, found: Tensor, exact: Tensor, slots: Tensor) -> None:
 
 @st.composite
 def shapes(draw: st.DrawFn) -> Shape:
-    dims = 2 * draw(st.integers(16, 128))
+    dims = 2 * draw(st.integers(16, 64))
     turned = draw(st.integers(0, dims // 2))
     return Shape(
         draw(st.integers(1, 3)), draw(st.integers(1, 4)), dims, turned, draw(st.booleans())
@@ -284,7 +282,7 @@ def shapes(draw: st.DrawFn) -> Shape:
 
 
 @settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     shape=shapes(),
