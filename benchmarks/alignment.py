@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -21,7 +20,7 @@ import torch
 from awareness_vllm.align.aligner import BLOCK, realign
 from awareness_vllm.geometry import Geometry, resolve_folder
 from awareness_vllm.packages.capture import capture, load_model
-from awareness_vllm.wmatrix.certificate import processor
+from awareness_vllm.provenance import hardware, versions
 from awareness_vllm.wmatrix.file import Anchors, WMatrix, WMatrixManifest
 from awareness_vllm.wmatrix.layers import evenly_spread
 from awareness_vllm.wmatrix.reader import sink_ids, sink_states
@@ -103,8 +102,8 @@ def main() -> None:
         "products_ms": round(needed, 1),
         "share": round(needed / aligned, 3),
         "gflop_per_s": round(flop / aligned / 1e6, 1),
-        "hardware": f"{os.cpu_count()} × {processor()}",
-        "torch": torch.__version__,
+        "hardware": hardware(),
+        "versions": versions(),
     }
     print(json.dumps(document))
 

@@ -1,8 +1,10 @@
 """Retention against cost, by rank: `python benchmarks/fidelity_curve.py --out docs/figures/NAME`.
 
 The anchors are read once; from the same sums a map of each rank is solved (without calibration) and
-measured on held-out texts. Further maps can be given as they are, calibrated ones above all. Writes
-NAME.json (the data) and NAME.png (the plot; needs matplotlib).
+measured on held-out texts. Further maps can be given as they are, calibrated ones above all. Of
+`--certified` maps the plans are drawn as their certificates have them, on the certificate's texts;
+`--data` takes the points of an earlier run instead of measuring. Writes NAME.json (the data) and
+NAME.png (the plot; needs matplotlib).
 """
 
 from __future__ import annotations
@@ -10,9 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
-import importlib.metadata
 import json
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,14 @@ from awareness_vllm.anchors.corpus import load, split
 from awareness_vllm.anchors.install import held_out_dir
 from awareness_vllm.home import anchors_dir, models_dir
 from awareness_vllm.packages.capture import load_model
+from awareness_vllm.provenance import hardware, versions
+from awareness_vllm.wmatrix.bench import Bench
 from awareness_vllm.wmatrix.bootstrap import retention
-from awareness_vllm.wmatrix.certificate import processor
+from awareness_vllm.wmatrix.certificate import Certificate
 from awareness_vllm.wmatrix.config import FitConfig
 from awareness_vllm.wmatrix.cost import map_flop, prefill_flop
-from awareness_vllm.wmatrix.evaluate import Bench, cut_evenly
-from awareness_vllm.wmatrix.file import WMatrix
+from awareness_vllm.wmatrix.evaluate import cut_evenly
+from awareness_vllm.wmatrix.file import WMatrix, read_manifest
 from awareness_vllm.wmatrix.file import load as load_wmatrix
 from awareness_vllm.wmatrix.gather import gather
 from awareness_vllm.wmatrix.reader import Reader
@@ -41,11 +43,35 @@ HELD_OUT = ("crawl", "debian-history", "wordnet")
 
 def main() -> None:
     args = arguments()
+    document = json.loads(args.data.read_text()) if args.data else points_of(args)
+    document["certified"] = [certified(path) for path in args.certified]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
+    plot(document, args.out.with_suffix(".png"))
+    print(json.dumps(document["points"], indent=1))
+
+
+def certified(path: Path) -> dict[str, Any]:
+    """What a map's certificate says of its plans for contexts of the protocol's length."""
+    manifest = read_manifest(path)
+    found = Certificate.model_validate(manifest.certificate)
+    plans = [plan for plan in found.plans if plan.context == found.protocol.context]
+    return {
+        "map": path.stem,
+        "rank": manifest.rank,
+        "fit": manifest.fit,
+        "texts": found.counts["texts"],
+        "plans": [plan.model_dump(mode="json") for plan in plans],
+    }
+
+
+def points_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Retention and cost of a map of each rank, and of those that were given."""
     maps = {path.stem: load_wmatrix(path) for path in args.wmatrix}
     maps |= solutions(args)
     points, count = measured(args, maps)
     native = prefill_flop(load_model(args.target), CONTEXT)
-    document = {
+    return {
         "source": args.source.name,
         "target": args.target.name,
         "context": CONTEXT,
@@ -65,13 +91,9 @@ def main() -> None:
             for name, wmatrix in maps.items()
         ],
         "measured": str(datetime.date.today()),
-        "hardware": f"{os.cpu_count()} × {processor()}",
-        "versions": {p: importlib.metadata.version(p) for p in ("torch", "transformers")},
+        "hardware": hardware(),
+        "versions": versions(),
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
-    plot(document, args.out.with_suffix(".png"))
-    print(json.dumps(document["points"], indent=1))
 
 
 def arguments() -> argparse.Namespace:
@@ -82,6 +104,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=FitConfig.tokens)
     parser.add_argument("--texts", type=int, default=24)
     parser.add_argument("--wmatrix", type=Path, nargs="*", default=[])
+    parser.add_argument("--certified", type=Path, nargs="*", default=[])
+    parser.add_argument("--data", type=Path, help="JSON of an earlier run")
     parser.add_argument("--out", type=Path, required=True)
     return parser.parse_args()
 
@@ -142,20 +166,32 @@ def plot(document: dict[str, Any], path: Path) -> None:
         if not points:
             continue
         x = [p["share_of_prefill"] for p in points]
-        y = [p["retention"]["mean"] for p in points]
-        error = [
-            [m - p["retention"]["ci_low"] for m, p in zip(y, points, strict=True)],
-            [p["retention"]["ci_high"] - m for m, p in zip(y, points, strict=True)],
-        ]
-        axes.errorbar(x, y, yerr=error, fmt=mark, capsize=3, label=label)
-        for share, kept, point in zip(x, y, points, strict=True):
-            axes.annotate(f" {point['rank']}", (share, kept), va="top")
+        draw(axes, x, [p["retention"] for p in points], mark, f"{label}, by rank")
+        for share, point in zip(x, points, strict=True):
+            axes.annotate(f" {point['rank']}", (share, point["retention"]["mean"]), va="top")
+    for found in document["certified"]:
+        x = [plan["cost"] for plan in found["plans"]]
+        label = f"rank {found['rank']}, calibrated, by native tail ({found['texts']} texts)"
+        draw(axes, x, [plan["retention"] for plan in found["plans"]], "D-", label)
+        draw(axes, x, [plan["tokens_only"] for plan in found["plans"]], "x--", "its tokens only")
+        for share, plan in zip(x, found["plans"], strict=True):
+            axes.annotate(f" {plan['tail']}", (share, plan["retention"]["mean"]), va="top")
     axes.axvline(0.25, color="grey", linewidth=0.8, linestyle=":")
-    axes.set_xlabel("cost of the map, share of the target's prefill FLOP")
+    axes.set_xlabel("cost, share of the target's prefill FLOP")
     axes.set_ylabel("retention (95 % CI over texts)")
     axes.set_title(f"{document['source']} → {document['target']}, {document['texts']} texts")
     axes.legend()
     figure.savefig(path, dpi=120)
+
+
+def draw(axes: Any, x: list[float], kept: list[dict[str, float]], mark: str, label: str) -> None:
+    """A line of retentions with their intervals."""
+    y = [interval["mean"] for interval in kept]
+    error = [
+        [interval["mean"] - interval["ci_low"] for interval in kept],
+        [interval["ci_high"] - interval["mean"] for interval in kept],
+    ]
+    axes.errorbar(x, y, yerr=error, fmt=mark, capsize=3, label=label)
 
 
 if __name__ == "__main__":

@@ -23,8 +23,9 @@ from awareness_vllm.anchors.install import held_out_dir
 from awareness_vllm.anchors.spans import load_tokenizer
 from awareness_vllm.home import anchors_dir, models_dir
 from awareness_vllm.packages.capture import load_model
+from awareness_vllm.wmatrix.bench import Bench
 from awareness_vllm.wmatrix.config import FitConfig
-from awareness_vllm.wmatrix.evaluate import Bench, evaluate_texts
+from awareness_vllm.wmatrix.evaluate import evaluate_texts
 from awareness_vllm.wmatrix.file import WMatrix
 from awareness_vllm.wmatrix.fit import fit
 

@@ -48,6 +48,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any]) -> None:
-    from awareness_vllm.wmatrix.certificate import lines
+    from awareness_vllm.wmatrix.printed import lines
 
     print("\n".join(lines(result["certificate"])))

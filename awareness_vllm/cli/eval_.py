@@ -40,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    from awareness_vllm.wmatrix.evaluate import Bench, evaluate_cases, evaluate_texts, joined
+    from awareness_vllm.wmatrix.bench import Bench
+    from awareness_vllm.wmatrix.evaluate import evaluate_cases, evaluate_texts, joined
     from awareness_vllm.wmatrix.file import load as load_wmatrix
 
     cases = read_cases(args.cases) if args.cases else None

@@ -43,6 +43,6 @@ def show(result: dict[str, Any]) -> None:
     certificate = result.pop("certificate", None)
     print(json.dumps(result, indent=2, ensure_ascii=False))
     if result["kind"] == "wmatrix":
-        from awareness_vllm.wmatrix.certificate import lines
+        from awareness_vllm.wmatrix.printed import lines
 
         print("\n".join(lines(certificate)) if certificate else "not certified")

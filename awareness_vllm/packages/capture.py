@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from awareness_vllm.errors import BadInput
 from awareness_vllm.geometry import Geometry, resolve_folder
 from awareness_vllm.memory import keep_freed_memory
 from awareness_vllm.packages.file import Package, build
+from awareness_vllm.provenance import versions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -87,6 +87,6 @@ def capture(
         keys=[key.to(dtype) for key in keys],
         values=[value.to(dtype) for value in values],
         engine="transformers",
-        versions={p: importlib.metadata.version(p) for p in ("torch", "transformers")},
+        versions=versions(),
         name=name,
     )

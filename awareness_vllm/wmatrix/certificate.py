@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
-import os
-import platform
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,17 +13,17 @@ from awareness_vllm.align.aligner import TAIL
 from awareness_vllm.anchors.corpus import Document, digest
 from awareness_vllm.errors import QualityUnreachable
 from awareness_vllm.geometry import Strict
+from awareness_vllm.provenance import hardware, versions
+from awareness_vllm.wmatrix.bench import Bench, tail_arm
 from awareness_vllm.wmatrix.bootstrap import mean
 from awareness_vllm.wmatrix.cost import map_flop, prefill_flop, share_of_prefill
 from awareness_vllm.wmatrix.evaluate import (
-    Bench,
     CaseFigures,
     TextFigures,
     cut_evenly,
     evaluate_cases,
     evaluate_texts,
     joined,
-    tail_arm,
 )
 from awareness_vllm.wmatrix.file import WMatrix
 from awareness_vllm.wmatrix.metrics import Metrics, measure
@@ -154,13 +150,13 @@ def certify(
     on_cases = evaluate_cases(
         bench, cases, limit=limit, tails=tails(wmatrix, context), progress=progress
     )
+    mapped = map_flop(wmatrix)
+    native = {length: prefill_flop(bench.target_model, length) for length in measured}
     plans = [
         plan(
             length,
             tail,
-            share_of_prefill(
-                map_flop(wmatrix), prefill_flop(bench.target_model, length), length, tail
-            ),
+            share_of_prefill(mapped, native[length], length, tail),
             figures,
             on_cases if length == context else None,
         )
@@ -213,8 +209,8 @@ def certificate(
         counts={"texts": on_texts["n"], "cases": on_cases["n"]},
         tier=tier(on_texts["retention"]["mean"], facts["mean"]),
         measured=datetime.date.today(),
-        hardware=f"{os.cpu_count()} × {processor()}",
-        versions={p: importlib.metadata.version(p) for p in ("torch", "transformers")},
+        hardware=hardware(),
+        versions=versions(),
     )
 
 
@@ -299,61 +295,3 @@ def tier(retention: float, facts: float) -> int | None:
 def as_documents(cases: Sequence[dict[str, str]]) -> list[Document]:
     """Cases in the form that has a digest."""
     return [Document(case["question"] + case["answer"], case["context"]) for case in cases]
-
-
-def processor() -> str:
-    """The processor's name, where the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def average(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def lines(document: dict[str, Any]) -> list[str]:
-    """A certificate for the terminal."""
-    found = Certificate.model_validate(document)
-
-    counts = found.counts
-    return [
-        f"certified {found.measured}: tier {found.tier or 'none'} "
-        f"({counts['texts']} texts of {found.protocol.context} tokens, {counts['cases']} facts; "
-        f"{found.hardware})",
-        interval("retention", found.retention),
-        *(line for plan in found.plans for line in plan_lines(plan)),
-        interval("facts, share of native", found.facts),
-        *(interval(f"  {kind}", i) for kind, i in found.facts_kinds.items()),
-        *(interval(f"  {distance}", i) for distance, i in found.facts_distances.items()),
-        interval("above tokens only, nats", found.margin),
-        interval("above tokens only, facts", found.facts_margin),
-        *(metric_lines(found.metrics) if found.metrics else ()),
-    ]
-
-
-def plan_lines(plan: Plan) -> list[str]:
-    """A plan for the terminal: what it keeps of all texts, and of each kind."""
-    head = f"{plan.context} tokens, tail {plan.tail}, cost {plan.cost:.0%}"
-    return [
-        f"{interval(head, plan.retention)}   top-1 {plan.top1:.3f}",
-        *(interval(f"  {kind}", i) for kind, i in sorted(plan.kinds.items())),
-        interval("  tokens only", plan.tokens_only),
-        *([interval("  facts, share of native", plan.facts)] if plan.facts else []),
-    ]
-
-
-def metric_lines(metrics: Metrics) -> list[str]:
-    stable = "pass" if metrics.gradient_stability else "fail"
-    return [
-        f"  {'semantic preservation':34}{average(metrics.semantic_preservation):7.3f}",
-        f"  {'attention fidelity':34}{average(metrics.attention_fidelity):7.3f}",
-        f"  {'gradient stability':34}{stable:>7}",
-    ]
-
-
-def interval(name: str, i: Interval) -> str:
-    return f"  {name:34}{i.mean:7.3f}   95 % CI {i.ci_low:.3f} … {i.ci_high:.3f}"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from awareness_vllm.align.aligner import AlignedMemory
 from awareness_vllm.geometry import Strict
-from awareness_vllm.wmatrix.evaluate import Bench, after
+from awareness_vllm.wmatrix.bench import Bench, after
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -11,8 +11,9 @@ from awareness_vllm.anchors.corpus import Document
 from awareness_vllm.errors import BadInput
 from awareness_vllm.geometry import Geometry
 from awareness_vllm.home import models_dir
+from awareness_vllm.wmatrix.bench import Bench
 from awareness_vllm.wmatrix.certificate import Certificate, Interval
-from awareness_vllm.wmatrix.evaluate import Bench, evaluate_texts
+from awareness_vllm.wmatrix.evaluate import evaluate_texts
 from awareness_vllm.wmatrix.file import WMatrix, load
 
 

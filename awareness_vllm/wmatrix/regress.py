@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 from torch import Tensor
 
 from awareness_vllm.anchors.corpus import Document, digest
+from awareness_vllm.provenance import versions
 from awareness_vllm.wmatrix.config import FitConfig
 from awareness_vllm.wmatrix.file import Anchors, WMatrix, WMatrixManifest
 from awareness_vllm.wmatrix.gather import gather, held_out_rows
@@ -136,7 +136,7 @@ def solved(
             fit=asdict(config),
             r2={},
             reconstruction_error=error,
-            versions={p: importlib.metadata.version(p) for p in ("torch", "transformers")},
+            versions=versions(),
         ),
         mean=mean,
         scale=scale,

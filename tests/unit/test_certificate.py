@@ -23,7 +23,6 @@ from awareness_vllm.wmatrix.certificate import (
     certificate,
     certify,
     cheapest,
-    lines,
     plan,
     tier,
 )
@@ -31,6 +30,7 @@ from awareness_vllm.wmatrix.evaluate import CaseFigures, TextFigures
 from awareness_vllm.wmatrix.file import WMatrix, load
 from awareness_vllm.wmatrix.metrics import Metrics
 from awareness_vllm.wmatrix.monitor import WMatrixMonitor
+from awareness_vllm.wmatrix.printed import lines
 
 pytestmark = pytest.mark.unit
 

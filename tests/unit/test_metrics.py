@@ -10,7 +10,7 @@ import torch
 
 from awareness_vllm.align.aligner import AlignedMemory
 from awareness_vllm.packages.capture import load_model, states
-from awareness_vllm.wmatrix.evaluate import Bench
+from awareness_vllm.wmatrix.bench import Bench
 from awareness_vllm.wmatrix.metrics import attention, cosine, gradient_norm, measure, overlap
 
 pytestmark = pytest.mark.unit

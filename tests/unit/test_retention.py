@@ -12,8 +12,9 @@ from tokenizers import Tokenizer
 from awareness_vllm.align.aligner import AlignedMemory
 from awareness_vllm.anchors.corpus import Document
 from awareness_vllm.anchors.spans import tokenize
+from awareness_vllm.wmatrix.bench import cut_tail
 from awareness_vllm.wmatrix.bootstrap import retention
-from awareness_vllm.wmatrix.evaluate import CHARACTERS_PER_TOKEN, cut_tail, distance, joined
+from awareness_vllm.wmatrix.evaluate import CHARACTERS_PER_TOKEN, distance, joined
 
 pytestmark = pytest.mark.unit
 

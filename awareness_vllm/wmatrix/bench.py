@@ -1,0 +1,151 @@
+"""One context in five arms: both models and the map between them, set up to be measured.
+
+Arms: *native* (the target reads the context), *memory* (aligned), *tokens_only* (the map with the
+source's states blanked), *wrong_memory* (another document's), *none*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from awareness_vllm.align.aligner import AlignedMemory, copy, prompt_ids, realign
+from awareness_vllm.anchors.spans import load_tokenizer, tokenize
+from awareness_vllm.errors import BadInput, UnsupportedModel
+from awareness_vllm.geometry import Geometry, resolve_folder
+from awareness_vllm.packages.capture import capture, load_model, read_tokens, states
+from awareness_vllm.packages.file import Package
+from awareness_vllm.wmatrix.file import WMatrix
+from awareness_vllm.wmatrix.reader import last_logits
+
+ARMS = ("native", "memory", "tokens_only", "wrong_memory", "none")
+
+
+@dataclass
+class Bench:
+    """Both models and the map between them; without a map, source and target must be one model."""
+
+    source: Path
+    target: Path
+    wmatrix: WMatrix | None
+
+    def __post_init__(self) -> None:
+        self.source, self.target = resolve_folder(self.source), resolve_folder(self.target)
+        source, target = Geometry.from_folder(self.source), Geometry.from_folder(self.target)
+        self.max_positions = target.max_positions
+        self.dtype = getattr(torch, target.dtype)
+        if self.wmatrix is None and not source.same_model(target):
+            raise BadInput(
+                f"{source.name} and {target.name} are different models",
+                found="no W-Matrix",
+                expected="the W-Matrix that leads from one to the other",
+                remedy="give FILE.wmatrix, or fit one with `awareness fit`",
+            )
+        if self.wmatrix is not None:
+            for role, model, wanted in (
+                ("source", source, self.wmatrix.manifest.source),
+                ("target", target, self.wmatrix.manifest.target),
+            ):
+                if not model.same_model(wanted):
+                    raise UnsupportedModel(
+                        f"the W-Matrix has another {role}",
+                        found=f"{model.name} (weights {model.weights[:12]})",
+                        expected=f"{wanted.name} (weights {wanted.weights[:12]})",
+                        remedy=f"give the {role} model that the W-Matrix was fitted for",
+                    )
+        self.recent: dict[str, Package] = {}
+        self.target_model = load_model(self.target)
+        self.source_model = self.target_model if self.wmatrix is None else load_model(self.source)
+
+    def package(self, text: str) -> Package:
+        """The source's capture of a text; the last two are kept, one serves as a wrong memory."""
+        if text not in self.recent:
+            self.recent = dict([*self.recent.items()][-1:])
+            self.recent[text] = capture(self.source, text, model=self.source_model)
+        return self.recent[text]
+
+    def memory(self, package: Package, *, blank: bool = False) -> AlignedMemory:
+        if self.wmatrix is None:
+            return copy(package)
+        embed = self.target_model.get_input_embeddings()
+        return realign(package, self.wmatrix, self.target, embed, dtype=self.dtype, blank=blank)
+
+    def ids(self, text: str) -> list[int]:
+        """The target's ids of a context: the sink (or its own prefix) and the text's tokens."""
+        if self.wmatrix is not None:
+            return prompt_ids(text, self.wmatrix.manifest.sink, self.target)
+        return read_tokens(self.target, text).ids
+
+    def sink(self) -> int:
+        """How many first ids stand before any text."""
+        return len(self.ids("x")) - len(tokenize(load_tokenizer(str(self.target)), "x").ids)
+
+    @torch.inference_mode()
+    def native(self, ids: list[int]) -> AlignedMemory:
+        """The target's own states of these ids."""
+        return AlignedMemory(ids, *states(self.target_model, ids))
+
+    @torch.inference_mode()
+    def logprobs(self, memory: AlignedMemory, ids: list[int], scored: int, tail: int = 0) -> Tensor:
+        """Log probabilities of the last `scored` ids, read after a memory, [scored, V].
+
+        The memory's last `tail` tokens are read natively after its others.
+        """
+        memory, recomputed = cut_tail(memory, tail)
+        ids = [*recomputed, *ids]
+        logits = last_logits(self.target_model, ids, scored + 1, **after(memory, ids))
+        return logits[:-1].float().log_softmax(-1)
+
+    def arms(
+        self, context: str, other: Package, ids: list[int], scored: int, tails: Sequence[int] = ()
+    ) -> dict[str, Tensor]:
+        """Log probabilities of all five arms after one context, [scored, V] each; with each of the
+        `tails` read natively, of the memory and of what its tokens alone give."""
+        package = self.package(context)
+        context_ids, sink = self.ids(context), self.sink()
+        none = self.native(context_ids[:sink] or ids[:1])
+        if not sink:
+            # A target without a first token of its own starts with the prompt itself.
+            none = AlignedMemory([], [k[:0] for k in none.keys], [v[:0] for v in none.values])
+        memories = {
+            "native": self.native(context_ids),
+            "memory": self.memory(package),
+            "wrong_memory": self.memory(other),
+            "none": none,
+        }
+        if self.wmatrix is not None:
+            memories["tokens_only"] = self.memory(package, blank=True)
+        found = {arm: self.logprobs(memory, ids, scored) for arm, memory in memories.items()}
+        for tail in tails:
+            for arm in {"memory", "tokens_only"} & memories.keys():
+                found[tail_arm(tail, arm)] = self.logprobs(memories[arm], ids, scored, tail)
+        return found
+
+
+def tail_arm(tail: int, arm: str = "memory") -> str:
+    """The name of an arm whose last `tail` tokens are read natively."""
+    return f"{arm}_tail_{tail}" if tail else arm
+
+
+def cut_tail(memory: AlignedMemory, tail: int) -> tuple[AlignedMemory, list[int]]:
+    """A memory without its last `tail` tokens, and their ids; the first token stays."""
+    end = max(min(1, len(memory.ids)), len(memory.ids) - tail)
+    keys, values = [k[:end] for k in memory.keys], [v[:end] for v in memory.values]
+    return AlignedMemory(memory.ids[:end], keys, values), memory.ids[end:]
+
+
+def after(memory: AlignedMemory, ids: Sequence[int]) -> dict[str, Any]:
+    """The model's inputs that make it read ids after a memory: a float32 cache, positions."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    for i, (key, value) in enumerate(zip(memory.keys, memory.values, strict=True)):
+        cache.update(key.float().transpose(0, 1)[None], value.float().transpose(0, 1)[None], i)
+    begin = len(memory.ids)
+    positions = torch.arange(begin, begin + len(ids))[None]
+    return {"past_key_values": cache, "position_ids": positions}

@@ -1,0 +1,52 @@
+"""A certificate for the terminal."""
+
+from __future__ import annotations
+
+from statistics import fmean
+from typing import Any
+
+from awareness_vllm.wmatrix.certificate import Certificate, Interval, Plan
+from awareness_vllm.wmatrix.metrics import Metrics
+
+
+def lines(document: dict[str, Any]) -> list[str]:
+    """A certificate as in a W-Matrix's manifest, line by line."""
+    found = Certificate.model_validate(document)
+    counts = found.counts
+    return [
+        f"certified {found.measured}: tier {found.tier or 'none'} "
+        f"({counts['texts']} texts of {found.protocol.context} tokens, {counts['cases']} facts; "
+        f"{found.hardware})",
+        interval("retention", found.retention),
+        *(line for plan in found.plans for line in plan_lines(plan)),
+        interval("facts, share of native", found.facts),
+        *(interval(f"  {kind}", i) for kind, i in found.facts_kinds.items()),
+        *(interval(f"  {distance}", i) for distance, i in found.facts_distances.items()),
+        interval("above tokens only, nats", found.margin),
+        interval("above tokens only, facts", found.facts_margin),
+        *(metric_lines(found.metrics) if found.metrics else ()),
+    ]
+
+
+def plan_lines(plan: Plan) -> list[str]:
+    """What a plan keeps of all texts, and of each kind."""
+    head = f"{plan.context} tokens, tail {plan.tail}, cost {plan.cost:.0%}"
+    return [
+        f"{interval(head, plan.retention)}   top-1 {plan.top1:.3f}",
+        *(interval(f"  {kind}", i) for kind, i in sorted(plan.kinds.items())),
+        interval("  tokens only", plan.tokens_only),
+        *([interval("  facts, share of native", plan.facts)] if plan.facts else []),
+    ]
+
+
+def metric_lines(metrics: Metrics) -> list[str]:
+    stable = "pass" if metrics.gradient_stability else "fail"
+    return [
+        f"  {'semantic preservation':34}{fmean(metrics.semantic_preservation):7.3f}",
+        f"  {'attention fidelity':34}{fmean(metrics.attention_fidelity):7.3f}",
+        f"  {'gradient stability':34}{stable:>7}",
+    ]
+
+
+def interval(name: str, i: Interval) -> str:
+    return f"  {name:34}{i.mean:7.3f}   95 % CI {i.ci_low:.3f} … {i.ci_high:.3f}"
