@@ -16,14 +16,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--wmatrix", nargs="+", action="extend", default=[], type=Path, metavar="FILE"
     )
+    parser.add_argument(
+        "--tail",
+        type=int,
+        metavar="N",
+        help="last tokens of a realigned memory that the model reads itself: more fidelity, more "
+        "time (default: 16; the certificate says what each is worth)",
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    from awareness_vllm.align.aligner import TAIL
     from awareness_vllm.serving.launch import command
     from awareness_vllm.serving.register import register
 
     register()
-    return {"argv": command(args.model, args.store, args.wmatrix, args.flags)}
+    tail = TAIL if args.tail is None else args.tail
+    return {"argv": command(args.model, args.store, args.wmatrix, args.flags, tail)}
 
 
 def show(result: dict[str, Any]) -> None:

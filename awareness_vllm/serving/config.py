@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
+from awareness_vllm.align.aligner import TAIL
 from awareness_vllm.errors import BadInput
 from awareness_vllm.geometry import Strict
 
@@ -17,11 +18,13 @@ PARAMS_KEY = "awareness"
 
 
 class ServingConfig(Strict):
-    """`store` is a folder of packages, `wmatrices` are files; aligned memories of up to
-    `host_cache_gib` GiB stay warm in host memory. `capture` makes an offline engine read back."""
+    """`store` is a folder of packages, `wmatrices` are files; the target reads the last `tail`
+    tokens of a realigned memory itself; aligned memories of up to `host_cache_gib` GiB stay warm in
+    host memory. `capture` makes an offline engine read back."""
 
     store: str
     wmatrices: tuple[str, ...] = ()
+    tail: int = Field(TAIL, ge=0)
     host_cache_gib: float = 1.0
     capture: bool = False
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from awareness_vllm.align.aligner import TAIL
 from awareness_vllm.errors import BadInput
 from awareness_vllm.home import default_store
 from awareness_vllm.serving.config import WORKER_EXTENSION, ServingConfig, transfer_config
@@ -21,7 +22,11 @@ LOADED_BY_DEFAULT = tuple(
 
 
 def command(
-    model: str, store: Path | None, wmatrices: Sequence[Path], flags: Sequence[str]
+    model: str,
+    store: Path | None,
+    wmatrices: Sequence[Path],
+    flags: Sequence[str],
+    tail: int = TAIL,
 ) -> list[str]:
     """The argv of a vLLM server with memories.
 
@@ -29,7 +34,8 @@ def command(
     named `vllm`, which the CPU build is not.
 
     Raises:
-        BadInput: a W-Matrix file that is not there, or a flag that this command composes itself.
+        BadInput: a W-Matrix file that is not there, a negative tail, or a flag that this command
+            composes itself.
     """
     for path in wmatrices:
         if not path.is_file():
@@ -39,6 +45,8 @@ def command(
                 expected="a .wmatrix file",
                 remedy="`awareness fit`",
             )
+    if tail < 0:
+        raise BadInput("not a number of tokens", found=tail, expected="--tail 0 or more")
     for flag in flags:
         # vLLM also takes `--kv-transfer-config.kv_role VALUE`.
         name = flag.split("=")[0].split(".")[0].replace("_", "-")
@@ -52,6 +60,7 @@ def command(
     config = ServingConfig(
         store=str((store or default_store()).expanduser().resolve()),
         wmatrices=tuple(str(path.resolve()) for path in wmatrices),
+        tail=tail,
     )
     return [
         sys.executable,

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from awareness_vllm.align.aligner import TAIL, prompt_ids
+from awareness_vllm.align.aligner import prompt_ids
 from awareness_vllm.anchors.spans import load_tokenizer, prefix_ids
 from awareness_vllm.errors import NoWMatrix, UnsupportedRequest
 from awareness_vllm.geometry import Geometry, Strict, resolve_folder
@@ -61,19 +61,21 @@ class LoadParams(Strict):
 
 @dataclass(frozen=True)
 class Resolved:
-    """A memory that this server can load: its file, the map (None: a copy) and its prompt ids."""
+    """A memory that this server can load: its file, the map (None: a copy), its prompt ids, and how
+    many of the last ones are left to the target."""
 
     memory: str
     path: Path
     wmatrix: WMatrixEntry | None
     ids: list[int]
+    tail: int
 
     def params(self, caller_salt: str | None) -> LoadParams:
         return LoadParams(
             memory=self.memory,
             wmatrix=self.wmatrix.digest if self.wmatrix else "",
             tokens=len(self.ids),
-            tail=TAIL if self.wmatrix else 0,
+            tail=self.tail,
             caller_salt=caller_salt or "",
         )
 
@@ -92,6 +94,7 @@ class Memories:
 
     def __init__(self, config: ServingConfig, model: str, max_model_len: int) -> None:
         self.max_model_len = max_model_len
+        self.tail = config.tail
         self.folder = resolve_folder(model)
         self.geometry = Geometry.from_folder(self.folder)
         self.prefix = prefix_ids(load_tokenizer(str(self.folder)))
@@ -122,10 +125,10 @@ class Memories:
                 remedy="capture it with its text",
             )
         if source.same_model(self.geometry):
-            return Resolved(path.stem, path, None, read_tokens(path))
+            return Resolved(path.stem, path, None, read_tokens(path), tail=0)
         entry = self.wmatrix_for(path.stem, source)
         ids = prompt_ids(read_text(path), entry.manifest.sink, self.folder)
-        return Resolved(path.stem, path, entry, ids)
+        return Resolved(path.stem, path, entry, ids, min(self.tail, len(ids) - 1))
 
     def wmatrix_for(self, memory_id: str, source: Geometry) -> WMatrixEntry:
         """The W-Matrix from a source model to the served one. Raises NoWMatrix."""

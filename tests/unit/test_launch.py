@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -127,3 +128,16 @@ def test_no_vllm_at_all_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", version)
     with pytest.raises(BadInput, match="vLLM is not installed"):
         register.register()
+
+
+def test_the_tail_is_the_operators_choice() -> None:
+    from awareness_vllm.align.aligner import TAIL
+
+    def tail_of(argv: list[str]) -> int:
+        config = json.loads(argv[argv.index("--kv-transfer-config") + 1])
+        return config["kv_connector_extra_config"]["tail"]
+
+    assert tail_of(launch.command("m", None, [], [])) == TAIL
+    assert tail_of(launch.command("m", None, [], [], 48)) == 48
+    with pytest.raises(BadInput, match="--tail"):
+        launch.command("m", None, [], [], -1)
