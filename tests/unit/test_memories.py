@@ -20,17 +20,18 @@ pytestmark = pytest.mark.unit
 TEXT = "some words or others, and a few more of them"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def wmatrix_file(
     tiny_models: tuple[Path, Path],
     anchors: list[Document],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    monkeypatch.setattr(gather, "CHUNK_ROWS", 256)
+    path = tmp_path_factory.mktemp("map") / "pair.wmatrix"
     config = FitConfig(tokens=1000, rank=4, predecessors=0, calibration=0, held_out=0.3)
-    fit(*tiny_models, anchors, config, progress=False).save(tmp_path / "pair.wmatrix")
-    return tmp_path / "pair.wmatrix"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gather, "CHUNK_ROWS", 256)
+        fit(*tiny_models, anchors, config, progress=False).save(path)
+    return path
 
 
 @pytest.mark.parametrize("tail", [0, 5, 1000])
