@@ -43,7 +43,7 @@ def certified(
     path = tmp_path_factory.mktemp("certified") / wmatrix.name
     shutil.copy(wmatrix, path)
     models = ("--source", smollm2, "--target", gemma3)
-    run = awareness("certify", path, *models, "--texts", *texts, "--cases", cases, "--limit", 20)
+    run = awareness("certify", path, *models, "--texts", *texts, "--cases", cases, "--limit", 24)
     assert run.status == 0, run.stderr[-2000:]
     print(run.out)
     return path
