@@ -76,8 +76,9 @@ def encode_arguments(pair: Pair, tokens: int) -> list[Any]:
         [0] * side.layers,
         torch.arange(tokens, device=DEVICE),
         torch.zeros(tokens, dtype=torch.bool, device=DEVICE),
-        torch.randint(32_000, (tokens + 1,), device=DEVICE),
-        torch.randn(32_000, pair.target.embed, device=DEVICE).bfloat16(),
+        # A row of embedding for each token: bytes that are never read must not count.
+        torch.arange(tokens + 1, device=DEVICE),
+        torch.randn(tokens + 1, pair.target.embed, device=DEVICE).bfloat16(),
         torch.zeros(pair.features, device=DEVICE),
         torch.ones(pair.features, device=DEVICE),
         (torch.randn(pair.features, pair.rank, device=DEVICE) / pair.features**0.5).bfloat16(),

@@ -26,13 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    from awareness_vllm.align.aligner import TAIL
     from awareness_vllm.serving.launch import command
     from awareness_vllm.serving.register import register
 
     register()
-    tail = TAIL if args.tail is None else args.tail
-    return {"argv": command(args.model, args.store, args.wmatrix, args.flags, tail)}
+    return {"argv": command(args.model, args.store, args.wmatrix, args.flags, args.tail)}
 
 
 def show(result: dict[str, Any]) -> None:

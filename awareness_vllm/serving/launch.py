@@ -9,7 +9,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from awareness_vllm.align.aligner import TAIL
 from awareness_vllm.errors import BadInput
 from awareness_vllm.home import default_store
 from awareness_vllm.serving.config import WORKER_EXTENSION, ServingConfig, transfer_config
@@ -26,7 +25,7 @@ def command(
     store: Path | None,
     wmatrices: Sequence[Path],
     flags: Sequence[str],
-    tail: int = TAIL,
+    tail: int | None = None,
 ) -> list[str]:
     """The argv of a vLLM server with memories.
 
@@ -45,7 +44,7 @@ def command(
                 expected="a .wmatrix file",
                 remedy="`awareness fit`",
             )
-    if tail < 0:
+    if tail is not None and tail < 0:
         raise BadInput("not a number of tokens", found=tail, expected="--tail 0 or more")
     for flag in flags:
         # vLLM also takes `--kv-transfer-config.kv_role VALUE`.
@@ -60,7 +59,7 @@ def command(
     config = ServingConfig(
         store=str((store or default_store()).expanduser().resolve()),
         wmatrices=tuple(str(path.resolve()) for path in wmatrices),
-        tail=tail,
+        **({} if tail is None else {"tail": tail}),
     )
     return [
         sys.executable,

@@ -9,8 +9,10 @@ import triton.language as tl
 from torch import Tensor
 
 from awareness_kernels.launch import (
+    STILL,
     Config,
     Tuner,
+    angles,
     dot_type,
     narrow,
     on_device,
@@ -79,13 +81,8 @@ def decode_kernel(
     b += tl.load(bias + column + second, mask=real, other=0.0)[None, :]
     if turned > 0:
         turns = mapped[:, None] & (pair < turned)[None, :]
-        angle = tl.load(positions + row, mask=mapped, other=0)[:, None] * turned + pair[None, :]
-        c = tl.load(
-            tl.load(field + 4).to(tl.pointer_type(tl.float32)) + angle, mask=turns, other=1.0
-        )
-        d = tl.load(
-            tl.load(field + 5).to(tl.pointer_type(tl.float32)) + angle, mask=turns, other=0.0
-        )
+        place = tl.load(positions + row, mask=mapped, other=0)
+        c, d = angles(field + 4, place[:, None] * turned + pair[None, :], turns)
         a, b = a * c - b * d, b * c + a * d
     given = (row < sink)[:, None] & real[None, :]
     own = tl.load(field + 6).to(tl.pointer_type(SINK)) + row[:, None] * tl.load(field + 7)
@@ -95,7 +92,7 @@ def decode_kernel(
     slot = tl.load(slots + row, mask=row < rows, other=-1)
     page, stride = placed(field + 9, slot, PAGE)
     kept = (slot >= 0)[:, None] & real[None, :]
-    unit = tl.load(scales + tl.program_id(0))
+    unit = tl.load(scales + tl.load(field + 14))
     tl.store(page + first[None, :] * stride, narrow(a / unit, PAGE), mask=kept)
     tl.store(page + second[None, :] * stride, narrow(b / unit, PAGE), mask=kept)
 
@@ -120,9 +117,8 @@ def decode_paged(
 ) -> None:
     """`reference.decode_paged` in one launch; see there for arguments and result."""
     rows, count = len(positions), len(key_pages)
-    turns = [*tables(cos, sin, woven), *([[0, 0, 0, 0]] * count)]
+    turns = [*tables(cos, sin, woven), *([STILL] * count)]
     fields: list[list[int]] = []
-    units: list[int] = []
     column = 0
     layers = zip(
         turns, (*sink_keys, *sink_values), (*key_pages, *value_pages), (*slots, *slots), strict=True
@@ -143,17 +139,16 @@ def decode_paged(
                     page.shape[1],
                     place.data_ptr(),
                     *place.stride(),
+                    layer,
                 ]
             )
-            units.append(layer)
             column += dims
     table = on_device(fields, latent.device)
-    scale_of = scales[on_device([units], latent.device)[0]]
 
     def launch(config: Config) -> None:
         decode_kernel[(len(fields), triton.cdiv(rows, config.rows))](
             table,
-            scale_of,
+            scales,
             latent,
             weight,
             bias,
@@ -165,7 +160,7 @@ def decode_paged(
             PAGE=scalar_type(key_pages[0].dtype),
             SINK=scalar_type(sink_keys[0].dtype),
             FIELDS=table.shape[1],
-            PAIRS=padded_pairs(key_pages),
+            PAIRS=padded_pairs((*key_pages, *value_pages)),
             ROWS=config.rows,
             DEPTH=config.depth,
             DOT=dot_type(weight.dtype),

@@ -10,8 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from awareness_kernels.launch import (
+    STILL,
     Config,
     Tuner,
+    angles,
     dot_type,
     narrow,
     on_device,
@@ -20,8 +22,8 @@ from awareness_kernels.launch import (
     scalar_type,
     tables,
 )
+from awareness_kernels.reference import EPSILON
 
-EPSILON = 1e-6
 CONFIGS = (
     Config(rows=64, columns=128, depth=64, warps=4, stages=3),
     Config(rows=128, columns=128, depth=64, warps=8, stages=3),
@@ -78,12 +80,8 @@ def encode_kernel(
         a = tl.load(at + first[None, :] * dim_stride, mask=used, other=0.0).to(tl.float32)
         b = tl.load(at + second[None, :] * dim_stride, mask=used, other=0.0).to(tl.float32)
         if turned > 0:
-            angle = place[:, None] * turned + pair[None, :]
             turns = used & (pair < turned)[None, :]
-            cosines = tl.load(field + 7).to(tl.pointer_type(tl.float32))
-            sines = tl.load(field + 8).to(tl.pointer_type(tl.float32))
-            c = tl.load(cosines + angle, mask=turns, other=1.0)
-            d = tl.load(sines + angle, mask=turns, other=0.0)
+            c, d = angles(field + 7, place[:, None] * turned + pair[None, :], turns)
             norm = c * c + d * d
             a, b = (a * c + b * d) / norm, (b * c - a * d) / norm
         one, two = begin + first, begin + second
@@ -185,7 +183,7 @@ def encode_states(
             sink,
             STATE=scalar_type(keys[0].dtype),
             FIELDS=table.shape[1],
-            PAIRS=padded_pairs(keys),
+            PAIRS=padded_pairs((*keys, *values)),
             ROWS=config.rows,
             COLUMNS=config.columns,
             DEPTH=config.depth,
@@ -211,7 +209,7 @@ def segments(
     number of features."""
     rows: list[list[int]] = []
     begin = 0
-    for states, turns in ((keys, tables(cos, sin, woven)), (values, [[0, 0, 0, 0]] * len(values))):
+    for states, turns in ((keys, tables(cos, sin, woven)), (values, [STILL] * len(values))):
         for state, turn in zip(states, turns, strict=True):
             for head in range(state.shape[1]):
                 place = state[:, head].data_ptr() if len(state) else 0

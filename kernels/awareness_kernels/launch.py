@@ -19,6 +19,8 @@ SCALARS = {
     torch.float8_e5m2: tl.float8e5,
 }
 REPEATS = 5
+STILL = [0, 0, 0, 0]
+"""What `tables` says of a layer's values: nothing turns them."""
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 """Whether kernels were defined for Triton's interpreter, which works on a CPU."""
 
@@ -52,6 +54,15 @@ def placed(field, slot, PAGE: tl.constexpr):
     page = tl.load(field + 1).to(tl.pointer_type(PAGE))
     at = (slot // size) * tl.load(field + 2) + (slot % size) * tl.load(field + 3)
     return page + at[:, None], tl.load(field + 4)
+
+
+@triton.jit
+def angles(field, at, mask):
+    """Cosines and sines at some places of the tables whose addresses stand from `field` on; no turn
+    at all where masked."""
+    cosines = tl.load(field).to(tl.pointer_type(tl.float32))
+    sines = tl.load(field + 1).to(tl.pointer_type(tl.float32))
+    return tl.load(cosines + at, mask=mask, other=1.0), tl.load(sines + at, mask=mask, other=0.0)
 
 
 @dataclass(frozen=True)

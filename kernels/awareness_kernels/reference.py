@@ -11,6 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+EPSILON = 1e-6
+"""Added to the mean square that embeddings are normalised by."""
+
 
 def wide(x: Tensor) -> Tensor:
     """x in float32, or in float64 where it is that already."""
@@ -44,7 +47,7 @@ def unrotate(x: Tensor, cos: Tensor, sin: Tensor, woven: bool = False) -> Tensor
     return rotate(x, cos / scale, -sin / scale, woven)
 
 
-def rms_normalise(x: Tensor, eps: float = 1e-6) -> Tensor:
+def rms_normalise(x: Tensor, eps: float = EPSILON) -> Tensor:
     """x / rms(x) over the last dim, in float32."""
     x = wide(x)
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from awareness_kernels.launch import (
+    angles,
     narrow,
     on_device,
     padded_pairs,
@@ -38,13 +39,12 @@ def rotate_kernel(
     pair = tl.arange(0, PAIRS)
     first, second = paired(pair, turned, turned, woven)
     turns = pair < turned
-    c = tl.load(tl.load(field + 2).to(tl.pointer_type(tl.float32)) + pair, mask=turns, other=1.0)
-    d = tl.load(tl.load(field + 3).to(tl.pointer_type(tl.float32)) + pair, mask=turns, other=0.0)
+    c, d = angles(field + 2, pair, turns)
     slots = tl.load(field + 4).to(tl.pointer_type(tl.int64))
     slot = tl.load(slots + row, mask=row < rows, other=-1)
     page, stride = placed(field + 5, slot, PAGE)
     kept = (slot >= 0)[:, None] & turns[None, :]
-    unit = tl.load(scales + tl.program_id(0))
+    unit = tl.load(scales + tl.load(field + 10))
     a = tl.load(page + first[None, :] * stride, mask=kept, other=0.0).to(tl.float32) * unit
     b = tl.load(page + second[None, :] * stride, mask=kept, other=0.0).to(tl.float32) * unit
     one, two = a * c[None, :] - b * d[None, :], b * c[None, :] + a * d[None, :]
@@ -62,24 +62,20 @@ def rotate_paged(
 ) -> None:
     """`reference.rotate_paged` in one launch; see there for arguments and result."""
     fields: list[list[int]] = []
-    units: list[int] = []
     for layer, (turn, page, slot) in enumerate(
         zip(tables(cos, sin, woven), key_pages, slots, strict=True)
     ):
         for head in range(page.shape[2] if turn[0] else 0):
             place = page[:, :, head]
-            fields.append(
-                [*turn, slot.data_ptr(), page.shape[1], place.data_ptr(), *place.stride()]
-            )
-            units.append(layer)
+            at = [slot.data_ptr(), page.shape[1], place.data_ptr(), *place.stride()]
+            fields.append([*turn, *at, layer])
     rows = max((len(slot) for slot in slots), default=0)
     if not rows or not fields:
         return
-    device = key_pages[0].device
-    table = on_device(fields, device)
+    table = on_device(fields, key_pages[0].device)
     rotate_kernel[(len(fields), triton.cdiv(rows, ROWS))](
         table,
-        scales[on_device([units], device)[0]],
+        scales,
         rows,
         PAGE=scalar_type(key_pages[0].dtype),
         FIELDS=table.shape[1],

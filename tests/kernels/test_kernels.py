@@ -225,7 +225,7 @@ def decode_arguments(
         [place.empty() for _ in range(shape.layers)],
         [place.empty() for _ in range(shape.layers)],
         [slots() for _ in range(shape.layers)],
-        torch.full((2 * shape.layers,), scale, device=DEVICE),
+        scale * (1 + torch.arange(2 * shape.layers, device=DEVICE) / 4),
     ]
 
 
