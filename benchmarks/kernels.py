@@ -204,24 +204,13 @@ def row(
     return found
 
 
-def warm_up(name: str, arguments: list[Any]) -> None:
-    """Let the kernel's tuner measure its configurations, as a server's start does."""
-    if DEVICE == "cuda" and name != "rotate_paged":
-        from awareness_kernels import decode, encode
-
-        tuner = {"encode_states": encode, "decode_paged": decode}[name].tuner
-        tuner.measuring = True
-        getattr(ops, name)(*arguments)
-        tuner.measuring = False
-
-
 def measure(pair: Pair, tokens: int, repeats: int) -> list[dict[str, Any]]:
     """All three operations for a memory of so many tokens; on a CPU, block by block."""
     block = tokens if DEVICE == "cuda" else min(tokens, BLOCK)
     encoded = encode_arguments(pair, block)
-    warm_up("encode_states", encoded)
-    written = decode_arguments(pair, ops.encode_states(*encoded))
-    warm_up("decode_paged", written)
+    with ops.tuning(DEVICE):
+        written = decode_arguments(pair, ops.encode_states(*encoded))
+        ops.decode_paged(*written)
     products = (block, pair.features, pair.rank), (block, pair.rank, pair.target.width)
     return [
         row("encode_states", encoded, products[0], repeats),

@@ -48,11 +48,11 @@ def prompt_ids(text: str, sink: Sequence[int], target: str | Path) -> list[int]:
     return [*sink, *tokenize(load_tokenizer(str(target)), text).ids]
 
 
-def rows(
-    package: Package, manifest: WMatrixManifest, target: str | Path, embed: Embed
-) -> tuple[list[int], Tensor, Tensor]:
-    """What the map reads: the target's ids [S + T] with the sink first, for each token the source's
-    [T], and the embeddings [T, embedding_width].
+def sources(
+    package: Package, manifest: WMatrixManifest, target: str | Path
+) -> tuple[list[int], Tensor]:
+    """The target's ids [S + T] of an aligned memory, the sink first, and for each token the
+    source's [T] that its states are mapped from.
 
     A map that reads no tokens gives one row for each of the source's but the first, its sink; their
     ids are the target's sink again, which says nothing.
@@ -63,7 +63,7 @@ def rows(
     sink = manifest.sink
     if manifest.predecessors is None:
         source = torch.arange(1, package.manifest.tokens)
-        return [*sink, *(sink[-1:] * len(source))], source, torch.empty(len(source), 0)
+        return [*sink, *(sink[-1:] * len(source))], source
     if not package.manifest.has_text:
         raise BadInput(
             "the W-Matrix needs the memory's text",
@@ -72,9 +72,7 @@ def rows(
             remedy="fit one with `awareness fit --without-text`",
         )
     tokens = tokenize(load_tokenizer(str(target)), package.text)
-    ids = [*sink, *tokens.ids]
-    embeddings = embedding_features(embed, ids, len(sink), manifest.predecessors)
-    return ids, torch.from_numpy(align(package.spans, tokens.spans)), embeddings
+    return [*sink, *tokens.ids], torch.from_numpy(align(package.spans, tokens.spans))
 
 
 @torch.inference_mode()
@@ -96,9 +94,10 @@ def realign(
         blank: hide the source's states (the tokens-only arm).
     """
     manifest = wmatrix.manifest
-    ids, source, embeddings = rows(package, manifest, target, embed)
+    ids, source = sources(package, manifest, target)
     blanked = blank_rows(source)
     sink = len(manifest.sink)
+    embeddings = embedding_features(embed, ids, sink, manifest.predecessors)
     positions = torch.arange(sink, len(ids))
     layers = manifest.target.layers
     shapes = [(len(ids), layer.heads, layer.head_dim) for layer in layers]

@@ -58,11 +58,16 @@ def blank_rows(index: Tensor) -> Tensor:
     return index == 0
 
 
-def embedding_features(embed: Embed, ids: Sequence[int], sink: int, predecessors: int) -> Tensor:
-    """Normalised embeddings of each token and its predecessors, the `sink` first ids left out.
+def embedding_features(
+    embed: Embed, ids: Sequence[int], sink: int, predecessors: int | None
+) -> Tensor:
+    """Normalised embeddings of each token and its predecessors, the `sink` first ids left out;
+    nothing for a map that reads no tokens (None).
 
     Returns:
         [len(ids) - sink, (1 + predecessors) * E] float32.
     """
+    if predecessors is None:
+        return torch.empty(len(ids) - sink, 0)
     rows = rms_normalise(embed(torch.tensor(ids, dtype=torch.int64)))
     return with_predecessors(rows, predecessors)[sink:]

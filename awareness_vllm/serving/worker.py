@@ -12,6 +12,7 @@ from torch import Tensor
 from vllm.logger import init_logger
 
 from awareness_vllm.align.aligner import AlignedMemory, copy, realign
+from awareness_vllm.align.paged import Latent, PagedMap, Pages
 from awareness_vllm.errors import AwarenessError, PackageCorrupt, UnsupportedModel
 from awareness_vllm.packages.file import read
 from awareness_vllm.serving.config import ServingConfig
@@ -27,7 +28,14 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.awareness.worker")
 
 LAYER_INDEX = re.compile(r"\.layers\.(\d+)\.")
+FLOAT8 = {
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
+"""vLLM keeps float8 as bytes; its names of the formats."""
 WARM_UP_ROWS = 256
+"""Rows that a map is tried on at start, so that no request is the first."""
 
 
 class WorkerHalf:
@@ -48,6 +56,7 @@ class WorkerHalf:
         self.layers = dict(vllm_config.compilation_config.static_forward_context)
         self.warm = WarmTier(int(config.host_cache_gib * 2**30))
         self.wmatrices: dict[str, WMatrix] = {}
+        self.paged: dict[str, PagedMap] = {}
         self.model: Any = None
         check_layers(self.memories, self.groups)
 
@@ -56,9 +65,7 @@ class WorkerHalf:
         self.model = model
         for entry in self.memories.wmatrices:
             if entry.manifest.target.same_model(self.memories.geometry):
-                wmatrix = self.wmatrices[entry.digest] = load_wmatrix(entry.path)
-                width = len(wmatrix.mean) - entry.manifest.source_width
-                wmatrix.map(None, torch.zeros(WARM_UP_ROWS, width))
+                self.prepare(entry.digest, load_wmatrix(entry.path))
                 logger.info("W-Matrix %s loaded (%s)", entry.path.name, entry.manifest.standing)
             else:
                 logger.warning(
@@ -66,6 +73,40 @@ class WorkerHalf:
                     entry.path.name,
                     entry.manifest.target.name,
                 )
+
+    def prepare(self, digest: str, wmatrix: WMatrix) -> None:
+        """Keep a map where it will be used, and use it once.
+
+        On CUDA the fused operators decode straight into the pages. A CPU's pages are packed in ways
+        that only vLLM's own operator knows, and a residual map adds to states that it must see.
+        """
+        self.wmatrices[digest] = wmatrix
+        device = next(iter(self.layers[name] for name in self.groups)).kv_cache.device
+        if device.type != "cuda" or wmatrix.manifest.residual:
+            wmatrix.map(None, torch.zeros(WARM_UP_ROWS, wmatrix.manifest.embedding_width))
+            return
+        heads = {
+            layer_index(name): slice_of_rank(
+                self.memories.geometry.layers[layer_index(name)].heads,
+                self.layers[name].num_kv_heads,
+            )
+            for name in self.groups
+        }
+        paged = PagedMap(wmatrix, heads, self.memories.max_model_len, device)
+        self.paged[digest] = paged
+        paged.warm_up(self.pages())
+
+    def pages(self) -> list[Pages]:
+        """Each layer's pages, as the CUDA backends lay them out: [B, H, N, K|V]."""
+        found = []
+        for name in self.groups:
+            layer = self.layers[name]
+            cache = layer.kv_cache
+            if cache.dtype == torch.uint8:
+                cache = cache.view(FLOAT8.get(layer.kv_cache_dtype, torch.float8_e4m3fn))
+            keys, values = cache.transpose(1, 2).split(layer.head_size, dim=-1)
+            found.append(Pages(keys, values, layer._k_scale_float, layer._v_scale_float))
+        return found
 
     @torch.inference_mode()
     def load(self, load: Load) -> None:
@@ -82,21 +123,27 @@ class WorkerHalf:
                 found=f"{len(load.ids)} ids",
                 expected=f"the {len(memory.ids)} ids of {load.params.memory}",
             )
-        end = load.begin + len(load.slots[0])
-        for name, group in self.groups.items():
-            slots = torch.tensor(load.slots[group], dtype=torch.int64)
-            real = slots != SKIP
-            index = layer_index(name)
-            key = memory.keys[index][load.begin : end][real]
-            value = memory.values[index][load.begin : end][real]
-            self.write(name, key, value, slots[real])
+        slots = [torch.tensor(group, dtype=torch.int64) for group in load.slots]
+        if isinstance(memory, Latent):
+            by_layer = [slots[group] for group in self.groups.values()]
+            self.paged[load.params.wmatrix].write(memory, self.pages(), by_layer, load.begin)
+        else:
+            self.place(memory, slots, load.begin)
         logger.info(
             "loaded %s: %d tokens, %s, %.0f ms",
             load.params.memory,
-            end - load.begin,
+            len(slots[0]),
             temperature,
             1e3 * (time.perf_counter() - started),
         )
+
+    def place(self, memory: AlignedMemory, slots: list[Tensor], begin: int) -> None:
+        """Write a memory's tokens from `begin` on into each KV cache group's slots."""
+        for name, group in self.groups.items():
+            real = slots[group] != SKIP
+            index, end = layer_index(name), begin + len(real)
+            key, value = (part[index][begin:end][real] for part in (memory.keys, memory.values))
+            self.write(name, key, value, slots[group][real])
 
     def write(self, name: str, key: Tensor, value: Tensor, slots: Tensor) -> None:
         """Scatter one layer's key and value [N, H, D] into slots [N], by vLLM's own operator."""
@@ -113,7 +160,7 @@ class WorkerHalf:
             slots.to(device),
         )
 
-    def aligned(self, load: Load) -> tuple[AlignedMemory, str]:
+    def aligned(self, load: Load) -> tuple[AlignedMemory | Latent, str]:
         """The aligned memory, and whether it was warm or came in cold."""
         key = (load.params.memory, load.params.wmatrix)
         if (memory := self.warm.get(key)) is not None:
@@ -122,7 +169,7 @@ class WorkerHalf:
         self.warm.put(key, memory)
         return memory, "cold"
 
-    def align(self, params: LoadParams) -> AlignedMemory:
+    def align(self, params: LoadParams) -> AlignedMemory | Latent:
         """Read a package and bring it into the served model's terms.
 
         The frontend has proven the file's bytes and found the map; neither is done again here.
@@ -132,16 +179,14 @@ class WorkerHalf:
             return copy(package)
         if params.wmatrix not in self.wmatrices:
             raise UnsupportedModel("the request was resolved with another W-Matrix")
-        return realign(
-            package,
-            self.wmatrices[params.wmatrix],
-            self.memories.folder,
-            self.embed,
-            dtype=self.dtype,
-        )
+        folder = self.memories.folder
+        if params.wmatrix in self.paged:
+            return self.paged[params.wmatrix].latent(package, folder, self.embed)
+        wmatrix = self.wmatrices[params.wmatrix]
+        return realign(package, wmatrix, folder, self.embed_on_host, dtype=self.dtype)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """The running model's own embedding, [T] to [T, E] float32 on the host."""
+        """The running model's own embedding, [T] to [T, E] float32 where the model is."""
         if self.model is None:
             raise AwarenessError(
                 "the connector has no model to take embeddings from",
@@ -150,7 +195,10 @@ class WorkerHalf:
                 remedy="start the server with `awareness serve`",
             )
         device = next(self.model.parameters()).device
-        return self.model.embed_input_ids(ids.to(device)).float().cpu()
+        return self.model.embed_input_ids(ids.to(device)).float()
+
+    def embed_on_host(self, ids: Tensor) -> Tensor:
+        return self.embed(ids).cpu()
 
 
 class WarmTier:
@@ -158,14 +206,14 @@ class WarmTier:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.memories: OrderedDict[tuple[str, str], AlignedMemory] = OrderedDict()
+        self.memories: OrderedDict[tuple[str, str], AlignedMemory | Latent] = OrderedDict()
 
-    def get(self, key: tuple[str, str]) -> AlignedMemory | None:
+    def get(self, key: tuple[str, str]) -> AlignedMemory | Latent | None:
         if key in self.memories:
             self.memories.move_to_end(key)
         return self.memories.get(key)
 
-    def put(self, key: tuple[str, str], memory: AlignedMemory) -> None:
+    def put(self, key: tuple[str, str], memory: AlignedMemory | Latent) -> None:
         self.memories[key] = memory
         while len(self.memories) > 1 and sum(m.bytes for m in self.memories.values()) > self.limit:
             self.memories.popitem(last=False)

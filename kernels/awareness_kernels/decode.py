@@ -31,7 +31,7 @@ CONFIGS = (
 """The columns of a tile are one head's."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "sink"])
 def decode_kernel(
     segments,
     scales,

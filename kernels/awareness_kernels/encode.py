@@ -31,7 +31,7 @@ CONFIGS = (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "sink"])
 def encode_kernel(
     segments,
     count,

@@ -5,9 +5,11 @@ torch's dispatcher chooses by the arguments' device; which one serves is logged 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -62,6 +64,23 @@ def _(*args: Any) -> Tensor:
 @rotate_paged.register_fake
 def _(*args: Any) -> None:
     """They write into pages and give nothing back."""
+
+
+@contextlib.contextmanager
+def tuning(device: torch.device | str) -> Iterator[None]:
+    """While it lasts, a shape that is met for the first time on CUDA is measured in all tile sizes.
+    For a server's start and for benchmarks: outside of it nothing is ever measured."""
+    tuners = []
+    if torch.device(device).type == "cuda":
+        modules = map(importlib.import_module, KERNELS.values())
+        tuners = [module.tuner for module in modules if hasattr(module, "tuner")]
+    for tuner in tuners:
+        tuner.measuring = True
+    try:
+        yield
+    finally:
+        for tuner in tuners:
+            tuner.measuring = False
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import openai
 import pytest
 from harness import NEAR_TIE, Server, awareness, captured, serving
 
-from awareness_vllm.wmatrix.file import load
+from awareness_vllm.wmatrix.file import load, read_manifest
 
 pytestmark = pytest.mark.engine
 
@@ -100,7 +100,8 @@ def test_cli_knows_what_was_captured(own: tuple[str, str], store: Path, wmatrix:
     assert (manifest["kind"], manifest["engine"]) == ("memory", "vllm")
     assert awareness("verify", memory, "--store", store).out["ok"] is True
     inspected = awareness("inspect", wmatrix).out
-    assert (inspected["kind"], inspected["certified"]) == ("wmatrix", False)
+    certified = read_manifest(wmatrix).certificate is not None
+    assert (inspected["kind"], inspected["certified"]) == ("wmatrix", certified)
     assert awareness("verify", wmatrix).out["ok"] is True
     refused = awareness("verify", "mem_" + "0" * 32, "--store", store)
     assert (refused.status, refused.out["error"]["type"]) == (1, "MemoryNotFound")

@@ -1,0 +1,166 @@
+"""A W-Matrix on the device that holds the KV cache: the fused operators, from package to pages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from awareness_vllm.align.aligner import sources
+from awareness_vllm.align.features import Embed, blank_rows, split_states
+from awareness_vllm.geometry import Positions
+from awareness_vllm.kernels import ops
+from awareness_vllm.packages.file import Package
+from awareness_vllm.positions import table
+from awareness_vllm.wmatrix.file import WMatrix
+
+WARM_UP_ROWS = 2048
+
+
+@dataclass(frozen=True)
+class Latent:
+    """A memory half way: `ids` [S + T] are the target's, `rows` [T, R] on the host are decoded
+    straight into pages. It is a fraction of the states' size, so more memories stay warm."""
+
+    ids: list[int]
+    rows: Tensor
+
+    @property
+    def bytes(self) -> int:
+        return self.rows.numel() * self.rows.element_size()
+
+
+@dataclass(frozen=True)
+class Pages:
+    """One layer's paged cache: keys and values [pages, page size, H, D] by any strides, and what
+    stored numbers of either are to be multiplied by."""
+
+    keys: Tensor
+    values: Tensor
+    key_scale: float = 1.0
+    value_scale: float = 1.0
+
+
+class PagedMap:
+    """One W-Matrix's tensors on a device, narrowed to the layers and heads that live there.
+
+    Args:
+        heads: the target layers of this process, in order, and their KV heads (tensor parallelism).
+        positions: how many of the target's positions are ever asked for.
+    """
+
+    def __init__(
+        self,
+        wmatrix: WMatrix,
+        heads: Mapping[int, slice],
+        positions: int,
+        device: torch.device | str,
+    ) -> None:
+        self.manifest = wmatrix.manifest
+        self.device = torch.device(device)
+        target = self.manifest.target
+        outputs = split_states(target, torch.arange(target.width)[None])
+        columns = torch.cat(
+            [part[i][0, own].flatten() for part in outputs for i, own in heads.items()]
+        )
+        self.mean, self.scale = wmatrix.mean.to(device), wmatrix.scale.to(device)
+        self.encode = wmatrix.encode.to(device).contiguous()
+        self.decode = wmatrix.decode[:, columns].to(device).contiguous()
+        self.bias = wmatrix.bias[columns].to(device)
+        self.sinks = [
+            [states[i][:, own].to(device) for i, own in heads.items()]
+            for states in (wmatrix.sink_keys, wmatrix.sink_values)
+        ]
+        self.turns = self.tables([target.layers[i].positions for i in heads], positions)
+
+    def tables(
+        self, schemes: Sequence[Positions], count: int
+    ) -> tuple[list[Tensor], list[Tensor], list[int]]:
+        """Cosines and sines [count, C] of each layer's positions, and how its pairs lie."""
+        found = [table(torch.arange(count), scheme) for scheme in schemes]
+        cos, sin = ([part.to(self.device) for part in parts] for parts in zip(*found, strict=True))
+        return cos, sin, [0] * len(found)
+
+    @torch.inference_mode()
+    def latent(self, package: Package, target: str | Path, embed: Embed) -> Latent:
+        """What the map makes of a package, before it is decoded.
+
+        Raises:
+            BadInput: the map reads tokens, and the package has no text.
+        """
+        manifest = self.manifest
+        ids, source = sources(package, manifest, target)
+        keys, values = (
+            [part[i].to(self.device) for i in manifest.layers]
+            for part in (package.keys, package.values)
+        )
+        return Latent(ids, self._encode(keys, values, source, embed(torch.tensor(ids))).cpu())
+
+    def _encode(
+        self, keys: list[Tensor], values: list[Tensor], source: Tensor, embeddings: Tensor
+    ) -> Tensor:
+        """The latent [T, R] of source tokens [T]; embeddings [S + T, E] are the target's."""
+        manifest = self.manifest
+        schemes = [manifest.source.layers[i].positions for i in manifest.layers]
+        return ops.encode_states(
+            keys,
+            values,
+            *self.tables(schemes, len(keys[0])),
+            source.to(self.device),
+            blank_rows(source).to(self.device),
+            # The model has looked the rows up: with tensor parallelism no rank has all of them.
+            torch.arange(len(embeddings), device=self.device),
+            embeddings.to(self.device),
+            self.mean,
+            self.scale,
+            self.encode,
+            -1 if manifest.predecessors is None else manifest.predecessors,
+            len(manifest.sink),
+        )
+
+    @torch.inference_mode()
+    def warm_up(self, pages: Sequence[Pages]) -> None:
+        """Compile the operators and measure their tile sizes, on rows that are written nowhere."""
+        source, sink = self.manifest.source, len(self.manifest.sink)
+        dtype = getattr(torch, source.dtype)
+        states = [
+            torch.zeros(WARM_UP_ROWS, layer.heads, layer.head_dim, dtype=dtype, device=self.device)
+            for layer in (source.layers[i] for i in self.manifest.layers)
+        ]
+        embeddings = torch.zeros(sink + WARM_UP_ROWS, self.manifest.target.hidden_size)
+        nowhere = torch.full((len(embeddings),), -1)
+        with ops.tuning(self.device):
+            rows = self._encode(states, states, torch.arange(WARM_UP_ROWS), embeddings)
+            latent = Latent([0] * len(embeddings), rows)
+            self.write(latent, pages, [nowhere] * len(pages), begin=0)
+
+    @torch.inference_mode()
+    def write(
+        self, latent: Latent, pages: Sequence[Pages], slots: Sequence[Tensor], begin: int
+    ) -> None:
+        """Decode a memory's tokens from `begin` on into pages.
+
+        Args:
+            pages, slots: per layer of this process; slots [N] int64 of tokens begin … begin+N-1,
+                negative where nothing is to be written.
+        """
+        sink = len(self.manifest.sink)
+        end = begin + len(slots[0])
+        rows = latent.rows[max(0, begin - sink) : max(0, end - sink)]
+        own = [[states[begin:end].contiguous() for states in part] for part in self.sinks]
+        scales = [p.key_scale for p in pages] + [p.value_scale for p in pages]
+        ops.decode_paged(
+            rows.to(self.device),
+            self.decode,
+            self.bias,
+            torch.arange(begin, end, device=self.device),
+            *self.turns,
+            *own,
+            [p.keys for p in pages],
+            [p.values for p in pages],
+            [s.to(self.device) for s in slots],
+            torch.tensor(scales, device=self.device),
+        )

@@ -1,0 +1,145 @@
+"""The fused way into pages gives what the plain way gives, for any slots, beginning and heads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from awareness_vllm.align.aligner import AlignedMemory, realign
+from awareness_vllm.align.paged import Latent, PagedMap, Pages
+from awareness_vllm.packages.file import Package
+from awareness_vllm.wmatrix.file import WMatrix
+
+pytestmark = pytest.mark.unit
+
+TEXT = "the quick brown fox, naïve dogs"
+SIZE = 4
+EMPTY = 7.0
+
+
+def embed(ids: Tensor) -> Tensor:
+    return torch.randn(1000, 6, generator=torch.Generator().manual_seed(3))[ids]
+
+
+@pytest.fixture(scope="module")
+def package(make_package: Callable[..., Package]) -> Package:
+    return make_package(TEXT)
+
+
+@pytest.fixture(scope="module")
+def folder(byte_fallback_tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("target")
+    byte_fallback_tokenizer.save(str(path / "tokenizer.json"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def plain(package: Package, wmatrix: WMatrix, folder: Path) -> AlignedMemory:
+    return realign(package, wmatrix, folder, embed, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def paged(wmatrix: WMatrix) -> PagedMap:
+    heads = {i: slice(0, 1) for i in range(len(wmatrix.manifest.target.layers))}
+    return PagedMap(wmatrix, heads, positions=64, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def latent(paged: PagedMap, package: Package, folder: Path) -> Latent:
+    return paged.latent(package, folder, embed)
+
+
+def empty_pages(layers: int, pages: int) -> list[Pages]:
+    """As vLLM's CUDA backends lay them out: [B, H, N, K|V], seen as two of [B, N, H, D]."""
+    caches = [torch.full((pages, 1, SIZE, 8), EMPTY) for _ in range(layers)]
+    return [Pages(*cache.transpose(1, 2).split(4, dim=-1)) for cache in caches]
+
+
+def test_the_latent_has_the_memorys_ids_and_is_smaller(
+    latent: Latent, plain: AlignedMemory, wmatrix: WMatrix
+) -> None:
+    assert latent.ids == plain.ids
+    assert latent.rows.shape == (len(plain.ids) - 2, wmatrix.manifest.rank)
+    assert 0 < latent.bytes < plain.bytes
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_pages_hold_what_the_plain_way_gives_and_nothing_else(
+    data: st.DataObject, paged: PagedMap, latent: Latent, plain: AlignedMemory
+) -> None:
+    count = len(latent.ids)
+    begin = data.draw(st.integers(0, count - 1))
+    length = data.draw(st.integers(1, count - begin))
+    total = -(-count // SIZE) + 2
+    slots = data.draw(st.permutations(range(total * SIZE)))[:length]
+    skipped = data.draw(st.lists(st.booleans(), min_size=length, max_size=length))
+    slots = torch.tensor([-1 if s else slot for slot, s in zip(slots, skipped, strict=True)])
+    pages = empty_pages(3, total)
+    paged.write(latent, pages, [slots] * 3, begin)
+    real = slots >= 0
+    untouched = torch.ones(total * SIZE, dtype=torch.bool)
+    untouched[slots[real]] = False
+    for i, page in enumerate(pages):
+        for written, states in ((page.keys, plain.keys[i]), (page.values, plain.values[i])):
+            flat = written.flatten(0, 1)
+            expected = states[begin : begin + length][real]
+            torch.testing.assert_close(flat[slots[real]], expected, rtol=1e-5, atol=1e-5)
+            assert (flat[untouched] == EMPTY).all()
+
+
+def test_stored_numbers_are_divided_by_the_layers_scales(
+    paged: PagedMap, latent: Latent, plain: AlignedMemory
+) -> None:
+    pages = [Pages(p.keys, p.values, 2.0, 0.5) for p in empty_pages(3, 16)]
+    slots = torch.arange(len(latent.ids))
+    paged.write(latent, pages, [slots] * 3, begin=0)
+    keys, values = (part.flatten(0, 1)[slots] for part in (pages[1].keys, pages[1].values))
+    torch.testing.assert_close(keys, plain.keys[1] / 2, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(values, plain.values[1] * 2, rtol=1e-5, atol=1e-5)
+
+
+def test_a_rank_writes_its_own_layers_and_heads(
+    package: Package, wmatrix: WMatrix, folder: Path
+) -> None:
+    """The map's target seen as one layer of three heads, of which this rank has the last two."""
+    target = wmatrix.manifest.target
+    wide = target.layers[1].model_copy(update={"heads": 3})
+    manifest = wmatrix.manifest.model_copy(
+        update={"target": target.model_copy(update={"layers": (target.layers[0], wide)})}
+    )
+    generator = torch.Generator().manual_seed(1)
+    width = manifest.target.width
+    whole = WMatrix(
+        manifest,
+        wmatrix.mean,
+        wmatrix.scale,
+        wmatrix.encode,
+        torch.randn(wmatrix.manifest.rank, width, generator=generator),
+        torch.randn(width, generator=generator),
+        *([torch.randn(2, heads, 4, generator=generator) for heads in (1, 3)] for _ in range(2)),
+    )
+    expected = realign(package, whole, folder, embed, dtype=torch.float32)
+    rank = PagedMap(whole, {1: slice(1, 3)}, positions=64, device="cpu")
+    latent = rank.latent(package, folder, embed)
+    cache = torch.zeros(16, 2, SIZE, 8)
+    page = Pages(*cache.transpose(1, 2).split(4, dim=-1))
+    slots = torch.arange(len(latent.ids))
+    rank.write(latent, [page], [slots], begin=0)
+    for written, states in ((page.keys, expected.keys), (page.values, expected.values)):
+        found = written.flatten(0, 1)[slots]
+        torch.testing.assert_close(found, states[1][:, 1:], rtol=1e-5, atol=1e-5)
+
+
+def test_a_warm_up_writes_nothing(wmatrix: WMatrix) -> None:
+    paged = PagedMap(wmatrix, {i: slice(None) for i in range(3)}, positions=4096, device="cpu")
+    pages = empty_pages(3, 2)
+    paged.warm_up(pages)
+    assert all((part == EMPTY).all() for page in pages for part in (page.keys, page.values))
