@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -36,6 +37,17 @@ FLOAT8 = {
 """vLLM keeps float8 as bytes; its names of the formats."""
 WARM_UP_ROWS = 256
 """Rows that a map is tried on at start, so that no request is the first."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What one load did: `temperature` is "hot" (the prefix cache had its first blocks), "warm" (it
+    was aligned already) or "cold"; `tokens` and `bytes` were written, in `seconds`."""
+
+    temperature: str
+    tokens: int
+    bytes: int
+    seconds: float
 
 
 class WorkerHalf:
@@ -109,7 +121,7 @@ class WorkerHalf:
         return found
 
     @torch.inference_mode()
-    def load(self, load: Load) -> None:
+    def load(self, load: Load) -> Loaded:
         """Write one memory's tokens into a request's blocks.
 
         Raises:
@@ -129,13 +141,24 @@ class WorkerHalf:
             self.paged[load.params.wmatrix].write(memory, self.pages(), by_layer, load.begin)
         else:
             self.place(memory, slots, load.begin)
+        tokens, seconds = len(slots[0]), time.perf_counter() - started
         logger.info(
             "loaded %s: %d tokens, %s, %.0f ms",
             load.params.memory,
-            len(slots[0]),
+            tokens,
             temperature,
-            1e3 * (time.perf_counter() - started),
+            1e3 * seconds,
         )
+        return Loaded("hot" if load.begin else temperature, tokens, self.bytes_in(slots), seconds)
+
+    def bytes_in(self, slots: list[Tensor]) -> int:
+        """Bytes of cache that each KV cache group's slots stand for, in all of its layers."""
+        total = 0
+        for name, group in self.groups.items():
+            cache = self.layers[name].kv_cache  # [B, H, N, K|V]
+            slot = cache[0].numel() * cache.element_size() // cache.shape[2]
+            total += slot * int((slots[group] != SKIP).sum())
+        return total
 
     def place(self, memory: AlignedMemory, slots: list[Tensor], begin: int) -> None:
         """Write a memory's tokens from `begin` on into each KV cache group's slots."""

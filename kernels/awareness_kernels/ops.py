@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 
-from awareness_kernels import reference
+from awareness_kernels import checks, reference
 
 logger = logging.getLogger(__name__)
 
@@ -30,13 +30,18 @@ MUTATED = {"decode_paged": ("key_pages", "value_pages"), "rotate_paged": ("key_p
 
 
 def register(name: str) -> CustomOpDef:
-    """The operator `awareness::name`: the reference of that name, and its kernel for CUDA."""
+    """The operator `awareness::name`: the reference of that name, and its kernel for CUDA; either
+    runs on arguments that `checks` has passed."""
+
+    check = getattr(checks, name)
 
     def plain(*args: Any) -> Any:
+        check(*args)
         _log(name, "plain torch")
         return getattr(reference, name)(*args)
 
     def kernel(*args: Any) -> Any:
+        check(*args)
         _log(name, "Triton")
         return getattr(importlib.import_module(KERNELS[name]), name)(*args)
 
