@@ -60,6 +60,7 @@ class PagedMap:
         device: torch.device | str,
     ) -> None:
         self.manifest = wmatrix.manifest
+        self.positions = positions
         self.device = torch.device(device)
         target = self.manifest.target
         outputs = split_states(target, torch.arange(target.width)[None])
@@ -126,22 +127,29 @@ class PagedMap:
         """Compile the operators and measure their tile sizes, on rows that are written nowhere."""
         source, sink = self.manifest.source, len(self.manifest.sink)
         dtype = getattr(torch, source.dtype)
+        count = min(WARM_UP_ROWS, self.positions - sink)
         states = [
-            torch.zeros(WARM_UP_ROWS, layer.heads, layer.head_dim, dtype=dtype, device=self.device)
+            torch.zeros(count, layer.heads, layer.head_dim, dtype=dtype, device=self.device)
             for layer in (source.layers[i] for i in self.manifest.layers)
         ]
-        embeddings = torch.zeros(sink + WARM_UP_ROWS, self.manifest.target.hidden_size)
+        embeddings = torch.zeros(sink + count, self.manifest.target.hidden_size)
         nowhere = torch.full((len(embeddings),), -1)
         with ops.tuning(self.device):
-            rows = self._encode(states, states, torch.arange(WARM_UP_ROWS), embeddings)
+            rows = self._encode(states, states, torch.arange(count), embeddings)
             latent = Latent([0] * len(embeddings), rows)
             self.write(latent, pages, [nowhere] * len(pages), begin=0)
 
     @torch.inference_mode()
     def write(
-        self, latent: Latent, pages: Sequence[Pages], slots: Sequence[Tensor], begin: int
+        self,
+        latent: Latent,
+        pages: Sequence[Pages],
+        slots: Sequence[Tensor],
+        begin: int,
+        offset: int = 0,
     ) -> None:
-        """Decode a memory's tokens from `begin` on into pages.
+        """Decode a memory's tokens from `begin` on into pages, moved by `offset` positions; tokens
+        of its sink, which are as cached, cannot be moved.
 
         Args:
             pages, slots: per layer of this process; slots [N] int64 of tokens begin … begin+N-1,
@@ -156,7 +164,7 @@ class PagedMap:
             rows.to(self.device),
             self.decode,
             self.bias,
-            torch.arange(begin, end, device=self.device),
+            torch.arange(begin + offset, end + offset, device=self.device),
             *self.turns,
             *own,
             [p.keys for p in pages],

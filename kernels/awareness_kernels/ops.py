@@ -32,7 +32,6 @@ MUTATED = {"decode_paged": ("key_pages", "value_pages"), "rotate_paged": ("key_p
 def register(name: str) -> CustomOpDef:
     """The operator `awareness::name`: the reference of that name, and its kernel for CUDA; either
     runs on arguments that `checks` has passed."""
-
     check = getattr(checks, name)
 
     def plain(*args: Any) -> Any:

@@ -138,8 +138,10 @@ def test_a_rank_writes_its_own_layers_and_heads(
         torch.testing.assert_close(found, states[1][:, 1:], rtol=1e-5, atol=1e-5)
 
 
-def test_a_warm_up_writes_nothing(wmatrix: WMatrix) -> None:
-    paged = PagedMap(wmatrix, {i: slice(None) for i in range(3)}, positions=4096, device="cpu")
+@pytest.mark.parametrize("positions", [4096, 100])
+def test_a_warm_up_writes_nothing(wmatrix: WMatrix, positions: int) -> None:
+    heads = {i: slice(None) for i in range(3)}
+    paged = PagedMap(wmatrix, heads, positions=positions, device="cpu")
     pages = empty_pages(3, 2)
     paged.warm_up(pages)
     assert all((part == EMPTY).all() for page in pages for part in (page.keys, page.values))

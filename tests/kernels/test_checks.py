@@ -1,0 +1,464 @@
+"""What the fused operators refuse, by the argument's name, and what they take.
+
+They run as users call them: the reference on a CPU, the kernels on a GPU.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from awareness_kernels import checks, ops, reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.gpu if DEVICE == "cuda" else pytest.mark.unit
+
+Arguments = dict[str, Any]
+Change = Callable[[Any], Any]
+
+OPERATORS = ("encode_states", "decode_paged", "rotate_paged")
+PAGES, SIZE, ROWS, SINK = 3, 4, 5, 1
+SLOTS = PAGES * SIZE
+POISON = 7.0
+
+
+def valid(operator: str) -> Arguments:
+    """Arguments of two layers that an operator takes; keys and values differ in heads and dims."""
+
+    def some(*size: int) -> Tensor:
+        return torch.linspace(0.5, 1, torch.Size(size).numel(), device=DEVICE).view(size)
+
+    def two(*size: int) -> list[Tensor]:
+        return [some(*size) for _ in range(2)]
+
+    def pages(*heads: int) -> list[Tensor]:
+        return [torch.full((PAGES, SIZE, *heads), POISON, device=DEVICE) for _ in range(2)]
+
+    def count(end: int) -> Tensor:
+        return torch.arange(end, device=DEVICE)
+
+    if operator == "encode_states":
+        features = 2 * (2 * 8 + 3 * 6) + 2 * 4
+        found = [two(6, 2, 8), two(6, 3, 6), two(6, 4), two(6, 4), [0, 1]]
+        found += [count(ROWS), count(ROWS) == 2, count(SINK + ROWS), some(7, 4)]
+        found += [some(features), some(features), some(features, 3), 1, SINK]
+    elif operator == "decode_paged":
+        rows, outputs = SINK + ROWS, 2 * (2 * 8 + 3 * 6)
+        found = [some(ROWS, 3), some(3, outputs), some(outputs), count(rows)]
+        found += [two(rows, 4), two(rows, 4), [0, 1], two(SINK, 2, 8), two(SINK, 3, 6)]
+        found += [pages(2, 8), pages(3, 6), [count(rows), count(rows) + SIZE], some(4)]
+    else:
+        found = [pages(2, 8), [count(ROWS), count(ROWS) + SIZE], two(4), two(4), [0, 1], some(2)]
+    names = inspect.signature(getattr(reference, operator)).parameters
+    return dict(zip(names, found, strict=True))
+
+
+def altered(operator: str, name: str, change: Change) -> Arguments:
+    """Valid arguments but for one; `name` may have an index."""
+    arguments = valid(operator)
+    argument, *item = re.findall(r"\w+", name)
+    if item:
+        arguments[argument][int(item[0])] = change(arguments[argument][int(item[0])])
+    else:
+        arguments[argument] = change(arguments[argument])
+    return arguments
+
+
+def pages_of(arguments: Arguments) -> list[Tensor]:
+    return [page for name in arguments if name.endswith("_pages") for page in arguments[name]]
+
+
+def refused(
+    operator: str, arguments: Arguments, name: str, error: type[Exception] = ValueError
+) -> str:
+    """The message that an operator refuses arguments with: it names one. Nothing is written."""
+    before = [page.clone() for page in pages_of(arguments)]
+    with pytest.raises(error, match=f"^{re.escape(name)}: .* expected ") as caught:
+        getattr(ops, operator)(*arguments.values())
+    assert all(map(torch.equal, pages_of(arguments), before))
+    return str(caught.value)
+
+
+def strided(x: Tensor) -> Tensor:
+    """The same numbers, each beside one that is not of the tensor."""
+    return torch.stack((x, x), dim=-1)[..., 0]
+
+
+def columns(x: Tensor) -> Tensor:
+    """The same rows, laid column by column."""
+    return x.T.contiguous().T
+
+
+def with_last(last: int) -> Change:
+    return lambda x: torch.cat((x[:-1], x.new_tensor([last])))
+
+
+def shorter(x: Tensor) -> Tensor:
+    return x[:-1].contiguous()
+
+
+def narrower(x: Tensor) -> Tensor:
+    return x[..., :-1].contiguous()
+
+
+def twice(x: Tensor) -> Tensor:
+    return torch.cat((x, x), dim=-1)
+
+
+def flat(x: Tensor) -> Tensor:
+    return x.flatten()
+
+
+def nested(x: Tensor) -> Tensor:
+    return x[None]
+
+
+HALF, INT, DOUBLE = Tensor.half, Tensor.int, Tensor.double
+
+SHAPES: dict[str, dict[str, list[Change]]] = {
+    "encode_states": {
+        "keys[0]": [flat, narrower],
+        "keys[1]": [flat, nested, narrower, shorter],
+        "values[0]": [shorter, narrower],
+        "cos[0]": [flat, twice, strided],
+        "cos[1]": [flat, twice, strided],
+        "sin[0]": [shorter, narrower, columns],
+        "woven[1]": [lambda _: 2, lambda _: -1],
+        "source": [nested, strided, with_last(-1), with_last(6)],
+        "blank": [shorter, nested, strided],
+        "ids": [shorter, nested, strided, with_last(-1), with_last(7)],
+        "embedding": [flat, strided, columns],
+        "mean": [shorter, nested, strided],
+        "scale": [shorter, nested, strided],
+        "weight": [shorter, flat, columns],
+        "predecessors": [lambda _: -2],
+        "sink": [lambda _: -1],
+    },
+    "decode_paged": {
+        "latent": [flat, strided, columns],
+        "weight": [shorter, narrower, flat, columns],
+        "bias": [shorter, nested, strided],
+        "positions": [nested, strided, lambda x: x[: ROWS - 1], with_last(-1), with_last(6)],
+        "cos[1]": [flat, twice, strided],
+        "sin[1]": [shorter, narrower, columns],
+        "woven[0]": [lambda _: 2],
+        "sink_keys[0]": [flat, shorter, twice, strided],
+        "sink_values[1]": [flat, shorter, twice, strided],
+        "key_pages[0]": [flat, nested, narrower],
+        "value_pages[1]": [flat, shorter, narrower, lambda x: x[:, :-1]],
+        "slots[0]": [shorter, nested, strided, with_last(SLOTS), with_last(2**62)],
+        "slots[1]": [shorter, nested, strided, with_last(SLOTS)],
+        "scales": [shorter, nested, strided],
+    },
+    "rotate_paged": {
+        "key_pages[1]": [flat, nested, narrower],
+        "slots[0]": [nested, strided, with_last(SLOTS)],
+        "slots[1]": [shorter, nested, strided, with_last(SLOTS)],
+        "cos[0]": [nested, twice, strided],
+        "sin[1]": [narrower, nested, strided],
+        "woven[1]": [lambda _: 2],
+        "scales": [shorter, nested, strided],
+    },
+}
+"""Argument by argument, what is refused with a ValueError."""
+DTYPES: dict[str, dict[str, list[Change]]] = {
+    "encode_states": {
+        "keys[0]": [INT],
+        "keys[1]": [HALF],
+        "values[0]": [HALF],
+        "cos[1]": [HALF],
+        "sin[0]": [HALF],
+        "source": [INT],
+        "blank": [INT],
+        "ids": [INT],
+        "embedding": [INT],
+        "mean": [INT],
+        "scale": [INT],
+        "weight": [INT],
+    },
+    "decode_paged": {
+        "latent": [INT],
+        "weight": [INT],
+        "bias": [INT],
+        "positions": [INT, DOUBLE],
+        "cos[0]": [HALF],
+        "sin[1]": [HALF],
+        "sink_keys[0]": [INT],
+        "sink_values[0]": [HALF],
+        "key_pages[0]": [INT],
+        "key_pages[1]": [HALF],
+        "value_pages[0]": [HALF],
+        "slots[1]": [INT],
+        "scales": [HALF],
+    },
+    "rotate_paged": {
+        "key_pages[0]": [INT],
+        "key_pages[1]": [HALF],
+        "slots[0]": [INT],
+        "cos[1]": [HALF],
+        "sin[0]": [HALF],
+        "scales": [HALF],
+    },
+}
+
+
+def cases(table: dict[str, dict[str, list[Change]]]) -> list[Any]:
+    return [
+        pytest.param(operator, name, change, id=f"{operator}-{name}-{i}")
+        for operator, arguments in table.items()
+        for name, changes in arguments.items()
+        for i, change in enumerate(changes)
+    ]
+
+
+TENSORS = [
+    (operator, f"{name}[1]" if isinstance(x, list) else name)
+    for operator in OPERATORS
+    for name, x in valid(operator).items()
+    if isinstance(x[1] if isinstance(x, list) else x, Tensor)
+]
+LISTS = [
+    (operator, name)
+    for operator in OPERATORS
+    for name, x in valid(operator).items()
+    if isinstance(x, list)
+]
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_what_is_valid_runs(operator: str) -> None:
+    arguments = valid(operator)
+    getattr(ops, operator)(*arguments.values())
+    assert all((page != POISON).any() for page in pages_of(arguments))
+
+
+@pytest.mark.parametrize(("operator", "name", "change"), cases(SHAPES))
+def test_a_wrong_shape_stride_or_index_is_named(operator: str, name: str, change: Change) -> None:
+    refused(operator, altered(operator, name, change), name)
+
+
+@pytest.mark.parametrize(
+    ("operator", "short", "name"),
+    [
+        ("encode_states", ("keys[0]", "keys[1]", "values[0]", "values[1]"), "source"),
+        ("encode_states", ("cos[1]", "sin[1]"), "source"),
+        ("decode_paged", ("cos[1]", "sin[1]"), "positions"),
+    ],
+)
+def test_an_index_is_in_the_shortest_of_what_it_indexes(
+    operator: str, short: tuple[str, ...], name: str
+) -> None:
+    arguments = valid(operator)
+    for part in short:
+        argument, i = re.findall(r"\w+", part)
+        arguments[argument][int(i)] = arguments[argument][int(i)][:4]
+    refused(operator, arguments, name)
+
+
+@pytest.mark.parametrize(("operator", "name", "change"), cases(DTYPES))
+def test_a_wrong_dtype_is_named(operator: str, name: str, change: Change) -> None:
+    refused(operator, altered(operator, name, change), name, TypeError)
+
+
+@pytest.mark.parametrize(("operator", "name"), LISTS)
+def test_a_list_of_another_length_is_named(operator: str, name: str) -> None:
+    refused(operator, altered(operator, name, lambda x: x[:1]), name)
+
+
+@pytest.mark.parametrize(("operator", "name"), [("encode_states", "keys"), ("decode_paged", "cos")])
+def test_there_is_a_layer(operator: str, name: str) -> None:
+    arguments = {k: [] if isinstance(x, list) else x for k, x in valid(operator).items()}
+    assert "0, expected 1 or more" in refused(operator, arguments, name)
+
+
+@pytest.mark.parametrize(("operator", "name"), TENSORS)
+def test_a_tensor_on_another_device_is_named(operator: str, name: str) -> None:
+    arguments = altered(operator, name, lambda x: x.to("meta"))
+    # Called directly: torch gives an operator with a meta tensor to its fake.
+    with pytest.raises(ValueError, match=f"^{re.escape(name)}: device meta, expected {DEVICE}"):
+        getattr(checks, operator)(*arguments.values())
+
+
+def test_the_message_says_what_was_found_and_expected() -> None:
+    arguments = altered("decode_paged", "slots[1]", with_last(SLOTS + 3))
+    message = refused("decode_paged", arguments, "slots[1]")
+    assert message == "slots[1]: greatest index 15, expected less than 12"
+    arguments = altered("decode_paged", "weight", shorter)
+    assert "shape (2, 68), expected (3, 68)" in refused("decode_paged", arguments, "weight")
+
+
+def test_a_kernel_takes_no_float64() -> None:
+    """It would read such a table as float32. Meta stands for any device but a CPU."""
+    arguments = altered("rotate_paged", "cos[0]", DOUBLE)
+    for name in ("key_pages", "slots", "cos", "sin"):
+        arguments[name] = [x.to("meta") for x in arguments[name]]
+    arguments["scales"] = arguments["scales"].to("meta")
+    with pytest.raises(TypeError, match=r"^cos\[0\]: dtype torch\.float64"):
+        checks.rotate_paged(*arguments.values())
+
+
+def test_the_dtypes_of_caches_are_those_that_kernels_know() -> None:
+    from awareness_kernels.launch import SCALARS
+
+    assert set(checks.CACHED) == set(SCALARS)
+
+
+def none(x: Tensor) -> Tensor:
+    return x[:0]
+
+
+def still(x: list[Tensor]) -> list[Tensor]:
+    return [table[..., :0] for table in x]
+
+
+def each(change: Change) -> Change:
+    return lambda x: [change(item) for item in x]
+
+
+def head_by_head(x: Tensor) -> Tensor:
+    return x.transpose(-3, -2).contiguous().transpose(-3, -2)
+
+
+def float8(x: Tensor) -> Tensor:
+    return x.to(torch.float8_e5m2)
+
+
+def skipped(x: Tensor) -> Tensor:
+    return torch.full_like(x, torch.iinfo(torch.int64).min)
+
+
+UNUSUAL: dict[str, dict[str, dict[str, Change]]] = {
+    "encode_states": {
+        "states by any strides": {"keys": each(strided), "values": each(head_by_head)},
+        "embeddings with gaps between rows": {"embedding": lambda x: twice(x)[:, :4]},
+        "no rotary positions": {"cos": still, "sin": still},
+        "no tokens": {"source": none, "blank": none, "ids": lambda x: x[:SINK]},
+        "no embeddings": {
+            "predecessors": lambda _: -1,
+            **dict.fromkeys(("mean", "scale", "weight"), lambda x: x[:-8]),
+        },
+        "other dtypes": {
+            "keys": each(HALF),
+            "values": each(HALF),
+            "embedding": Tensor.bfloat16,
+            "weight": Tensor.bfloat16,
+        },
+    },
+    "decode_paged": {
+        "a sink alone": {
+            "latent": none,
+            "sink_keys": each(lambda x: x.expand(SINK + ROWS, -1, -1)),
+            "sink_values": each(lambda x: x.expand(SINK + ROWS, -1, -1)),
+        },
+        "no sink": {
+            "positions": lambda x: x[SINK:],
+            "slots": each(lambda x: x[SINK:]),
+            "sink_keys": each(none),
+            "sink_values": each(none),
+        },
+        "no rotary positions": {"cos": still, "sin": still},
+        "a sink's position beyond the tables": {
+            "positions": lambda x: x.clone().index_fill_(0, x[:1], 99)
+        },
+        "pages by any strides": {"key_pages": each(strided), "value_pages": each(head_by_head)},
+        "nothing to write": {"slots": each(skipped)},
+        "other dtypes": {
+            "latent": HALF,
+            "weight": Tensor.bfloat16,
+            "key_pages": each(float8),
+            "value_pages": each(float8),
+        },
+    },
+    "rotate_paged": {
+        "no layers": dict.fromkeys(("key_pages", "slots", "cos", "sin", "woven", "scales"), none),
+        "no rows": {"slots": each(none)},
+        "no rotary positions": {"cos": still, "sin": still},
+        "pages by any strides": {"key_pages": each(head_by_head)},
+        "nothing to rewrite": {"slots": each(skipped)},
+        "other dtypes": {"key_pages": each(float8)},
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("operator", "changes"),
+    [
+        pytest.param(operator, changes, id=f"{operator}-{what}")
+        for operator, unusual in UNUSUAL.items()
+        for what, changes in unusual.items()
+    ],
+)
+def test_what_is_unusual_runs_too(operator: str, changes: dict[str, Change]) -> None:
+    arguments = valid(operator)
+    for name, change in changes.items():
+        arguments[name] = change(arguments[name])
+    getattr(ops, operator)(*arguments.values())
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a kernel takes no float64")
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_the_oracle_runs(operator: str) -> None:
+    arguments = valid(operator)
+    for name, x in arguments.items():
+        tensors = x if isinstance(x, list) else [x]
+        if isinstance(tensors[0], Tensor) and tensors[0].is_floating_point():
+            doubled = [tensor.double() for tensor in tensors]
+            arguments[name] = doubled if isinstance(x, list) else doubled[0]
+    getattr(ops, operator)(*arguments.values())
+
+
+class Reads(TorchDispatchMode):
+    """Counts the single numbers of tensors that the host asks for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_the_host_waits_for_the_device_once(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lists: list[Tensor] = []
+    whole = Tensor.tolist
+    monkeypatch.setattr(Tensor, "tolist", lambda x: lists.append(x) or whole(x))
+    with Reads() as reads:
+        getattr(checks, operator)(*valid(operator).values())
+    assert (len(lists), reads.count) == (1, 0)
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), operator=st.sampled_from(OPERATORS[1:]))
+def test_all_slots_are_in_the_pages_or_nothing_is_written(
+    data: st.DataObject, operator: str
+) -> None:
+    arguments = valid(operator)
+    arguments["slots"] = [
+        torch.tensor(
+            data.draw(st.lists(st.integers(-3, SLOTS - 1), min_size=len(x), max_size=len(x)))
+        )
+        for x in arguments["slots"]
+    ]
+    layer = data.draw(st.none() | st.integers(0, 1))
+    if layer is not None:
+        slots = arguments["slots"][layer]
+        at = data.draw(st.integers(0, len(slots) - 1))
+        slots[at] = data.draw(st.integers(SLOTS, SLOTS + 2) | st.integers(SLOTS, 2**63 - 1))
+    arguments["slots"] = [x.to(DEVICE) for x in arguments["slots"]]
+    if layer is not None:
+        refused(operator, arguments, f"slots[{layer}]")
+        return
+    getattr(ops, operator)(*arguments.values())
+    for i, page in enumerate(pages_of(arguments)):
+        named = torch.zeros(SLOTS, dtype=torch.bool, device=DEVICE)
+        slots = arguments["slots"][i % 2]
+        named[slots[slots >= 0]] = True
+        assert torch.equal((page.flatten(0, 1) != POISON).any(-1).any(-1), named)
