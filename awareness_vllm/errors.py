@@ -42,6 +42,12 @@ class ContextTooLong(AwarenessError):
     """A memory (and prompt) that does not fit into the target's context window."""
 
 
+class Unauthorized(AwarenessError):
+    """A request without an API key of one of the server's tenants."""
+
+    status = 401
+
+
 class MemoryNotFound(AwarenessError):
     """A well-formed ID that the store does not hold."""
 

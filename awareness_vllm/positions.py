@@ -67,3 +67,11 @@ def strip(keys: Tensor, positions: Tensor, descriptor: Positions) -> Tensor:
 def apply(keys: Tensor, positions: Tensor, descriptor: Positions) -> Tensor:
     """Position-free keys [T, H, D] to keys as cached at these positions, float32."""
     return rotate(keys, *table(positions, descriptor))
+
+
+def shift(keys: Tensor, offset: int, descriptor: Positions) -> Tensor:
+    """Keys [T, H, D] as cached, moved by `offset` positions; by none, bit for bit as they were."""
+    if not offset:
+        return keys
+    cos, sin = table(torch.tensor([offset]), descriptor)
+    return rotate(keys, cos.expand(len(keys), -1), sin.expand(len(keys), -1))

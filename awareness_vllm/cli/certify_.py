@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from awareness_vllm.anchors.corpus import load as load_texts
     from awareness_vllm.cli.eval_ import read_cases
-    from awareness_vllm.wmatrix.certificate import certify
+    from awareness_vllm.wmatrix.certify import certify
     from awareness_vllm.wmatrix.file import load
 
     texts, cases = load_texts(args.texts), read_cases(args.cases)

@@ -23,6 +23,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="last tokens of a realigned memory that the model reads itself: more fidelity, more "
         "time (default: 16; the certificate says what each is worth)",
     )
+    parser.add_argument(
+        "--tenants",
+        type=Path,
+        metavar="FILE",
+        help="JSON: who has which API keys and which store (default: one tenant, --store)",
+    )
+    parser.add_argument(
+        "--pin", nargs="+", action="extend", default=[], metavar="ID", help="memories to keep warm"
+    )
+    parser.add_argument(
+        "--host-cache-gib",
+        type=float,
+        metavar="GIB",
+        help="host memory for aligned memories (default: 1)",
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -30,7 +45,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from awareness_vllm.serving.register import register
 
     register()
-    return {"argv": command(args.model, args.store, args.wmatrix, args.flags, args.tail)}
+    argv = command(
+        args.model,
+        args.store,
+        args.wmatrix,
+        args.flags,
+        tail=args.tail,
+        tenants=args.tenants,
+        pin=args.pin,
+        host_cache_gib=args.host_cache_gib,
+    )
+    return {"argv": argv}
 
 
 def show(result: dict[str, Any]) -> None:

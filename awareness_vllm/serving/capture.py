@@ -11,7 +11,9 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
+from awareness_vllm.anchors.spans import Tokens
 from awareness_vllm.errors import AwarenessError
 from awareness_vllm.geometry import Geometry, resolve_folder
 from awareness_vllm.packages.capture import read_tokens
@@ -44,14 +46,21 @@ def capture(folder: str | Path, text: str, *, name: str | None = None) -> Packag
                 expected="keys and values of all layers",
             )
         tensors = load_file(states)
+    return as_package(geometry, text, tokens, tensors, name)
+
+
+def as_package(
+    geometry: Geometry, text: str, tokens: Tokens, states: dict[str, Tensor], name: str | None
+) -> Package:
+    """A package of states that were read back from vLLM's blocks."""
     count = range(len(geometry.layers))
     return build(
         geometry=geometry,
         text=text,
         tokens=tokens.ids,
         spans=tokens.spans,
-        keys=[tensors[f"layers.{i}.key"] for i in count],
-        values=[tensors[f"layers.{i}.value"] for i in count],
+        keys=[states[f"layers.{i}.key"] for i in count],
+        values=[states[f"layers.{i}.value"] for i in count],
         engine="vllm",
         versions={"torch": importlib.metadata.version("torch"), "vllm": vllm_version()},
         name=name,

@@ -20,12 +20,15 @@ PARAMS_KEY = "awareness"
 class ServingConfig(Strict):
     """`store` is a folder of packages, `wmatrices` are files; the target reads the last `tail`
     tokens of a realigned memory itself; aligned memories of up to `host_cache_gib` GiB stay warm in
-    host memory. `capture` makes an offline engine read back."""
+    host memory, `pin` of them from the start; `tenants` is a file that gives each tenant keys and
+    a store of its own. An offline engine with `capture` reads back whatever is asked for."""
 
     store: str
     wmatrices: tuple[str, ...] = ()
     tail: int = Field(TAIL, ge=0)
-    host_cache_gib: float = 1.0
+    host_cache_gib: float = Field(1.0, ge=0)
+    tenants: str | None = None
+    pin: tuple[str, ...] = ()
     capture: bool = False
 
     @classmethod

@@ -3,6 +3,9 @@
 Loads are declared asynchronous but done within the step: only then can vLLM fail one request alone
 (`failed_recving`; block-level errors with several KV cache groups would kill the engine), and no
 placeholder token is ever computed.
+
+Each load's outcome goes back to the scheduler's instance, which counts it and puts it into the
+response (stats.py).
 """
 
 from __future__ import annotations
@@ -20,8 +23,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.logger import init_logger
 
 from awareness_vllm.serving.config import ServingConfig
-from awareness_vllm.serving.readback import CAPTURE_KEY, read_back
+from awareness_vllm.serving.readback import CAPTURE_KEY
 from awareness_vllm.serving.scheduler import SchedulerHalf, StepMetadata
+from awareness_vllm.serving.stats import Failed, Ledger, LoadMetrics, LoadStats, StepOutcomes
 from awareness_vllm.serving.worker import WorkerHalf
 
 if TYPE_CHECKING:
@@ -48,6 +52,8 @@ class AwarenessConnector(KVConnectorBase_V1, SupportsHMA):
         assert transfer is not None  # it named this connector
         self.config = ServingConfig.parse(transfer.kv_connector_extra_config)
         self.results = KVConnectorTransferResults()
+        self.outcomes = StepOutcomes()
+        self.ledger = Ledger()
         if role == KVConnectorRole.SCHEDULER:
             self.scheduler = SchedulerHalf(kv_cache_config)
         else:
@@ -65,9 +71,10 @@ class AwarenessConnector(KVConnectorBase_V1, SupportsHMA):
         self.results.finished_recving.update(metadata.failed)
         for load in metadata.loads:
             try:
-                self.worker.load(load)
-            except Exception:
-                logger.exception("memory %s did not load", load.params.memory)
+                self.outcomes.by_request[load.request_id] = self.worker.load(load)
+            except Exception as error:
+                logger.exception("request %s: its memory did not load", load.request_id)
+                self.outcomes.by_request[load.request_id] = Failed(type(error).__name__)
                 self.results.failed_recving.add(load.request_id)
             self.results.finished_recving.add(load.request_id)
 
@@ -76,13 +83,17 @@ class AwarenessConnector(KVConnectorBase_V1, SupportsHMA):
         assert isinstance(metadata, StepMetadata)
         for save in metadata.saves:
             try:
-                read_back(self.worker, save)
+                self.worker.save(save)
             except Exception:
-                logger.exception("capture into %s failed", save.path)
+                logger.exception("capture %s failed", save.name)
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         results, self.results = self.results, KVConnectorTransferResults()
         return results
+
+    def build_connector_worker_meta(self) -> StepOutcomes | None:
+        outcomes, self.outcomes = self.outcomes, StepOutcomes()
+        return outcomes if outcomes.by_request else None
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Nothing to wait for: loads are whole when `start_load_kv` returns."""
@@ -103,35 +114,71 @@ class AwarenessConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> tuple[int | None, bool]:
         try:
             tokens = self.scheduler.tokens_to_load(request, num_computed_tokens)
-        except Exception:
+        except Exception as error:
             logger.exception("request %s is prefilled instead", request.request_id)
+            self.ledger.failed(request.request_id, error)
             return 0, False
-        return tokens, tokens > 0
+        return tokens, bool(tokens)
 
     def update_state_after_alloc(
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
     ) -> None:
         try:
             self.scheduler.allocated(request, blocks, num_external_tokens)
-        except Exception:
+        except Exception as error:
             logger.exception("request %s is prefilled instead", request.request_id)
             self.scheduler.step.failed.append(request.request_id)
+            self.ledger.failed(request.request_id, error)
+        else:
+            if num_external_tokens:
+                self.ledger.planned(request.request_id)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
-        if self.config.capture:
+        try:
             self.scheduler.plan_saves(scheduler_output, CAPTURE_KEY)
+        except Exception:
+            logger.exception("a capture is not made")
         return self.scheduler.take_step()
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         self.scheduler.failed |= connector_output.failed_recving or set()
+        outcomes = connector_output.kv_connector_worker_meta
+        if isinstance(outcomes, StepOutcomes):
+            try:
+                self.ledger.happened(outcomes.by_request)
+            except Exception:
+                logger.exception("loads are not counted: %s", outcomes)
 
     def request_finished(
         self, request: Request, block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
-        self.scheduler.failed.discard(request.request_id)
-        return False, None
+        self.scheduler.finished(request.request_id)
+        try:
+            return False, self.ledger.close(request)
+        except Exception:
+            logger.exception("the response of request %s has no report", request.request_id)
+            return False, None
 
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         return self.request_finished(request, [])
+
+    # Statistics: taken in the scheduler (in a worker there are none), shown by the front end
+
+    def get_kv_connector_stats(self) -> LoadStats | None:
+        return self.ledger.take_stats()
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> LoadStats:
+        return LoadStats(data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: dict[type[Any], type[Any]],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> LoadMetrics:
+        return LoadMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)

@@ -1,36 +1,55 @@
-"""The `vllm.endpoint_plugins` entry: `memory_ids` on completions and chat completions.
+"""The `vllm.endpoint_plugins` entry: memories on completions, chat, responses and messages.
 
-Our routes replace vLLM's at the same paths and call vLLM's own handlers. A request without
-`memory_ids` passes through untouched. With them, the prompt is rendered by vLLM, the memory's ids
-are put before it, and everything that can refuse the request does so here, as a 4xx.
+Our routes replace vLLM's at the same paths and call vLLM's own handlers. A request without memories
+passes through untouched. With them, the prompt is rendered by vLLM, the memories' ids are put where
+they belong, and everything that can refuse the request does so here, as a 4xx.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
+import secrets
 from argparse import Namespace
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.routing import APIRoute
 from starlette.datastructures import State
+from starlette.responses import JSONResponse, Response
+from vllm.entrypoints.anthropic import api_router as message_routes
+from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
 from vllm.entrypoints.openai.chat_completion import api_router as chat_routes
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion import api_router as completion_routes
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.openai.responses import api_router as response_routes
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
-from vllm.exceptions import (
-    VLLMNotFoundError,
-    VLLMUnprocessableEntityError,
-    VLLMValidationError,
-)
+from vllm.exceptions import VLLMClientError
 from vllm.logger import init_logger
 
-from awareness_vllm.errors import AwarenessError, ContextTooLong, UnsupportedRequest
-from awareness_vllm.serving.config import CONNECTOR, ServingConfig
+from awareness_vllm.errors import AwarenessError, UnsupportedRequest
+from awareness_vllm.serving import catalogue
+from awareness_vllm.serving.asked import LONG, SHORT, asked_of
+from awareness_vllm.serving.backstage import Backstage
+from awareness_vllm.serving.config import CONNECTOR, PARAMS_KEY, ServingConfig
 from awareness_vllm.serving.extension import BIND
-from awareness_vllm.serving.memories import Memories, Resolved, kv_transfer_params
+from awareness_vllm.serving.http import (
+    answer_unauthorized,
+    check_fits,
+    client_error,
+    memories_of,
+    tenant_of,
+)
+from awareness_vllm.serving.memories import Memories, Prompt
+from awareness_vllm.serving.params import kv_transfer_params
+from awareness_vllm.serving.placing import mark, split
+from awareness_vllm.serving.publishing import announce
+from awareness_vllm.serving.readback import CAPTURE_KEY
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
@@ -38,12 +57,16 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.awareness.endpoints")
 
-FIELD = "memory_ids"
-AnyRequest = TypeVar("AnyRequest", CompletionRequest, ChatCompletionRequest)
+AnyRequest = CompletionRequest | ChatCompletionRequest | ResponsesRequest | AnthropicMessagesRequest
+Render = Callable[[str], Awaitable[Any]]
+"""Renders a chat with a mark where memories belong; gives vLLM's ErrorResponse, or what it has of
+the prompt."""
+
+Use = Callable[[Prompt], Awaitable[Prompt | None]]
+"""Puts a resolved prompt into a request; gives it as it is used, None where vLLM itself refuses the
+request."""
 
 router = APIRouter(dependencies=[Depends(validate_json_request)])
-COMPLETIONS = cast(APIRoute, completion_routes.router.routes[0])
-CHAT_COMPLETIONS = cast(APIRoute, chat_routes.router.routes[0])
 
 
 class AwarenessEndpoints:
@@ -54,6 +77,8 @@ class AwarenessEndpoints:
 
     def attach_router(self, app: FastAPI) -> None:
         app.include_router(router)
+        app.include_router(catalogue.router)
+        answer_unauthorized(app)
 
     async def init_state(
         self, engine_client: EngineClient | None, state: State, args: Namespace
@@ -69,133 +94,222 @@ class AwarenessEndpoints:
             return
         config = ServingConfig.parse(transfer.kv_connector_extra_config)
         model = engine_client.vllm_config.model_config
-        state.awareness = await asyncio.to_thread(
-            Memories, config, model.model, model.max_model_len
-        )
+        memories = await asyncio.to_thread(Memories, config, model.model, model.max_model_len)
         await engine_client.collective_rpc(BIND)
+        backstage = Backstage(engine_client)
+        await backstage.pin(memories, config.pin)
+        state.awareness, state.awareness_backstage = memories, backstage
         logger.info("memories are served from %s", config.store)
 
 
-@router.post("/v1/completions", responses=COMPLETIONS.responses)
+def route_of(module: Any, path: str) -> APIRoute:
+    """vLLM's own route at a path: ours documents the same responses."""
+    return next(route for route in module.router.routes if cast(APIRoute, route).path == path)
+
+
+@router.post("/v1/completions", responses=route_of(completion_routes, "/v1/completions").responses)
 async def create_completion(request: CompletionRequest, raw_request: Request) -> Any:
-    """vLLM's completions, and `memory_ids`: answered as if the memory had been read first."""
-    if FIELD in (request.model_extra or {}):
+    """vLLM's completions, answered as if the memories had been read first."""
+
+    async def use(prompt: Prompt) -> Prompt | None:
         handler = completion_routes.completion(raw_request)
         assert handler is not None  # this plugin loads only where the task is "generate"
-        memory, salt = await _memory(request, raw_request)
         rendered = await handler.render_completion_request(request)
-        if not isinstance(rendered, ErrorResponse):
-            _use(request, memory, salt)
-            prompts = cast("list[TokensInput]", rendered)  # of text: embeddings are refused
-            request.prompt = [
-                _expand(memory, prompt["prompt_token_ids"], raw_request) for prompt in prompts
-            ]
-            request.add_special_tokens = False
-    return await completion_routes.create_completion(request, raw_request)
+        if isinstance(rendered, ErrorResponse):
+            return None
+        prompts = cast("list[TokensInput]", rendered)  # of text: embeddings are refused
+        memories = memories_of(raw_request)
+        request.prompt = [
+            whole(memories, prompt, memories.without_prefix(one["prompt_token_ids"]))
+            for one in prompts
+        ]
+        request.add_special_tokens = False
+        carry(request, prompt)
+        return prompt
+
+    return await answered(request, raw_request, use, completion_routes.create_completion)
 
 
-@router.post("/v1/chat/completions", responses=CHAT_COMPLETIONS.responses)
+@router.post(
+    "/v1/chat/completions", responses=route_of(chat_routes, "/v1/chat/completions").responses
+)
 async def create_chat_completion(request: ChatCompletionRequest, raw_request: Request) -> Any:
-    """vLLM's chat completions, and `memory_ids`: the memory stands before the conversation."""
-    if FIELD in (request.model_extra or {}):
+    """vLLM's chat completions; the memories stand in the first user turn."""
+
+    async def render(text: str) -> Any:
         handler = chat_routes.chat(raw_request)
-        assert handler is not None  # this plugin loads only where the task is "generate"
-        memory, salt = await _memory(request, raw_request)
-        rendered = await handler.render_chat_request(request)
-        if not isinstance(rendered, ErrorResponse):
-            params = _use(request, memory, salt)
-            prompt = cast("TokensInput", rendered[1][0])
-            ids = _expand(memory, prompt["prompt_token_ids"], raw_request)
-            params["prompt_token_ids"] = ids
-    return await chat_routes.create_chat_completion(request, raw_request)
+        assert handler is not None
+        messages = mark(request.messages, text)
+        rendered = await handler.render_chat_request(copied(request, messages=messages))
+        return rendered if isinstance(rendered, ErrorResponse) else rendered[1][0]
+
+    use = in_chat(request, raw_request, render)
+    return await answered(request, raw_request, use, chat_routes.create_chat_completion)
 
 
-async def _memory(request: AnyRequest, raw_request: Request) -> tuple[Resolved, str | None]:
-    """Resolve the request's memory and refuse what cannot be honoured, as vLLM's client errors."""
-    memories: Memories | None = raw_request.app.state.awareness
-    ids = (request.model_extra or {}).pop(FIELD)
+@router.post("/v1/responses", responses=route_of(response_routes, "/v1/responses").responses)
+async def create_responses(request: ResponsesRequest, raw_request: Request) -> Any:
+    """vLLM's responses; the memories stand in the first user turn."""
+
+    async def render(text: str) -> Any:
+        handler = response_routes.responses(raw_request)
+        assert handler is not None
+        marked = copied(request, input=mark(request.input, text))
+        rendered = await handler.online_renderer.render_responses(marked)
+        return rendered if isinstance(rendered, ErrorResponse) else rendered.engine_input
+
+    use = in_chat(request, raw_request, render)
+    return await answered(request, raw_request, use, response_routes.create_responses)
+
+
+@router.post("/v1/messages", responses=route_of(message_routes, "/v1/messages").responses)
+async def create_messages(request: AnthropicMessagesRequest, raw_request: Request) -> Any:
+    """vLLM's Anthropic messages; the memories stand in the first user turn."""
+
+    async def render(text: str) -> Any:
+        handler = message_routes.messages(raw_request)
+        chat = handler.to_chat_completion_request(request)
+        messages = mark(chat.messages, text)
+        rendered = await handler.render_chat_request(copied(chat, messages=messages))
+        return rendered if isinstance(rendered, ErrorResponse) else rendered[1][0]
+
+    use = in_chat(request, raw_request, render)
     try:
-        _check_request(request, ids)
-        if memories is None:
-            raise UnsupportedRequest(
-                "this server serves no memories",
-                found="no awareness connector",
-                expected=f"--kv-transfer-config with {CONNECTOR}",
-                remedy="start the server with `awareness serve`",
-            )
-        return await asyncio.to_thread(memories.resolve, ids[0]), request.cache_salt
+        return await answered(request, raw_request, use, message_routes.create_messages)
+    except VLLMClientError as error:  # in the form that clients of this API expect
+        return message_routes.translate_error_response(create_error_response(error))
+
+
+async def answered(
+    request: AnyRequest,
+    raw_request: Request,
+    use: Use,
+    handler: Callable[[Any, Request], Awaitable[Any]],
+) -> Any:
+    """vLLM's answer to a request, with its memories put to use and reported."""
+    drop_forged(request)
+    try:
+        body = request.model_extra
+        asked = asked_of(await raw_request.json() if body is None else body)
+        if asked is None:
+            return await handler(request, raw_request)
+        check_request(request, raw_request)
+        if asked.capture is not None:
+            capture = await announce(request, raw_request, asked.capture)
+            return await capture.answered(await handler(request, raw_request))
+        memories, tenant = memories_of(raw_request), tenant_of(raw_request)
+        prompt = await asyncio.to_thread(memories.resolve, asked, tenant, request.cache_salt)
+        used = await use(prompt)
     except AwarenessError as error:
         raise client_error(error) from error
+    response = await handler(request, raw_request)  # where `use` found a fault, it says so
+    return response if used is None else reported(response, used)
 
 
-def _check_request(request: AnyRequest, ids: object) -> None:
-    """Refuse fields with which a memory would be ignored in silence or cut in two."""
-    if not isinstance(ids, list) or len(ids) != 1:
-        raise UnsupportedRequest(
-            f"{FIELD} is not usable",
-            found=repr(ids)[:80],
-            expected="a list with one memory ID",
-            remedy='send {"memory_ids": ["mem_…"]}',
-        )
-    refused = {
-        "prompt_logprobs": request.prompt_logprobs is not None,
-        "echo": bool(request.echo),
-        "truncate_prompt_tokens": request.truncate_prompt_tokens is not None,
-        "use_beam_search": bool(request.use_beam_search),
-        "prompt_embeds": getattr(request, "prompt_embeds", None) is not None,
-    }
-    for field, present in refused.items():
-        if present:
-            raise UnsupportedRequest(
-                f"{FIELD} cannot be combined with {field}",
-                found=field,
-                expected=f"{FIELD} without it",
-                remedy=f"leave out {field}, or send the memory's text in the prompt",
-            )
+def drop_forged(request: AnyRequest) -> None:
+    """Take out of a client's `kv_transfer_params` what only this file may put there."""
+    if request.kv_transfer_params:
+        ours = (PARAMS_KEY, CAPTURE_KEY)
+        kept = {k: v for k, v in request.kv_transfer_params.items() if k not in ours}
+        request.kv_transfer_params = kept or None
 
 
-def _use(request: AnyRequest, memory: Resolved, caller_salt: str | None) -> dict[str, Any]:
-    """Tell the connector which memory to load, and the prefix cache whose blocks these are.
+def in_chat(request: AnyRequest, raw_request: Request, render: Render) -> Use:
+    """How a chat uses a prompt's memories: after the template's head, before the user's words."""
+
+    async def use(prompt: Prompt) -> Prompt | None:
+        text = secrets.token_hex(16)
+        rendered = await render(text)
+        if isinstance(rendered, ErrorResponse):
+            return None
+        head, rest = split(rendered.get("prompt") or "", text)
+        backstage: Backstage = raw_request.app.state.awareness_backstage
+        placed = prompt.after(backstage.tokens(head))
+        if placed.head and placed.tail is not None and not await backstage.keeps_head(placed.head):
+            placed = placed.natively()
+        ids = whole(memories_of(raw_request), placed, backstage.tokens(rest))
+        carry(request, placed)["prompt_token_ids"] = ids
+        return placed
+
+    return use
+
+
+def carry(request: AnyRequest, prompt: Prompt) -> dict[str, Any]:
+    """Tell the connector which memories to load, and the prefix cache whose blocks these are.
 
     Returns:
         the request's own `kv_transfer_params`.
     """
-    params = memory.params(caller_salt)
-    request.cache_salt = params.cache_salt
-    carried = kv_transfer_params(params, request.kv_transfer_params)
+    carried = dict(request.kv_transfer_params or {})
+    if (params := prompt.params) is not None:
+        request.cache_salt = params.cache_salt
+        carried = kv_transfer_params(params, carried)
     request.kv_transfer_params = carried
     return carried
 
 
-def _expand(memory: Resolved, ids: list[int], raw_request: Request) -> list[int]:
-    """The memory's ids, then the prompt's own. Raises a 400 when they do not fit."""
-    memories: Memories = raw_request.app.state.awareness
-    own, limit = memories.without_prefix(ids), memories.max_model_len
-    found = f"{len(memory.ids)} tokens of memory and {len(own)} of prompt"
-    try:
-        if not own:
+def whole(memories: Memories, prompt: Prompt, own: list[int]) -> list[int]:
+    """The memories' ids, then the prompt's own.
+
+    Raises:
+        UnsupportedRequest: nothing of its own; ContextTooLong: it does not fit.
+    """
+    ids = prompt.ids
+    if not own:
+        raise UnsupportedRequest(
+            "the prompt is empty",
+            found=f"{len(ids)} tokens of memory and none of prompt",
+            expected="at least one token to answer",
+            remedy="put the question into the prompt",
+        )
+    names = " ".join(memory.memory for memory in prompt.memories)
+    check_fits(f"memory {names}", len(ids), len(own), memories.max_model_len)
+    return [*ids, *own]
+
+
+def copied(request: Any, **update: Any) -> Any:
+    """A request to render: rendering must not use up what the request itself carries."""
+    return request.model_copy(update={**update, "kv_transfer_params": None})
+
+
+def check_request(request: AnyRequest, raw_request: Request) -> None:
+    """Refuse fields with which a memory would be ignored in silence, cut in two, or wrong."""
+    adapters = raw_request.app.state.openai_serving_models.lora_requests
+    refused = {
+        "prompt_logprobs": getattr(request, "prompt_logprobs", None) is not None,
+        "echo": bool(getattr(request, "echo", False)),
+        "truncate_prompt_tokens": getattr(request, "truncate_prompt_tokens", None) is not None,
+        "use_beam_search": bool(getattr(request, "use_beam_search", False)),
+        "prompt_embeds": getattr(request, "prompt_embeds", None) is not None,
+        "previous_response_id": getattr(request, "previous_response_id", None) is not None,
+        "a LoRA adapter": request.model in adapters,
+    }
+    for field, present in refused.items():
+        if present:
             raise UnsupportedRequest(
-                "the prompt is empty",
-                found=found,
-                expected="at least one token to answer",
-                remedy="put the question into the prompt",
+                f"{SHORT} cannot be combined with {field}",
+                found=field,
+                expected=f"{SHORT} without it",
+                remedy=f"leave out {field}, or send the memory's text in the prompt",
             )
-        if len(memory.ids) + len(own) >= limit:
-            raise ContextTooLong(
-                f"memory {memory.memory} does not fit",
-                found=found,
-                expected=f"fewer than {limit} (max_model_len)",
-                remedy="use a shorter memory, or start the server with a larger --max-model-len",
-            )
-    except AwarenessError as error:
-        raise client_error(error) from error
-    return [*memory.ids, *own]
 
 
-def client_error(error: AwarenessError) -> Exception:
-    """Our error as the vLLM error that its HTTP layer answers with the same status."""
-    if error.status == 404:
-        return VLLMNotFoundError(str(error))
-    if error.status == 422:
-        return VLLMUnprocessableEntityError(str(error), parameter=FIELD)
-    return VLLMValidationError(str(error), parameter=FIELD)
+def reported(response: Response, prompt: Prompt) -> Response:
+    """The response with what it used: in headers, and, unless it is a stream, in its body, where
+    the engine's own report is added: how warm the memories were, and how long they took."""
+    report = prompt.report()
+    kept = [figure for figure in report["retention"] if figure is not None]
+    response.headers["X-Awareness-Memories"] = ",".join(report["ids"])
+    response.headers["X-Awareness-Plan"] = report["plan"]
+    response.headers["X-Awareness-Tokens"] = str(report["tokens"])
+    if len(kept) == len(report["ids"]):
+        response.headers["X-Awareness-Retention"] = f"{min(kept):.3f}"
+    if not isinstance(response, JSONResponse) or response.status_code != 200:
+        return response
+    body = json.loads(bytes(response.body))
+    carried = body.get("kv_transfer_params") or {}
+    body[LONG] = {**report, **carried.pop(PARAMS_KEY, {})}
+    if "kv_transfer_params" in body:
+        body["kv_transfer_params"] = carried or None
+    headers = {k: v for k, v in response.headers.items() if k != "content-length"}
+    return JSONResponse(body, headers=headers)

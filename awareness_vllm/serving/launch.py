@@ -11,7 +11,9 @@ from pathlib import Path
 
 from awareness_vllm.errors import BadInput
 from awareness_vllm.home import default_store
+from awareness_vllm.packages.manifest import check_id
 from awareness_vllm.serving.config import WORKER_EXTENSION, ServingConfig, transfer_config
+from awareness_vllm.serving.tenants import Tenants
 
 PLUGIN = "awareness"
 LOADED_BY_DEFAULT = tuple(
@@ -25,7 +27,11 @@ def command(
     store: Path | None,
     wmatrices: Sequence[Path],
     flags: Sequence[str],
+    *,
     tail: int | None = None,
+    tenants: Path | None = None,
+    pin: Sequence[str] = (),
+    host_cache_gib: float | None = None,
 ) -> list[str]:
     """The argv of a vLLM server with memories.
 
@@ -33,8 +39,9 @@ def command(
     named `vllm`, which the CPU build is not.
 
     Raises:
-        BadInput: a W-Matrix file that is not there, a negative tail, or a flag that this command
-            composes itself.
+        BadInput: a W-Matrix file that is not there, a tenants file that cannot be used, a negative
+            number, or a flag that this command composes itself.
+        InvalidMemoryId: a memory to pin that cannot be one.
     """
     for path in wmatrices:
         if not path.is_file():
@@ -46,6 +53,11 @@ def command(
             )
     if tail is not None and tail < 0:
         raise BadInput("not a number of tokens", found=tail, expected="--tail 0 or more")
+    if host_cache_gib is not None and host_cache_gib < 0:
+        raise BadInput("not a size", found=host_cache_gib, expected="--host-cache-gib 0 or more")
+    Tenants.read(tenants)
+    for memory in pin:
+        check_id(memory)
     for flag in flags:
         # vLLM also takes `--kv-transfer-config.kv_role VALUE`.
         name = flag.split("=")[0].split(".")[0].replace("_", "-")
@@ -59,7 +71,10 @@ def command(
     config = ServingConfig(
         store=str((store or default_store()).expanduser().resolve()),
         wmatrices=tuple(str(path.resolve()) for path in wmatrices),
+        tenants=str(tenants.resolve()) if tenants else None,
+        pin=tuple(pin),
         **({} if tail is None else {"tail": tail}),
+        **({} if host_cache_gib is None else {"host_cache_gib": host_cache_gib}),
     )
     return [
         sys.executable,

@@ -1,83 +1,31 @@
-"""What a server can load: its store, its W-Matrices and its own model, asked by memory ID."""
+"""What a server can load: its stores, its W-Matrices and its own model, asked by memory ID."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
-
 from awareness_vllm.align.aligner import prompt_ids
 from awareness_vllm.anchors.spans import load_tokenizer, prefix_ids
-from awareness_vllm.errors import NoWMatrix, UnsupportedRequest
-from awareness_vllm.geometry import Geometry, Strict, resolve_folder
+from awareness_vllm.errors import NoWMatrix, QualityUnreachable, UnsupportedRequest
+from awareness_vllm.geometry import Geometry, resolve_folder
 from awareness_vllm.packages.file import read_manifest, read_text, read_tokens
-from awareness_vllm.serving.config import PARAMS_KEY, ServingConfig
+from awareness_vllm.serving.asked import Asked
+from awareness_vllm.serving.config import ServingConfig
+from awareness_vllm.serving.params import LoadParams, Part
+from awareness_vllm.serving.tenants import Tenants
 from awareness_vllm.store.folder import Store
+from awareness_vllm.wmatrix.certificate import Certificate, Plan, cheapest, measured_for
 from awareness_vllm.wmatrix.file import WMatrixManifest, digest_of
 from awareness_vllm.wmatrix.file import read_manifest as read_wmatrix_manifest
 
 RESOLVED = 1024
 """Memories whose prompt ids are kept, so that a hot request does not tokenize them again."""
-
-
-class LoadParams(Strict):
-    """What a request tells the connector, under `kv_transfer_params["awareness"]`: of the prompt's
-    first `tokens` ids, all but the last `tail` come from the memory."""
-
-    memory: str
-    wmatrix: str = ""
-    tokens: int
-    tail: int = Field(0, ge=0)
-    caller_salt: str = ""
-
-    @property
-    def cache_salt(self) -> str:
-        """Aligned KV is approximate: it shares cached blocks with nothing but the same memory,
-        through the same map, for the same caller."""
-        parts = json.dumps([self.memory, self.wmatrix, self.tail, self.caller_salt])
-        return f"awareness-{hashlib.sha256(parts.encode()).hexdigest()}"
-
-    @classmethod
-    def of(cls, kv_transfer_params: object, cache_salt: str | None) -> LoadParams | None:
-        """The parameters of a request that our endpoint expanded, or None.
-
-        A client can write any `kv_transfer_params`; without the salt that belongs to them they
-        are ignored, so that nobody can place approximate KV where exact KV is looked up.
-        """
-        if not isinstance(kv_transfer_params, Mapping) or PARAMS_KEY not in kv_transfer_params:
-            return None
-        try:
-            params = cls.model_validate(kv_transfer_params[PARAMS_KEY])
-        except ValidationError:
-            return None
-        return params if params.tokens > 0 and params.cache_salt == cache_salt else None
-
-
-@dataclass(frozen=True)
-class Resolved:
-    """A memory that this server can load: its file, the map (None: a copy), its prompt ids, and how
-    many of the last ones are left to the target."""
-
-    memory: str
-    path: Path
-    wmatrix: WMatrixEntry | None
-    ids: list[int]
-    tail: int
-
-    def params(self, caller_salt: str | None) -> LoadParams:
-        return LoadParams(
-            memory=self.memory,
-            wmatrix=self.wmatrix.digest if self.wmatrix else "",
-            tokens=len(self.ids),
-            tail=self.tail,
-            caller_salt=caller_salt or "",
-        )
 
 
 @dataclass(frozen=True)
@@ -88,9 +36,140 @@ class WMatrixEntry:
     manifest: WMatrixManifest
     digest: str
 
+    @functools.cached_property
+    def certificate(self) -> Certificate | None:
+        found = self.manifest.certificate
+        return None if found is None else Certificate.model_validate(found)
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A memory that this server can load: its file, the map (None: a copy) and its prompt ids, of
+    which the first `prefix` only stand at a prompt's beginning."""
+
+    memory: str
+    path: Path
+    wmatrix: WMatrixEntry | None
+    ids: list[int]
+    prefix: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the memory's own text."""
+        return len(self.ids) - self.prefix
+
+    def retention(self, tail: int = 0) -> float | None:
+        """What is certified to be kept with the last `tail` tokens read natively; a copy keeps all.
+        None where nothing was measured."""
+        if self.wmatrix is None:
+            return 1.0
+        if self.wmatrix.certificate is None:
+            return None
+        plans = measured_for(self.wmatrix.certificate, self.tokens)
+        return max((p for p in plans if p.tail <= tail), key=lambda p: p.tail).retention.mean
+
+    def plan(self, quality_target: float, *, tails: bool) -> Plan | None:
+        """The cheapest certified way to load that keeps so much; None for a copy, which keeps all.
+
+        Raises:
+            QualityUnreachable: none keeps it, or none was measured.
+        """
+        if self.wmatrix is None:
+            return None
+        certificate = self.wmatrix.certificate
+        if certificate is None:
+            raise QualityUnreachable(
+                f"memory {self.memory} comes through a W-Matrix that is not certified",
+                found=self.wmatrix.path.name,
+                expected=f"one that is measured to keep {quality_target}",
+                remedy="`awareness certify`, or leave quality_target out",
+            )
+        return cheapest(certificate, quality_target, self.tokens, tails=tails)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The beginning of a prompt: one memory after another, all but the last `tail` tokens loaded;
+    with None nothing is loaded, the target reads all of it. In a chat, the ids of the template's
+    `head` stand before them."""
+
+    memories: tuple[Resolved, ...]
+    tail: int | None
+    tenant: str = ""
+    caller_salt: str = ""
+    head: tuple[int, ...] = ()
+
+    def after(self, head: Sequence[int]) -> Prompt:
+        """The same after a chat template's head."""
+        return replace(self, head=tuple(head))
+
+    def natively(self) -> Prompt:
+        """The same, read by the target itself."""
+        return replace(self, tail=None)
+
+    @property
+    def skips(self) -> list[int]:
+        """How many of each memory's first ids are left out: they only begin prompts."""
+        skips = [memory.prefix for memory in self.memories]
+        return skips if self.head else [0, *skips[1:]]
+
+    @property
+    def ids(self) -> list[int]:
+        skipped = zip(self.memories, self.skips, strict=True)
+        return [*self.head, *(id for memory, skip in skipped for id in memory.ids[skip:])]
+
+    @property
+    def params(self) -> LoadParams | None:
+        if self.tail is None:
+            return None
+        head = [Part(memory=head_name(self.head), tokens=len(self.head))] if self.head else []
+        parts = [
+            Part(
+                memory=memory.memory,
+                wmatrix=memory.wmatrix.digest if memory.wmatrix else "",
+                skip=skip,
+                tokens=len(memory.ids) - skip,
+            )
+            for memory, skip in zip(self.memories, self.skips, strict=True)
+        ]
+        return LoadParams(
+            parts=(*head, *parts),
+            tail=self.tail,
+            tenant=self.tenant,
+            caller_salt=self.caller_salt,
+        )
+
+    @property
+    def retention(self) -> list[float | None]:
+        """What was measured to be kept of each memory where it stands alone in a prompt; a copy
+        keeps all of itself there, and nobody has measured it anywhere else."""
+        if self.tail is None:
+            return [1.0] * len(self.memories)
+        tails = [0] * (len(self.memories) - 1) + [self.tail]
+        kept = [m.retention(tail) for m, tail in zip(self.memories, tails, strict=True)]
+        moved = range(0 if self.head else 1, len(self.memories))
+        return [
+            None if i in moved and not self.memories[i].wmatrix else k for i, k in enumerate(kept)
+        ]
+
+    def report(self) -> dict[str, Any]:
+        """What a response says of the memories that it used."""
+        return {
+            "ids": [memory.memory for memory in self.memories],
+            "plan": "recompute" if self.tail is None else "load",
+            "tokens": sum(memory.tokens for memory in self.memories),
+            "native_tail": self.tail,
+            "retention": self.retention,
+        }
+
+
+def head_name(ids: Sequence[int]) -> str:
+    """What a chat template's head is called in the worker: no memory has such an ID."""
+    return f"head_{hashlib.sha256(json.dumps(list(ids)).encode()).hexdigest()[:32]}"
+
 
 class Memories:
-    """Resolves memory IDs against a store for one served model. Reads files, never the engine."""
+    """Resolves memory IDs against stores for one served model. Reads files, never the engine."""
 
     def __init__(self, config: ServingConfig, model: str, max_model_len: int) -> None:
         self.max_model_len = max_model_len
@@ -98,7 +177,11 @@ class Memories:
         self.folder = resolve_folder(model)
         self.geometry = Geometry.from_folder(self.folder)
         self.prefix = prefix_ids(load_tokenizer(str(self.folder)))
-        self.store = Store(Path(config.store))
+        self.tenants = Tenants.read(Path(config.tenants) if config.tenants else None)
+        self.stores = {
+            tenant: Store(folder)
+            for tenant, folder in self.tenants.stores(Path(config.store)).items()
+        }
         # An ID names bytes, which `checked_path` has proven: what they resolve to cannot change.
         self._resolve_once = functools.lru_cache(RESOLVED)(self._resolve)
         self.wmatrices = [
@@ -106,13 +189,28 @@ class Memories:
             for p in config.wmatrices
         ]
 
-    def resolve(self, memory_id: object) -> Resolved:
-        """Everything that can be wrong with loading this memory is found here.
+    def resolve(self, asked: Asked, tenant: str, caller_salt: str | None = None) -> Prompt:
+        """Everything that can be wrong with loading these memories is found here.
 
         Raises:
-            InvalidMemoryId, MemoryNotFound, PackageCorrupt, NoWMatrix, UnsupportedRequest
+            InvalidMemoryId, MemoryNotFound, PackageCorrupt, NoWMatrix, UnsupportedRequest,
+            QualityUnreachable
         """
-        return self._resolve_once(self.store.checked_path(memory_id))
+        found = tuple(self.resolve_one(memory, tenant) for memory in asked.ids)
+        tail: int | None = min(self.tail, found[-1].tokens) if found[-1].wmatrix else 0
+        if asked.quality_target is not None:
+            try:
+                tail = tail_for(found, asked.quality_target)
+            except QualityUnreachable:
+                if asked.on_low_quality == "fail":
+                    raise
+                if asked.on_low_quality == "recompute":
+                    tail = None
+        return Prompt(found, tail, tenant, caller_salt or "")
+
+    def resolve_one(self, memory_id: object, tenant: str) -> Resolved:
+        """One memory of a tenant. Raises as `resolve` does."""
+        return self._resolve_once(self.stores[tenant].checked_path(memory_id))
 
     def _resolve(self, path: Path) -> Resolved:
         manifest = read_manifest(path)
@@ -125,10 +223,13 @@ class Memories:
                 remedy="capture it with its text",
             )
         if source.same_model(self.geometry):
-            return Resolved(path.stem, path, None, read_tokens(path), tail=0)
+            ids = read_tokens(path)
+            own = len(self.prefix) if ids[: len(self.prefix)] == self.prefix else 0
+            return Resolved(path.stem, path, None, ids, own)
         entry = self.wmatrix_for(path.stem, source)
-        ids = prompt_ids(read_text(path), entry.manifest.sink, self.folder)
-        return Resolved(path.stem, path, entry, ids, min(self.tail, len(ids) - 1))
+        sink = entry.manifest.sink
+        ids = prompt_ids(read_text(path), sink, self.folder)
+        return Resolved(path.stem, path, entry, ids, len(sink))
 
     def wmatrix_for(self, memory_id: str, source: Geometry) -> WMatrixEntry:
         """The W-Matrix from a source model to the served one. Raises NoWMatrix."""
@@ -156,6 +257,13 @@ class Memories:
         return ids[count:] if count and ids[:count] == self.prefix else ids
 
 
-def kv_transfer_params(params: LoadParams, extra: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The request field that carries our parameters to the connector."""
-    return {**(extra or {}), PARAMS_KEY: params.model_dump()}
+def tail_for(memories: Sequence[Resolved], quality_target: float) -> int:
+    """The native tail with which every memory keeps its target; only the last one can have any.
+
+    Raises:
+        QualityUnreachable: one of them does not.
+    """
+    for memory in memories[:-1]:
+        memory.plan(quality_target, tails=False)
+    plan = memories[-1].plan(quality_target, tails=True)
+    return min(plan.tail, memories[-1].tokens) if plan else 0

@@ -10,35 +10,52 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from awareness_vllm.errors import UnsupportedModel
+from awareness_vllm.geometry import Geometry
+from awareness_vllm.serving.pages import layer_index
 from awareness_vllm.serving.scheduler import SKIP, Save
-from awareness_vllm.serving.worker import WorkerHalf, layer_index
 
 CAPTURE_KEY = "awareness_capture"
-"""Our key in a capturing request's `kv_transfer_params`; its value is the file to write."""
+"""Our key in a capturing request's `kv_transfer_params`; its value names the file to write."""
 
 DIGIT = 128
 """Numbers are written as digits of this base: integers that bfloat16 and float16 hold exactly."""
 
 
-def read_back(worker: WorkerHalf, save: Save) -> None:
-    """Write `layers.i.key` and `layers.i.value` [T, H, D] of a request into a safetensors file."""
+def read_back(
+    layers: dict[str, Any], groups: dict[str, int], geometry: Geometry, save: Save
+) -> dict[str, Tensor]:
+    """`layers.i.key` and `layers.i.value` [T, H, D] of a request, on the host.
+
+    Raises:
+        UnsupportedModel: a layer has given back blocks outside of its window, or a rank holds only
+            some of the heads.
+    """
     tensors: dict[str, Tensor] = {}
-    for name, group in worker.groups.items():
+    for name, group in groups.items():
         slots = torch.tensor(save.slots[group], dtype=torch.int64)
         if (slots == SKIP).any():
             raise UnsupportedModel(
                 f"layer {name} no longer holds the whole context",
-                found="blocks outside its sliding window were freed",
-                expected="an engine started with --disable-hybrid-kv-cache-manager",
+                found="blocks outside its sliding window were given back",
+                expected="a prompt that is computed in one step, and nothing of it cached",
+                remedy="start with --disable-hybrid-kv-cache-manager, or a larger "
+                "--max-num-batched-tokens",
             )
-        key, value = read_slots(worker.layers[name], slots)
+        key, value = read_slots(layers[name], slots)
         index = layer_index(name)
+        heads = geometry.layers[index].heads
+        if key.shape[1] != heads:
+            raise UnsupportedModel(
+                f"layer {name} has not all heads here",
+                found=f"{key.shape[1]} of {heads} KV heads",
+                expected="a server without tensor parallelism",
+                remedy="capture with `awareness capture`, or on a server with one rank",
+            )
         tensors |= {f"layers.{index}.key": key, f"layers.{index}.value": value}
-    save_file(tensors, save.path)
+    return tensors
 
 
 def read_slots(layer: Any, slots: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
 
-from awareness_vllm.serving.memories import LoadParams
+from awareness_vllm.serving.params import LoadParams
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -20,13 +20,18 @@ MIN_COMPUTED = 8
 (a single row is a matrix-vector product), whose rounding differs from a prefill's: with a question
 shorter than this, the memory's last tokens are computed rather than loaded."""
 
+MOST_LOADED = 8192
+"""Tokens loaded in one step, but for a single memory that is longer: while loads are written, the
+requests that are being answered wait."""
+
 SKIP = -1
 """The slot of a token that is not to be written: its block is outside a window (a null block)."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """Write tokens `begin` … of a memory. `slots[g]` are KV cache group g's slots, SKIP or not."""
+    """Write the memories' tokens from the prompt's position `begin` on; `ids` are those of all of
+    them. `slots[g]` are KV cache group g's slots, SKIP or not."""
 
     request_id: str
     params: LoadParams
@@ -37,9 +42,9 @@ class Load:
 
 @dataclass(frozen=True)
 class Save:
-    """Read back the first `tokens` tokens of a request (capture) into a file."""
+    """Read back the first `tokens` tokens of a request (capture), under a name."""
 
-    path: str
+    name: str
     tokens: int
     slots: tuple[list[int], ...]
 
@@ -53,20 +58,36 @@ class StepMetadata(KVConnectorMetadata):
     saves: list[Save] = field(default_factory=list)
 
 
+@dataclass
+class Capturing:
+    """A request whose prompt is being computed, and its blocks so far, by KV cache group."""
+
+    name: str
+    tokens: int
+    blocks: list[list[int]]
+
+
 class SchedulerHalf:
-    """Keeps nothing of a request but the loads of the step at hand and the failures to remember."""
+    """Keeps nothing of a request but the loads of the step at hand, the failures to remember, and
+    the blocks of those whose prompt is captured."""
 
     def __init__(self, kv_cache_config: KVCacheConfig) -> None:
-        self.block_sizes = [g.kv_cache_spec.block_size for g in kv_cache_config.kv_cache_groups]
+        specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+        self.block_sizes = [spec.block_size for spec in specs]
+        self.windows = [getattr(spec, "sliding_window", None) for spec in specs]
         self.step = StepMetadata()
         self.failed: set[str] = set()
+        self.capturing: dict[str, Capturing] = {}
 
-    def tokens_to_load(self, request: Request, computed: int) -> int:
-        """Tokens of the request's memory beyond those that are computed; free of side effects."""
+    def tokens_to_load(self, request: Request, computed: int) -> int | None:
+        """Tokens of the request's memories beyond those that are computed; free of side effects.
+        None where the step at hand loads enough already: vLLM asks again in the next one."""
         params = LoadParams.of(request.kv_transfer_params, request.cache_salt)
         if params is None or request.request_id in self.failed:
             return 0
-        return max(0, loadable(params, request) - computed)
+        tokens = max(0, loadable(params, request) - computed)
+        planned = sum(len(load.slots[0]) for load in self.step.loads)
+        return None if planned and planned + tokens > MOST_LOADED else tokens
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, external: int) -> None:
         """Plan the load of `external` tokens, the memory's last ones, into the request's blocks."""
@@ -99,16 +120,52 @@ class SchedulerHalf:
         )
 
     def plan_saves(self, output: SchedulerOutput, key: str) -> None:
-        """Capture: read back each new request whose whole prompt is computed in this step."""
+        """Capture: read back each request that asks for it, in the step that completes its prompt.
+
+        A prompt may take several steps; the blocks that they bring are gathered on the way.
+        """
         for new in output.scheduled_new_reqs:
             if new.sampling_params is None or new.prompt_token_ids is None:
                 continue  # pooling, or a prompt of embeddings: never a capture
             params = (new.sampling_params.extra_args or {}).get("kv_transfer_params") or {}
-            tokens = len(new.prompt_token_ids)
-            computed = new.num_computed_tokens + output.num_scheduled_tokens[new.req_id]
-            if key in params and computed == tokens:
-                slots = self.slots([list(ids) for ids in new.block_ids], 0, tokens)
-                self.step.saves.append(Save(params[key], tokens, slots))
+            if isinstance(name := params.get(key), str):
+                blocks = [list(ids) for ids in new.block_ids]
+                self.capturing[new.req_id] = Capturing(name, len(new.prompt_token_ids), blocks)
+                self.save_when_whole(new.req_id, new.num_computed_tokens, output)
+        if not self.capturing:
+            return
+        later = output.scheduled_cached_reqs
+        for request, ids, computed in zip(
+            later.req_ids, later.new_block_ids, later.num_computed_tokens, strict=True
+        ):
+            if (capturing := self.capturing.get(request)) is None:
+                continue
+            if request in later.resumed_req_ids:
+                capturing.blocks = [[] for _ in self.block_sizes]
+            for group, new_ids in zip(capturing.blocks, ids or (), strict=False):
+                group.extend(new_ids)
+            self.save_when_whole(request, computed, output)
+
+    def save_when_whole(self, request: str, computed: int, output: SchedulerOutput) -> None:
+        """Plan the read-back of a request whose prompt is computed after this step.
+
+        A layer with a window still holds all of a prompt that was computed in this one step; else
+        it has given back the blocks outside of the window, and they may be another request's.
+        """
+        found = self.capturing[request]
+        if computed + output.num_scheduled_tokens[request] < found.tokens:
+            return
+        del self.capturing[request]
+        slots = list(self.slots(found.blocks, 0, found.tokens))
+        for group, window in enumerate(self.windows):
+            if window and window < found.tokens and computed:
+                slots[group] = [SKIP] * found.tokens
+        self.step.saves.append(Save(found.name, found.tokens, tuple(slots)))
+
+    def finished(self, request: str) -> None:
+        """Forget a request."""
+        self.failed.discard(request)
+        self.capturing.pop(request, None)
 
     def take_step(self) -> StepMetadata:
         """The step's work, handed over once."""

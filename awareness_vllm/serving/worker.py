@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import re
+import functools
 import time
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,9 +17,15 @@ from awareness_vllm.align.aligner import AlignedMemory, copy, realign
 from awareness_vllm.align.paged import Latent, PagedMap, Pages
 from awareness_vllm.errors import AwarenessError, PackageCorrupt, UnsupportedModel
 from awareness_vllm.packages.file import read
+from awareness_vllm.positions import shift
+from awareness_vllm.serving.captures import Captures, as_memory
 from awareness_vllm.serving.config import ServingConfig
-from awareness_vllm.serving.memories import LoadParams, Memories
-from awareness_vllm.serving.scheduler import SKIP, Load
+from awareness_vllm.serving.memories import Memories
+from awareness_vllm.serving.pages import check_layers, layer_index, pages_of, slice_of_rank
+from awareness_vllm.serving.params import LoadParams, Part
+from awareness_vllm.serving.readback import read_back
+from awareness_vllm.serving.scheduler import SKIP, Load, Save
+from awareness_vllm.serving.warm import WarmTier
 from awareness_vllm.wmatrix.file import WMatrix
 from awareness_vllm.wmatrix.file import load as load_wmatrix
 
@@ -28,15 +35,12 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.awareness.worker")
 
-LAYER_INDEX = re.compile(r"\.layers\.(\d+)\.")
-FLOAT8 = {
-    "fp8": torch.float8_e4m3fn,
-    "fp8_e4m3": torch.float8_e4m3fn,
-    "fp8_e5m2": torch.float8_e5m2,
-}
-"""vLLM keeps float8 as bytes; its names of the formats."""
 WARM_UP_ROWS = 256
 """Rows that a map is tried on at start, so that no request is the first."""
+
+
+HEADS = 64
+"""Heads that are kept: each chat template has one, and each system prompt."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,8 @@ class WorkerHalf:
         self.warm = WarmTier(int(config.host_cache_gib * 2**30))
         self.wmatrices: dict[str, WMatrix] = {}
         self.paged: dict[str, PagedMap] = {}
+        self.captures = Captures(everything=config.capture)
+        self.heads: OrderedDict[str, AlignedMemory] = OrderedDict()
         self.model: Any = None
         check_layers(self.memories, self.groups)
 
@@ -109,47 +115,53 @@ class WorkerHalf:
         paged.warm_up(self.pages())
 
     def pages(self) -> list[Pages]:
-        """Each layer's pages, as the CUDA backends lay them out: [B, H, N, K|V]."""
-        found = []
-        for name in self.groups:
-            layer = self.layers[name]
-            cache = layer.kv_cache
-            if cache.dtype == torch.uint8:
-                cache = cache.view(FLOAT8.get(layer.kv_cache_dtype, torch.float8_e4m3fn))
-            keys, values = cache.transpose(1, 2).split(layer.head_size, dim=-1)
-            found.append(Pages(keys, values, layer._k_scale_float, layer._v_scale_float))
-        return found
+        return [pages_of(self.layers[name]) for name in self.groups]
 
     @torch.inference_mode()
     def load(self, load: Load) -> Loaded:
-        """Write one memory's tokens into a request's blocks.
+        """Write memories' tokens into a request's blocks.
 
         Raises:
-            AwarenessError: the memory cannot be read, or is not what the prompt says.
+            AwarenessError: a memory cannot be read, or is not what the prompt says.
         """
         started = time.perf_counter()
-        memory, temperature = self.aligned(load)
-        if memory.ids != load.ids:
-            raise PackageCorrupt(
-                f"the prompt of request {load.request_id} is not its memory's",
-                found=f"{len(load.ids)} ids",
-                expected=f"the {len(memory.ids)} ids of {load.params.memory}",
-            )
         slots = [torch.tensor(group, dtype=torch.int64) for group in load.slots]
-        if isinstance(memory, Latent):
-            by_layer = [slots[group] for group in self.groups.values()]
-            self.paged[load.params.wmatrix].write(memory, self.pages(), by_layer, load.begin)
-        else:
-            self.place(memory, slots, load.begin)
+        temperatures = set()
+        first = 0
+        for part in load.params.parts:
+            begin, end = (
+                max(load.begin, first),
+                min(load.begin + len(slots[0]), first + part.tokens),
+            )
+            if begin < end:
+                memory, temperature = self.aligned(part, load.params.tenant)
+                self.check(memory, part, load.ids[first : first + part.tokens], load.request_id)
+                temperatures.add(temperature)
+                own = [group[begin - load.begin : end - load.begin] for group in slots]
+                # The memory's token of position p stands at p - skip of what comes from it.
+                self.place(memory, part, own, begin - first + part.skip, first - part.skip)
+            first += part.tokens
+        temperature = "hot" if load.begin else coldest(temperatures)
         tokens, seconds = len(slots[0]), time.perf_counter() - started
         logger.info(
             "loaded %s: %d tokens, %s, %.0f ms",
-            load.params.memory,
+            " ".join(part.memory for part in load.params.parts),
             tokens,
             temperature,
             1e3 * seconds,
         )
-        return Loaded("hot" if load.begin else temperature, tokens, self.bytes_in(slots), seconds)
+        return Loaded(temperature, tokens, self.bytes_in(slots), seconds)
+
+    def check(
+        self, memory: AlignedMemory | Latent, part: Part, ids: list[int], request: str
+    ) -> None:
+        """Refuse a prompt that is not the memory's text: its states would lie."""
+        if memory.ids[part.skip :] != ids:
+            raise PackageCorrupt(
+                f"the prompt of request {request} is not its memory's",
+                found=f"{len(ids)} ids",
+                expected=f"the {len(memory.ids) - part.skip} ids of {part.memory}",
+            )
 
     def bytes_in(self, slots: list[Tensor]) -> int:
         """Bytes of cache that each KV cache group's slots stand for, in all of its layers."""
@@ -160,13 +172,27 @@ class WorkerHalf:
             total += slot * int((slots[group] != SKIP).sum())
         return total
 
-    def place(self, memory: AlignedMemory, slots: list[Tensor], begin: int) -> None:
-        """Write a memory's tokens from `begin` on into each KV cache group's slots."""
+    def place(
+        self,
+        memory: AlignedMemory | Latent,
+        part: Part,
+        slots: list[Tensor],
+        begin: int,
+        offset: int,
+    ) -> None:
+        """Write a memory's tokens from its own `begin` on into each KV cache group's slots, moved
+        by `offset` positions."""
+        if isinstance(memory, Latent):
+            by_layer = [slots[group] for group in self.groups.values()]
+            paged = self.paged[part.wmatrix]
+            paged.write(memory, self.pages(), by_layer, begin, offset)
+            return
         for name, group in self.groups.items():
             real = slots[group] != SKIP
             index, end = layer_index(name), begin + len(real)
-            key, value = (part[index][begin:end][real] for part in (memory.keys, memory.values))
-            self.write(name, key, value, slots[group][real])
+            key, value = (states[index][begin:end][real] for states in (memory.keys, memory.values))
+            positions = self.memories.geometry.layers[index].positions
+            self.write(name, shift(key, offset, positions), value, slots[group][real])
 
     def write(self, name: str, key: Tensor, value: Tensor, slots: Tensor) -> None:
         """Scatter one layer's key and value [N, H, D] into slots [N], by vLLM's own operator."""
@@ -183,30 +209,66 @@ class WorkerHalf:
             slots.to(device),
         )
 
-    def aligned(self, load: Load) -> tuple[AlignedMemory | Latent, str]:
+    def aligned(self, part: Part, tenant: str) -> tuple[AlignedMemory | Latent, str]:
         """The aligned memory, and whether it was warm or came in cold."""
-        key = (load.params.memory, load.params.wmatrix)
+        if part.memory in self.heads:
+            self.heads.move_to_end(part.memory)
+            return self.heads[part.memory], "warm"
+        key = (part.memory, part.wmatrix)
         if (memory := self.warm.get(key)) is not None:
             return memory, "warm"
-        memory = self.align(load.params)
+        memory = self.align(part, tenant)
         self.warm.put(key, memory)
         return memory, "cold"
 
-    def align(self, params: LoadParams) -> AlignedMemory | Latent:
+    def align(self, part: Part, tenant: str) -> AlignedMemory | Latent:
         """Read a package and bring it into the served model's terms.
 
         The frontend has proven the file's bytes and found the map; neither is done again here.
         """
-        package = read(self.memories.store.path(params.memory))
-        if not params.wmatrix:
+        package = read(self.memories.stores[tenant].path(part.memory))
+        if not part.wmatrix:
             return copy(package)
-        if params.wmatrix not in self.wmatrices:
+        if part.wmatrix not in self.wmatrices:
             raise UnsupportedModel("the request was resolved with another W-Matrix")
         folder = self.memories.folder
-        if params.wmatrix in self.paged:
-            return self.paged[params.wmatrix].latent(package, folder, self.embed)
-        wmatrix = self.wmatrices[params.wmatrix]
+        if part.wmatrix in self.paged:
+            return self.paged[part.wmatrix].latent(package, folder, self.embed)
+        wmatrix = self.wmatrices[part.wmatrix]
         return realign(package, wmatrix, folder, self.embed_on_host, dtype=self.dtype)
+
+    def prefetch(self, params: LoadParams, pin: bool) -> str:
+        """Align memories ahead of their first request, `pin` them in the warm tier; how warm they
+        were, or what went wrong: an exception would cross the engine as a mere text."""
+        try:
+            found = [self.aligned(part, params.tenant)[1] for part in params.parts]
+        except (AwarenessError, OSError) as error:
+            return str(error)
+        if pin:
+            self.warm.pinned.update((part.memory, part.wmatrix) for part in params.parts)
+        return coldest(found)
+
+    def evict(self, memory: str) -> bool:
+        """Drop a memory from the warm tier; whether it was there."""
+        return self.warm.drop(memory)
+
+    def save(self, save: Save) -> None:
+        """Read a request's states back, where that was announced."""
+        if self.captures.expects(save.name):
+            states = functools.partial(
+                read_back, self.layers, self.groups, self.memories.geometry, save
+            )
+            self.captures.take(save.name, states)
+
+    def keep_head(self, capture: str, name: str, ids: list[int]) -> str:
+        """Keep captured states as the head that prompts begin with; what went wrong, or nothing."""
+        try:
+            self.heads[name] = as_memory(self.captures.collect(capture), ids)
+        except AwarenessError as error:
+            return str(error)
+        while len(self.heads) > HEADS:
+            self.heads.popitem(last=False)
+        return ""
 
     def embed(self, ids: Tensor) -> Tensor:
         """The running model's own embedding, [T] to [T, E] float32 where the model is."""
@@ -224,55 +286,5 @@ class WorkerHalf:
         return self.embed(ids).cpu()
 
 
-class WarmTier:
-    """Aligned memories in host memory, least recently used out first, bounded in bytes."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.memories: OrderedDict[tuple[str, str], AlignedMemory | Latent] = OrderedDict()
-
-    def get(self, key: tuple[str, str]) -> AlignedMemory | Latent | None:
-        if key in self.memories:
-            self.memories.move_to_end(key)
-        return self.memories.get(key)
-
-    def put(self, key: tuple[str, str], memory: AlignedMemory | Latent) -> None:
-        self.memories[key] = memory
-        while len(self.memories) > 1 and sum(m.bytes for m in self.memories.values()) > self.limit:
-            self.memories.popitem(last=False)
-
-
-def layer_index(name: str) -> int:
-    """The index of a layer in the model, from vLLM's name of its attention module."""
-    match = LAYER_INDEX.search(name)
-    if match is None:
-        raise UnsupportedModel(
-            "cannot tell a layer's index",
-            found=name,
-            expected="a name like model.layers.7.self_attn",
-        )
-    return int(match[1])
-
-
-def check_layers(memories: Memories, groups: dict[str, int]) -> None:
-    """Refuse at start a server whose cached layers are not those of the model's geometry."""
-    found = sorted(layer_index(name) for name in groups)
-    if not set(found) <= set(range(len(memories.geometry.layers))):
-        raise UnsupportedModel(
-            "the server's KV cache has other layers than the model's config",
-            found=found,
-            expected=f"0 … {len(memories.geometry.layers) - 1}",
-        )
-
-
-def slice_of_rank(total: int, local: int) -> slice:
-    """This tensor-parallel rank's KV heads; replicated where ranks outnumber them."""
-    if total == local:
-        return slice(None)
-    from vllm.distributed import (
-        get_tensor_model_parallel_rank,
-        get_tensor_model_parallel_world_size,
-    )
-
-    begin = get_tensor_model_parallel_rank() * total // get_tensor_model_parallel_world_size()
-    return slice(begin, begin + local)
+def coldest(temperatures: Iterable[str]) -> str:
+    return "cold" if "cold" in set(temperatures) else "warm"

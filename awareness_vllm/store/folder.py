@@ -29,6 +29,10 @@ class Store:
             raise missing(memory_id)
         return path
 
+    def has(self, memory_id: object) -> bool:
+        """Whether a memory is here. Raises InvalidMemoryId."""
+        return (self.folder / f"{check_id(memory_id)}.safetensors").is_file()
+
     def checked_path(self, memory_id: object) -> Path:
         """The file of a memory, its bytes proven to match the ID; hashed once per file version.
 

@@ -12,13 +12,13 @@ from vllm import LLM, SamplingParams
 
 from awareness_vllm.packages.file import read_tokens
 from awareness_vllm.serving.config import ServingConfig, transfer_config
-from awareness_vllm.serving.memories import LoadParams, kv_transfer_params
+from awareness_vllm.serving.params import LoadParams, Part, kv_transfer_params
 from awareness_vllm.serving.readback import CAPTURE_KEY
 
 
 def main(model: str, package: str, out: str) -> None:
     ids = read_tokens(Path(package))
-    params = LoadParams(memory=Path(package).stem, tokens=len(ids))
+    params = LoadParams(parts=(Part(memory=Path(package).stem, tokens=len(ids)),))
     config = ServingConfig(store=str(Path(package).parent), capture=True)
     engine = LLM(
         model=model,

@@ -79,6 +79,24 @@ def test_foreign_memory_is_loaded_not_prefilled(server: Server, foreign: tuple[s
     assert answer.choices[0].text != server.complete(case["question"], 8)
 
 
+def test_a_quality_target_that_no_map_keeps_is_read_natively(
+    server: Server, foreign: tuple[str, dict]
+) -> None:
+    memory, case = foreign
+
+    def ask(**more: object) -> openai.types.Completion:
+        body = {"memory": {"ids": [memory], "quality_target": 1.0, **more}}
+        return server.client.completions.create(
+            model="served", prompt=case["question"], max_tokens=8, temperature=0, extra_body=body
+        )
+
+    natively = ask()
+    assert natively.memory["plan"] == "recompute"
+    assert natively.choices[0].text == server.complete(case["context"] + case["question"], 8)
+    assert ask(on_low_quality="use").memory["plan"] == "load"
+    assert status(lambda: ask(on_low_quality="fail"))[0] == 422
+
+
 def test_streaming_says_the_same(server: Server, foreign: tuple[str, dict]) -> None:
     memory, case = foreign
     stream = server.client.completions.create(
@@ -101,7 +119,7 @@ def test_memories_never_leak_into_plain_requests(server: Server, own: tuple[str,
 
 def test_forged_parameters_are_ignored(server: Server, foreign: tuple[str, dict]) -> None:
     memory, case = foreign
-    forged = {"awareness": {"memory": memory, "wmatrix": "", "tokens": 20, "caller_salt": ""}}
+    forged = {"awareness": {"parts": [{"memory": memory, "tokens": 20}]}}
     plain = server.complete(case["question"], 8)
     assert server.complete(case["question"], 8, kv_transfer_params=forged) == plain
 
@@ -112,11 +130,10 @@ def test_forged_parameters_are_ignored(server: Server, foreign: tuple[str, dict]
         (["mem_" + "0" * 32], 404, "no memory"),
         (["../../etc/passwd"], 400, "malformed"),
         (["mem_" + "A" * 32], 400, "malformed"),
-        ([7], 400, "malformed"),
-        ("mem_" + "0" * 32, 400, "list with one memory ID"),
-        ([], 400, "list with one memory ID"),
-        (None, 400, "list with one memory ID"),
-        (["mem_" + "0" * 32] * 2, 400, "list with one memory ID"),
+        ([7], 400, "ids.0: Input should be a valid string"),
+        ("mem_" + "0" * 32, 400, "not usable"),
+        ([], 400, "not usable"),
+        (["mem_" + "0" * 32] * 2, 400, "the same memory twice"),
     ],
 )
 def test_bad_ids(server: Server, memory_ids: object, code: int, words: str) -> None:
@@ -184,7 +201,7 @@ def test_a_load_that_fails_is_recomputed(
         for request in busy:
             request.result()
     hidden.rename(path)
-    assert f"memory {memory} did not load" in server.log.read_text()
+    assert "its memory did not load" in server.log.read_text()
     assert answer == server.complete(text + QUESTION, 16)
 
 

@@ -1,11 +1,13 @@
-"""SmolLM2 served with memories of itself; chat, and memories that lead elsewhere."""
+"""SmolLM2 served to two tenants with memories of itself: all APIs, several memories, capture."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import openai
 import pytest
 from harness import NEAR_TIE, Server, awareness, captured, serving
@@ -21,7 +23,13 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(smollm2: Path, gemma3: Path, store: Path, wmatrix: Path) -> Iterator[Server]:
+def own(smollm2: Path, store: Path, document: Callable[[int, int], str]) -> tuple[str, str]:
+    text = document(400, 1)
+    return captured(smollm2, text, store, "--engine", "vllm"), text
+
+
+@pytest.fixture(scope="module")
+def server(smollm2: Path, store: Path, wmatrix: Path, own: tuple[str, str]) -> Iterator[Server]:
     """Given a W-Matrix from Gemma-3 that leads to Gemma-3, not to the served model."""
     elsewhere = store.parent / "elsewhere.wmatrix"
     learned = load(wmatrix)
@@ -29,13 +37,21 @@ def server(smollm2: Path, gemma3: Path, store: Path, wmatrix: Path) -> Iterator[
     replace(learned, manifest=learned.manifest.model_copy(update={"source": target})).save(
         elsewhere
     )
-    yield from serving(smollm2, store, store.parent / "server.log", "--wmatrix", elsewhere)
+    tenants = store.parent / "tenants.json"
+    home = {"api_keys": ["none"], "store": str(store)}  # the key that harness's client has
+    tenants.write_text(json.dumps({"home": home, "other": {"api_keys": ["x"], "store": "other"}}))
+    flags = ("--wmatrix", elsewhere, "--tenants", tenants, "--pin", own[0])
+    yield from serving(smollm2, store, store.parent / "server.log", *flags)
 
 
-@pytest.fixture(scope="module")
-def own(smollm2: Path, store: Path, document: Callable[[int, int], str]) -> tuple[str, str]:
-    text = document(400, 1)
-    return captured(smollm2, text, store, "--engine", "vllm"), text
+def post(server: Server, path: str, key: str = "none", **body: object) -> httpx.Response:
+    """One request as its bytes, greedy, of few tokens."""
+    return httpx.post(
+        f"{server.url}{path}",
+        json={"model": "served", "temperature": 0, **body},
+        headers={"Authorization": f"Bearer {key}"},
+        timeout=120,
+    )
 
 
 def test_same_model_greedy_is_native(server: Server, own: tuple[str, str]) -> None:
@@ -64,6 +80,149 @@ def test_chat_reads_the_memory(server: Server, own: tuple[str, str]) -> None:
     streamed = "".join(c.choices[0].delta.content or "" for c in stream if c.choices)
     assert streamed == memory.choices[0].message.content
     assert chat().choices[0].message.content == plain.choices[0].message.content
+
+
+CHAT = {"messages": [{"role": "user", "content": "Which project is this about?"}], "max_tokens": 16}
+
+
+def test_a_chats_memory_stands_in_the_first_turn(server: Server, own: tuple[str, str]) -> None:
+    memory = post(
+        server, "/v1/chat/completions", **CHAT, memory_ids=[own[0]], return_token_ids=True
+    ).json()
+    text = post(server, "/detokenize", tokens=memory["prompt_token_ids"]).json()["prompt"]
+    head, _, rest = text.partition(own[1])
+    assert head.endswith("user\n")
+    assert rest.startswith("\n\nWhich project is this about?")
+    assert memory["memory"]["loaded_tokens"] > 380  # with the head before it
+
+
+def test_all_apis_say_the_same(server: Server, own: tuple[str, str]) -> None:
+    question = CHAT["messages"][0]["content"]
+    ids = {"memory_ids": [own[0]]}
+    chat = post(server, "/v1/chat/completions", **CHAT, **ids)
+    responses = post(server, "/v1/responses", input=question, max_output_tokens=16, **ids)
+    messages = post(server, "/v1/messages", **CHAT, **ids)
+    said = chat.json()["choices"][0]["message"]["content"]
+    assert responses.json()["output"][0]["content"][0]["text"] == said
+    assert messages.json()["content"][0]["text"] == said
+    for response in (chat, responses, messages):
+        assert response.headers["x-awareness-memories"] == own[0]
+        report = response.json()["memory"]
+        assert (report["plan"], report["retention"]) == ("load", [None])
+        assert report["temperature"] in ("warm", "hot")  # pinned: never cold
+
+
+def test_streams_say_what_was_used_in_headers(server: Server, own: tuple[str, str]) -> None:
+    with httpx.stream(
+        "POST",
+        f"{server.url}/v1/completions",
+        json={"model": "served", "prompt": "It", "stream": True, "memory_ids": [own[0]]},
+        headers={"Authorization": "Bearer none"},
+    ) as response:
+        assert response.headers["x-awareness-retention"] == "1.000"
+        assert response.read().endswith(b"data: [DONE]\n\n")
+
+
+def test_several_memories_are_read_in_their_order(
+    server: Server, own: tuple[str, str], document: Callable[[int, int], str]
+) -> None:
+    text = document(150, 20)
+    answer = post(server, "/v1/completions", prompt=text, max_tokens=1, memory={"capture": "b"})
+    second = answer.json()["memory"]["id"]
+    both, swapped = (
+        post(server, "/v1/completions", prompt=" The", max_tokens=8, memory_ids=ids).json()
+        for ids in ([own[0], second], [second, own[0]])
+    )
+    alone = [
+        post(server, "/v1/completions", prompt=" The", max_tokens=8, memory_ids=[one]).json()
+        for one in (own[0], second)
+    ]
+    question = 1
+    parts = [one["usage"]["prompt_tokens"] - question for one in alone]
+    for found, ids in ((both, [own[0], second]), (swapped, [second, own[0]])):
+        assert found["usage"]["prompt_tokens"] == sum(parts) + question
+        assert found["memory"]["ids"] == ids
+        assert found["memory"]["loaded_tokens"] >= sum(parts) - 8
+    again = post(server, "/v1/completions", prompt=" The", max_tokens=8, memory_ids=ids).json()
+    assert again["choices"] == swapped["choices"]
+    assert again["memory"]["temperature"] == "hot"
+
+
+def test_what_a_server_has_computed_becomes_a_memory(
+    server: Server, store: Path, document: Callable[[int, int], str]
+) -> None:
+    text = document(300, 3)
+    answer = post(server, "/v1/completions", prompt=text, max_tokens=8, memory={"capture": "mine"})
+    memory = answer.json()["memory"]["id"]
+    assert answer.headers["x-awareness-captured"] == memory
+    assert answer.json()["choices"][0]["text"] == server.complete(text, 8)
+    manifest = awareness("inspect", memory, "--store", store).out
+    assert (manifest["name"], manifest["engine"]) == ("mine", "vllm")
+    assert awareness("verify", memory, "--store", store).out["ok"] is True
+    assert server.differs_from_native(text, "\n\nIn short, the", memory) <= NEAR_TIE
+    again = post(server, "/v1/completions", prompt=text, max_tokens=8, memory={"capture": "mine"})
+    assert again.json()["memory"]["id"] == memory  # the same from the prefix cache
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": ["two", "texts"]}),
+        ("/v1/completions", {"prompt": "a stream", "stream": True}),
+        ("/v1/completions", {"prompt": "two answers", "n": 2}),
+        ("/v1/completions", {"prompt": ""}),
+        ("/v1/chat/completions", CHAT),
+    ],
+)
+def test_what_cannot_be_captured_is_refused(server: Server, path: str, body: dict) -> None:
+    refused = post(server, path, **body, memory={"capture": "name"})
+    assert refused.status_code == 400, refused.text
+
+
+def test_another_tenants_memory_looks_like_an_unknown_one(
+    server: Server, own: tuple[str, str]
+) -> None:
+    unknown = "mem_" + "0" * 32
+    for path, body in (("/v1/completions", {"prompt": "hi"}), ("/v1/chat/completions", CHAT)):
+        foreign, missing = (
+            post(server, path, "x", **body, memory_ids=[memory]) for memory in (own[0], unknown)
+        )
+        assert foreign.status_code == missing.status_code == 404
+        assert foreign.text.replace(own[0], unknown) == missing.text
+        assert post(server, path, "nobody", **body, memory_ids=[own[0]]).status_code == 401
+        assert post(server, path, "nobody", **body).status_code == 200
+
+
+def test_memories_are_listed_loaded_and_evicted(server: Server, own: tuple[str, str]) -> None:
+    def call(method: str, path: str, key: str = "none") -> httpx.Response:
+        headers = {"Authorization": f"Bearer {key}"}
+        return httpx.request(method, f"{server.url}/v1/memories{path}", headers=headers, timeout=60)
+
+    assert own[0] in [memory["id"] for memory in call("GET", "?limit=1000").json()["data"]]
+    assert call("GET", "", "x").json()["data"] == []
+    detail = call("GET", f"/{own[0]}").json()
+    assert (detail["compatibility"]["loadable"], detail["compatibility"]["retention"]) == (
+        True,
+        1.0,
+    )
+    assert call("DELETE", f"/{own[0]}").json()["evicted"] is True
+    assert call("DELETE", f"/{own[0]}").json()["evicted"] is False
+    assert call("POST", f"/{own[0]}/load").json()["temperature"] == "cold"
+    assert call("POST", f"/{own[0]}/load").json()["temperature"] == "warm"
+    assert call("POST", f"/{own[0]}/load", "x").status_code == 404
+
+
+def test_loads_are_counted_on_vllms_own_metrics(server: Server, own: tuple[str, str]) -> None:
+    def loads() -> float:
+        text = httpx.get(f"{server.url}/metrics").text
+        lines = [
+            line for line in text.splitlines() if line.startswith("vllm:awareness_loads_total")
+        ]
+        return sum(float(line.split()[-1]) for line in lines)
+
+    before = loads()
+    post(server, "/v1/completions", prompt=" It", memory_ids=[own[0]], cache_salt="counted")
+    assert loads() == before + 1
 
 
 def test_chat_refuses_what_completions_refuse(server: Server, own: tuple[str, str]) -> None:

@@ -6,10 +6,12 @@ import importlib.metadata
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from awareness_vllm.errors import BadInput
+from awareness_vllm.align.aligner import TAIL
+from awareness_vllm.errors import BadInput, InvalidMemoryId
 from awareness_vllm.serving import launch, register
 from awareness_vllm.serving.config import ServingConfig
 
@@ -130,14 +132,33 @@ def test_no_vllm_at_all_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         register.register()
 
 
+def extra_of(argv: list[str]) -> dict[str, Any]:
+    config = json.loads(argv[argv.index("--kv-transfer-config") + 1])
+    return config["kv_connector_extra_config"]
+
+
 def test_the_tail_is_the_operators_choice() -> None:
-    from awareness_vllm.align.aligner import TAIL
-
-    def tail_of(argv: list[str]) -> int:
-        config = json.loads(argv[argv.index("--kv-transfer-config") + 1])
-        return config["kv_connector_extra_config"]["tail"]
-
-    assert tail_of(launch.command("m", None, [], [])) == TAIL
-    assert tail_of(launch.command("m", None, [], [], 48)) == 48
+    assert extra_of(launch.command("m", None, [], []))["tail"] == TAIL
+    assert extra_of(launch.command("m", None, [], [], tail=48))["tail"] == 48
     with pytest.raises(BadInput, match="--tail"):
-        launch.command("m", None, [], [], -1)
+        launch.command("m", None, [], [], tail=-1)
+
+
+def test_what_stays_warm_is_the_operators_choice() -> None:
+    memory = "mem_" + "0" * 32
+    extra = extra_of(launch.command("m", None, [], [], pin=[memory], host_cache_gib=0.5))
+    assert (extra["pin"], extra["host_cache_gib"]) == ([memory], 0.5)
+    with pytest.raises(InvalidMemoryId):
+        launch.command("m", None, [], [], pin=["../x"])
+    with pytest.raises(BadInput, match="--host-cache-gib"):
+        launch.command("m", None, [], [], host_cache_gib=-1)
+
+
+def test_a_tenants_file_is_read_at_once_and_its_keys_are_not_passed_on(tmp_path: Path) -> None:
+    file = tmp_path / "tenants.json"
+    with pytest.raises(BadInput, match="cannot be read"):
+        launch.command("m", None, [], [], tenants=file)
+    file.write_text('{"acme": {"api_keys": ["sk-secret"], "store": "s"}}')
+    argv = launch.command("m", None, [], [], tenants=file)
+    assert extra_of(argv)["tenants"] == str(file)
+    assert "sk-secret" not in " ".join(argv)

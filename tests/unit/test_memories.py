@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from awareness_vllm.anchors.corpus import Document
+from awareness_vllm.errors import MemoryNotFound, QualityUnreachable
 from awareness_vllm.packages.capture import capture
 from awareness_vllm.packages.file import publish
+from awareness_vllm.serving.asked import Asked
 from awareness_vllm.serving.config import ServingConfig
-from awareness_vllm.serving.memories import Memories
+from awareness_vllm.serving.memories import Memories, WMatrixEntry, head_name
 from awareness_vllm.wmatrix import gather
+from awareness_vllm.wmatrix.certificate import Certificate, Interval, Plan, measured_for
 from awareness_vllm.wmatrix.config import FitConfig
 from awareness_vllm.wmatrix.fit import fit
 
 pytestmark = pytest.mark.unit
 
 TEXT = "some words or others, and a few more of them"
+OTHER = "quite other words"
 
 
 @pytest.fixture(scope="module")
@@ -34,21 +40,172 @@ def wmatrix_file(
     return path
 
 
+@pytest.fixture(scope="module")
+def mapped(tiny_models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with two memories of the source model."""
+    store = tmp_path_factory.mktemp("mapped")
+    for text in (TEXT, OTHER):
+        publish(capture(tiny_models[0], text), store)
+    return store
+
+
+def ids_in(store: Path) -> tuple[str, ...]:
+    return tuple(sorted(path.stem for path in store.glob("mem_*")))
+
+
+def certified(entry: WMatrixEntry) -> WMatrixEntry:
+    """As if it had been measured: 0.8 alone and 0.9 with a tail of 4, at 100 tokens; at 1000
+    tokens 0.7 and 0.85."""
+    figures = ((100, 0, 0.8), (100, 4, 0.9), (1000, 0, 0.7), (1000, 4, 0.85))
+    plans = tuple(measured_plan(context, tail, kept) for context, tail, kept in figures)
+    found = replace(entry)
+    found.__dict__["certificate"] = Certificate.model_construct(plans=plans)
+    return found
+
+
+def measured_plan(context: int, tail: int, kept: float) -> Plan:
+    interval = Interval(mean=kept, ci_low=0, ci_high=1)
+    return Plan(
+        context=context,
+        tail=tail,
+        cost=0.1 + tail / 100,
+        retention=interval,
+        kinds={},
+        top1=0,
+        tokens_only=interval,
+    )
+
+
+def serving_target(
+    models: tuple[Path, Path], store: Path, wmatrix: Path, *, tail: int = 5, measured: bool = False
+) -> Memories:
+    config = ServingConfig(store=str(store), wmatrices=(str(wmatrix),), tail=tail)
+    memories = Memories(config, str(models[1]), 1000)
+    if measured:
+        memories.wmatrices = [certified(entry) for entry in memories.wmatrices]
+    return memories
+
+
 @pytest.mark.parametrize("tail", [0, 5, 1000])
-def test_the_tail_is_the_servers_but_one_token_is_always_loaded(
-    tiny_models: tuple[Path, Path], wmatrix_file: Path, tmp_path: Path, tail: int
+def test_the_tail_is_the_servers_but_the_sink_is_always_loaded(
+    tiny_models: tuple[Path, Path], wmatrix_file: Path, mapped: Path, tail: int
 ) -> None:
-    path = publish(capture(tiny_models[0], TEXT), tmp_path / "store")
-    config = ServingConfig(store=str(tmp_path / "store"), wmatrices=(str(wmatrix_file),), tail=tail)
-    memory = Memories(config, str(tiny_models[1]), 1000).resolve(path.stem)
-    params = memory.params(None)
-    assert params.tokens == len(memory.ids)
-    assert params.tail == min(tail, len(memory.ids) - 1)
+    memories = serving_target(tiny_models, mapped, wmatrix_file, tail=tail)
+    prompt = memories.resolve(Asked(ids=ids_in(mapped)[:1]), "")
+    assert prompt.params is not None
+    assert prompt.params.tokens == len(prompt.ids)
+    assert prompt.params.tail == min(tail, len(prompt.ids) - 1)
+    assert prompt.report()["retention"] == [None]
 
 
-def test_a_copy_leaves_nothing_to_the_target(
-    tiny_models: tuple[Path, Path], tmp_path: Path
+def test_a_copy_leaves_nothing_to_the_target_and_keeps_all_where_it_was_made(
+    tiny_models: tuple[Path, Path], mapped: Path
 ) -> None:
-    path = publish(capture(tiny_models[0], TEXT), tmp_path)
-    memory = Memories(ServingConfig(store=str(tmp_path)), str(tiny_models[0]), 1000)
-    assert memory.resolve(path.stem).params(None).tail == 0
+    memories = Memories(ServingConfig(store=str(mapped)), str(tiny_models[0]), 1000)
+    prompt = memories.resolve(Asked(ids=ids_in(mapped), quality_target=1.0), "")
+    assert prompt.params is not None
+    assert prompt.params.tail == 0
+    assert prompt.retention == [1.0, None]
+    assert prompt.after([1]).retention == [None, None]
+    assert prompt.natively().retention == [1.0, 1.0]
+
+
+def test_memories_follow_each_other_under_one_sink(
+    tiny_models: tuple[Path, Path], wmatrix_file: Path, mapped: Path
+) -> None:
+    memories = serving_target(tiny_models, mapped, wmatrix_file)
+    first, second = ids_in(mapped)
+    alone = [memories.resolve(Asked(ids=(one,)), "").ids for one in (first, second)]
+    both, swapped = (
+        memories.resolve(Asked(ids=ids), "") for ids in ((first, second), (second, first))
+    )
+    assert both.ids == alone[0] + alone[1][1:]
+    assert swapped.ids == alone[1] + alone[0][1:]
+    assert both.params is not None
+    assert swapped.params is not None
+    assert [(part.memory, part.skip) for part in both.params.parts] == [(first, 0), (second, 1)]
+    assert both.params.tokens == len(both.ids)
+    assert both.params.cache_salt != swapped.params.cache_salt
+
+
+def test_after_a_chats_head_no_memory_brings_its_own_beginning(
+    tiny_models: tuple[Path, Path], wmatrix_file: Path, mapped: Path
+) -> None:
+    memories = serving_target(tiny_models, mapped, wmatrix_file)
+    prompt = memories.resolve(Asked(ids=ids_in(mapped)), "").after([2, 9, 9])
+    assert prompt.params is not None
+    parts = prompt.params.parts
+    assert [part.skip for part in parts] == [0, 1, 1]
+    assert (parts[0].memory, parts[0].tokens) == (head_name([2, 9, 9]), 3)
+    assert prompt.ids[:3] == [2, 9, 9]
+    assert prompt.params.tokens == len(prompt.ids)
+    natively = prompt.natively()
+    assert (natively.ids, natively.params) == (prompt.ids, None)
+
+
+@pytest.mark.parametrize(
+    ("count", "target", "tail"), [(1, 0.75, 0), (1, 0.85, 4), (2, 0.75, 0), (1, 0.95, None)]
+)
+def test_a_quality_target_takes_the_cheapest_plan_or_reads_natively(
+    tiny_models: tuple[Path, Path],
+    wmatrix_file: Path,
+    mapped: Path,
+    count: int,
+    target: float,
+    tail: int | None,
+) -> None:
+    memories = serving_target(tiny_models, mapped, wmatrix_file, measured=True)
+    ids = ids_in(mapped)[:count]
+    prompt = memories.resolve(Asked(ids=ids, quality_target=target), "")
+    assert prompt.tail == tail
+    assert prompt.report()["plan"] == ("recompute" if tail is None else "load")
+    assert all(kept is not None and kept >= target for kept in prompt.retention)
+
+
+def test_only_the_last_memory_has_a_tail_so_the_others_must_do_without(
+    tiny_models: tuple[Path, Path], wmatrix_file: Path, mapped: Path
+) -> None:
+    memories = serving_target(tiny_models, mapped, wmatrix_file, measured=True)
+    asked = Asked(ids=ids_in(mapped), quality_target=0.85)
+    assert memories.resolve(asked, "").tail is None
+    use = asked.model_copy(update={"on_low_quality": "use"})
+    assert memories.resolve(use, "").tail == 5
+    assert memories.resolve(use, "").retention == [0.8, 0.9]
+    with pytest.raises(QualityUnreachable, match=r"at best 0\.800"):
+        memories.resolve(asked.model_copy(update={"on_low_quality": "fail"}), "")
+
+
+def test_without_a_certificate_no_target_is_kept(
+    tiny_models: tuple[Path, Path], wmatrix_file: Path, mapped: Path
+) -> None:
+    memories = serving_target(tiny_models, mapped, wmatrix_file)
+    asked = Asked(ids=ids_in(mapped)[:1], quality_target=0.1, on_low_quality="fail")
+    with pytest.raises(QualityUnreachable, match="not certified"):
+        memories.resolve(asked, "")
+
+
+def test_a_longer_memory_than_any_measured_is_promised_the_longest_ones_figure() -> None:
+    certificate = Certificate.model_construct(
+        plans=tuple(measured_plan(c, 0, k) for c, k in ((100, 0.9), (1000, 0.7)))
+    )
+    for context, kept in ((1, 0.9), (100, 0.9), (101, 0.7), (1000, 0.7), (5000, 0.7)):
+        assert [p.retention.mean for p in measured_for(certificate, context)] == [kept]
+
+
+def test_a_tenant_has_its_own_memories_only(
+    tiny_models: tuple[Path, Path], mapped: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "tenants.json"
+    entries = {
+        "a": {"api_keys": ["k1"], "store": str(mapped)},
+        "b": {"api_keys": ["k2"], "store": "b"},
+    }
+    file.write_text(json.dumps(entries))
+    config = ServingConfig(store="unused", tenants=str(file))
+    memories = Memories(config, str(tiny_models[0]), 1000)
+    asked = Asked(ids=ids_in(mapped)[:1])
+    prompt = memories.resolve(asked, "a", "salt")
+    assert prompt.params is not None
+    assert (prompt.params.tenant, prompt.params.caller_salt) == ("a", "salt")
+    with pytest.raises(MemoryNotFound):
+        memories.resolve(asked, "b")

@@ -6,6 +6,7 @@ All tests that import vLLM are here: the import takes seconds.
 from __future__ import annotations
 
 import string
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,28 +21,30 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorTransferResults,
 )
 from vllm.entrypoints.generate.base.protocol import validate_cache_salt
+from vllm.v1.outputs import KVConnectorOutput
 
 from awareness_vllm.align.aligner import AlignedMemory
 from awareness_vllm.errors import PackageCorrupt, UnsupportedModel
+from awareness_vllm.geometry import LayerGeometry, Positions
 from awareness_vllm.packages.file import Package, publish
+from awareness_vllm.positions import apply, strip
 from awareness_vllm.serving.config import PARAMS_KEY
 from awareness_vllm.serving.connector import AwarenessConnector
-from awareness_vllm.serving.memories import LoadParams, kv_transfer_params
+from awareness_vllm.serving.pages import check_layers, layer_index
+from awareness_vllm.serving.params import LoadParams, Part, kv_transfer_params
 from awareness_vllm.serving.readback import block_layout, read_slots
 from awareness_vllm.serving.scheduler import (
     MIN_COMPUTED,
+    MOST_LOADED,
     SKIP,
     Load,
     Save,
     SchedulerHalf,
     StepMetadata,
 )
-from awareness_vllm.serving.worker import (
-    WarmTier,
-    WorkerHalf,
-    check_layers,
-    layer_index,
-)
+from awareness_vllm.serving.stats import Ledger, StepOutcomes
+from awareness_vllm.serving.warm import WarmTier
+from awareness_vllm.serving.worker import WorkerHalf
 from awareness_vllm.store.folder import Store
 
 pytestmark = pytest.mark.unit
@@ -49,8 +52,17 @@ pytestmark = pytest.mark.unit
 MEMORY = "mem_" + "0" * 32
 
 
+def one(
+    memory: str = MEMORY, wmatrix: str = "", *, tokens: int = 1, tail: int = 0, salt: str = ""
+) -> LoadParams:
+    """What a request with one memory tells the connector."""
+    part = Part(memory=memory, wmatrix=wmatrix, tokens=tokens)
+    return LoadParams(parts=(part,), tail=tail, caller_salt=salt)
+
+
 def scheduler_half(*block_sizes: int) -> SchedulerHalf:
-    groups = [SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=b)) for b in block_sizes]
+    specs = [SimpleNamespace(block_size=b, sliding_window=None) for b in block_sizes]
+    groups = [SimpleNamespace(kv_cache_spec=spec) for spec in specs]
     return SchedulerHalf(SimpleNamespace(kv_cache_groups=groups))  # type: ignore[arg-type]
 
 
@@ -63,10 +75,11 @@ def request(
     salt: str | None = None,
 ) -> Any:
     """What vLLM's `Request` shows of a prompt of `tokens` ids, `memory` of them a memory's."""
-    params = LoadParams(memory=MEMORY, tokens=memory, tail=tail)
+    params = one(tokens=memory, tail=tail)
     return SimpleNamespace(
         request_id=name,
         num_tokens=tokens,
+        num_computed_tokens=0,
         prompt_token_ids=list(range(tokens)),
         cache_salt=salt or params.cache_salt,
         kv_transfer_params=kv_transfer_params(params),
@@ -129,7 +142,8 @@ json_values = st.recursive(
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
-            st.sampled_from(["memory", "wmatrix", "tokens", "caller_salt", PARAMS_KEY, "x"]), inner
+            st.sampled_from(["parts", "memory", "tokens", "tail", "caller_salt", PARAMS_KEY, "x"]),
+            inner,
         )
     ),
     max_leaves=8,
@@ -144,22 +158,27 @@ def test_what_a_client_makes_up_is_ignored(params: object, salt: str | None) -> 
 
 
 @given(
-    memory=st.text(max_size=5), wmatrix=st.text(max_size=5), tokens=st.integers(), salt=st.text()
+    memory=st.text(max_size=5),
+    wmatrix=st.text(max_size=5),
+    tokens=st.integers(1),
+    salt=st.text(),
 )
 def test_only_with_the_salt_that_belongs_to_them(
     memory: str, wmatrix: str, tokens: int, salt: str
 ) -> None:
-    params = LoadParams(memory=memory, wmatrix=wmatrix, tokens=tokens, caller_salt=salt)
+    params = one(memory, wmatrix, tokens=tokens, salt=salt)
     carried = kv_transfer_params(params, {"other": 1})
     assert carried["other"] == 1
     found = LoadParams.of(carried, params.cache_salt)
-    assert found == (params if tokens > 0 else None)
+    assert found == params
     for other in (None, "", salt, params.cache_salt[:-1], params.cache_salt + "0"):
         assert LoadParams.of(carried, other) is None
-    forged = {PARAMS_KEY: carried[PARAMS_KEY] | {"memory": memory + "x"}}
+    part = carried[PARAMS_KEY]["parts"][0]
+    forged = {PARAMS_KEY: carried[PARAMS_KEY] | {"parts": [part | {"memory": memory + "x"}]}}
     assert LoadParams.of(forged, params.cache_salt) is None
-    surprise = {PARAMS_KEY: carried[PARAMS_KEY] | {"surprise": 1}}
-    assert LoadParams.of(surprise, params.cache_salt) is None
+    for surprise in ({"surprise": 1}, {"parts": []}, {"parts": [part | {"tokens": 0}]}):
+        changed = {PARAMS_KEY: carried[PARAMS_KEY] | surprise}
+        assert LoadParams.of(changed, params.cache_salt) is None
 
 
 @given(
@@ -171,9 +190,7 @@ def test_only_with_the_salt_that_belongs_to_them(
     )
 )
 def test_the_salt_tells_memory_map_and_caller_apart(parts: list[tuple[str, str, str]]) -> None:
-    salts = {
-        LoadParams(memory=m, wmatrix=w, caller_salt=s, tokens=1).cache_salt for m, w, s in parts
-    }
+    salts = {one(m, w, salt=s).cache_salt for m, w, s in parts}
     assert len(salts) == len(parts)
     for salt in salts:
         validate_cache_salt(salt)
@@ -182,19 +199,24 @@ def test_the_salt_tells_memory_map_and_caller_apart(parts: list[tuple[str, str, 
 
 
 def test_the_salt_tells_how_much_was_read_natively() -> None:
-    assert len({LoadParams(memory=MEMORY, tokens=9, tail=n).cache_salt for n in (0, 1)}) == 2
+    assert len({one(tail=n).cache_salt for n in (0, 1)}) == 2
 
 
 def test_a_salt_cannot_be_shifted_from_one_part_to_the_next() -> None:
     parts = [("a", "b", ""), ("ab", "", ""), ("a", "", "b"), ("", "a", "b"), ('a", "b', "", "")]
-    salts = {
-        LoadParams(memory=m, wmatrix=w, caller_salt=s, tokens=1).cache_salt for m, w, s in parts
-    }
+    salts = {one(m, w, salt=s).cache_salt for m, w, s in parts}
     assert len(salts) == len(parts)
 
 
-def test_the_salt_does_not_depend_on_how_long_the_memory_is_said_to_be() -> None:
-    assert len({LoadParams(memory=MEMORY, tokens=n).cache_salt for n in (1, 2)}) == 1
+def test_the_salt_tells_order_tenant_and_what_is_skipped() -> None:
+    first, second = (Part(memory=name, tokens=1) for name in ("a", "b"))
+    skipped = second.model_copy(update={"skip": 1})
+    salts = {
+        LoadParams(parts=parts, tenant=tenant).cache_salt
+        for parts in ((first, second), (second, first), (first, skipped), (first,))
+        for tenant in ("", "acme")
+    }
+    assert len(salts) == 8
 
 
 # The scheduler half
@@ -202,19 +224,20 @@ def test_the_salt_does_not_depend_on_how_long_the_memory_is_said_to_be() -> None
 
 @given(
     tokens=st.integers(1, 60),
-    memory=st.integers(-3, 60),
+    memory=st.integers(1, 60),
     tail=st.integers(0, 20),
     computed=st.integers(0, 60),
 )
 def test_tokens_to_load(tokens: int, memory: int, tail: int, computed: int) -> None:
-    half, one = scheduler_half(16), request(tokens, memory=memory, tail=tail)
-    found = half.tokens_to_load(one, computed)
-    assert found == half.tokens_to_load(one, computed)
+    half, asking = scheduler_half(16), request(tokens, memory=memory, tail=tail)
+    found = half.tokens_to_load(asking, computed)
+    assert found == half.tokens_to_load(asking, computed)
+    assert found is not None
     assert found >= 0
     if found:
         assert computed + found == min(memory - tail, tokens - MIN_COMPUTED)
     else:
-        assert computed >= min(memory - tail, tokens - MIN_COMPUTED) or memory <= 0
+        assert computed >= min(memory - tail, tokens - MIN_COMPUTED)
     assert half.take_step() == StepMetadata()
 
 
@@ -230,9 +253,9 @@ def test_requests_that_are_not_ours_load_nothing() -> None:
 
 def test_the_memorys_last_tokens_go_into_the_requests_blocks() -> None:
     half = scheduler_half(16, 8)
-    one = request(60, memory=45, tail=5)
-    assert half.tokens_to_load(one, 16) == 24
-    half.allocated(one, blocks([7, 8, 9], [SKIP, SKIP, SKIP, SKIP, 6]), 24)
+    asking = request(60, memory=45, tail=5)
+    assert half.tokens_to_load(asking, 16) == 24
+    half.allocated(asking, blocks([7, 8, 9], [SKIP, SKIP, SKIP, SKIP, 6]), 24)
     (load,) = half.take_step().loads
     assert (load.request_id, load.begin) == ("r", 16)
     assert load.ids == list(range(45))
@@ -240,24 +263,92 @@ def test_the_memorys_last_tokens_go_into_the_requests_blocks() -> None:
     assert half.take_step() == StepMetadata()
 
 
-def scheduled(params: object, *, computed: int = 0, step: int = 5, tokens: int = 5) -> Any:
+def test_a_step_loads_no_more_than_it_may_but_for_one_long_memory() -> None:
+    half = scheduler_half(16)
+    long = request(MOST_LOADED + 60, memory=MOST_LOADED + 40)
+    assert half.tokens_to_load(long, 0) == MOST_LOADED + 40
+    half.allocated(long, blocks(list(range(1, 1000))), MOST_LOADED + 40)
+    assert half.tokens_to_load(request(name="next"), 0) is None
+    half.take_step()
+    assert half.tokens_to_load(request(name="next"), 0) == 20
+
+
+def scheduled(
+    params: object, *, computed: int = 0, step: int = 5, tokens: int = 5, ids: Any = ([2, 3],)
+) -> Any:
+    """What vLLM's `SchedulerOutput` shows of a new request."""
     new = SimpleNamespace(
         req_id="r",
         prompt_token_ids=list(range(tokens)),
         sampling_params=SimpleNamespace(extra_args={"kv_transfer_params": params}),
         num_computed_tokens=computed,
-        block_ids=([2, 3],),
+        block_ids=ids,
     )
-    return SimpleNamespace(scheduled_new_reqs=[new], num_scheduled_tokens={"r": step})
+    return SimpleNamespace(
+        scheduled_new_reqs=[new], scheduled_cached_reqs=cached(), num_scheduled_tokens={"r": step}
+    )
+
+
+def cached(*names: str, ids: Any = None, computed: int = 0, resumed: tuple[str, ...] = ()) -> Any:
+    return SimpleNamespace(
+        req_ids=list(names),
+        new_block_ids=[ids] * len(names),
+        num_computed_tokens=[computed] * len(names),
+        resumed_req_ids=set(resumed),
+    )
+
+
+def later(step: int, *names: str, **what: Any) -> Any:
+    return SimpleNamespace(
+        scheduled_new_reqs=[],
+        scheduled_cached_reqs=cached(*names, **what),
+        num_scheduled_tokens=dict.fromkeys(names, step),
+    )
 
 
 def test_a_capture_is_read_back_when_its_whole_prompt_is_computed() -> None:
     half = scheduler_half(4)
-    for output in (scheduled(None), scheduled({"other": 1}), scheduled({"key": "p"}, step=4)):
+    for output in (scheduled(None), scheduled({"other": 1}), scheduled({"key": 7})):
         half.plan_saves(output, "key")
         assert half.take_step() == StepMetadata()
     half.plan_saves(scheduled({"key": "p"}), "key")
     assert half.take_step().saves == [Save("p", 5, ([8, 9, 10, 11, 12],))]
+
+
+def test_a_captures_blocks_are_gathered_over_the_steps_of_its_prompt() -> None:
+    half = scheduler_half(4)
+    half.plan_saves(scheduled({"key": "p"}, step=4, ids=([2],)), "key")
+    half.plan_saves(later(1, "another"), "key")
+    assert half.take_step() == StepMetadata()
+    half.plan_saves(later(1, "r", ids=([9],), computed=4), "key")
+    assert half.take_step().saves == [Save("p", 5, ([8, 9, 10, 11, 36],))]
+    half.plan_saves(later(1, "r", ids=([5],), computed=5), "key")
+    assert half.take_step() == StepMetadata()
+
+
+def test_a_preempted_capture_starts_its_blocks_anew() -> None:
+    half = scheduler_half(4)
+    half.plan_saves(scheduled({"key": "p"}, step=4, ids=([2],)), "key")
+    half.plan_saves(later(5, "r", ids=([6, 7],), resumed=("r",)), "key")
+    assert half.take_step().saves == [Save("p", 5, ([24, 25, 26, 27, 28],))]
+
+
+def test_a_finished_request_is_captured_no_more() -> None:
+    half = scheduler_half(4)
+    half.plan_saves(scheduled({"key": "p"}, step=4, ids=([2],)), "key")
+    half.finished("r")
+    half.plan_saves(later(1, "r", ids=([9],), computed=4), "key")
+    assert half.take_step() == StepMetadata()
+
+
+@pytest.mark.parametrize(("computed", "kept"), [(0, True), (4, False)])
+def test_a_window_holds_a_prompt_only_if_one_step_computed_it(computed: int, kept: bool) -> None:
+    half = scheduler_half(4, 4)
+    half.windows = [None, 3]
+    asked = scheduled({"key": "p"}, computed=computed, step=5 - computed, ids=([2, 3], [4, 5]))
+    half.plan_saves(asked, "key")
+    (save,) = half.take_step().saves
+    assert save.slots == ([8, 9, 10, 11, 12], [16, 17, 18, 19, 20] if kept else [SKIP] * 5)
 
 
 # The worker half
@@ -400,14 +491,18 @@ def worker(cpu_operator: None) -> WorkerHalf:
     half.groups = dict(zip(NAMES, (0, 1), strict=True))
     half.layers = {name: cpu_layer(torch.bfloat16, 32, 64, "vec") for name in NAMES}
     half.dtype = torch.bfloat16
-    half.warm = WarmTier(2**30)
+    half.warm, half.heads = WarmTier(2**30), OrderedDict()
+    layer = LayerGeometry(
+        heads=2, head_dim=64, positions=Positions(scheme="rope", theta=1e4, rotary_dim=64)
+    )
+    half.memories = SimpleNamespace(geometry=SimpleNamespace(layers=(layer, layer)))
     states = [random_states(12, 64, torch.bfloat16, seed) for seed in range(4)]
     half.warm.put((MEMORY, ""), AlignedMemory(list(range(12)), states[:2], states[2:]))
     return half
 
 
 def load_of(slots: tuple[list[int], ...], *, name: str = "r", ids: int = 12) -> Load:
-    params = LoadParams(memory=MEMORY, tokens=12)
+    params = one(tokens=12)
     return Load(name, params, list(range(ids)), begin=4, slots=slots)
 
 
@@ -446,12 +541,47 @@ def test_a_map_that_the_server_lacks_is_refused(
     worker: WorkerHalf, make_package: Callable[..., Package], tmp_path: Path
 ) -> None:
     memory = publish(make_package(), tmp_path).stem
-    worker.memories = SimpleNamespace(store=Store(tmp_path))
+    worker.memories = SimpleNamespace(stores={"": Store(tmp_path)})
     worker.wmatrices = {}
-    params = LoadParams(memory=memory, wmatrix="f" * 64, tokens=12)
     with pytest.raises(UnsupportedModel, match="another W-Matrix"):
-        worker.aligned(Load("r", params, list(range(12)), begin=0, slots=([], [])))
+        worker.aligned(Part(memory=memory, wmatrix="f" * 64, tokens=12), "")
     assert worker.warm.get((memory, "f" * 64)) is None
+
+
+def test_memories_follow_each_other_and_their_keys_move_with_them(worker: WorkerHalf) -> None:
+    """After a first memory of 12 tokens a second one, of which the first 2 are left out."""
+    states = [random_states(6, 64, torch.bfloat16, seed) for seed in range(4, 8)]
+    second = AlignedMemory(list(range(100, 106)), states[:2], states[2:])
+    worker.warm.put(("second", ""), second)
+    first = worker.warm.get((MEMORY, ""))
+    assert first is not None
+    parts = (
+        Part(memory=MEMORY, tokens=12),
+        Part(memory="second", skip=2, tokens=4),
+    )
+    slots = list(range(64, 74))
+    ids = [*range(12), *range(102, 106)]
+    # Positions 6 … 15: six of the first memory, then all of the second.
+    worker.load(Load("r", LoadParams(parts=parts), ids, begin=6, slots=(slots, slots)))
+    rope = worker.memories.geometry.layers[0].positions
+    for i, name in enumerate(NAMES):
+        key, value = read_slots(worker.layers[name], torch.tensor(slots))
+        assert torch.equal(key[:6], first.keys[i][6:])
+        assert torch.equal(value, torch.cat([first.values[i][6:], second.values[i][2:]]))
+        # What was cached at 2 … 5 stands at 12 … 15 now.
+        free = strip(second.keys[i][2:], torch.arange(2, 6), rope)
+        moved = apply(free, torch.arange(12, 16), rope)
+        torch.testing.assert_close(key[6:].float(), moved, rtol=2**-7, atol=2**-7)
+
+
+def test_only_the_memories_that_are_wanted_are_asked_for(worker: WorkerHalf) -> None:
+    parts = (Part(memory="not there", tokens=5), Part(memory=MEMORY, tokens=12))
+    ids = [*range(900, 905), *range(12)]
+    slots = list(range(12))
+    loaded = worker.load(Load("r", LoadParams(parts=parts), ids, begin=5, slots=(slots, slots)))
+    assert (loaded.temperature, loaded.tokens) == ("hot", 12)
+    # Layers, tokens, keys and values, heads, dims, bytes of a bfloat16.
+    assert loaded.bytes == 2 * 12 * 2 * HEADS * 64 * 2
 
 
 def test_another_prompt_than_the_memorys_is_refused_before_writing(worker: WorkerHalf) -> None:
@@ -468,7 +598,8 @@ def connector(*, load: Callable[[Load], None] = lambda load: None) -> Any:
     made.config = SimpleNamespace(capture=True)
     made.results = KVConnectorTransferResults()
     made.scheduler = scheduler_half(16)
-    made.worker = SimpleNamespace(load=load, groups={"no layer": 0})
+    made.worker = SimpleNamespace(load=load)
+    made.outcomes, made.ledger = StepOutcomes(), Ledger()
     made._connector_metadata = None
     return made
 
@@ -498,11 +629,11 @@ def test_a_failed_request_is_not_asked_for_again() -> None:
     made = connector()
     bad, good = request(name="bad"), request(name="good")
     assert made.get_num_new_matched_tokens(bad, 0) == (20, True)
-    made.update_connector_output(SimpleNamespace(failed_recving={"bad"}))
-    made.update_connector_output(SimpleNamespace(failed_recving=None))
+    made.update_connector_output(KVConnectorOutput(failed_recving={"bad"}))
+    made.update_connector_output(KVConnectorOutput())
     assert made.get_num_new_matched_tokens(bad, 0) == (0, False)
     assert made.get_num_new_matched_tokens(good, 0) == (20, True)
-    assert made.request_finished_all_groups(bad, ([1],)) == (False, None)
+    made.request_finished_all_groups(bad, ([1],))
     assert made.scheduler.failed == set()
 
 
@@ -511,7 +642,7 @@ def test_a_load_that_cannot_be_planned_fails_its_request() -> None:
     # One block of 16 for 20 tokens.
     made.update_state_after_alloc(request(name="bad"), blocks([1]), 20)
     made.update_state_after_alloc(request(name="good"), blocks([1, 2, 3]), 20)
-    metadata = made.build_connector_meta(SimpleNamespace(scheduled_new_reqs=[]))
+    metadata = made.build_connector_meta(later(1))
     assert [load.request_id for load in metadata.loads] == ["good"]
     found = step(made, metadata)
     assert found.failed_recving == {"bad"}

@@ -22,8 +22,10 @@ from awareness_vllm.packages.file import Package, publish, read, verify, without
 from awareness_vllm.positions import strip
 from awareness_vllm.serving.config import ServingConfig
 from awareness_vllm.serving.memories import Memories
-from awareness_vllm.wmatrix import certificate, fit, gather
-from awareness_vllm.wmatrix.certificate import Certificate, certify
+from awareness_vllm.wmatrix import certify as certifying
+from awareness_vllm.wmatrix import fit, gather
+from awareness_vllm.wmatrix.certificate import Certificate
+from awareness_vllm.wmatrix.certify import certify
 from awareness_vllm.wmatrix.config import FitConfig
 from awareness_vllm.wmatrix.evaluate import CaseFigures
 from awareness_vllm.wmatrix.file import WMatrix, load
@@ -159,7 +161,7 @@ def test_it_is_fitted_and_certified_like_any_other(
         ones = torch.ones(2, 2).numpy()
         return CaseFigures({arm: ones for arm in arms}, ["fact"] * 2, [0, 0])
 
-    monkeypatch.setattr(certificate, "evaluate_cases", recalled)  # no random model recalls
+    monkeypatch.setattr(certifying, "evaluate_cases", recalled)  # no random model recalls
     measured = certify(wmatrix, *tiny_models, anchors, [], limit=3, context=90, continuation=8)
     found = Certificate.model_validate(measured.manifest.certificate)
     assert [plan.tail for plan in found.plans] == [0]
@@ -173,7 +175,7 @@ def test_a_server_refuses_it_for_now(
     path = publish(package, tmp_path)
     config = ServingConfig(store=str(tmp_path), wmatrices=(str(fitted),))
     with pytest.raises(UnsupportedRequest, match="has no text"):
-        Memories(config, str(tiny_models[1]), 1000).resolve(path.stem)
+        Memories(config, str(tiny_models[1]), 1000).resolve_one(path.stem, "")
 
 
 def test_the_command_leaves_it_out(

@@ -1,0 +1,65 @@
+"""What vLLM calls its layers, which heads this process has of them, and where their pages are."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+
+from awareness_vllm.align.paged import Pages
+from awareness_vllm.errors import UnsupportedModel
+from awareness_vllm.serving.memories import Memories
+
+LAYER_INDEX = re.compile(r"\.layers\.(\d+)\.")
+FLOAT8 = {
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
+"""vLLM keeps float8 as bytes; its names of the formats."""
+
+
+def layer_index(name: str) -> int:
+    """The index of a layer in the model, from vLLM's name of its attention module."""
+    match = LAYER_INDEX.search(name)
+    if match is None:
+        raise UnsupportedModel(
+            "cannot tell a layer's index",
+            found=name,
+            expected="a name like model.layers.7.self_attn",
+        )
+    return int(match[1])
+
+
+def check_layers(memories: Memories, groups: dict[str, int]) -> None:
+    """Refuse at start a server whose cached layers are not those of the model's geometry."""
+    found = sorted(layer_index(name) for name in groups)
+    if not set(found) <= set(range(len(memories.geometry.layers))):
+        raise UnsupportedModel(
+            "the server's KV cache has other layers than the model's config",
+            found=found,
+            expected=f"0 … {len(memories.geometry.layers) - 1}",
+        )
+
+
+def slice_of_rank(total: int, local: int) -> slice:
+    """This tensor-parallel rank's KV heads; replicated where ranks outnumber them."""
+    if total == local:
+        return slice(None)
+    from vllm.distributed import (
+        get_tensor_model_parallel_rank,
+        get_tensor_model_parallel_world_size,
+    )
+
+    begin = get_tensor_model_parallel_rank() * total // get_tensor_model_parallel_world_size()
+    return slice(begin, begin + local)
+
+
+def pages_of(layer: Any) -> Pages:
+    """A layer's pages as the CUDA backends lay them out: [B, H, N, K|V]."""
+    cache = layer.kv_cache
+    if cache.dtype == torch.uint8:
+        cache = cache.view(FLOAT8[layer.kv_cache_dtype])
+    keys, values = cache.transpose(1, 2).split(layer.head_size, dim=-1)
+    return Pages(keys, values, layer._k_scale_float, layer._v_scale_float)

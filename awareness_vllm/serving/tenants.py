@@ -1,0 +1,185 @@
+"""Who a request comes from: a file that gives each tenant API keys and a store of its own.
+
+Keys are kept as digests only, and no message names one: what goes into an error goes into logs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict, Field, ValidationError
+
+from awareness_vllm.errors import BadInput, Unauthorized
+from awareness_vllm.geometry import Strict
+
+TENANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+KEY = re.compile(r"[!-~]+")
+"""What a header can carry as one token: visible ASCII."""
+BEARER = re.compile(rf"(?i:bearer) +({KEY.pattern})")
+EXPECTED = '{"tenant": {"api_keys": ["…"], "store": "folder"}, …}'
+
+
+class Tenant(Strict):
+    """One tenant as the file has it; a relative `store` is relative to the file."""
+
+    model_config = ConfigDict(hide_input_in_errors=True)
+
+    api_keys: tuple[str, ...] = Field(repr=False, min_length=1)
+    store: str = Field(min_length=1)
+
+
+@dataclass(frozen=True)
+class Tenants:
+    """The tenants of a server: each one's folder of packages, and whose key has which sha256.
+
+    Without a file there is one tenant, "", with the server's store, and nobody needs a key.
+    """
+
+    folders: Mapping[str, Path] = field(default_factory=dict)
+    digests: tuple[tuple[bytes, str], ...] = field(default=(), repr=False)
+
+    @classmethod
+    def read(cls, path: Path | None) -> Tenants:
+        """Read a tenants file; None means that there is none.
+
+        Raises:
+            BadInput: a file that is missing or does not say clearly whose key opens which store.
+        """
+        if path is None:
+            return cls()
+        entries = _parse(path)
+        _check_keys(path, entries)
+        digests = {(_digest(key), name) for name, one in entries.items() for key in one.api_keys}
+        return cls(_folders(path, entries), tuple(sorted(digests)))
+
+    def stores(self, default: Path) -> dict[str, Path]:
+        """Each tenant's folder of packages; `default` is the server's own."""
+        return dict(self.folders) or {"": default}
+
+    def of(self, authorization: str | None) -> str:
+        """The tenant that an HTTP Authorization header belongs to.
+
+        Raises:
+            Unauthorized: there are tenants, and the header has no key of theirs.
+        """
+        if not self.digests:
+            return ""
+        match = BEARER.fullmatch(authorization or "")
+        if match is None:
+            raise _unauthorized("no API key")
+        tenant, asked = None, _digest(match[1])
+        for known, name in self.digests:
+            # All of them, always: the time must not tell how far a guess came.
+            if hmac.compare_digest(known, asked):
+                tenant = name
+        if tenant is None:
+            raise _unauthorized("an unknown API key")
+        return tenant
+
+
+def _parse(path: Path) -> dict[str, Tenant]:
+    """The file's entries, each of the right shape, by tenant."""
+    try:
+        pairs = json.loads(path.read_text("utf-8"), object_pairs_hook=_Pairs)
+    except OSError as error:
+        raise _bad(path, "cannot be read", error.strerror, "a JSON file") from error
+    except (ValueError, RecursionError) as error:
+        raise _bad(path, "is not JSON", error, EXPECTED) from error
+    if not isinstance(pairs, _Pairs) or not pairs:
+        found = "nobody" if isinstance(pairs, _Pairs) else type(pairs).__name__
+        raise _bad(path, "names no tenants", found, EXPECTED)
+    entries: dict[str, Tenant] = {}
+    for number, (name, value) in enumerate(pairs, 1):
+        # Until an entry has its shape it is called by number: in a file written the wrong way
+        # round, what stands where a name should be is a key.
+        entry = _entry(path, number, value)
+        if not TENANT_NAME.fullmatch(name):
+            found = f"entry {number} has another name" if name else f"entry {number} has none"
+            raise _bad(path, "has a tenant without a usable name", found, TENANT_NAME.pattern)
+        if name in entries:
+            raise _bad(path, "names a tenant twice", name, "each tenant once")
+        entries[name] = entry
+    return entries
+
+
+def _entry(path: Path, number: int, value: object) -> Tenant:
+    """One tenant's entry; what is wrong with it is told without the values."""
+    what = f"has a wrong entry ({number})"
+    if not isinstance(value, _Pairs):
+        raise _bad(path, what, "not an object", EXPECTED)
+    if len(fields := dict(value)) < len(value):
+        raise _bad(path, what, "a field twice", EXPECTED)
+    try:
+        return Tenant.model_validate(fields)
+    except ValidationError as error:
+        found = "; ".join(sorted({_complaint(one["loc"], one["msg"]) for one in error.errors()}))
+    # Outside of the handler: pydantic's error holds the values.
+    raise _bad(path, what, found, EXPECTED)
+
+
+def _complaint(loc: tuple[int | str, ...], message: str) -> str:
+    name = loc[0] if loc and loc[0] in Tenant.model_fields else "an unknown field"
+    return f"{name}: {message}"
+
+
+def _check_keys(path: Path, entries: Mapping[str, Tenant]) -> None:
+    """Each key can be sent, and belongs to one tenant."""
+    owners: dict[str, str] = {}
+    for name, tenant in entries.items():
+        for key in tenant.api_keys:
+            if not KEY.fullmatch(key):
+                found = f"one of {name} with other characters" if key else f"an empty one of {name}"
+                raise _bad(path, "has an unusable API key", found, "visible ASCII, no spaces")
+            if owners.setdefault(key, name) != name:
+                found = f"{owners[key]} and {name}"
+                raise _bad(path, "gives an API key to two tenants", found, "one tenant for a key")
+
+
+def _folders(path: Path, entries: Mapping[str, Tenant]) -> dict[str, Path]:
+    """Each tenant's store, absolute. Two tenants with one store would read each other's."""
+    folders: dict[str, Path] = {}
+    for name, tenant in entries.items():
+        try:
+            folder = (path.parent / Path(tenant.store).expanduser()).resolve()
+        except (OSError, RuntimeError, ValueError) as error:
+            found = f"{tenant.store[:80]!r} of {name} ({error})"
+            raise _bad(path, "has a store that cannot be a folder", found, "a path") from error
+        for other in folders:
+            if folders[other] == folder:
+                found = f"{other} and {name} with {folder}"
+                raise _bad(path, "gives a store to two tenants", found, "a store for each tenant")
+        folders[name] = folder
+    return folders
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()
+
+
+def _bad(path: Path, what: str, found: object, expected: str) -> BadInput:
+    return BadInput(
+        f"the tenants file {path} {what}",
+        found=found,
+        expected=expected,
+        remedy="correct the file and start the server again",
+    )
+
+
+def _unauthorized(found: str) -> Unauthorized:
+    return Unauthorized(
+        "this server does not know whose memories are meant",
+        found=found,
+        expected="Authorization: Bearer and an API key of one of its tenants",
+        remedy="ask the server's operator for a key",
+    )
+
+
+class _Pairs(list[tuple[str, Any]]):
+    """A JSON object as it was written: a dict would drop what is there twice."""

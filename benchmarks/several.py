@@ -1,0 +1,108 @@
+"""What several memories in one prompt are worth, each made on its own, beside one of the same text.
+
+    python benchmarks/several.py --source S --target T --wmatrix FILE --texts DIR --limit 24
+
+A context is cut into 1, 2 and 4 memories that follow each other at successive positions; retention
+is that of the text that goes on after them, against the target reading the whole context. Without
+--wmatrix source and target are one model: what is lost then is lost by reading the parts apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from awareness_vllm.align.aligner import AlignedMemory
+from awareness_vllm.anchors.corpus import load
+from awareness_vllm.anchors.spans import load_tokenizer, tokenize
+from awareness_vllm.geometry import Geometry
+from awareness_vllm.positions import shift
+from awareness_vllm.provenance import hardware, versions
+from awareness_vllm.wmatrix.bench import Bench
+from awareness_vllm.wmatrix.bootstrap import retention
+from awareness_vllm.wmatrix.evaluate import cut_evenly, joined
+from awareness_vllm.wmatrix.file import load as load_wmatrix
+
+COUNTS = (1, 2, 4)
+
+
+def parts_of(bench: Bench, text: str, count: int) -> list[str]:
+    """A text in `count` parts of as many target tokens each, nothing left out."""
+    ends = tokenize(load_tokenizer(str(bench.target)), text).spans[:, 1]
+    cuts = [
+        0,
+        *(int(ends[len(ends) * i // count - 1]) for i in range(1, count)),
+        len(text.encode()),
+    ]
+    raw = text.encode()
+    return [raw[a:b].decode(errors="ignore") for a, b in itertools.pairwise(cuts)]
+
+
+def following(memories: list[AlignedMemory], skip: int, target: Geometry) -> AlignedMemory:
+    """Memories one after another: all but the first lose their own beginning, as in the server."""
+    ids, keys, values = list(memories[0].ids), [memories[0].keys], [memories[0].values]
+    for memory in memories[1:]:
+        offset = len(ids) - skip
+        keys.append(
+            [
+                shift(key[skip:], offset, layer.positions).to(key.dtype)
+                for key, layer in zip(memory.keys, target.layers, strict=True)
+            ]
+        )
+        values.append([value[skip:] for value in memory.values])
+        ids += memory.ids[skip:]
+    both = ([torch.cat(layer) for layer in zip(*part, strict=True)] for part in (keys, values))
+    return AlignedMemory(ids, *both)
+
+
+def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
+    """Retention with the context in 1, 2 and 4 memories."""
+    target, skip = Geometry.from_folder(bench.target), bench.sink()
+    long = joined(load([Path(p) for p in args.texts]), args.context + args.continuation)
+    surprises: dict[str, list[float]] = {}
+    cuts = cut_evenly(bench, long, args.context, args.continuation, args.limit)
+    for _, text, ids in tqdm(cuts, desc="several"):
+        whole = bench.ids(text)
+        arms = {"native": bench.native(whole), "none": bench.native(whole[: skip or 1])}
+        for count in COUNTS:
+            memories = [bench.memory(bench.package(part)) for part in parts_of(bench, text, count)]
+            arms[f"{count}"] = following(memories, skip, target)
+        labels = torch.tensor(ids[1:])
+        for arm, memory in arms.items():
+            logprobs = bench.logprobs(memory, ids, args.continuation)
+            surprise = -logprobs.gather(1, labels[:, None]).mean().item()
+            surprises.setdefault(arm, []).append(surprise)
+    nll = {arm: np.array(found) for arm, found in surprises.items()}
+    return {
+        "n": len(cuts),
+        "nll": {arm: float(found.mean()) for arm, found in nll.items()},
+        "retention": {
+            count: retention(nll["native"], nll[f"{count}"], nll["none"]) for count in COUNTS
+        },
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--source", required=True)
+    parser.add_argument("--target", required=True)
+    parser.add_argument("--wmatrix")
+    parser.add_argument("--texts", nargs="+", required=True)
+    parser.add_argument("--limit", type=int, default=24)
+    parser.add_argument("--context", type=int, default=600)
+    parser.add_argument("--continuation", type=int, default=60)
+    args = parser.parse_args()
+    wmatrix = load_wmatrix(args.wmatrix) if args.wmatrix else None
+    found = measure(Bench(Path(args.source), Path(args.target), wmatrix), args)
+    print(json.dumps({**found, "hardware": hardware(), "versions": versions()}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,489 @@
+"""What loads tell the operator and the client, and that the telling never ends the engine."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from vllm.config import KVTransferConfig
+from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
+    KVConnectorLogging,
+    KVConnectorProm,
+)
+from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
+
+from awareness_vllm.errors import PackageCorrupt
+from awareness_vllm.serving.config import ServingConfig, transfer_config
+from awareness_vllm.serving.connector import AwarenessConnector
+from awareness_vllm.serving.params import LoadParams, Part, kv_transfer_params
+from awareness_vllm.serving.scheduler import Load, SchedulerHalf
+from awareness_vllm.serving.stats import (
+    RECOMPUTED,
+    TEMPERATURES,
+    Failed,
+    Ledger,
+    LoadStats,
+    Outcome,
+    StepOutcomes,
+    of_both_ranks,
+)
+from awareness_vllm.serving.worker import Loaded
+
+pytestmark = pytest.mark.unit
+
+DASHBOARD = Path(__file__).parents[2] / "docs/grafana/awareness.json"
+LABELS = ["model_name", "engine"]
+COLD = Loaded("cold", tokens=800, bytes=3 * 2**20, seconds=0.5)
+WARM = Loaded("warm", tokens=800, bytes=3 * 2**20, seconds=0.02)
+HOT = Loaded("hot", tokens=40, bytes=2**18, seconds=0.004)
+
+loads = st.builds(
+    Loaded,
+    temperature=st.sampled_from(TEMPERATURES),
+    tokens=st.integers(0, 10**6),
+    bytes=st.integers(0, 10**12),
+    seconds=st.floats(0, 1e3),
+)
+outcomes = loads | st.builds(Failed, st.sampled_from(["PackageCorrupt", "OSError"]))
+
+
+def stats_of(*recorded: Outcome, requests: tuple[str, ...] = ()) -> LoadStats:
+    stats = LoadStats()
+    for outcome in recorded:
+        stats.record(outcome)
+    stats.data["requests"].extend(requests)
+    return stats
+
+
+# The statistics
+
+
+@given(recorded=st.lists(outcomes), cuts=st.lists(st.integers(0, 20), max_size=4))
+def test_any_split_aggregates_to_the_same(recorded: list[Outcome], cuts: list[int]) -> None:
+    whole = stats_of(*recorded)
+    edges = [0, *sorted(cuts), len(recorded)]
+    parts = [stats_of(*recorded[a:b]) for a, b in itertools.pairwise(edges)]
+    sizes = [len(part.data["loads"]) for part in parts]
+    found = functools.reduce(lambda a, b: a.aggregate(b), parts)
+    assert found == whole
+    assert found.reduce() == whole.reduce()
+    assert [len(part.data["loads"]) for part in parts] == sizes
+
+
+@given(recorded=st.lists(outcomes), requests=st.lists(st.sampled_from(TEMPERATURES)))
+def test_they_survive_the_way_to_the_front_end(
+    recorded: list[Outcome], requests: list[str]
+) -> None:
+    stats = stats_of(*recorded, requests=tuple(requests))
+    sent = msgspec.msgpack.decode(msgspec.msgpack.encode(stats.to_dict()))
+    arrived = AwarenessConnector.build_kv_connector_stats(sent)
+    assert arrived == stats
+    assert arrived.is_empty() == (not recorded and not requests)
+
+
+def test_the_summary_of_an_interval() -> None:
+    found = stats_of(COLD, WARM, HOT, WARM, Failed("OSError")).reduce()
+    assert found == {
+        "Memory loads": 4,
+        "Hot": 1,
+        "Warm": 2,
+        "Cold": 1,
+        "Tokens loaded": 2440,
+        "MB loaded": 9.25,
+        "Avg load time (ms)": 136.0,
+        "Max load time (ms)": 500.0,
+        "Failed loads": 1,
+    }
+    assert set(LoadStats().reduce().values()) == {0}
+
+
+def test_stats_that_are_reset_are_empty_and_their_own() -> None:
+    stats = stats_of(COLD)
+    taken = stats.to_dict()
+    stats.reset()
+    assert stats.is_empty()
+    assert len(taken["loads"]) == 1
+    assert AwarenessConnector.build_kv_connector_stats().is_empty()
+
+
+# On vLLM's /metrics, and in its log
+
+
+@pytest.fixture
+def registry() -> CollectorRegistry:
+    return CollectorRegistry()
+
+
+@pytest.fixture
+def transfer() -> KVTransferConfig:
+    return KVTransferConfig(**transfer_config(ServingConfig(store="store")))
+
+
+@pytest.fixture
+def shown(registry: CollectorRegistry, transfer: KVTransferConfig) -> KVConnectorProm:
+    """Our metrics as vLLM makes them for a server of two engines, in a registry of the test's."""
+
+    class Prom(KVConnectorProm):
+        _gauge_cls = functools.partial(Gauge, registry=registry)  # type: ignore[assignment]
+        _counter_cls = functools.partial(Counter, registry=registry)  # type: ignore[assignment]
+        _histogram_cls = functools.partial(Histogram, registry=registry)  # type: ignore[assignment]
+
+    config: Any = SimpleNamespace(kv_transfer_config=transfer)
+    return Prom(config, LABELS, {0: ["m", "0"], 1: ["m", "1"]})
+
+
+def value(registry: CollectorRegistry, name: str, label: str, engine: int = 0) -> float | None:
+    """A sample of ours; its own label is the reason or the temperature."""
+    own = "reason" if "failures" in name else "temperature"
+    labels = {"model_name": "m", "engine": str(engine), own: label}
+    return registry.get_sample_value(f"vllm:awareness_{name}", labels)
+
+
+def test_what_happened_is_on_the_metrics(
+    registry: CollectorRegistry, shown: KVConnectorProm
+) -> None:
+    stats = stats_of(COLD, WARM, WARM, Failed("OSError"), requests=("warm", "warm", RECOMPUTED))
+    shown.observe(stats.to_dict(), 1)
+    shown.observe(stats_of(WARM, Failed("OSError"), Failed("KeyError")).to_dict(), 1)
+    found = functools.partial(value, registry, engine=1)
+    assert [found("loads_total", t) for t in TEMPERATURES] == [0, 3, 1]
+    assert [found("tokens_total", t) for t in TEMPERATURES] == [0, 2400, 800]
+    assert [found("bytes_total", t) for t in TEMPERATURES] == [0, 9 * 2**20, 3 * 2**20]
+    assert [found("load_seconds_count", t) for t in TEMPERATURES] == [0, 3, 1]
+    assert found("load_seconds_sum", "warm") == pytest.approx(0.06)
+    assert found("requests_total", "warm") == 2
+    assert found("requests_total", RECOMPUTED) == 1
+    assert found("failures_total", "OSError") == 2
+    assert found("failures_total", "KeyError") == 1
+    assert [value(registry, "loads_total", t) for t in TEMPERATURES] == [0, 0, 0]
+    assert value(registry, "failures_total", "OSError") is None
+
+
+@pytest.mark.parametrize("engine", [0, 1])
+def test_series_start_at_zero(
+    registry: CollectorRegistry, shown: KVConnectorProm, engine: int
+) -> None:
+    for name in ("loads_total", "tokens_total", "bytes_total", "load_seconds_count"):
+        assert [value(registry, name, t, engine) for t in TEMPERATURES] == [0, 0, 0], name
+    for temperature in (*TEMPERATURES, RECOMPUTED):
+        assert value(registry, "requests_total", temperature, engine) == 0
+
+
+def test_the_histogram_tells_milliseconds_from_seconds(
+    registry: CollectorRegistry, shown: KVConnectorProm
+) -> None:
+    shown.observe(stats_of(Loaded("cold", 1, 1, 0.004), Loaded("cold", 1, 1, 4.0)).to_dict())
+    labels = {"model_name": "m", "engine": "0", "temperature": "cold"}
+    buckets = {
+        le: registry.get_sample_value("vllm:awareness_load_seconds_bucket", labels | {"le": le})
+        for le in ("0.0025", "0.005", "2.5", "5.0", "+Inf")
+    }
+    assert list(buckets.values()) == [0, 1, 1, 2, 2]
+
+
+def test_vllms_log_line_sums_the_steps_and_leaves_them_as_they_are(
+    transfer: KVTransferConfig,
+) -> None:
+    log, lines = KVConnectorLogging(transfer), []
+    steps = [stats_of(COLD).to_dict(), stats_of(WARM, Failed("OSError")).to_dict()]
+    for step in steps:
+        log.observe(step)
+    assert [len(step["loads"]) for step in steps] == [1, 1]
+    log.log(lambda text, *values: lines.append(text % values))
+    log.log(lambda text, *values: lines.append(text % values))
+    assert len(lines) == 1
+    assert "Memory loads=2" in lines[0]
+    assert "Failed loads=1" in lines[0]
+
+
+# Several workers
+
+
+@given(one=loads, other=loads)
+def test_two_ranks_share_one_load(one: Loaded, other: Loaded) -> None:
+    found = of_both_ranks(one, other)
+    assert isinstance(found, Loaded)
+    assert found == of_both_ranks(other, one)
+    assert found.bytes == one.bytes + other.bytes
+    assert (found.tokens, found.seconds) == (
+        max(one.tokens, other.tokens),
+        max(one.seconds, other.seconds),
+    )
+    coldest = max(TEMPERATURES.index(load.temperature) for load in (one, other))
+    assert found.temperature == TEMPERATURES[coldest]
+
+
+def test_a_load_that_failed_on_one_rank_failed() -> None:
+    failed = Failed("OSError")
+    assert of_both_ranks(failed, COLD) == of_both_ranks(COLD, failed) == failed
+
+
+def test_vllm_aggregates_what_its_workers_say() -> None:
+    def said(**by_request: Outcome) -> ModelRunnerOutput:
+        meta = StepOutcomes(dict(by_request)) if by_request else None
+        output = KVConnectorOutput(kv_connector_worker_meta=meta)
+        return ModelRunnerOutput([], {}, kv_connector_output=output)
+
+    failed = Failed("OSError")
+    workers = [said(), said(a=COLD, b=WARM), said(a=COLD, b=failed, c=HOT)]
+    output = KVOutputAggregator(expected_finished_count=3).aggregate(list(workers))
+    assert output is not None
+    assert output.kv_connector_output is not None
+    found = output.kv_connector_output.kv_connector_worker_meta
+    both = Loaded("cold", COLD.tokens, 2 * COLD.bytes, COLD.seconds)
+    assert found == StepOutcomes({"a": both, "b": failed, "c": HOT})
+
+
+# From a load to its response
+
+
+def never(load: Load) -> Loaded:
+    raise AssertionError("nothing was to be loaded")
+
+
+def connector(load: Callable[[Load], Loaded] = never) -> Any:
+    """Both of a server's connectors in one, without an engine; blocks are of 16 tokens."""
+    made: Any = AwarenessConnector.__new__(AwarenessConnector)
+    groups = [SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=16, sliding_window=None))]
+    made.results = KVConnectorTransferResults()
+    made.outcomes = StepOutcomes()
+    made.ledger = Ledger()
+    made.scheduler = SchedulerHalf(SimpleNamespace(kv_cache_groups=groups))  # type: ignore[arg-type]
+    made.worker = SimpleNamespace(load=load, groups={})
+    made._connector_metadata = None
+    return made
+
+
+def request(name: str = "r", *, salt: str | None = None, computed: int = 60) -> Any:
+    """What vLLM's `Request` shows of a prompt of 60 ids, 40 of them a memory's."""
+    params = LoadParams(parts=(Part(memory="mem_" + "0" * 32, tokens=40),))
+    return SimpleNamespace(
+        request_id=name,
+        num_tokens=60,
+        num_computed_tokens=computed,
+        prompt_token_ids=list(range(60)),
+        cache_salt=salt or params.cache_salt,
+        kv_transfer_params=kv_transfer_params(params),
+    )
+
+
+def schedule(made: Any, one: Any, *, computed: int = 0, blocks: int = 3) -> KVConnectorOutput:
+    """One step with a new request, `computed` of its tokens in the prefix cache: what its worker
+    says. As in vLLM, the scheduler's connector has yet to be told."""
+    external, asynchronous = made.get_num_new_matched_tokens(one, computed)
+    assert asynchronous == (external > 0)
+    ids = [SimpleNamespace(is_null=False, block_id=b) for b in range(1, blocks + 1)]
+    made.update_state_after_alloc(one, SimpleNamespace(blocks=(ids,)), external)
+    made.bind_connector_metadata(made.build_connector_meta(SimpleNamespace(scheduled_new_reqs=[])))
+    made.start_load_kv(None)
+    results = made.get_transfer_results(set())
+    return KVConnectorOutput(
+        failed_recving=results.failed_recving,
+        kv_connector_worker_meta=made.build_connector_worker_meta(),
+    )
+
+
+def finish(made: Any, one: Any) -> dict[str, Any] | None:
+    """A request's end: what its response says of its memory. Nothing may be left of it."""
+    waits, params = made.request_finished_all_groups(one, ([1, 2, 3],))
+    assert waits is False
+    assert made.ledger.outcomes == {}
+    assert made.scheduler.failed == set()
+    assert params is None or list(params) == ["awareness"]
+    return params and params["awareness"]
+
+
+def stats(made: Any) -> dict[str, list[Any]]:
+    """What happened since the last call, as vLLM takes it."""
+    taken = made.get_kv_connector_stats()
+    return {} if taken is None else taken.to_dict()
+
+
+@pytest.mark.parametrize("loaded", [COLD, WARM, HOT], ids=lambda loaded: loaded.temperature)
+def test_a_response_says_how_its_memory_came(loaded: Loaded) -> None:
+    made, one = connector(lambda load: loaded), request()
+    made.update_connector_output(schedule(made, one))
+    assert stats(made) == stats_of(loaded).data
+    report = {
+        "temperature": loaded.temperature,
+        "loaded_tokens": loaded.tokens,
+        "seconds": loaded.seconds,
+    }
+    assert finish(made, one) == report
+    json.dumps(report)
+    assert stats(made) == stats_of(requests=(loaded.temperature,)).data
+    assert made.get_kv_connector_stats() is None
+
+
+def test_a_memory_that_was_all_in_the_prefix_cache_is_hot() -> None:
+    made, one = connector(), request()
+    made.update_connector_output(schedule(made, one, computed=48))
+    assert stats(made) == {}
+    assert finish(made, one) == {"temperature": "hot", "loaded_tokens": 0, "seconds": 0.0}
+    assert stats(made)["requests"] == ["hot"]
+
+
+def test_a_failed_load_is_said_by_its_reason() -> None:
+    def broken(load: Load) -> Loaded:
+        raise PackageCorrupt("a secret path", found="a", expected="b")
+
+    made, one = connector(broken), request()
+    output = schedule(made, one)
+    assert output.failed_recving == {"r"}
+    made.update_connector_output(output)
+    assert stats(made) == stats_of(Failed("PackageCorrupt")).data
+    assert schedule(made, one).kv_connector_worker_meta is None
+    assert finish(made, one) == {"temperature": RECOMPUTED, "reason": "PackageCorrupt"}
+    assert stats(made)["requests"] == [RECOMPUTED]
+
+
+def test_a_load_that_cannot_be_planned_counts_once_as_failed() -> None:
+    made, one = connector(), request()
+    made.update_connector_output(schedule(made, one, blocks=1))
+    assert stats(made) == stats_of(Failed("IndexError")).data
+    assert finish(made, one) == {"temperature": RECOMPUTED, "reason": "IndexError"}
+
+
+def test_a_request_that_cannot_be_read_counts_once_however_often_it_is_asked() -> None:
+    made, one = connector(), request()
+    del one.num_tokens
+    for _ in range(3):
+        assert made.get_num_new_matched_tokens(one, 0) == (0, False)
+    assert stats(made) == stats_of(Failed("AttributeError")).data
+    assert finish(made, one) == {"temperature": RECOMPUTED, "reason": "AttributeError"}
+
+
+def test_a_preempted_request_reports_its_last_load() -> None:
+    found = iter([COLD, HOT])
+    made, one = connector(lambda load: next(found)), request()
+    made.update_connector_output(schedule(made, one))
+    made.update_connector_output(schedule(made, one, computed=16))
+    assert stats(made) == stats_of(COLD, HOT).data
+    # Preempted once more: this time the prefix cache has it all.
+    made.update_connector_output(schedule(made, one, computed=48))
+    report = finish(made, one)
+    assert report is not None
+    assert report["temperature"] == "hot"
+    assert report["loaded_tokens"] == HOT.tokens
+
+
+def test_nothing_is_kept_of_a_request_that_is_aborted_while_it_loads() -> None:
+    made, one = connector(lambda load: COLD), request()
+    output = schedule(made, one)
+    assert finish(made, one) is None
+    made.update_connector_output(output)
+    assert made.ledger.outcomes == {}
+    assert stats(made) == stats_of(COLD).data
+
+
+def test_a_request_that_was_never_scheduled_is_not_hot() -> None:
+    made = connector()
+    assert finish(made, request(computed=0)) is None
+    assert stats(made) == {}
+
+
+def test_requests_without_a_memory_get_no_report() -> None:
+    made, plain = connector(), request()
+    plain.kv_transfer_params = plain.cache_salt = None
+    for one in (plain, request(salt="forged")):
+        made.update_connector_output(schedule(made, one))
+        assert finish(made, one) is None
+    assert stats(made) == {}
+
+
+def test_requests_are_told_apart() -> None:
+    by_name = {"a": COLD, "b": WARM}
+    made = connector(lambda load: by_name[load.request_id])
+    requests = [request(name) for name in by_name]
+    for output in [schedule(made, one) for one in requests]:
+        made.update_connector_output(output)
+    for one in requests:
+        report = made.request_finished(one, [])[1]
+        assert report["awareness"]["temperature"] == by_name[one.request_id].temperature
+
+
+def test_a_report_that_cannot_be_made_does_not_reach_the_engine() -> None:
+    assert finish(connector(), SimpleNamespace(request_id="r")) is None
+
+
+def test_outcomes_that_cannot_be_counted_do_not_reach_the_engine() -> None:
+    made = connector()
+    no_outcome: Any = {"r": None}
+    output = KVConnectorOutput(
+        failed_recving={"bad"}, kv_connector_worker_meta=StepOutcomes(no_outcome)
+    )
+    made.update_connector_output(output)
+    assert made.scheduler.failed == {"bad"}
+
+
+def test_a_step_without_loads_says_nothing() -> None:
+    # Whatever is not None, vLLM sends through its processes in every step.
+    made = connector()
+    assert made.build_connector_worker_meta() is None
+    assert made.get_kv_connector_stats() is None
+
+
+def test_outcomes_are_handed_over_once() -> None:
+    made = connector(lambda load: COLD)
+    assert schedule(made, request()).kv_connector_worker_meta == StepOutcomes({"r": COLD})
+    assert made.build_connector_worker_meta() is None
+
+
+# The dashboard
+
+
+def expressions(node: Any) -> list[str]:
+    """Every PromQL expression of a dashboard, those of its variables too."""
+    if isinstance(node, list):
+        return [found for item in node for found in expressions(item)]
+    if not isinstance(node, dict):
+        return []
+    own = [node[key] for key in ("expr", "definition") if key in node]
+    return own + [found for item in node.values() for found in expressions(item)]
+
+
+def test_the_dashboard_asks_for_the_metrics_that_there_are(
+    registry: CollectorRegistry, shown: KVConnectorProm
+) -> None:
+    shown.observe(stats_of(COLD, Failed("OSError"), requests=("cold",)).to_dict())
+    families = [family for family in registry.collect() if family.name.startswith("vllm:")]
+    labels = {sample.name: set(sample.labels) for family in families for sample in family.samples}
+    asked = expressions(json.loads(DASHBOARD.read_text()))
+    assert asked
+    for expression in asked:
+        (name,) = re.findall(r"vllm:\w+", expression)
+        assert name in labels, expression
+        grouped = re.findall(r"by \(([^)]*)\)", expression)
+        filtered = re.findall(r"(\w+)=~", expression)
+        used = {label.strip() for group in grouped for label in group.split(",")} | {*filtered}
+        assert used <= labels[name], expression
+    for family in families:
+        assert any(family.name in expression for expression in asked), family.name
+
+
+def test_the_dashboard_can_be_imported() -> None:
+    board = json.loads(DASHBOARD.read_text())
+    assert board["schemaVersion"] >= 39
+    variables = {variable["name"]: variable["type"] for variable in board["templating"]["list"]}
+    assert variables["datasource"] == "datasource"
+    source = {"type": "prometheus", "uid": "${datasource}"}
+    for panel in board["panels"]:
+        assert panel["datasource"] == source, panel["title"]
+        assert all(target["datasource"] == source for target in panel["targets"])
+    ids = [panel["id"] for panel in board["panels"]]
+    assert len(set(ids)) == len(ids) >= 6
+    places = {(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in board["panels"]}
+    assert len(places) == len(ids)
