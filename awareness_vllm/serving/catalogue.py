@@ -23,8 +23,8 @@ from awareness_vllm.geometry import Strict
 from awareness_vllm.packages.file import read_manifest
 from awareness_vllm.packages.manifest import Manifest, check_id
 from awareness_vllm.serving.asked import Asked
-from awareness_vllm.serving.http import check_fits, client_error, memories_of, tenant_of
-from awareness_vllm.serving.memories import Memories, Prompt
+from awareness_vllm.serving.http import client_error, memories_of, tenant_of
+from awareness_vllm.serving.memories import Memories, Prompt, check_fits
 from awareness_vllm.store.folder import Store, missing
 
 if TYPE_CHECKING:

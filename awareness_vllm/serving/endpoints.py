@@ -40,7 +40,6 @@ from awareness_vllm.serving.config import CONNECTOR, PARAMS_KEY, ServingConfig
 from awareness_vllm.serving.extension import BIND
 from awareness_vllm.serving.http import (
     answer_unauthorized,
-    check_fits,
     client_error,
     memories_of,
     tenant_of,
@@ -120,7 +119,7 @@ async def create_completion(request: CompletionRequest, raw_request: Request) ->
         prompts = cast("list[TokensInput]", rendered)  # of text: embeddings are refused
         memories = memories_of(raw_request)
         request.prompt = [
-            whole(memories, prompt, memories.without_prefix(one["prompt_token_ids"]))
+            memories.whole(prompt, memories.without_prefix(one["prompt_token_ids"]))
             for one in prompts
         ]
         request.add_special_tokens = False
@@ -227,7 +226,7 @@ def in_chat(request: AnyRequest, raw_request: Request, render: Render) -> Use:
         placed = prompt.after(backstage.tokens(head))
         if placed.head and placed.tail is not None and not await backstage.keeps_head(placed.head):
             placed = placed.natively()
-        ids = whole(memories_of(raw_request), placed, backstage.tokens(rest))
+        ids = memories_of(raw_request).whole(placed, backstage.tokens(rest))
         carry(request, placed)["prompt_token_ids"] = ids
         return placed
 
@@ -246,25 +245,6 @@ def carry(request: AnyRequest, prompt: Prompt) -> dict[str, Any]:
         carried = kv_transfer_params(params, carried)
     request.kv_transfer_params = carried
     return carried
-
-
-def whole(memories: Memories, prompt: Prompt, own: list[int]) -> list[int]:
-    """The memories' ids, then the prompt's own.
-
-    Raises:
-        UnsupportedRequest: nothing of its own; ContextTooLong: it does not fit.
-    """
-    ids = prompt.ids
-    if not own:
-        raise UnsupportedRequest(
-            "the prompt is empty",
-            found=f"{len(ids)} tokens of memory and none of prompt",
-            expected="at least one token to answer",
-            remedy="put the question into the prompt",
-        )
-    names = " ".join(memory.memory for memory in prompt.memories)
-    check_fits(f"memory {names}", len(ids), len(own), memories.max_model_len)
-    return [*ids, *own]
 
 
 def copied(request: Any, **update: Any) -> Any:

@@ -12,7 +12,7 @@ from vllm.exceptions import (
     VLLMValidationError,
 )
 
-from awareness_vllm.errors import AwarenessError, ContextTooLong, Unauthorized, UnsupportedRequest
+from awareness_vllm.errors import AwarenessError, Unauthorized, UnsupportedRequest
 from awareness_vllm.serving.asked import SHORT
 from awareness_vllm.serving.config import CONNECTOR
 from awareness_vllm.serving.memories import Memories
@@ -34,21 +34,6 @@ def memories_of(raw_request: Request) -> Memories:
 def tenant_of(raw_request: Request) -> str:
     """The tenant that the request comes from. Raises Unauthorized, and what `memories_of` does."""
     return memories_of(raw_request).tenants.of(raw_request.headers.get("Authorization"))
-
-
-def check_fits(what: str, memory: int, prompt: int, limit: int) -> None:
-    """Refuse so many tokens of memory and of prompt that none is left to answer with.
-
-    Raises:
-        ContextTooLong
-    """
-    if memory + prompt >= limit:
-        raise ContextTooLong(
-            f"{what} does not fit",
-            found=f"{memory} tokens of memory and {prompt} of prompt",
-            expected=f"fewer than {limit} (max_model_len)",
-            remedy="use a shorter memory, or start the server with a larger --max-model-len",
-        )
 
 
 def client_error(error: AwarenessError, parameter: str = SHORT) -> Exception:

@@ -12,7 +12,12 @@ from typing import Any
 
 from awareness_vllm.align.aligner import prompt_ids
 from awareness_vllm.anchors.spans import load_tokenizer, prefix_ids
-from awareness_vllm.errors import NoWMatrix, QualityUnreachable, UnsupportedRequest
+from awareness_vllm.errors import (
+    ContextTooLong,
+    NoWMatrix,
+    QualityUnreachable,
+    UnsupportedRequest,
+)
 from awareness_vllm.geometry import Geometry, resolve_folder
 from awareness_vllm.packages.file import read_manifest, read_text, read_tokens
 from awareness_vllm.serving.asked import Asked
@@ -251,10 +256,43 @@ class Memories:
             remedy="fit one with `awareness fit` and start the server with --wmatrix FILE",
         )
 
+    def whole(self, prompt: Prompt, own: list[int]) -> list[int]:
+        """The memories' ids, then the prompt's own.
+
+        Raises:
+            UnsupportedRequest: nothing of its own; ContextTooLong: it does not fit.
+        """
+        ids = prompt.ids
+        if not own:
+            raise UnsupportedRequest(
+                "the prompt is empty",
+                found=f"{len(ids)} tokens of memory and none of prompt",
+                expected="at least one token to answer",
+                remedy="put the question into the prompt",
+            )
+        names = " ".join(memory.memory for memory in prompt.memories)
+        check_fits(f"memory {names}", len(ids), len(own), self.max_model_len)
+        return [*ids, *own]
+
     def without_prefix(self, ids: list[int]) -> list[int]:
         """A prompt's own ids: the tokenizer's prefix stands before the memory already."""
         count = len(self.prefix)
         return ids[count:] if count and ids[:count] == self.prefix else ids
+
+
+def check_fits(what: str, memory: int, prompt: int, limit: int) -> None:
+    """Refuse so many tokens of memory and of prompt that none is left to answer with.
+
+    Raises:
+        ContextTooLong
+    """
+    if memory + prompt >= limit:
+        raise ContextTooLong(
+            f"{what} does not fit",
+            found=f"{memory} tokens of memory and {prompt} of prompt",
+            expected=f"fewer than {limit} (max_model_len)",
+            remedy="use a shorter memory, or start the server with a larger --max-model-len",
+        )
 
 
 def tail_for(memories: Sequence[Resolved], quality_target: float) -> int:

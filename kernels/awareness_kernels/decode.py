@@ -125,24 +125,26 @@ def decode_paged(
     )
     for layer, (turn, own, page, slot) in enumerate(layers):
         heads, dims = page.shape[2:]
+        given, place, where = own.data_ptr(), page.data_ptr(), slot.data_ptr()
+        across, between = own.stride(0), own.stride(1) * own.element_size()
+        apart = page.stride(2) * page.element_size()
+        inside = (page.stride(0), page.stride(1), page.stride(3), layer)
+        # Addresses are counted, not asked for head by head: there are thousands of heads.
         for head in range(heads):
-            place = page[:, :, head]
-            at = own[:, head].data_ptr() if len(own) else 0
             fields.append(
                 [
-                    column,
+                    column + head * dims,
                     dims // 2,
                     *turn,
-                    at,
-                    own.stride(0),
-                    slot.data_ptr(),
+                    given + head * between,
+                    across,
+                    where,
                     page.shape[1],
-                    place.data_ptr(),
-                    *place.stride(),
-                    layer,
+                    place + head * apart,
+                    *inside,
                 ]
             )
-            column += dims
+        column += heads * dims
     table = on_device(fields, latent.device)
 
     def launch(config: Config) -> None:

@@ -211,9 +211,11 @@ def segments(
     begin = 0
     for states, turns in ((keys, tables(cos, sin, woven)), (values, [STILL] * len(values))):
         for state, turn in zip(states, turns, strict=True):
-            for head in range(state.shape[1]):
-                place = state[:, head].data_ptr() if len(state) else 0
-                dims = state.shape[2]
-                rows.append([place, state.stride(0), state.stride(2), begin, dims // 2, *turn])
-                begin += dims
+            heads, dims = state.shape[1:]
+            place, apart = state.data_ptr(), state.stride(1) * state.element_size()
+            strides = (state.stride(0), state.stride(2))
+            for head in range(heads):
+                first = begin + head * dims
+                rows.append([place + head * apart, *strides, first, dims // 2, *turn])
+            begin += heads * dims
     return rows, begin

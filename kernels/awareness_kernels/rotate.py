@@ -65,10 +65,10 @@ def rotate_paged(
     for layer, (turn, page, slot) in enumerate(
         zip(tables(cos, sin, woven), key_pages, slots, strict=True)
     ):
+        where, place, apart = slot.data_ptr(), page.data_ptr(), page.stride(2) * page.element_size()
+        inside = (page.stride(0), page.stride(1), page.stride(3), layer)
         for head in range(page.shape[2] if turn[0] else 0):
-            place = page[:, :, head]
-            at = [slot.data_ptr(), page.shape[1], place.data_ptr(), *place.stride()]
-            fields.append([*turn, *at, layer])
+            fields.append([*turn, where, page.shape[1], place + head * apart, *inside])
     rows = max((len(slot) for slot in slots), default=0)
     if not rows or not fields:
         return

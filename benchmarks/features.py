@@ -1,0 +1,198 @@
+"""Which of vLLM's features go together with memories: each on a server of its own, tried out.
+
+    python benchmarks/features.py --model SMOLLM2_FOLDER [--only NAME …]
+
+A memory of the model itself is asked about with every feature on; its greedy answer must be the one
+that reading the text gives on the same server, but for near-ties. Prints a table in Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+from safetensors.torch import save_file
+
+TEXT = (
+    "The lighthouse at Cape Verity was built in 1871 by Anna Rask. Its lamp burned whale oil until "
+    "1904, when the keeper, Jonas Feld, put in an electric arc. The tower is 43 metres high, with "
+    "211 steps. In winter the keeper's family lived in the village, and he stayed on the rock."
+) * 4
+QUESTION = "\n\nIn short, the text says that the"
+TOKENS = 32
+NEAR_TIE = 0.15
+"""Nats: a bfloat16 logit near 20 is rounded to steps of 0.125."""
+START_SECONDS = 300
+
+
+@dataclass(frozen=True)
+class Feature:
+    """A server's flags, what is added to a request, and where that is expected to be refused."""
+
+    name: str
+    flags: tuple[str, ...] = ()
+    body: dict[str, Any] = field(default_factory=dict)
+
+
+SPECULATIVE = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
+FEATURES = (
+    Feature("as it is"),
+    Feature("streaming", body={"stream": True}),
+    Feature("`n` > 1", body={"n": 2, "temperature": 1, "top_k": 1}),
+    Feature("logprobs", body={"logprobs": 5}),
+    Feature("beam search", body={"use_beam_search": True}),
+    Feature("`echo`", body={"echo": True}),
+    Feature("`prompt_logprobs`", body={"prompt_logprobs": 1}),
+    Feature("no prefix caching", ("--no-enable-prefix-caching",)),
+    Feature("chunked prefill", ("--max-num-batched-tokens", "128", "--max-num-seqs", "8")),
+    Feature("speculative decoding, n-gram", ("--speculative-config", json.dumps(SPECULATIVE))),
+    Feature("fp8 KV cache", ("--kv-cache-dtype", "fp8")),
+    Feature("tensor parallelism, 2 ranks", ("--tensor-parallel-size", "2")),
+    Feature("LoRA enabled, base model", ("--enable-lora",)),
+    Feature(
+        "LoRA adapter", ("--enable-lora", "--lora-modules", "tuned=ADAPTER"), {"model": "tuned"}
+    ),
+)
+
+
+@contextlib.contextmanager
+def server(model: Path, folder: Path, flags: tuple[str, ...]) -> Iterator[str]:
+    """A running `awareness serve`; its URL. Raises RuntimeError with its last words."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "awareness_vllm.cli.main", "serve", str(model)]
+    command += ["--store", str(folder / "store"), "--port", str(port), "--enforce-eager"]
+    command += ["--kv-cache-memory-bytes", "1G", "--max-model-len", "2048"]
+    command += ["--served-model-name", "served", *flags]
+    log = folder / "log"
+    with log.open("w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out)
+    url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + START_SECONDS
+    try:
+        while True:
+            if process.poll() is not None or time.monotonic() > deadline:
+                errors = [line for line in log.read_text().splitlines() if "Error" in line]
+                raise RuntimeError((errors or ["no answer"])[-1])
+            with contextlib.suppress(httpx.TransportError):
+                httpx.get(f"{url}/health").raise_for_status()
+                break
+            time.sleep(1)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def tried(url: str, feature: Feature) -> str:
+    """What comes of a memory with this feature, in a few words."""
+    body = {
+        "model": "served",
+        "temperature": 0,
+        "max_tokens": TOKENS,
+        "logprobs": 5,
+        **feature.body,
+    }
+    captured = ask(url, {"model": "served", "max_tokens": 1}, TEXT, memory={"capture": "text"})
+    if captured.status_code != 200:
+        return f"not captured: {captured.json()['error']['message'][:120]}"
+    ids = {"memory_ids": [captured.json()["memory"]["id"]]}
+    native = ask(url, body, TEXT + QUESTION)
+    found = []
+    for _ in ("cold or warm", "hot"):
+        answer = ask(url, body, QUESTION, **ids)
+        if answer.status_code != 200:
+            return f"refused, {answer.status_code}: {answer.json()['error']['message'][:60]}…"
+        found.append(gap(native, answer))
+    loads = ask(url, {**body, "stream": False}, QUESTION, **ids).json()["memory"]
+    how = f"{loads['temperature']}, {loads['loaded_tokens']} tokens loaded the third time"
+    if max(found) == 0:
+        return f"works: says the same as after reading the text ({how})"
+    if max(found) <= NEAR_TIE:
+        return f"works: parts at a near-tie of {max(found):.2f} nats ({how})"
+    return f"FAILS: parts by {max(found):.2f} nats ({how})"
+
+
+def ask(url: str, body: dict[str, Any], prompt: str, **more: Any) -> httpx.Response:
+    return httpx.post(f"{url}/v1/completions", json={**body, "prompt": prompt, **more}, timeout=300)
+
+
+def choices(response: httpx.Response) -> list[dict[str, Any]]:
+    """Tokens and their distributions of each answer, streamed or not."""
+    if response.headers["content-type"].startswith("application/json"):
+        return [choice["logprobs"] for choice in response.json()["choices"]]
+    lines = [line[6:] for line in response.text.splitlines() if line.startswith("data: {")]
+    chunks = [c["logprobs"] for line in lines for c in json.loads(line)["choices"] if c["logprobs"]]
+    return [{name: [x for c in chunks for x in c[name]] for name in ("tokens", "top_logprobs")}]
+
+
+def gap(native: httpx.Response, answer: httpx.Response) -> float:
+    """Nats between the tokens at the first difference, in the native distribution; 0 if none."""
+    gaps = [0.0]
+    for right, found in zip(choices(native), choices(answer), strict=True):
+        rows = zip(right["tokens"], found["tokens"], right["top_logprobs"], strict=True)
+        first = next(((a, b, top) for a, b, top in rows if a != b), None)
+        if first is not None:
+            a, b, top = first
+            gaps.append(top[a] - top.get(b, -float("inf")))
+    return max(gaps)
+
+
+def adapter(model: Path, folder: Path) -> Path:
+    """A small random LoRA adapter for the model's queries."""
+    config = json.loads((model / "config.json").read_text())
+    width, rank = config["hidden_size"], 4
+    target = {"peft_type": "LORA", "r": rank, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    path = folder / "adapter"
+    path.mkdir(exist_ok=True)
+    (path / "adapter_config.json").write_text(json.dumps({**target, "bias": "none"}))
+    torch.manual_seed(0)
+    sizes = {"A": (rank, width), "B": (width, rank)}
+    save_file(
+        {
+            f"base_model.model.model.layers.{i}.self_attn.q_proj.lora_{part}.weight": torch.randn(n)
+            for i in range(config["num_hidden_layers"])
+            for part, n in sizes.items()
+        },
+        path / "adapter_model.safetensors",
+    )
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--only", nargs="+", default=[f.name for f in FEATURES])
+    args = parser.parse_args()
+    chosen = [feature for feature in FEATURES if feature.name in args.only]
+    print("| feature | memories |\n|---|---|", flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        lora = str(adapter(args.model, folder))
+        for flags in dict.fromkeys(feature.flags for feature in chosen):
+            own = [feature for feature in chosen if feature.flags == flags]
+            try:
+                with server(
+                    args.model, folder, tuple(f.replace("ADAPTER", lora) for f in flags)
+                ) as url:
+                    for feature in own:
+                        print(f"| {feature.name} | {tried(url, feature)} |", flush=True)
+            except RuntimeError as error:
+                for feature in own:
+                    print(f"| {feature.name} | not started: {str(error)[-160:]} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
