@@ -9,12 +9,19 @@ from pathlib import Path
 import pytest
 
 from awareness_vllm.anchors.corpus import Document
-from awareness_vllm.errors import MemoryNotFound, QualityUnreachable
+from awareness_vllm.errors import (
+    ContextTooLong,
+    MemoryNotFound,
+    QualityUnreachable,
+    UnsupportedRequest,
+)
 from awareness_vllm.packages.capture import capture
 from awareness_vllm.packages.file import publish
 from awareness_vllm.serving.asked import Asked
 from awareness_vllm.serving.config import ServingConfig
 from awareness_vllm.serving.memories import Memories, WMatrixEntry, head_name
+from awareness_vllm.serving.offline import OfflineMemories
+from awareness_vllm.serving.params import LoadParams
 from awareness_vllm.wmatrix import gather
 from awareness_vllm.wmatrix.certificate import Certificate, Interval, Plan, measured_for
 from awareness_vllm.wmatrix.config import FitConfig
@@ -209,3 +216,24 @@ def test_a_tenant_has_its_own_memories_only(
     assert (prompt.params.tenant, prompt.params.caller_salt) == ("a", "salt")
     with pytest.raises(MemoryNotFound):
         memories.resolve(asked, "b")
+
+
+def test_an_offline_prompt_is_a_servers(
+    tiny_models: tuple[Path, Path], wmatrix_file: Path, mapped: Path
+) -> None:
+    offline = OfflineMemories(tiny_models[1], mapped, [wmatrix_file], tail=3)
+    offline.memories.max_model_len = 1000
+    ids = ids_in(mapped)
+    prompt, extra_args = offline.prompt(" words", ids)
+    served = serving_target(tiny_models, mapped, wmatrix_file, tail=3).resolve(Asked(ids=ids), "")
+    params = LoadParams.of(extra_args["kv_transfer_params"], prompt["cache_salt"])
+    assert params == served.params
+    assert prompt["prompt_token_ids"][: len(served.ids)] == served.ids
+    assert len(prompt["prompt_token_ids"]) > len(served.ids)
+    natively, nothing = offline.prompt(" words", ids, quality_target=0.5)
+    assert (natively, nothing) == ({"prompt_token_ids": prompt["prompt_token_ids"]}, {})
+    offline.memories.max_model_len = len(served.ids)
+    with pytest.raises(ContextTooLong):
+        offline.prompt(" words", ids)
+    with pytest.raises(UnsupportedRequest, match="empty"):
+        offline.prompt("", ids)
