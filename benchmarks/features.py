@@ -1,6 +1,6 @@
 """Which of vLLM's features go together with memories: each on a server of its own, tried out.
 
-    python benchmarks/features.py --model SMOLLM2_FOLDER [--only NAME …]
+    python benchmarks/features.py --model GEMMA3_FOLDER [--only NAME …]
 
 A memory of the model itself is asked about with every feature on; its greedy answer must be the one
 that reading the text gives on the same server, but for near-ties. Prints a table in Markdown.
@@ -96,7 +96,15 @@ def server(model: Path, folder: Path, flags: tuple[str, ...]) -> Iterator[str]:
         process.wait(60)
 
 
-def tried(url: str, feature: Feature) -> str:
+def captured(model: Path, folder: Path) -> str:
+    """The memory that all features are tried on, captured by a server of its own; its ID."""
+    with server(model, folder, ()) as url:
+        body = {"model": "served", "max_tokens": 1}
+        answer = ask(url, body, TEXT, memory={"capture": "text"}).raise_for_status()
+        return answer.json()["memory"]["id"]
+
+
+def tried(url: str, feature: Feature, memory: str) -> str:
     """What comes of a memory with this feature, in a few words."""
     body = {
         "model": "served",
@@ -105,10 +113,7 @@ def tried(url: str, feature: Feature) -> str:
         "logprobs": 5,
         **feature.body,
     }
-    captured = ask(url, {"model": "served", "max_tokens": 1}, TEXT, memory={"capture": "text"})
-    if captured.status_code != 200:
-        return f"not captured: {captured.json()['error']['message'][:120]}"
-    ids = {"memory_ids": [captured.json()["memory"]["id"]]}
+    ids = {"memory_ids": [memory]}
     native = ask(url, body, TEXT + QUESTION)
     found = []
     for _ in ("cold or warm", "hot"):
@@ -180,7 +185,7 @@ def main() -> None:
     print("| feature | memories |\n|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        lora = str(adapter(args.model, folder))
+        lora, memory = str(adapter(args.model, folder)), captured(args.model, folder)
         for flags in dict.fromkeys(feature.flags for feature in chosen):
             own = [feature for feature in chosen if feature.flags == flags]
             try:
@@ -188,7 +193,7 @@ def main() -> None:
                     args.model, folder, tuple(f.replace("ADAPTER", lora) for f in flags)
                 ) as url:
                     for feature in own:
-                        print(f"| {feature.name} | {tried(url, feature)} |", flush=True)
+                        print(f"| {feature.name} | {tried(url, feature, memory)} |", flush=True)
             except RuntimeError as error:
                 for feature in own:
                     print(f"| {feature.name} | not started: {str(error)[-160:]} |", flush=True)

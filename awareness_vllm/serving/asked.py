@@ -21,7 +21,7 @@ class Asked(Strict):
     or use them all the same. `capture` publishes the prompt itself under that name instead."""
 
     ids: tuple[str, ...] = Field((), max_length=MOST)
-    quality_target: float | None = Field(None, gt=0, le=1)
+    quality_target: float | None = Field(None, gt=0, le=1, strict=True)
     on_low_quality: Literal["recompute", "fail", "use"] = "recompute"
     capture: str | None = Field(None, min_length=1, max_length=200)
 

@@ -38,6 +38,7 @@ from awareness_vllm.serving.asked import LONG, SHORT, asked_of
 from awareness_vllm.serving.backstage import Backstage
 from awareness_vllm.serving.config import CONNECTOR, PARAMS_KEY, ServingConfig
 from awareness_vllm.serving.extension import BIND
+from awareness_vllm.serving.guard import check_carried, refuse_memories
 from awareness_vllm.serving.http import (
     answer_unauthorized,
     client_error,
@@ -78,6 +79,7 @@ class AwarenessEndpoints:
         app.include_router(router)
         app.include_router(catalogue.router)
         answer_unauthorized(app)
+        refuse_memories(app)
 
     async def init_state(
         self, engine_client: EngineClient | None, state: State, args: Namespace
@@ -188,6 +190,7 @@ async def answered(
     """vLLM's answer to a request, with its memories put to use and reported."""
     drop_forged(request)
     try:
+        check_extras(request)
         body = request.model_extra
         asked = asked_of(await raw_request.json() if body is None else body)
         if asked is None:
@@ -195,14 +198,15 @@ async def answered(
         check_request(request, raw_request)
         if asked.capture is not None:
             capture = await announce(request, raw_request, asked.capture)
-            return await capture.answered(await handler(request, raw_request))
+            return await capture.answered(handler(request, raw_request))
         memories, tenant = memories_of(raw_request), tenant_of(raw_request)
         prompt = await asyncio.to_thread(memories.resolve, asked, tenant, request.cache_salt)
         used = await use(prompt)
     except AwarenessError as error:
         raise client_error(error) from error
     response = await handler(request, raw_request)  # where `use` found a fault, it says so
-    return response if used is None else reported(response, used)
+    # No response at all: the client has gone.
+    return reported(response, used) if used and response else response
 
 
 def drop_forged(request: AnyRequest) -> None:
@@ -211,6 +215,20 @@ def drop_forged(request: AnyRequest) -> None:
         ours = (PARAMS_KEY, CAPTURE_KEY)
         kept = {k: v for k, v in request.kv_transfer_params.items() if k not in ours}
         request.kv_transfer_params = kept or None
+
+
+def check_extras(request: AnyRequest) -> None:
+    """Refuse extras of a request that vLLM's engine would choke on, with memories or without."""
+    xargs = getattr(request, "vllm_xargs", None)
+    for name, value in (("kv_transfer_params", request.kv_transfer_params), ("vllm_xargs", xargs)):
+        if value:
+            check_carried(name, value)
+    if xargs and "kv_transfer_params" in xargs:
+        raise UnsupportedRequest(
+            "vllm_xargs overrides a field of its own",
+            found="kv_transfer_params in vllm_xargs",
+            expected="kv_transfer_params beside it",
+        )
 
 
 def in_chat(request: AnyRequest, raw_request: Request, render: Render) -> Use:

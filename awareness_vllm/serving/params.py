@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import hmac
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError
 
 from awareness_vllm.geometry import Strict
 from awareness_vllm.serving.config import PARAMS_KEY
+from awareness_vllm.serving.secret import secret
 
 
 class Part(Strict):
@@ -39,8 +40,12 @@ class LoadParams(Strict):
     @property
     def cache_salt(self) -> str:
         """Aligned KV is approximate: it shares cached blocks with nothing but the same memories, in
-        the same order, through the same maps, for the same tenant and caller."""
-        return f"awareness-{hashlib.sha256(self.model_dump_json().encode()).hexdigest()}"
+        the same order, through the same maps, for the same tenant and caller.
+
+        Only this server can make it, or a client could write parameters itself, and with them name
+        another tenant."""
+        digest = hmac.digest(secret(), self.model_dump_json().encode(), "sha256")
+        return f"awareness-{digest.hex()}"
 
     @classmethod
     def of(cls, kv_transfer_params: object, cache_salt: str | None) -> LoadParams | None:

@@ -7,7 +7,6 @@ too. The template is rendered once with a mark at that place; what comes before 
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from awareness_vllm.errors import UnsupportedRequest
@@ -26,23 +25,28 @@ def mark(messages: str | list[Any], text: str) -> str | list[Any]:
     """
     if isinstance(messages, str):
         return text + messages
-    marked = copy.deepcopy(messages)
-    for message in marked:
+    for i, message in enumerate(messages):
         if isinstance(message, dict) and message.get("role") == "user":
-            content = message.get("content")
-            if isinstance(content, str):
-                message["content"] = text + content
-                return marked
-            for part in content if isinstance(content, list) else ():
-                if isinstance(part, dict) and part.get("type") in TEXT_PARTS:
-                    part["text"] = text + str(part.get("text", ""))
-                    return marked
+            content = _marked_content(message.get("content"), text)
+            if content is not None:
+                return [*messages[:i], {**message, "content": content}, *messages[i + 1 :]]
     raise UnsupportedRequest(
         "there is no place for a memory in this chat",
-        found=f"{len(marked)} messages",
+        found=f"{len(messages)} messages",
         expected="a user's message with text",
         remedy="ask something in a message of the role user",
     )
+
+
+def _marked_content(content: object, text: str) -> str | list[Any] | None:
+    """A message's content with `text` before its own first text; None where it has none."""
+    if isinstance(content, str):
+        return text + content
+    for i, part in enumerate(content if isinstance(content, list) else ()):
+        if isinstance(part, dict) and part.get("type") in TEXT_PARTS:
+            marked = {**part, "text": text + str(part.get("text", ""))}
+            return [*content[:i], marked, *content[i + 1 :]]  # type: ignore[index]
+    return None
 
 
 def split(rendered: str, text: str) -> tuple[str, str]:

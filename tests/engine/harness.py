@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import openai
+
+from awareness_vllm.serving.secret import SECRET
 
 CLI = (sys.executable, "-m", "awareness_vllm.cli.main")
 NEAR_TIE = 0.15
@@ -103,8 +106,10 @@ def serving(model: Path, store: Path, log: Path, *flags: object) -> Iterator[Ser
         port = free.getsockname()[1]
     command = [*CLI, "serve", model, "--store", store, "--port", port, *EAGER, *flags]
     command += ["--served-model-name", "served"]
+    # A server makes its own secret; this process may have one, from which tests forge salts.
+    environment = {name: value for name, value in os.environ.items() if name != SECRET}
     with log.open("w") as out:
-        process = subprocess.Popen(list(map(str, command)), stdout=out, stderr=out)
+        process = subprocess.Popen(list(map(str, command)), stdout=out, stderr=out, env=environment)
     url = f"http://127.0.0.1:{port}"
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
     try:
