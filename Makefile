@@ -46,7 +46,8 @@ test: $(STAMP) models anchors
 	@$(BIN)/python -m pytest -m "not gpu"
 
 unit: $(STAMP)
-	@$(BIN)/python -m pytest -m unit
+	@# One thread each: two processes of two threads would wait for each other.
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m unit -n 2 --dist loadfile
 
 engine: $(STAMP) models anchors
 	@$(BIN)/python -m pytest -m engine

@@ -87,7 +87,12 @@ CHAT = {"messages": [{"role": "user", "content": "Which project is this about?"}
 
 def test_a_chats_memory_stands_in_the_first_turn(server: Server, own: tuple[str, str]) -> None:
     memory = post(
-        server, "/v1/chat/completions", **CHAT, memory_ids=[own[0]], return_token_ids=True
+        server,
+        "/v1/chat/completions",
+        **CHAT,
+        memory_ids=[own[0]],
+        return_token_ids=True,
+        cache_salt="a caller",
     ).json()
     text = post(server, "/detokenize", tokens=memory["prompt_token_ids"]).json()["prompt"]
     head, _, rest = text.partition(own[1])

@@ -88,7 +88,7 @@ headers = st.one_of(
 )
 
 
-@settings(max_examples=500)
+@settings(max_examples=150)
 @given(header=headers)
 def test_a_header_is_its_keys_tenants_or_nobodys(tenants: Tenants, header: str | None) -> None:
     scheme, _, key = (header or "").partition(" ")
@@ -260,7 +260,7 @@ def clear(content: dict[str, Any]) -> bool:
     return bool(content)
 
 
-@settings(max_examples=500)
+@settings(max_examples=150)
 @given(content=files())
 def test_a_file_is_clear_or_refused(folder: Path, content: dict[str, Any]) -> None:
     path = written(folder, content)
