@@ -38,6 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="GIB",
         help="host memory for aligned memories (default: 1)",
     )
+    parser.add_argument(
+        "--disk-cache",
+        type=Path,
+        metavar="DIR",
+        help="folder for up to 10 GiB of aligned memories, read instead of aligned again",
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -54,6 +60,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         tenants=args.tenants,
         pin=args.pin,
         host_cache_gib=args.host_cache_gib,
+        disk_cache=args.disk_cache,
     )
     return {"argv": argv}
 

@@ -32,6 +32,7 @@ def command(
     tenants: Path | None = None,
     pin: Sequence[str] = (),
     host_cache_gib: float | None = None,
+    disk_cache: Path | None = None,
 ) -> list[str]:
     """The argv of a vLLM server with memories.
 
@@ -73,6 +74,7 @@ def command(
         wmatrices=tuple(str(path.resolve()) for path in wmatrices),
         tenants=str(tenants.resolve()) if tenants else None,
         pin=tuple(pin),
+        disk_cache=str(disk_cache.expanduser().resolve()) if disk_cache else None,
         **({} if tail is None else {"tail": tail}),
         **({} if host_cache_gib is None else {"host_cache_gib": host_cache_gib}),
     )

@@ -7,6 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -20,6 +21,7 @@ from awareness_vllm.packages.file import read
 from awareness_vllm.positions import shift
 from awareness_vllm.serving.captures import Captures, as_memory
 from awareness_vllm.serving.config import ServingConfig
+from awareness_vllm.serving.disk import DiskTier
 from awareness_vllm.serving.memories import Memories
 from awareness_vllm.serving.pages import check_layers, layer_index, pages_of, slice_of_rank
 from awareness_vllm.serving.params import LoadParams, Part
@@ -71,6 +73,16 @@ class WorkerHalf:
         }
         self.layers = dict(vllm_config.compilation_config.static_forward_context)
         self.warm = WarmTier(int(config.host_cache_gib * 2**30))
+        self.disk = (
+            DiskTier(
+                Path(config.disk_cache),
+                int(config.disk_cache_gib * 2**30),
+                self.memories.geometry.weights,
+                self.dtype,
+            )
+            if config.disk_cache
+            else None
+        )
         self.wmatrices: dict[str, WMatrix] = {}
         self.paged: dict[str, PagedMap] = {}
         self.captures = Captures(everything=config.capture)
@@ -217,8 +229,14 @@ class WorkerHalf:
         key = (part.memory, part.wmatrix)
         if (memory := self.warm.get(key)) is not None:
             return memory, "warm"
+        if self.disk and (memory := self.disk.get(key)) is not None:
+            self.warm.put(key, memory)
+            return memory, "warm"
         memory = self.align(part, tenant)
         self.warm.put(key, memory)
+        # A latent is decoded faster than its states are read, and a copy is a file already.
+        if self.disk and part.wmatrix and isinstance(memory, AlignedMemory):
+            self.disk.put(key, memory)
         return memory, "cold"
 
     def align(self, part: Part, tenant: str) -> AlignedMemory | Latent:
@@ -249,8 +267,9 @@ class WorkerHalf:
         return coldest(found)
 
     def evict(self, memory: str) -> bool:
-        """Drop a memory from the warm tier; whether it was there."""
-        return self.warm.drop(memory)
+        """Drop a memory from the warm tier, in memory and on disk; whether it was there."""
+        on_disk = self.disk.drop(memory) if self.disk else False
+        return self.warm.drop(memory) or on_disk
 
     def save(self, save: Save) -> None:
         """Read a request's states back, where that was announced."""

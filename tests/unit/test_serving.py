@@ -30,6 +30,7 @@ from awareness_vllm.packages.file import Package, publish
 from awareness_vllm.positions import apply, strip
 from awareness_vllm.serving.config import PARAMS_KEY
 from awareness_vllm.serving.connector import AwarenessConnector
+from awareness_vllm.serving.disk import DiskTier
 from awareness_vllm.serving.pages import check_layers, layer_index
 from awareness_vllm.serving.params import LoadParams, Part, kv_transfer_params
 from awareness_vllm.serving.readback import block_layout, read_slots
@@ -491,7 +492,7 @@ def worker(cpu_operator: None) -> WorkerHalf:
     half.groups = dict(zip(NAMES, (0, 1), strict=True))
     half.layers = {name: cpu_layer(torch.bfloat16, 32, 64, "vec") for name in NAMES}
     half.dtype = torch.bfloat16
-    half.warm, half.heads = WarmTier(2**30), OrderedDict()
+    half.warm, half.heads, half.disk = WarmTier(2**30), OrderedDict(), None
     layer = LayerGeometry(
         heads=2, head_dim=64, positions=Positions(scheme="rope", theta=1e4, rotary_dim=64)
     )
@@ -582,6 +583,25 @@ def test_only_the_memories_that_are_wanted_are_asked_for(worker: WorkerHalf) -> 
     assert (loaded.temperature, loaded.tokens) == ("hot", 12)
     # Layers, tokens, keys and values, heads, dims, bytes of a bfloat16.
     assert loaded.bytes == 2 * 12 * 2 * HEADS * 64 * 2
+
+
+def test_what_was_aligned_once_is_read_from_disk(
+    worker: WorkerHalf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    aligned = worker.warm.get((MEMORY, ""))
+    assert isinstance(aligned, AlignedMemory)
+    part = Part(memory="mem_" + "1" * 32, wmatrix="map", tokens=12)
+    monkeypatch.setattr(worker, "align", lambda part, tenant: aligned)
+    worker.disk = DiskTier(tmp_path, 2**30, "weights", torch.bfloat16)
+    assert worker.aligned(part, "") == (aligned, "cold")
+    worker.disk.thread.shutdown()
+    monkeypatch.delattr(worker, "align")
+    worker.warm = WarmTier(2**30)
+    for _ in ("from disk", "from memory"):
+        found, temperature = worker.aligned(part, "")
+        assert (found.ids, temperature) == (aligned.ids, "warm")
+    assert worker.evict(part.memory)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_another_prompt_than_the_memorys_is_refused_before_writing(worker: WorkerHalf) -> None:
