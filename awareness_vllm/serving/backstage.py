@@ -67,7 +67,7 @@ class Backstage:
         return any(await self.engine.collective_rpc(EVICT, args=(memory,)))
 
     async def pin(self, memories: Memories, ids: Sequence[str]) -> None:
-        """Load memories at start, each for the tenants that have it.
+        """Load memories at start, from any tenant's store that has them.
 
         Raises:
             AwarenessError: nobody has one, or it cannot be loaded: better known now than later.

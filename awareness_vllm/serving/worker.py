@@ -39,8 +39,6 @@ logger = init_logger("vllm.awareness.worker")
 
 WARM_UP_ROWS = 256
 """Rows that a map is tried on at start, so that no request is the first."""
-
-
 HEADS = 64
 """Heads that are kept: each chat template has one, and each system prompt."""
 
