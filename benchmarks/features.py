@@ -9,14 +9,8 @@ that reading the text gives on the same server, but for near-ties. Prints a tabl
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import socket
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +18,7 @@ from typing import Any
 import httpx
 import torch
 from safetensors.torch import save_file
+from servers import AWARENESS, FLAGS, NAME, running
 
 TEXT = (
     "The lighthouse at Cape Verity was built in 1871 by Anna Rask. Its lamp burned whale oil until "
@@ -34,7 +29,6 @@ QUESTION = "\n\nIn short, the text says that the"
 TOKENS = 32
 NEAR_TIE = 0.15
 """Nats: a bfloat16 logit near 20 is rounded to steps of 0.125."""
-START_SECONDS = 300
 
 
 @dataclass(frozen=True)
@@ -67,47 +61,22 @@ FEATURES = (
 )
 
 
-@contextlib.contextmanager
-def server(model: Path, folder: Path, flags: tuple[str, ...]) -> Iterator[str]:
-    """A running `awareness serve`; its URL. Raises RuntimeError with its last words."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "awareness_vllm.cli.main", "serve", str(model)]
-    command += ["--store", str(folder / "store"), "--port", str(port), "--enforce-eager"]
-    command += ["--kv-cache-memory-bytes", "1G", "--max-model-len", "2048"]
-    command += ["--served-model-name", "served", *flags]
-    log = folder / "log"
-    with log.open("w") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out)
-    url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + START_SECONDS
-    try:
-        while True:
-            if process.poll() is not None or time.monotonic() > deadline:
-                errors = [line for line in log.read_text().splitlines() if "Error" in line]
-                raise RuntimeError((errors or ["no answer"])[-1])
-            with contextlib.suppress(httpx.TransportError):
-                httpx.get(f"{url}/health").raise_for_status()
-                break
-            time.sleep(1)
-        yield url
-    finally:
-        process.terminate()
-        process.wait(60)
+def flags_of(folder: Path) -> list[object]:
+    return ["--store", folder / "store", *FLAGS]
 
 
 def captured(model: Path, folder: Path) -> str:
     """The memory that all features are tried on, captured by a server of its own; its ID."""
-    with server(model, folder, ()) as url:
-        body = {"model": "served", "max_tokens": 1}
-        answer = ask(url, body, TEXT, memory={"capture": "text"}).raise_for_status()
+    with running(AWARENESS, model, flags_of(folder), folder / "log") as server:
+        body = {"model": NAME, "max_tokens": 1}
+        answer = ask(server.url, body, TEXT, memory={"capture": "text"}).raise_for_status()
         return answer.json()["memory"]["id"]
 
 
 def tried(url: str, feature: Feature, memory: str) -> str:
     """What comes of a memory with this feature, in a few words."""
     body = {
-        "model": "served",
+        "model": NAME,
         "temperature": 0,
         "max_tokens": TOKENS,
         "logprobs": 5,
@@ -188,15 +157,19 @@ def main() -> None:
         lora, memory = str(adapter(args.model, folder)), captured(args.model, folder)
         for flags in dict.fromkeys(feature.flags for feature in chosen):
             own = [feature for feature in chosen if feature.flags == flags]
+            more = [flag.replace("ADAPTER", lora) for flag in flags]
             try:
-                with server(
-                    args.model, folder, tuple(f.replace("ADAPTER", lora) for f in flags)
-                ) as url:
+                with running(
+                    AWARENESS, args.model, [*flags_of(folder), *more], folder / "log"
+                ) as server:
                     for feature in own:
-                        print(f"| {feature.name} | {tried(url, feature, memory)} |", flush=True)
-            except RuntimeError as error:
+                        print(
+                            f"| {feature.name} | {tried(server.url, feature, memory)} |", flush=True
+                        )
+            except RuntimeError:
+                errors = [x for x in (folder / "log").read_text().splitlines() if "Error: " in x]
                 for feature in own:
-                    print(f"| {feature.name} | not started: {str(error)[-160:]} |", flush=True)
+                    print(f"| {feature.name} | not started: {errors[0][-160:]} |", flush=True)
 
 
 if __name__ == "__main__":

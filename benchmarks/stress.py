@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from throughput import AWARENESS, NAME, Running, running, smollm2, stop_on_terminate
+from servers import AWARENESS, NAME, Running, running, smollm2, stop_on_terminate
 
 from awareness_vllm.anchors.corpus import load
 from awareness_vllm.anchors.install import held_out_dir

@@ -13,94 +13,25 @@ import argparse
 import asyncio
 import contextlib
 import json
-import os
 import random
-import signal
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
+from servers import AWARENESS, FLAGS, NAME, STOCK, running, smollm2, stop_on_terminate
 
 from awareness_vllm.anchors.corpus import load
 from awareness_vllm.anchors.install import held_out_dir, install
 from awareness_vllm.anchors.spans import load_tokenizer
-from awareness_vllm.models import prepare
 from awareness_vllm.provenance import hardware, versions
-from awareness_vllm.serving.launch import PLUGIN, environment
 from awareness_vllm.serving.register import vllm_version
 
-STOCK = (sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model")
-AWARENESS = (sys.executable, "-m", "awareness_vllm.cli.main", "serve")
-FLAGS = ["--enforce-eager", "--kv-cache-memory-bytes", "1G", "--max-model-len", "2048"]
-NAME = "served"
-START_SECONDS = 300.0
 ANSWER_SECONDS = 120.0
-
-
-@dataclass
-class Running:
-    """A server that answers."""
-
-    url: str
-    log: Path
-    process: subprocess.Popen[bytes]
-
-
-@contextlib.contextmanager
-def running(
-    prefix: Sequence[str], model: Path, flags: Sequence[object], log: Path
-) -> Iterator[Running]:
-    """Start a server, wait until it answers, stop it.
-
-    Raises:
-        RuntimeError: it does not start.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [*prefix, model, "--port", port, "--served-model-name", NAME, *flags]
-    # As it loads plugins by default, but for ours; `awareness serve` allows ours itself.
-    plugins = sorted({*environment({})["VLLM_PLUGINS"].split(",")} - {PLUGIN})
-    environ = {**os.environ, "VLLM_PLUGINS": ",".join(plugins)}
-    with log.open("w") as out:
-        process = subprocess.Popen(list(map(str, command)), stdout=out, stderr=out, env=environ)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        _wait(url, process, log)
-        yield Running(url, log, process)
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-def stop_on_terminate() -> None:
-    """Let SIGTERM end this program as an exception does: no server stays behind."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-
-
-def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while process.poll() is None and time.monotonic() < deadline:
-        try:
-            httpx.get(f"{url}/v1/models", timeout=5)
-            return
-        except httpx.TransportError:
-            time.sleep(0.5)
-    raise RuntimeError(f"the server did not start:\n{log.read_text()[-4000:]}")
-
-
-def smollm2() -> Path:
-    """The model folder of SmolLM2, made if it is not there."""
-    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the figures
-        return prepare()["smollm2-135m"]
 
 
 def held_out_ids(model: Path) -> list[int]:
