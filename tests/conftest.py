@@ -1,13 +1,19 @@
-"""Without a GPU the Triton kernels run in Triton's interpreter.
+"""What all tests share: how hypothesis draws, and where Triton's kernels run.
 
-Triton decides that when its functions are defined, its own library's too: so here, before anything
-else can import it, and with the variable taken back for the servers that tests start.
+Without a GPU they run in Triton's interpreter. Triton decides that when its functions are defined,
+its own library's too: so here, before anything else can import it, and with the variable taken back
+for the servers that tests start.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+# A shared machine's seconds say nothing about the code: the first text that is drawn can take two.
+settings.register_profile("shared", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("shared")
 
 
 def _interpret() -> None:

@@ -580,7 +580,8 @@ def refused_untouched(server: Server, route: str, memory: str) -> None:
 
 
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(memory=st.text(st.characters(exclude_characters="/", codec="utf-8"), min_size=1))
 def test_any_text_is_refused_as_an_id(server: Server, memory: str) -> None:
