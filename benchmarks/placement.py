@@ -96,8 +96,17 @@ def main() -> None:
     for case in tqdm(cases):
         for arm, reply in arms(chat, case["context"], question_of(case)).items():
             found.setdefault(arm, []).append(float(case["answer"].strip() in reply()))
-    figures = {arm: mean(np.array(hits)) for arm, hits in found.items()}
-    print(json.dumps({"model": chat.model, "n": len(cases), "answered": figures}, indent=1))
+    hits = {arm: np.array(values) for arm, values in found.items()}
+    report = {
+        "model": chat.model,
+        "n": len(cases),
+        "answered": {arm: mean(values) for arm, values in hits.items()},
+        "in the turn less before the template": {
+            what: mean(hits[f"{what} in the turn"] - hits[f"{what} before the template"])
+            for what in ("memory", "text")
+        },
+    }
+    print(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Where in a chat a memory stands: in the first user turn, before what the user says.
 
-A document that stands before the template's own head is poorly used by an instruct model, natively
-too. The template is rendered once with a mark at that place; what comes before the mark is the head
-(a system prompt, the turn's opening), and its states are the target's own, captured once.
+The template is rendered once with a mark at that place; what comes before the mark is the head (a
+system prompt, the turn's opening), and its states are the target's own, captured once. What the
+place is worth is in docs/fidelity-log.md.
 """
 
 from __future__ import annotations
