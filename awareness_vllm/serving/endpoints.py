@@ -53,6 +53,7 @@ from awareness_vllm.serving.readback import CAPTURE_KEY
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
+    from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
     from vllm.inputs import TokensInput
 
 logger = init_logger("vllm.awareness.endpoints")
@@ -138,11 +139,7 @@ async def create_chat_completion(request: ChatCompletionRequest, raw_request: Re
     """vLLM's chat completions; the memories stand in the first user turn."""
 
     async def render(text: str) -> Any:
-        handler = chat_routes.chat(raw_request)
-        assert handler is not None
-        messages = mark(request.messages, text)
-        rendered = await handler.render_chat_request(copied(request, messages=messages))
-        return rendered if isinstance(rendered, ErrorResponse) else rendered[1][0]
+        return await rendered_chat(chat_routes.chat(raw_request), request, text)
 
     use = in_chat(request, raw_request, render)
     return await answered(request, raw_request, use, chat_routes.create_chat_completion)
@@ -169,16 +166,23 @@ async def create_messages(request: AnthropicMessagesRequest, raw_request: Reques
 
     async def render(text: str) -> Any:
         handler = message_routes.messages(raw_request)
-        chat = handler.to_chat_completion_request(request)
-        messages = mark(chat.messages, text)
-        rendered = await handler.render_chat_request(copied(chat, messages=messages))
-        return rendered if isinstance(rendered, ErrorResponse) else rendered[1][0]
+        return await rendered_chat(handler, handler.to_chat_completion_request(request), text)
 
     use = in_chat(request, raw_request, render)
     try:
         return await answered(request, raw_request, use, message_routes.create_messages)
     except VLLMClientError as error:  # in the form that clients of this API expect
         return message_routes.translate_error_response(create_error_response(error))
+
+
+async def rendered_chat(
+    handler: OpenAIServingChat | None, request: ChatCompletionRequest, text: str
+) -> Any:
+    """What vLLM's chat handler makes of a request with `text` where memories belong."""
+    assert handler is not None  # this plugin loads only where the task is "generate"
+    marked = copied(request, messages=mark(request.messages, text))
+    rendered = await handler.render_chat_request(marked)
+    return rendered if isinstance(rendered, ErrorResponse) else rendered[1][0]
 
 
 async def answered(

@@ -75,6 +75,14 @@ def byte_fallback_tokenizer() -> Tokenizer:
 
 
 @pytest.fixture(scope="session")
+def folder(byte_fallback_tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A target model's folder with nothing but its tokenizer."""
+    path = tmp_path_factory.mktemp("target")
+    byte_fallback_tokenizer.save(str(path / "tokenizer.json"))
+    return path
+
+
+@pytest.fixture(scope="session")
 def geometry() -> Geometry:
     """Two layers that differ: one full, one with a window and another theta."""
     return Geometry(

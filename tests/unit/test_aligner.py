@@ -29,13 +29,6 @@ def package(make_package: Callable[..., Package]) -> Package:
     return make_package(TEXT)
 
 
-@pytest.fixture(scope="module")
-def folder(byte_fallback_tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("target")
-    byte_fallback_tokenizer.save(str(path / "tokenizer.json"))
-    return path
-
-
 def embed(ids: Tensor) -> Tensor:
     return torch.randn(1000, 6, generator=torch.Generator().manual_seed(3))[ids]
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from awareness_vllm.align.aligner import AlignedMemory, realign
@@ -31,13 +30,6 @@ def embed(ids: Tensor) -> Tensor:
 @pytest.fixture(scope="module")
 def package(make_package: Callable[..., Package]) -> Package:
     return make_package(TEXT)
-
-
-@pytest.fixture(scope="module")
-def folder(byte_fallback_tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("target")
-    byte_fallback_tokenizer.save(str(path / "tokenizer.json"))
-    return path
 
 
 @pytest.fixture(scope="module")
