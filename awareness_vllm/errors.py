@@ -78,6 +78,10 @@ class UnsupportedModel(AwarenessError):
     status = 422
 
 
+class LoadTimeout(AwarenessError):
+    """A memory that was not aligned in time; its request reads it natively."""
+
+
 class QualityUnreachable(AwarenessError):
     """A quality target above what the certificate says any plan reaches."""
 

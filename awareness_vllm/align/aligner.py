@@ -75,7 +75,6 @@ def sources(
     return [*sink, *tokens.ids], torch.from_numpy(align(package.spans, tokens.spans))
 
 
-@torch.inference_mode()
 def realign(
     package: Package,
     wmatrix: WMatrix,
@@ -92,31 +91,69 @@ def realign(
         embed: the target's own embedding.
         dtype: of the target's cache.
         blank: hide the source's states (the tokens-only arm).
+
+    Raises:
+        BadInput: the map reads tokens, and the package has no text.
     """
-    manifest = wmatrix.manifest
-    ids, source = sources(package, manifest, target)
-    blanked = blank_rows(source)
-    sink = len(manifest.sink)
-    embeddings = embedding_features(embed, ids, sink, manifest.predecessors)
-    positions = torch.arange(sink, len(ids))
-    layers = manifest.target.layers
-    shapes = [(len(ids), layer.heads, layer.head_dim) for layer in layers]
-    keys, values = ([torch.empty(shape, dtype=dtype) for shape in shapes] for _ in range(2))
-    for i in range(len(layers)):
-        keys[i][:sink], values[i][:sink] = wmatrix.sink_keys[i], wmatrix.sink_values[i]
-    for begin in range(0, len(positions), BLOCK):
-        block = slice(begin, begin + BLOCK)
+    ids, source = sources(package, wmatrix.manifest, target)
+    work = Realignment(package, wmatrix, ids, source, embed, dtype=dtype, blank=blank)
+    while not work.step():
+        pass
+    return work.memory
+
+
+class Realignment:
+    """`realign` block by block, for who has other work in between.
+
+    Args:
+        ids, source: of the memory's tokens (`sources`).
+        embed, dtype, blank: as for `realign`.
+    """
+
+    @torch.inference_mode()
+    def __init__(
+        self,
+        package: Package,
+        wmatrix: WMatrix,
+        ids: list[int],
+        source: Tensor,
+        embed: Embed,
+        *,
+        dtype: torch.dtype,
+        blank: bool = False,
+    ) -> None:
+        manifest = wmatrix.manifest
+        self.package, self.wmatrix, self.source, self.blank = package, wmatrix, source, blank
+        self.blanked = blank_rows(source)
+        self.sink = len(manifest.sink)
+        self.embeddings = embedding_features(embed, ids, self.sink, manifest.predecessors)
+        self.begin = 0
+        shapes = [(len(ids), layer.heads, layer.head_dim) for layer in manifest.target.layers]
+        keys, values = ([torch.empty(shape, dtype=dtype) for shape in shapes] for _ in range(2))
+        for i in range(len(shapes)):
+            keys[i][: self.sink] = wmatrix.sink_keys[i]
+            values[i][: self.sink] = wmatrix.sink_values[i]
+        self.memory = AlignedMemory(ids, keys, values)
+
+    @torch.inference_mode()
+    def step(self) -> bool:
+        """Align the next block of tokens; whether the memory is whole."""
+        package, manifest = self.package, self.wmatrix.manifest
+        block = slice(self.begin, self.begin + BLOCK)
+        source = self.source[block]
         states = (
             None
-            if blank
+            if self.blank
             else flat_states(
-                package.geometry, package.keys, package.values, source[block], manifest.layers
+                package.geometry, package.keys, package.values, source, manifest.layers
             )
         )
-        free, mapped = wmatrix.map(states, embeddings[block], blanked[block])
+        free, mapped = self.wmatrix.map(states, self.embeddings[block], self.blanked[block])
         # Assigning casts and places at once: no copy is made that is not kept.
-        placed = slice(sink + begin, sink + begin + len(mapped[0]))
-        for i, layer in enumerate(layers):
-            keys[i][placed] = apply(free[i], positions[block], layer.positions)
-            values[i][placed] = mapped[i]
-    return AlignedMemory(ids, keys, values)
+        positions = torch.arange(len(source)) + self.sink + self.begin
+        placed = slice(self.sink + self.begin, self.sink + self.begin + len(source))
+        for i, layer in enumerate(manifest.target.layers):
+            self.memory.keys[i][placed] = apply(free[i], positions, layer.positions)
+            self.memory.values[i][placed] = mapped[i]
+        self.begin += BLOCK
+        return self.begin >= len(self.source)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from awareness_vllm.align.aligner import sources
 from awareness_vllm.align.features import Embed, blank_rows, split_states
 from awareness_vllm.geometry import Positions
 from awareness_vllm.kernels import ops
@@ -86,16 +84,14 @@ class PagedMap:
         return cos, sin, [0] * len(found)
 
     @torch.inference_mode()
-    def latent(self, package: Package, target: str | Path, embed: Embed) -> Latent:
+    def latent(self, package: Package, ids: list[int], source: Tensor, embed: Embed) -> Latent:
         """What the map makes of a package, before it is decoded.
 
-        Raises:
-            BadInput: the map reads tokens, and the package has no text.
+        Args:
+            ids, source: of the memory's tokens (`sources`).
         """
-        manifest = self.manifest
-        ids, source = sources(package, manifest, target)
         keys, values = (
-            [part[i].to(self.device) for i in manifest.layers]
+            [part[i].to(self.device) for i in self.manifest.layers]
             for part in (package.keys, package.values)
         )
         return Latent(ids, self._encode(keys, values, source, embed(torch.tensor(ids))).cpu())

@@ -44,6 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder for up to 10 GiB of aligned memories, read instead of aligned again",
     )
+    parser.add_argument(
+        "--load-timeout",
+        type=float,
+        metavar="SECONDS",
+        help="a memory that is not aligned by then is read natively (default: 60)",
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -61,6 +67,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         pin=args.pin,
         host_cache_gib=args.host_cache_gib,
         disk_cache=args.disk_cache,
+        load_timeout=args.load_timeout,
     )
     return {"argv": argv}
 

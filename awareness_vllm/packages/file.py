@@ -22,6 +22,7 @@ from torch import Tensor
 
 from awareness_vllm.anchors.spans import Spans
 from awareness_vllm.errors import PackageCorrupt, UnsupportedModel
+from awareness_vllm.files import private_copy
 from awareness_vllm.geometry import Geometry, file_digest
 from awareness_vllm.packages.manifest import Manifest
 from awareness_vllm.packages.payload import payload_digest
@@ -148,13 +149,15 @@ def read_tokens(path: Path) -> list[int]:
 
 
 def read(path: Path) -> Package:
-    """A whole package. Shapes are checked against the manifest's geometry; bytes are not re-hashed.
+    """A whole package, in memory of its own: what becomes of the file later does not matter.
+
+    Shapes are checked against the manifest's geometry; bytes are not re-hashed.
 
     Raises:
         PackageCorrupt: unreadable, or tensors that contradict the manifest.
     """
     try:
-        with safe_open(path, framework="pt") as file:
+        with private_copy(path) as copy, safe_open(copy, framework="pt") as file:
             manifest = _manifest(_document(file), path)
             count = len(manifest.geometry.layers)
             keys = [file.get_tensor(f"layers.{i}.key") for i in range(count)]

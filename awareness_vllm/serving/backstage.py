@@ -57,7 +57,9 @@ class Backstage:
         Raises:
             PackageCorrupt: a worker cannot.
         """
-        found = await self.engine.collective_rpc(PREFETCH, args=(params.model_dump_json(), pin))
+        args = (secrets.token_hex(16), params.model_dump_json(), pin)
+        while PENDING in (found := await self.engine.collective_rpc(PREFETCH, args=args)):
+            await asyncio.sleep(POLL_SECONDS)
         if wrong := [answer for answer in found if answer not in ("cold", "warm")]:
             raise PackageCorrupt("the memory cannot be loaded", found=wrong[0])
         return "cold" if "cold" in found else "warm"

@@ -21,7 +21,8 @@ class ServingConfig(Strict):
     """`store` is a folder of packages, `wmatrices` are files; the target reads the last `tail`
     tokens of a realigned memory itself; aligned memories of up to `host_cache_gib` GiB stay warm in
     host memory, `pin` of them from the start, and of up to `disk_cache_gib` in the folder
-    `disk_cache`; `tenants` is a file that gives each tenant keys and a store of its own. An offline
+    `disk_cache`; a request whose memory is not aligned after `load_timeout` seconds reads it
+    natively; `tenants` is a file that gives each tenant keys and a store of its own. An offline
     engine with `capture` reads back whatever is asked for."""
 
     store: str
@@ -30,6 +31,7 @@ class ServingConfig(Strict):
     host_cache_gib: float = Field(1.0, ge=0)
     disk_cache: str | None = None
     disk_cache_gib: float = Field(10.0, ge=0)
+    load_timeout: float = Field(60.0, gt=0)
     tenants: str | None = None
     pin: tuple[str, ...] = ()
     capture: bool = False

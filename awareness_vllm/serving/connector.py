@@ -1,8 +1,8 @@
 """vLLM's KV connector: hands the work to its two halves and lets no exception reach the engine.
 
-Loads are declared asynchronous but done within the step: only then can vLLM fail one request alone
-(`failed_recving`; block-level errors with several KV cache groups would kill the engine), and no
-placeholder token is ever computed.
+Loads are asynchronous: a memory is aligned beside the engine's steps, and written between two of
+them. Only so can vLLM fail one request alone (`failed_recving`; block-level errors with several KV
+cache groups would kill the engine), and no placeholder token is ever computed.
 
 Each load's outcome goes back to the scheduler's instance, which counts it and puts it into the
 response (stats.py).
@@ -10,6 +10,8 @@ response (stats.py).
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -70,13 +72,23 @@ class AwarenessConnector(KVConnectorBase_V1, SupportsHMA):
         self.results.failed_recving.update(metadata.failed)
         self.results.finished_recving.update(metadata.failed)
         for load in metadata.loads:
-            try:
-                self.outcomes.by_request[load.request_id] = self.worker.load(load)
-            except Exception as error:
-                logger.exception("request %s: its memory did not load", load.request_id)
-                self.outcomes.by_request[load.request_id] = Failed(type(error).__name__)
-                self.results.failed_recving.add(load.request_id)
-            self.results.finished_recving.add(load.request_id)
+            with self.failing(load.request_id):
+                self.worker.begin(load)
+        for request in self.worker.ready(idle=not forward_context.attn_metadata):
+            with self.failing(request):
+                self.outcomes.by_request[request] = self.worker.finish(request)
+                self.results.finished_recving.add(request)
+
+    @contextlib.contextmanager
+    def failing(self, request: str) -> Iterator[None]:
+        """Whatever is raised fails this request's load, and nothing else."""
+        try:
+            yield
+        except Exception as error:
+            logger.exception("request %s: its memory did not load", request)
+            self.outcomes.by_request[request] = Failed(type(error).__name__)
+            self.results.failed_recving.add(request)
+            self.results.finished_recving.add(request)
 
     def wait_for_save(self) -> None:
         metadata = self._get_connector_metadata()
@@ -88,6 +100,8 @@ class AwarenessConnector(KVConnectorBase_V1, SupportsHMA):
                 logger.exception("capture %s failed", save.name)
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        # vLLM keeps an aborted request's blocks until its load has ended.
+        self.results.finished_recving.update(filter(self.worker.drop, finished_req_ids))
         results, self.results = self.results, KVConnectorTransferResults()
         return results
 
@@ -96,7 +110,7 @@ class AwarenessConnector(KVConnectorBase_V1, SupportsHMA):
         return outcomes if outcomes.by_request else None
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Nothing to wait for: loads are whole when `start_load_kv` returns."""
+        """Nothing to wait for: no request is scheduled before its load is written."""
 
     def save_kv_layer(
         self, layer_name: str, kv_layer: Tensor, attn_metadata: AttentionMetadata, **kwargs: Any
@@ -111,7 +125,7 @@ class AwarenessConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
-    ) -> tuple[int | None, bool]:
+    ) -> tuple[int, bool]:
         try:
             tokens = self.scheduler.tokens_to_load(request, num_computed_tokens)
         except Exception as error:
@@ -141,13 +155,16 @@ class AwarenessConnector(KVConnectorBase_V1, SupportsHMA):
         return self.scheduler.take_step()
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
-        self.scheduler.failed |= connector_output.failed_recving or set()
-        outcomes = connector_output.kv_connector_worker_meta
-        if isinstance(outcomes, StepOutcomes):
-            try:
-                self.ledger.happened(outcomes.by_request)
-            except Exception:
-                logger.exception("loads are not counted: %s", outcomes)
+        # Of an aborted request nothing is remembered.
+        self.scheduler.failed |= self.ledger.outcomes.keys() & (
+            connector_output.failed_recving or set()
+        )
+        meta = connector_output.kv_connector_worker_meta
+        shares = meta.by_request if isinstance(meta, StepOutcomes) else {}
+        try:
+            self.ledger.happened(shares, connector_output.finished_recving or ())
+        except Exception:
+            logger.exception("loads are not counted: %s", shares)
 
     def request_finished(
         self, request: Request, block_ids: list[int]

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from vllm.logger import init_logger
 
 from awareness_vllm.align.aligner import AlignedMemory
+from awareness_vllm.files import private_copy
 from awareness_vllm.serving.warm import Key
 
 logger = init_logger("vllm.awareness.disk")
@@ -41,7 +42,7 @@ class DiskTier:
         if not path.is_file():
             return None
         try:
-            with safe_open(path, framework="pt") as file:
+            with private_copy(path) as copy, safe_open(copy, framework="pt") as file:
                 ids = json.loads(file.metadata()["ids"])
                 count = len(file.keys()) // 2
                 keys, values = (

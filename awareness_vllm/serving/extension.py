@@ -36,11 +36,11 @@ class AwarenessWorkerExtension:
         """Lend the running model's embedding to the connector, which is given layers only."""
         self.awareness.bind_model(self.model_runner.get_model())
 
-    def awareness_prefetch(self, params: str, pin: bool) -> str:
-        return self.awareness.prefetch(LoadParams.model_validate_json(params), pin)
+    def awareness_prefetch(self, ticket: str, params: str, pin: bool) -> str:
+        return self.awareness.supply.prefetch(ticket, LoadParams.model_validate_json(params), pin)
 
     def awareness_evict(self, memory: str) -> bool:
-        return self.awareness.evict(memory)
+        return self.awareness.supply.evict(memory)
 
     def awareness_announce(self, name: str, path: str) -> None:
         self.awareness.captures.announce(name, path)

@@ -33,6 +33,7 @@ def command(
     pin: Sequence[str] = (),
     host_cache_gib: float | None = None,
     disk_cache: Path | None = None,
+    load_timeout: float | None = None,
 ) -> list[str]:
     """The argv of a vLLM server with memories.
 
@@ -56,6 +57,8 @@ def command(
         raise BadInput("not a number of tokens", found=tail, expected="--tail 0 or more")
     if host_cache_gib is not None and host_cache_gib < 0:
         raise BadInput("not a size", found=host_cache_gib, expected="--host-cache-gib 0 or more")
+    if load_timeout is not None and not load_timeout > 0:
+        raise BadInput("not a time", found=load_timeout, expected="--load-timeout more than 0")
     Tenants.read(tenants)
     for memory in pin:
         check_id(memory)
@@ -77,6 +80,7 @@ def command(
         disk_cache=str(disk_cache.expanduser().resolve()) if disk_cache else None,
         **({} if tail is None else {"tail": tail}),
         **({} if host_cache_gib is None else {"host_cache_gib": host_cache_gib}),
+        **({} if load_timeout is None else {"load_timeout": load_timeout}),
     )
     return [
         sys.executable,

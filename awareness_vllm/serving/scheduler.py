@@ -20,10 +20,6 @@ MIN_COMPUTED = 8
 (a single row is a matrix-vector product), whose rounding differs from a prefill's: with a question
 shorter than this, the memory's last tokens are computed rather than loaded."""
 
-MOST_LOADED = 8192
-"""Tokens loaded in one step, but for a single memory that is longer: while loads are written, the
-requests that are being answered wait."""
-
 SKIP = -1
 """The slot of a token that is not to be written: its block is outside a window (a null block)."""
 
@@ -79,15 +75,12 @@ class SchedulerHalf:
         self.failed: set[str] = set()
         self.capturing: dict[str, Capturing] = {}
 
-    def tokens_to_load(self, request: Request, computed: int) -> int | None:
-        """Tokens of the request's memories beyond those that are computed; free of side effects.
-        None where the step at hand loads enough already: vLLM asks again in the next one."""
+    def tokens_to_load(self, request: Request, computed: int) -> int:
+        """Tokens of the request's memories beyond those that are computed; free of side effects."""
         params = LoadParams.of(request.kv_transfer_params, request.cache_salt)
         if params is None or request.request_id in self.failed:
             return 0
-        tokens = max(0, loadable(params, request) - computed)
-        planned = sum(len(load.slots[0]) for load in self.step.loads)
-        return None if planned and planned + tokens > MOST_LOADED else tokens
+        return max(0, loadable(params, request) - computed)
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, external: int) -> None:
         """Plan the load of `external` tokens, the memory's last ones, into the request's blocks."""

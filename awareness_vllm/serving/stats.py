@@ -6,7 +6,7 @@ outcome, so a load counts once however many ranks took part, and failed if it fa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -185,8 +185,9 @@ class LoadMetrics(KVConnectorPromMetrics):
 
 
 class Ledger:
-    """What the scheduler half knows of loads: the statistics since they were last taken, and the
-    outcome for each request that lives, None while its load is under way.
+    """What the scheduler half knows of loads: the statistics since they were last taken, the ranks'
+    shares of loads that have not ended on all of them, and the outcome for each request that lives,
+    None while its load is under way.
 
     A request that is preempted loads again. Its last load counts, for its states are the ones that
     the answer was made with; after a failed one there is no other.
@@ -195,23 +196,30 @@ class Ledger:
     def __init__(self) -> None:
         self.stats = LoadStats()
         self.outcomes: dict[str, Outcome | None] = {}
+        self.shares: dict[str, Outcome] = {}
 
     def planned(self, request_id: str) -> None:
         self.outcomes.setdefault(request_id, None)
 
-    def happened(self, outcomes: Mapping[str, Outcome]) -> None:
-        """Outcomes by request ID. Of an aborted request they arrive after its end: they count, but
-        nothing is kept of them."""
-        for request_id, outcome in outcomes.items():
-            self.stats.record(outcome)
-            if request_id in self.outcomes:
-                self.outcomes[request_id] = outcome
+    def happened(self, shares: Mapping[str, Outcome], ended: Iterable[str]) -> None:
+        """The ranks' shares by request ID, and which loads have ended on all ranks.
+
+        Of an aborted request they arrive after its end: they count, but nothing is kept of them.
+        """
+        for request_id, share in shares.items():
+            others = self.shares.get(request_id)
+            self.shares[request_id] = share if others is None else of_both_ranks(others, share)
+        for request_id in ended:
+            if (outcome := self.shares.pop(request_id, None)) is not None:
+                self.stats.record(outcome)
+                if request_id in self.outcomes:
+                    self.outcomes[request_id] = outcome
 
     def failed(self, request_id: str, error: Exception) -> None:
         """A load that was never begun. The scheduler may ask many times: it counts once."""
         if not isinstance(self.outcomes.get(request_id), Failed):
             self.planned(request_id)
-            self.happened({request_id: Failed(type(error).__name__)})
+            self.happened({request_id: Failed(type(error).__name__)}, [request_id])
 
     def close(self, request: Request) -> dict[str, Any] | None:
         """Forget a request. What its response says of its memory as `kv_transfer_params`; None for

@@ -9,6 +9,7 @@ from awareness_vllm.align.paged import Latent
 
 Key = tuple[str, str]
 """A memory's ID and its W-Matrix's digest: both name bytes, so tenants can share it."""
+Memory = AlignedMemory | Latent
 
 
 class WarmTier:
@@ -17,15 +18,15 @@ class WarmTier:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.memories: OrderedDict[Key, AlignedMemory | Latent] = OrderedDict()
+        self.memories: OrderedDict[Key, Memory] = OrderedDict()
         self.pinned: set[Key] = set()
 
-    def get(self, key: Key) -> AlignedMemory | Latent | None:
+    def get(self, key: Key) -> Memory | None:
         if key in self.memories:
             self.memories.move_to_end(key)
         return self.memories.get(key)
 
-    def put(self, key: Key, memory: AlignedMemory | Latent) -> None:
+    def put(self, key: Key, memory: Memory) -> None:
         self.memories[key] = memory
         self.memories.move_to_end(key)
         total = sum(m.bytes for m in self.memories.values())

@@ -1,33 +1,37 @@
-"""The worker half of the connector: align memories and write them into the paged KV blocks."""
+"""The worker half of the connector: write memories into the paged KV blocks as they arrive."""
 
 from __future__ import annotations
 
 import functools
 import time
-from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 from vllm.logger import init_logger
 
-from awareness_vllm.align.aligner import AlignedMemory, copy, realign
 from awareness_vllm.align.paged import Latent, PagedMap, Pages
-from awareness_vllm.errors import AwarenessError, PackageCorrupt, UnsupportedModel
-from awareness_vllm.packages.file import read
+from awareness_vllm.errors import AwarenessError, LoadTimeout, PackageCorrupt
 from awareness_vllm.positions import shift
 from awareness_vllm.serving.captures import Captures, as_memory
 from awareness_vllm.serving.config import ServingConfig
-from awareness_vllm.serving.disk import DiskTier
 from awareness_vllm.serving.memories import Memories
 from awareness_vllm.serving.pages import check_layers, layer_index, pages_of, slice_of_rank
-from awareness_vllm.serving.params import LoadParams, Part
+from awareness_vllm.serving.params import Part
 from awareness_vllm.serving.readback import read_back
 from awareness_vllm.serving.scheduler import SKIP, Load, Save
-from awareness_vllm.serving.warm import WarmTier
+from awareness_vllm.serving.supply import (
+    A_MOMENT,
+    AT_ONCE,
+    Alignment,
+    Supply,
+    coldest,
+    embedding_of,
+)
+from awareness_vllm.serving.warm import Memory
 from awareness_vllm.wmatrix.file import WMatrix
 from awareness_vllm.wmatrix.file import load as load_wmatrix
 
@@ -39,8 +43,11 @@ logger = init_logger("vllm.awareness.worker")
 
 WARM_UP_ROWS = 256
 """Rows that a map is tried on at start, so that no request is the first."""
-HEADS = 64
-"""Heads that are kept: each chat template has one, and each system prompt."""
+MOST_LOADED = 8192
+"""Tokens written in one step, but for a single load that is longer: while loads are written, the
+requests that are being answered wait."""
+IDLE_SECONDS = 0.005
+"""How long an engine without anything else to do waits for a file before it looks around."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +61,31 @@ class Loaded:
     seconds: float
 
 
+@dataclass
+class Waiting:
+    """A load, since when it is wanted, and its memories, there already or on their way."""
+
+    load: Load
+    since: float
+    alignments: list[Alignment]
+
+    @property
+    def arrived(self) -> bool:
+        return all(alignment.result.done() for alignment in self.alignments)
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Positions begin … end-1 of a prompt, from the memory `part`, whose first id is at `first`."""
+
+    part: Part
+    first: int
+    begin: int
+    end: int
+
+
 class WorkerHalf:
-    """Owns the warm tier and knows where each layer's blocks are."""
+    """Knows where each layer's blocks are, and which loads wait for their memories."""
 
     def __init__(
         self, config: ServingConfig, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
@@ -70,27 +100,19 @@ class WorkerHalf:
             for name in group.layer_names
         }
         self.layers = dict(vllm_config.compilation_config.static_forward_context)
-        self.warm = WarmTier(int(config.host_cache_gib * 2**30))
-        self.disk = (
-            DiskTier(
-                Path(config.disk_cache),
-                int(config.disk_cache_gib * 2**30),
-                self.memories.geometry.weights,
-                self.dtype,
-            )
-            if config.disk_cache
-            else None
+        self.embedding = (
+            model.get_vocab_size(),
+            vllm_config.parallel_config.tensor_parallel_size,
         )
-        self.wmatrices: dict[str, WMatrix] = {}
-        self.paged: dict[str, PagedMap] = {}
+        self.supply = Supply(config, self.memories, self.dtype)
+        self.deadline = config.load_timeout
+        self.waiting: dict[str, Waiting] = {}
         self.captures = Captures(everything=config.capture)
-        self.heads: OrderedDict[str, AlignedMemory] = OrderedDict()
-        self.model: Any = None
         check_layers(self.memories, self.groups)
 
     def bind_model(self, model: Any) -> None:
         """Take the running model, for its embedding, and load the W-Matrices that lead to it."""
-        self.model = model
+        self.supply.embed = embedding_of(model, *self.embedding)
         for entry in self.memories.wmatrices:
             if entry.manifest.target.same_model(self.memories.geometry):
                 self.prepare(entry.digest, load_wmatrix(entry.path))
@@ -108,7 +130,7 @@ class WorkerHalf:
         On CUDA the fused operators decode straight into the pages. A CPU's pages are packed in ways
         that only vLLM's own operator knows, and a residual map adds to states that it must see.
         """
-        self.wmatrices[digest] = wmatrix
+        self.supply.wmatrices[digest] = wmatrix
         device = next(iter(self.layers[name] for name in self.groups)).kv_cache.device
         if device.type != "cuda" or wmatrix.manifest.residual:
             wmatrix.map(None, torch.zeros(WARM_UP_ROWS, wmatrix.manifest.embedding_width))
@@ -121,38 +143,71 @@ class WorkerHalf:
             for name in self.groups
         }
         paged = PagedMap(wmatrix, heads, self.memories.max_model_len, device)
-        self.paged[digest] = paged
+        self.supply.paged[digest] = paged
         paged.warm_up(self.pages())
 
     def pages(self) -> list[Pages]:
         return [pages_of(self.layers[name]) for name in self.groups]
 
+    def begin(self, load: Load) -> None:
+        """Want a load; `ready` says when it can be finished."""
+        alignments = [self.supply.ask(s.part, load.params.tenant) for s in stretches(load)]
+        self.waiting[load.request_id] = Waiting(load, time.perf_counter(), alignments)
+
+    def ready(self, *, idle: bool = False) -> list[str]:
+        """The requests whose loads can be finished in this step, by writing them or by failing.
+
+        With `idle` there is nothing else to do than to align, or to wait a moment for a file.
+        """
+        waiting = list(self.waiting.values())
+        if idle and waiting and not any(a.found.done() for w in waiting for a in w.alignments):
+            wait([a.found for w in waiting for a in w.alignments], IDLE_SECONDS, FIRST_COMPLETED)
+        self.supply.advance(AT_ONCE if idle else A_MOMENT)
+        found: list[str] = []
+        tokens = 0
+        for entry in waiting:
+            if entry.arrived:
+                tokens += len(entry.load.slots[0])
+                if found and tokens > MOST_LOADED:
+                    break
+            elif time.perf_counter() - entry.since < self.deadline:
+                continue
+            found.append(entry.load.request_id)
+        return found
+
+    def drop(self, request: str) -> bool:
+        """Forget the load of a request that has ended; whether there was one."""
+        if (entry := self.waiting.pop(request, None)) is None:
+            return False
+        for alignment in entry.alignments:
+            self.supply.leave(alignment)
+        return True
+
     @torch.inference_mode()
-    def load(self, load: Load) -> Loaded:
+    def finish(self, request: str) -> Loaded:
         """Write memories' tokens into a request's blocks.
 
         Raises:
-            AwarenessError: a memory cannot be read, or is not what the prompt says.
+            AwarenessError: a memory cannot be read, is not what the prompt says, or was not aligned
+                in time (which goes on: the next request finds it warm).
         """
-        started = time.perf_counter()
-        slots = [torch.tensor(group, dtype=torch.int64) for group in load.slots]
-        temperatures = set()
-        first = 0
-        for part in load.params.parts:
-            begin, end = (
-                max(load.begin, first),
-                min(load.begin + len(slots[0]), first + part.tokens),
+        entry = self.waiting.pop(request)
+        load = entry.load
+        if not entry.arrived:
+            raise LoadTimeout(
+                f"the memory of request {request} is not aligned yet",
+                found=f"{time.perf_counter() - entry.since:.1f} s",
+                expected=f"{self.deadline:g} s at most",
+                remedy="pin it, or raise --load-timeout",
             )
-            if begin < end:
-                memory, temperature = self.aligned(part, load.params.tenant)
-                self.check(memory, part, load.ids[first : first + part.tokens], load.request_id)
-                temperatures.add(temperature)
-                own = [group[begin - load.begin : end - load.begin] for group in slots]
-                # The memory's token of position p stands at p - skip of what comes from it.
-                self.place(memory, part, own, begin - first + part.skip, first - part.skip)
-            first += part.tokens
-        temperature = "hot" if load.begin else coldest(temperatures)
-        tokens, seconds = len(slots[0]), time.perf_counter() - started
+        found = [alignment.result.result() for alignment in entry.alignments]
+        slots = [torch.tensor(group, dtype=torch.int64) for group in load.slots]
+        for stretch, (memory, _) in zip(stretches(load), found, strict=True):
+            self.check(memory, stretch, load)
+            own = [group[stretch.begin - load.begin : stretch.end - load.begin] for group in slots]
+            self.place(memory, stretch, own)
+        temperature = "hot" if load.begin else coldest(t for _, t in found)
+        tokens, seconds = len(slots[0]), time.perf_counter() - entry.since
         logger.info(
             "loaded %s: %d tokens, %s, %.0f ms",
             " ".join(part.memory for part in load.params.parts),
@@ -162,14 +217,13 @@ class WorkerHalf:
         )
         return Loaded(temperature, tokens, self.bytes_in(slots), seconds)
 
-    def check(
-        self, memory: AlignedMemory | Latent, part: Part, ids: list[int], request: str
-    ) -> None:
+    def check(self, memory: Memory, stretch: Stretch, load: Load) -> None:
         """Refuse a prompt that is not the memory's text: its states would lie."""
-        if memory.ids[part.skip :] != ids:
+        part, first = stretch.part, stretch.first
+        if memory.ids[part.skip :] != load.ids[first : first + part.tokens]:
             raise PackageCorrupt(
-                f"the prompt of request {request} is not its memory's",
-                found=f"{len(ids)} ids",
+                f"the prompt of request {load.request_id} is not its memory's",
+                found=f"{len(load.ids) - first} ids from {first} on",
                 expected=f"the {len(memory.ids) - part.skip} ids of {part.memory}",
             )
 
@@ -182,19 +236,14 @@ class WorkerHalf:
             total += slot * int((slots[group] != SKIP).sum())
         return total
 
-    def place(
-        self,
-        memory: AlignedMemory | Latent,
-        part: Part,
-        slots: list[Tensor],
-        begin: int,
-        offset: int,
-    ) -> None:
-        """Write a memory's tokens from its own `begin` on into each KV cache group's slots, moved
-        by `offset` positions."""
+    def place(self, memory: Memory, stretch: Stretch, slots: list[Tensor]) -> None:
+        """Write a stretch of a memory into each KV cache group's slots."""
+        # The memory's token of position p stands at p + offset.
+        offset = stretch.first - stretch.part.skip
+        begin = stretch.begin - offset
         if isinstance(memory, Latent):
             by_layer = [slots[group] for group in self.groups.values()]
-            paged = self.paged[part.wmatrix]
+            paged = self.supply.paged[stretch.part.wmatrix]
             paged.write(memory, self.pages(), by_layer, begin, offset)
             return
         for name, group in self.groups.items():
@@ -219,56 +268,6 @@ class WorkerHalf:
             slots.to(device),
         )
 
-    def aligned(self, part: Part, tenant: str) -> tuple[AlignedMemory | Latent, str]:
-        """The aligned memory, and whether it was warm or came in cold."""
-        if part.memory in self.heads:
-            self.heads.move_to_end(part.memory)
-            return self.heads[part.memory], "warm"
-        key = (part.memory, part.wmatrix)
-        if (memory := self.warm.get(key)) is not None:
-            return memory, "warm"
-        if self.disk and (memory := self.disk.get(key)) is not None:
-            self.warm.put(key, memory)
-            return memory, "warm"
-        memory = self.align(part, tenant)
-        self.warm.put(key, memory)
-        # A latent is decoded faster than its states are read, and a copy is a file already.
-        if self.disk and part.wmatrix and isinstance(memory, AlignedMemory):
-            self.disk.put(key, memory)
-        return memory, "cold"
-
-    def align(self, part: Part, tenant: str) -> AlignedMemory | Latent:
-        """Read a package and bring it into the served model's terms.
-
-        The frontend has proven the file's bytes and found the map; neither is done again here.
-        """
-        package = read(self.memories.stores[tenant].path(part.memory))
-        if not part.wmatrix:
-            return copy(package)
-        if part.wmatrix not in self.wmatrices:
-            raise UnsupportedModel("the request was resolved with another W-Matrix")
-        folder = self.memories.folder
-        if part.wmatrix in self.paged:
-            return self.paged[part.wmatrix].latent(package, folder, self.embed)
-        wmatrix = self.wmatrices[part.wmatrix]
-        return realign(package, wmatrix, folder, self.embed_on_host, dtype=self.dtype)
-
-    def prefetch(self, params: LoadParams, pin: bool) -> str:
-        """Align memories ahead of their first request, `pin` them in the warm tier; how warm they
-        were, or what went wrong: an exception would cross the engine as a mere text."""
-        try:
-            found = [self.aligned(part, params.tenant)[1] for part in params.parts]
-        except (AwarenessError, OSError) as error:
-            return str(error)
-        if pin:
-            self.warm.pinned.update((part.memory, part.wmatrix) for part in params.parts)
-        return coldest(found)
-
-    def evict(self, memory: str) -> bool:
-        """Drop a memory from the warm tier, in memory and on disk; whether it was there."""
-        on_disk = self.disk.drop(memory) if self.disk else False
-        return self.warm.drop(memory) or on_disk
-
     def save(self, save: Save) -> None:
         """Read a request's states back, where that was announced."""
         if self.captures.expects(save.name):
@@ -280,28 +279,17 @@ class WorkerHalf:
     def keep_head(self, capture: str, name: str, ids: list[int]) -> str:
         """Keep captured states as the head that prompts begin with; what went wrong, or nothing."""
         try:
-            self.heads[name] = as_memory(self.captures.collect(capture), ids)
+            self.supply.keep_head(name, as_memory(self.captures.collect(capture), ids))
         except AwarenessError as error:
             return str(error)
-        while len(self.heads) > HEADS:
-            self.heads.popitem(last=False)
         return ""
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """The running model's own embedding, [T] to [T, E] float32 where the model is."""
-        if self.model is None:
-            raise AwarenessError(
-                "the connector has no model to take embeddings from",
-                found="no worker extension",
-                expected="--worker-extension-cls with the awareness endpoint plugin",
-                remedy="start the server with `awareness serve`",
-            )
-        device = next(self.model.parameters()).device
-        return self.model.embed_input_ids(ids.to(device)).float()
 
-    def embed_on_host(self, ids: Tensor) -> Tensor:
-        return self.embed(ids).cpu()
-
-
-def coldest(temperatures: Iterable[str]) -> str:
-    return "cold" if "cold" in set(temperatures) else "warm"
+def stretches(load: Load) -> Iterator[Stretch]:
+    """The memories that a load takes tokens from, and which."""
+    first, last = 0, load.begin + len(load.slots[0])
+    for part in load.params.parts:
+        begin, end = max(load.begin, first), min(last, first + part.tokens)
+        if begin < end:
+            yield Stretch(part, first, begin, end)
+        first += part.tokens

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from awareness_vllm.align.features import split_states
 from awareness_vllm.errors import BadInput, WMatrixCorrupt
+from awareness_vllm.files import private_copy
 from awareness_vllm.geometry import Geometry, Strict, file_digest
 from awareness_vllm.home import wmatrices_dir
 from awareness_vllm.kernels import decode, encode
@@ -192,7 +193,7 @@ def load(path: str | Path) -> WMatrix:
     manifest = read_manifest(path)
     source, target = manifest.source, manifest.target
     try:
-        with safe_open(path, framework="pt") as file:
+        with private_copy(path) as copy, safe_open(copy, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             document = file.metadata()[METADATA_KEY]
     except (SafetensorError, OSError) as error:

@@ -407,7 +407,7 @@ def test_a_memory_is_warm_only_where_all_workers_had_it(
     response = server.ask(LOAD, memory)
     assert response.status_code == 200
     assert response.json() == {"id": memory, "object": "memory.load", "temperature": temperature}
-    ((method, (params_json, pin)),) = server.engine.calls
+    ((method, (_, params_json, pin)),) = server.engine.calls
     params = LoadParams.model_validate_json(params_json)
     assert (method, pin) == (PREFETCH, False)
     assert [(part.memory, part.wmatrix) for part in params.parts] == [(memory, "d" * 64)]

@@ -154,6 +154,13 @@ def test_what_stays_warm_is_the_operators_choice() -> None:
         launch.command("m", None, [], [], host_cache_gib=-1)
 
 
+def test_how_long_a_load_may_take_is_the_operators_choice() -> None:
+    assert extra_of(launch.command("m", None, [], [], load_timeout=2.5))["load_timeout"] == 2.5
+    for wrong in (0, -1, float("nan")):
+        with pytest.raises(BadInput, match="--load-timeout"):
+            launch.command("m", None, [], [], load_timeout=wrong)
+
+
 def test_a_tenants_file_is_read_at_once_and_its_keys_are_not_passed_on(tmp_path: Path) -> None:
     file = tmp_path / "tenants.json"
     with pytest.raises(BadInput, match="cannot be read"):

@@ -247,6 +247,18 @@ def test_vllm_aggregates_what_its_workers_say() -> None:
     assert found == StepOutcomes({"a": both, "b": failed, "c": HOT})
 
 
+def test_ranks_that_end_in_different_steps_share_one_load() -> None:
+    ledger = Ledger()
+    ledger.planned("r")
+    ledger.happened({"r": WARM}, [])
+    assert ledger.take_stats() is None
+    ledger.happened({"r": COLD}, ["r"])
+    both = Loaded("cold", COLD.tokens, WARM.bytes + COLD.bytes, COLD.seconds)
+    assert ledger.outcomes == {"r": both}
+    assert ledger.take_stats() == stats_of(both)
+    assert ledger.shares == {}
+
+
 # From a load to its response
 
 
@@ -262,7 +274,17 @@ def connector(load: Callable[[Load], Loaded] = never) -> Any:
     made.outcomes = StepOutcomes()
     made.ledger = Ledger()
     made.scheduler = SchedulerHalf(SimpleNamespace(kv_cache_groups=groups))  # type: ignore[arg-type]
-    made.worker = SimpleNamespace(load=load, groups={})
+    loads: dict[str, Load] = {}
+
+    def ready(*, idle: bool) -> list[str]:
+        return list(loads)
+
+    made.worker = SimpleNamespace(
+        begin=lambda asked: loads.update({asked.request_id: asked}),
+        ready=ready,
+        finish=lambda request: load(loads.pop(request)),
+        drop=lambda request: False,
+    )
     made._connector_metadata = None
     return made
 
@@ -288,10 +310,11 @@ def schedule(made: Any, one: Any, *, computed: int = 0, blocks: int = 3) -> KVCo
     ids = [SimpleNamespace(is_null=False, block_id=b) for b in range(1, blocks + 1)]
     made.update_state_after_alloc(one, SimpleNamespace(blocks=(ids,)), external)
     made.bind_connector_metadata(made.build_connector_meta(SimpleNamespace(scheduled_new_reqs=[])))
-    made.start_load_kv(None)
+    made.start_load_kv(SimpleNamespace(attn_metadata=None))
     results = made.get_transfer_results(set())
     return KVConnectorOutput(
         failed_recving=results.failed_recving,
+        finished_recving=results.finished_recving,
         kv_connector_worker_meta=made.build_connector_worker_meta(),
     )
 
@@ -421,9 +444,12 @@ def test_a_report_that_cannot_be_made_does_not_reach_the_engine() -> None:
 
 def test_outcomes_that_cannot_be_counted_do_not_reach_the_engine() -> None:
     made = connector()
-    no_outcome: Any = {"r": None}
+    no_outcome: Any = {"r": object()}
+    made.ledger.planned("bad")
     output = KVConnectorOutput(
-        failed_recving={"bad"}, kv_connector_worker_meta=StepOutcomes(no_outcome)
+        failed_recving={"bad"},
+        finished_recving={"r"},
+        kv_connector_worker_meta=StepOutcomes(no_outcome),
     )
     made.update_connector_output(output)
     assert made.scheduler.failed == {"bad"}

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from awareness_vllm.align.aligner import AlignedMemory, realign
+from awareness_vllm.align.aligner import AlignedMemory, realign, sources
 from awareness_vllm.align.paged import Latent, PagedMap, Pages
 from awareness_vllm.packages.file import Package
 from awareness_vllm.wmatrix.file import WMatrix
@@ -45,7 +45,7 @@ def paged(wmatrix: WMatrix) -> PagedMap:
 
 @pytest.fixture(scope="module")
 def latent(paged: PagedMap, package: Package, folder: Path) -> Latent:
-    return paged.latent(package, folder, embed)
+    return paged.latent(package, *sources(package, paged.manifest, folder), embed)
 
 
 def empty_pages(layers: int, pages: int) -> list[Pages]:
@@ -120,7 +120,7 @@ def test_a_rank_writes_its_own_layers_and_heads(
     )
     expected = realign(package, whole, folder, embed, dtype=torch.float32)
     rank = PagedMap(whole, {1: slice(1, 3)}, positions=64, device="cpu")
-    latent = rank.latent(package, folder, embed)
+    latent = rank.latent(package, *sources(package, rank.manifest, folder), embed)
     cache = torch.zeros(16, 2, SIZE, 8)
     page = Pages(*cache.transpose(1, 2).split(4, dim=-1))
     slots = torch.arange(len(latent.ids))

@@ -6,9 +6,10 @@ All tests that import vLLM are here: the import takes seconds.
 from __future__ import annotations
 
 import string
-from collections import OrderedDict
+import threading
+import time
 from collections.abc import Callable
-from pathlib import Path
+from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,19 +25,16 @@ from vllm.entrypoints.generate.base.protocol import validate_cache_salt
 from vllm.v1.outputs import KVConnectorOutput
 
 from awareness_vllm.align.aligner import AlignedMemory
-from awareness_vllm.errors import PackageCorrupt, UnsupportedModel
+from awareness_vllm.errors import LoadTimeout, PackageCorrupt, UnsupportedModel
 from awareness_vllm.geometry import LayerGeometry, Positions
-from awareness_vllm.packages.file import Package, publish
 from awareness_vllm.positions import apply, strip
-from awareness_vllm.serving.config import PARAMS_KEY
+from awareness_vllm.serving.config import PARAMS_KEY, ServingConfig
 from awareness_vllm.serving.connector import AwarenessConnector
-from awareness_vllm.serving.disk import DiskTier
 from awareness_vllm.serving.pages import check_layers, layer_index
 from awareness_vllm.serving.params import LoadParams, Part, kv_transfer_params
 from awareness_vllm.serving.readback import block_layout, read_slots
 from awareness_vllm.serving.scheduler import (
     MIN_COMPUTED,
-    MOST_LOADED,
     SKIP,
     Load,
     Save,
@@ -44,9 +42,9 @@ from awareness_vllm.serving.scheduler import (
     StepMetadata,
 )
 from awareness_vllm.serving.stats import Ledger, StepOutcomes
+from awareness_vllm.serving.supply import Found, Supply
 from awareness_vllm.serving.warm import WarmTier
-from awareness_vllm.serving.worker import WorkerHalf
-from awareness_vllm.store.folder import Store
+from awareness_vllm.serving.worker import Loaded, WorkerHalf
 
 pytestmark = pytest.mark.unit
 
@@ -233,7 +231,6 @@ def test_tokens_to_load(tokens: int, memory: int, tail: int, computed: int) -> N
     half, asking = scheduler_half(16), request(tokens, memory=memory, tail=tail)
     found = half.tokens_to_load(asking, computed)
     assert found == half.tokens_to_load(asking, computed)
-    assert found is not None
     assert found >= 0
     if found:
         assert computed + found == min(memory - tail, tokens - MIN_COMPUTED)
@@ -262,16 +259,6 @@ def test_the_memorys_last_tokens_go_into_the_requests_blocks() -> None:
     assert load.ids == list(range(45))
     assert load.slots == ([*range(128, 152)], [SKIP] * 16 + [*range(48, 56)])
     assert half.take_step() == StepMetadata()
-
-
-def test_a_step_loads_no_more_than_it_may_but_for_one_long_memory() -> None:
-    half = scheduler_half(16)
-    long = request(MOST_LOADED + 60, memory=MOST_LOADED + 40)
-    assert half.tokens_to_load(long, 0) == MOST_LOADED + 40
-    half.allocated(long, blocks(list(range(1, 1000))), MOST_LOADED + 40)
-    assert half.tokens_to_load(request(name="next"), 0) is None
-    half.take_step()
-    assert half.tokens_to_load(request(name="next"), 0) == 20
 
 
 def scheduled(
@@ -492,14 +479,22 @@ def worker(cpu_operator: None) -> WorkerHalf:
     half.groups = dict(zip(NAMES, (0, 1), strict=True))
     half.layers = {name: cpu_layer(torch.bfloat16, 32, 64, "vec") for name in NAMES}
     half.dtype = torch.bfloat16
-    half.warm, half.heads, half.disk = WarmTier(2**30), OrderedDict(), None
+    half.waiting, half.deadline = {}, 30.0
     layer = LayerGeometry(
         heads=2, head_dim=64, positions=Positions(scheme="rope", theta=1e4, rotary_dim=64)
     )
     half.memories = SimpleNamespace(geometry=SimpleNamespace(layers=(layer, layer)))
+    half.supply = Supply(ServingConfig(store="none"), half.memories, torch.bfloat16)
     states = [random_states(12, 64, torch.bfloat16, seed) for seed in range(4)]
-    half.warm.put((MEMORY, ""), AlignedMemory(list(range(12)), states[:2], states[2:]))
+    half.supply.warm.put((MEMORY, ""), AlignedMemory(list(range(12)), states[:2], states[2:]))
     return half
+
+
+def load_now(worker: WorkerHalf, load: Load) -> Loaded:
+    """A load whose memories are warm, in the step that asks for it."""
+    worker.begin(load)
+    assert worker.ready() == [load.request_id]
+    return worker.finish(load.request_id)
 
 
 def load_of(slots: tuple[list[int], ...], *, name: str = "r", ids: int = 12) -> Load:
@@ -510,8 +505,8 @@ def load_of(slots: tuple[list[int], ...], *, name: str = "r", ids: int = 12) -> 
 def test_a_load_writes_its_tokens_and_nothing_else(worker: WorkerHalf) -> None:
     # Positions 4 … 11; in the second group the first five are outside the window.
     slots = ([40 + i for i in range(8)], [SKIP] * 5 + [97, 98, 99])
-    worker.load(load_of(slots))
-    memory = worker.warm.get((MEMORY, ""))
+    load_now(worker, load_of(slots))
+    memory = worker.supply.warm.get((MEMORY, ""))
     assert memory is not None
     for i, (name, first) in enumerate(zip(NAMES, (4, 9), strict=True)):
         real = torch.tensor([slot for slot in slots[i] if slot != SKIP])
@@ -529,32 +524,21 @@ def test_null_blocks_are_never_handed_to_the_operator(
     # The CPU's operator passes over negative slots; that is not every operator's habit.
     written: list[int] = []
     monkeypatch.setattr(worker, "write", lambda name, k, v, slots: written.extend(slots.tolist()))
-    worker.load(load_of(([SKIP] * 4 + [4, 5, 6, 7], [SKIP] * 8)))
+    load_now(worker, load_of(([SKIP] * 4 + [4, 5, 6, 7], [SKIP] * 8)))
     assert written == [4, 5, 6, 7]
 
 
 def test_a_group_without_real_blocks_is_left_alone(worker: WorkerHalf) -> None:
-    worker.load(load_of((list(range(8)), [SKIP] * 8)))
+    load_now(worker, load_of((list(range(8)), [SKIP] * 8)))
     assert (worker.layers[NAMES[1]].kv_cache == -7).all()
-
-
-def test_a_map_that_the_server_lacks_is_refused(
-    worker: WorkerHalf, make_package: Callable[..., Package], tmp_path: Path
-) -> None:
-    memory = publish(make_package(), tmp_path).stem
-    worker.memories = SimpleNamespace(stores={"": Store(tmp_path)})
-    worker.wmatrices = {}
-    with pytest.raises(UnsupportedModel, match="another W-Matrix"):
-        worker.aligned(Part(memory=memory, wmatrix="f" * 64, tokens=12), "")
-    assert worker.warm.get((memory, "f" * 64)) is None
 
 
 def test_memories_follow_each_other_and_their_keys_move_with_them(worker: WorkerHalf) -> None:
     """After a first memory of 12 tokens a second one, of which the first 2 are left out."""
     states = [random_states(6, 64, torch.bfloat16, seed) for seed in range(4, 8)]
     second = AlignedMemory(list(range(100, 106)), states[:2], states[2:])
-    worker.warm.put(("second", ""), second)
-    first = worker.warm.get((MEMORY, ""))
+    worker.supply.warm.put(("second", ""), second)
+    first = worker.supply.warm.get((MEMORY, ""))
     assert first is not None
     parts = (
         Part(memory=MEMORY, tokens=12),
@@ -563,7 +547,7 @@ def test_memories_follow_each_other_and_their_keys_move_with_them(worker: Worker
     slots = list(range(64, 74))
     ids = [*range(12), *range(102, 106)]
     # Positions 6 … 15: six of the first memory, then all of the second.
-    worker.load(Load("r", LoadParams(parts=parts), ids, begin=6, slots=(slots, slots)))
+    load_now(worker, Load("r", LoadParams(parts=parts), ids, begin=6, slots=(slots, slots)))
     rope = worker.memories.geometry.layers[0].positions
     for i, name in enumerate(NAMES):
         key, value = read_slots(worker.layers[name], torch.tensor(slots))
@@ -579,65 +563,156 @@ def test_only_the_memories_that_are_wanted_are_asked_for(worker: WorkerHalf) -> 
     parts = (Part(memory="not there", tokens=5), Part(memory=MEMORY, tokens=12))
     ids = [*range(900, 905), *range(12)]
     slots = list(range(12))
-    loaded = worker.load(Load("r", LoadParams(parts=parts), ids, begin=5, slots=(slots, slots)))
+    loaded = load_now(
+        worker, Load("r", LoadParams(parts=parts), ids, begin=5, slots=(slots, slots))
+    )
     assert (loaded.temperature, loaded.tokens) == ("hot", 12)
     # Layers, tokens, keys and values, heads, dims, bytes of a bfloat16.
     assert loaded.bytes == 2 * 12 * 2 * HEADS * 64 * 2
 
 
-def test_what_was_aligned_once_is_read_from_disk(
-    worker: WorkerHalf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    aligned = worker.warm.get((MEMORY, ""))
-    assert isinstance(aligned, AlignedMemory)
-    part = Part(memory="mem_" + "1" * 32, wmatrix="map", tokens=12)
-    monkeypatch.setattr(worker, "align", lambda part, tenant: aligned)
-    worker.disk = DiskTier(tmp_path, 2**30, "weights", torch.bfloat16)
-    assert worker.aligned(part, "") == (aligned, "cold")
-    worker.disk.thread.shutdown()
-    monkeypatch.delattr(worker, "align")
-    worker.warm = WarmTier(2**30)
-    for _ in ("from disk", "from memory"):
-        found, temperature = worker.aligned(part, "")
-        assert (found.ids, temperature) == (aligned.ids, "warm")
-    assert worker.evict(part.memory)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_another_prompt_than_the_memorys_is_refused_before_writing(worker: WorkerHalf) -> None:
     with pytest.raises(PackageCorrupt, match="not its memory's"):
-        worker.load(load_of((list(range(8)), list(range(8))), ids=11))
+        load_now(worker, load_of((list(range(8)), list(range(8))), ids=11))
     assert all((layer.kv_cache == -7).all() for layer in worker.layers.values())
+
+
+class Slow:
+    """Files that take until they are told to end."""
+
+    def __init__(self, worker: WorkerHalf) -> None:
+        self.futures: dict[str, Future[Any]] = {}
+        self.worker = worker
+        worker.supply.readers = SimpleNamespace(submit=self.submit)  # type: ignore[assignment]
+
+    def submit(self, function: Any, part: Part, *rest: Any) -> Future[Any]:
+        return self.futures.setdefault(part.memory, Future())
+
+    def ends(self, memory: str) -> None:
+        aligned = self.worker.supply.warm.get((MEMORY, ""))
+        self.futures[memory].set_result((Found(aligned), "cold"))
+
+
+def cold_load(request: str, memory: str, slots: int = 12) -> Load:
+    params = one(memory, tokens=12)
+    return Load(request, params, list(range(12)), 0, (list(range(slots)), [SKIP] * slots))
+
+
+def test_a_cold_load_is_written_in_the_step_that_finds_it_aligned(worker: WorkerHalf) -> None:
+    slow = Slow(worker)
+    worker.begin(cold_load("r", "m"))
+    worker.begin(cold_load("s", "n"))
+    assert worker.ready() == []
+    slow.ends("n")
+    assert worker.ready() == ["s"]
+    assert worker.finish("s").temperature == "cold"
+    slow.ends("m")
+    assert worker.ready() == ["r"]
+    assert worker.finish("r").tokens == 12
+    assert worker.ready() == []
+    assert worker.supply.warm.get(("m", "")) is not None
+
+
+def test_an_idle_engine_waits_for_the_first_alignment_and_no_longer(worker: WorkerHalf) -> None:
+    slow = Slow(worker)
+    worker.begin(cold_load("r", "m"))
+    threading.Timer(0.001, slow.ends, ["m"]).start()
+    began = time.perf_counter()
+    while not worker.ready(idle=True):
+        assert time.perf_counter() - began < 30
+    assert worker.finish("r").temperature == "cold"
+    assert worker.ready(idle=True) == []
+
+
+def test_what_is_not_aligned_in_time_fails_and_is_warm_for_the_next(worker: WorkerHalf) -> None:
+    slow = Slow(worker)
+    worker.deadline = 0.0
+    worker.begin(cold_load("r", "m"))
+    assert worker.ready() == ["r"]
+    with pytest.raises(LoadTimeout, match="--load-timeout"):
+        worker.finish("r")
+    assert (worker.layers[NAMES[0]].kv_cache == -7).all()
+    slow.ends("m")
+    assert worker.ready() == []
+    assert load_now(worker, cold_load("s", "m")).temperature == "warm"
+
+
+def test_an_alignment_that_fails_fails_its_loads_alone(worker: WorkerHalf) -> None:
+    slow = Slow(worker)
+    for request in ("r", "s"):
+        worker.begin(cold_load(request, "m"))
+    slow.futures["m"].set_exception(PackageCorrupt("gone"))
+    assert worker.ready() == ["r", "s"]
+    for request in ("r", "s"):
+        with pytest.raises(PackageCorrupt, match="gone"):
+            worker.finish(request)
+    assert load_now(worker, cold_load("t", MEMORY)).temperature == "warm"
+
+
+def test_a_step_writes_no_more_than_it_may_but_for_one_long_load(
+    worker: WorkerHalf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("awareness_vllm.serving.worker.MOST_LOADED", 10)
+    for request, slots in (("long", 12), ("a", 5), ("b", 5), ("c", 1)):
+        worker.begin(cold_load(request, MEMORY, slots))
+    for expected in (["long"], ["a", "b"], ["c"], []):
+        assert worker.ready() == expected
+        for request in expected:
+            worker.finish(request)
+
+
+def test_a_dropped_load_is_never_written_and_its_alignment_ends(worker: WorkerHalf) -> None:
+    slow = Slow(worker)
+    worker.begin(cold_load("r", "m"))
+    assert worker.drop("r")
+    assert not worker.drop("r")
+    assert worker.ready() == []
+    assert slow.futures["m"].cancelled()
 
 
 # The connector: nothing that goes wrong reaches the engine
 
 
-def connector(*, load: Callable[[Load], None] = lambda load: None) -> Any:
+def connector(*, finish: Callable[[str], Loaded | None] = lambda request: None) -> Any:
+    """Its loads arrive in the step that asks for them; what is still waiting can be dropped."""
     made: Any = AwarenessConnector.__new__(AwarenessConnector)
     made.config = SimpleNamespace(capture=True)
     made.results = KVConnectorTransferResults()
     made.scheduler = scheduler_half(16)
-    made.worker = SimpleNamespace(load=load)
+    waiting: list[str] = []
+
+    def ready(*, idle: bool) -> list[str]:
+        found, waiting[:] = [r for r in waiting if r != "slow"], [r for r in waiting if r == "slow"]
+        return found
+
+    def drop(request: str) -> bool:
+        found = request in waiting
+        waiting[:] = [r for r in waiting if r != request]
+        return found
+
+    made.worker = SimpleNamespace(
+        begin=lambda load: waiting.append(load.request_id), ready=ready, finish=finish, drop=drop
+    )
     made.outcomes, made.ledger = StepOutcomes(), Ledger()
     made._connector_metadata = None
     return made
 
 
-def broken(load: Load) -> None:
-    if load.request_id == "bad":
+def broken(request: str) -> Loaded | None:
+    if request == "bad":
         raise RuntimeError("out of memory, say")
+    return None
 
 
-def step(made: Any, metadata: StepMetadata) -> KVConnectorTransferResults:
+def step(made: Any, metadata: StepMetadata, *ended: str) -> KVConnectorTransferResults:
     made.bind_connector_metadata(metadata)
-    made.start_load_kv(None)
+    made.start_load_kv(SimpleNamespace(attn_metadata=None))
     made.wait_for_save()
-    return made.get_transfer_results(set())
+    return made.get_transfer_results(set(ended))
 
 
 def test_a_load_that_raises_fails_its_own_request_alone() -> None:
-    made = connector(load=broken)
+    made = connector(finish=broken)
     loads = [load_of(([1],), name=name) for name in ("good", "bad", "also good")]
     found = step(made, StepMetadata(loads=loads))
     assert found.failed_recving == {"bad"}
@@ -645,11 +720,23 @@ def test_a_load_that_raises_fails_its_own_request_alone() -> None:
     assert step(made, StepMetadata()) == KVConnectorTransferResults()
 
 
+def test_an_aborted_requests_load_ends_once() -> None:
+    """vLLM keeps the blocks of a request that is loading until it hears so, and dies of hearing it
+    twice."""
+    made = connector()
+    loads = [load_of(([1],), name=name) for name in ("slow", "quick")]
+    assert step(made, StepMetadata(loads=loads)).finished_recving == {"quick"}
+    assert step(made, StepMetadata(), "slow", "quick").finished_recving == {"slow"}
+    assert step(made, StepMetadata(), "slow") == KVConnectorTransferResults()
+
+
 def test_a_failed_request_is_not_asked_for_again() -> None:
     made = connector()
     bad, good = request(name="bad"), request(name="good")
     assert made.get_num_new_matched_tokens(bad, 0) == (20, True)
-    made.update_connector_output(KVConnectorOutput(failed_recving={"bad"}))
+    made.update_state_after_alloc(bad, blocks([1, 2]), 20)
+    made.update_connector_output(KVConnectorOutput(failed_recving={"bad", "aborted"}))
+    assert made.scheduler.failed == {"bad"}
     made.update_connector_output(KVConnectorOutput())
     assert made.get_num_new_matched_tokens(bad, 0) == (0, False)
     assert made.get_num_new_matched_tokens(good, 0) == (20, True)

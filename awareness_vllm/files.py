@@ -1,0 +1,33 @@
+"""Files that others may change while we read them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def private_copy(path: Path) -> Iterator[str]:
+    """A path to a copy of a file in memory, for libraries that map what they open.
+
+    safetensors maps its files, and whoever truncates one kills the process that reads on (SIGBUS).
+    What was mapped through this path stays valid after it.
+
+    Raises:
+        OSError: unreadable, or truncated meanwhile.
+    """
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        copy = os.memfd_create(path.name)
+        try:
+            copied = 0
+            while copied < size:
+                part = os.sendfile(copy, file.fileno(), copied, size - copied)
+                if not part:
+                    raise OSError(f"{path.name} ends after {copied} of {size} bytes")
+                copied += part
+            yield f"/proc/self/fd/{copy}"
+        finally:
+            os.close(copy)

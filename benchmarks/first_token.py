@@ -1,0 +1,179 @@
+"""Time to first token with a memory beside reading its text, on one server, in one run.
+
+    python benchmarks/first_token.py --rounds 4 [--wmatrix FILE] [any flag of vllm serve]
+
+SmolLM2's memories of 2,000 tokens on Gemma-3-270M. In each round every text is read natively, the
+question is asked alone (nothing can be faster), and the memory comes cold (evicted before), warm
+(under another salt) and hot (again). A ratio is native over the arm, by pairs of one text in one
+round: median, and a 95 % bootstrap interval of it.
+
+`stall` is what a request that is being answered feels meanwhile: its longest wait for a token while
+nothing else runs, while a cold memory comes in, and while its text is read natively instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+from servers import AWARENESS, FLAGS, NAME, running, smollm2, stop_on_terminate
+
+from awareness_vllm.anchors.corpus import load
+from awareness_vllm.anchors.install import held_out_dir, install
+from awareness_vllm.anchors.spans import load_tokenizer, tokenize
+from awareness_vllm.home import wmatrices_dir
+from awareness_vllm.models import prepare
+from awareness_vllm.provenance import hardware, versions
+from awareness_vllm.serving.register import vllm_version
+
+TEXTS = 3
+QUESTION = "\n\nIn one sentence, this text is about"
+BOOTSTRAPS = 2000
+
+
+def texts(model: Path, tokens: int) -> list[str]:
+    """Stretches of a document that no anchor came from."""
+    whole = "\n\n".join(d.text for d in load([held_out_dir() / "debian-history"]))
+    spans = tokenize(load_tokenizer(str(model)), whole).spans
+    raw = whole.encode()
+    cuts = [int(spans[tokens * i, 0]) for i in range(TEXTS + 1)]
+    return [raw[a:b].decode(errors="ignore") for a, b in itertools.pairwise(cuts)]
+
+
+def captured(model: Path, text: str, store: Path) -> str:
+    """The ID of a text's memory."""
+    file = store / "text.txt"
+    file.write_text(text)
+    command = [*AWARENESS[:-1], "capture", "--model", model, "--text", file, "--store", store]
+    done = subprocess.run([*map(str, command), "--json"], capture_output=True, check=True)
+    return str(json.loads(done.stdout)["id"])
+
+
+class Client:
+    """One server's API, as far as this needs it."""
+
+    def __init__(self, url: str) -> None:
+        self.http = httpx.Client(base_url=url, timeout=120)
+        self.salts = itertools.count()
+
+    def tokens(self, prompt: str, count: int, **body: Any) -> Iterator[float]:
+        """When each token of an answer came."""
+        asked = {"model": NAME, "prompt": prompt, "max_tokens": count, "temperature": 0}
+        asked |= {"stream": True, "ignore_eos": True, **body}
+        with self.http.stream("POST", "/v1/completions", json=asked) as answer:
+            answer.raise_for_status()
+            for line in answer.iter_lines():
+                if line.startswith("data: {"):
+                    yield time.perf_counter()
+
+    def first(self, prompt: str, **body: Any) -> float:
+        """Seconds to the first token."""
+        began = time.perf_counter()
+        came = list(self.tokens(prompt, 2, **body))
+        return came[0] - began
+
+    def salt(self) -> str:
+        return f"salt-{next(self.salts)}"
+
+    def evict(self, memory: str) -> None:
+        self.http.delete(f"/v1/memories/{memory}").raise_for_status()
+
+    def longest_wait(self, prompt: str | None, **body: Any) -> float:
+        """A plain answer's longest wait for a token while another prompt comes in, seconds."""
+        came: list[float] = []
+
+        def listen() -> None:
+            came.extend(self.tokens("Once upon a time", 64, cache_salt=self.salt()))
+
+        stream = threading.Thread(target=listen)
+        stream.start()
+        time.sleep(0.3)
+        if prompt is not None:
+            list(self.tokens(prompt, 2, **body))
+        stream.join()
+        return max(later - earlier for earlier, later in itertools.pairwise(came))
+
+
+def ratio(native: list[float], arm: list[float], seed: int = 0) -> dict[str, Any]:
+    """Median of native / arm by pairs, and its bootstrap interval."""
+    pairs = np.array(native) / np.array(arm)
+    draws = np.random.default_rng(seed).choice(pairs, (BOOTSTRAPS, len(pairs)))
+    low, high = np.quantile(np.median(draws, axis=1), [0.025, 0.975])
+    return {"ratio": round(float(np.median(pairs)), 2), "interval": [round(low, 2), round(high, 2)]}
+
+
+def measure(client: Client, contexts: dict[str, str], rounds: int) -> dict[str, Any]:
+    """Every arm for every memory, in every round."""
+    client.first(QUESTION)
+    seconds: dict[str, list[float]] = {}
+    stalls: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        for memory, text in contexts.items():
+            client.evict(memory)
+            salt, again = client.salt(), client.salt()
+            for arm, prompt, body in (
+                ("native", text + QUESTION, {"cache_salt": salt}),
+                ("question alone", QUESTION, {"cache_salt": salt}),
+                ("cold", QUESTION, {"memory_ids": [memory], "cache_salt": salt}),
+                ("warm", QUESTION, {"memory_ids": [memory], "cache_salt": again}),
+                ("hot", QUESTION, {"memory_ids": [memory], "cache_salt": again}),
+            ):
+                seconds.setdefault(arm, []).append(client.first(prompt, **body))
+            client.evict(memory)
+            salt, body = client.salt(), {"memory_ids": [memory], "cache_salt": client.salt()}
+            for arm, wait in (
+                ("alone", client.longest_wait(None)),
+                ("cold", client.longest_wait(QUESTION, **body)),
+                ("native", client.longest_wait(text + QUESTION, cache_salt=salt)),
+            ):
+                stalls.setdefault(arm, []).append(wait)
+    native = seconds.pop("native")
+    return {
+        "native_ms": round(1e3 * statistics.median(native)),
+        "first_token": {
+            arm: {"ms": round(1e3 * statistics.median(found), 1), **ratio(native, found)}
+            for arm, found in seconds.items()
+        },
+        "stall_ms": {arm: round(1e3 * statistics.median(found)) for arm, found in stalls.items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=2000, help="of each memory, the target's")
+    parser.add_argument("--wmatrix", type=Path, help="default: the demo's")
+    args, flags = parser.parse_known_args()
+    stop_on_terminate()
+    wmatrix = args.wmatrix or wmatrices_dir() / "smollm2-135m--gemma3-270m.wmatrix"
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the figures
+        install()
+        target = prepare()["gemma3-270m"]
+    with tempfile.TemporaryDirectory() as scratch:
+        store = Path(scratch) / "store"
+        store.mkdir()
+        contexts = {captured(smollm2(), t, store): t for t in texts(target, args.tokens)}
+        flags = [*(flags or FLAGS), "--max-model-len", str(max(4096, 2 * args.tokens))]
+        flags += ["--store", str(store), "--wmatrix", str(wmatrix)]
+        with running(AWARENESS, target, flags, Path(scratch) / "log") as server:
+            found = measure(Client(server.url), contexts, args.rounds)
+    about = {"tokens": args.tokens, "rounds": args.rounds, "texts": TEXTS, "wmatrix": wmatrix.name}
+    about |= {"hardware": hardware(), "versions": {**versions(), "vllm": vllm_version()}}
+    print(json.dumps(found | about))
+
+
+if __name__ == "__main__":
+    main()
