@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import statistics
 import time
@@ -184,24 +185,31 @@ def test_a_damaged_package_is_noticed_after_it_was_used(
     assert status(lambda: server.complete("hi there", memory_ids=[memory]))[0] == 422
 
 
+@pytest.mark.parametrize("damage", ["gone", "truncated"])
 def test_a_load_that_fails_is_recomputed(
-    server: Server, smollm2: Path, store: Path, document: Callable[[int, int], str]
+    server: Server, smollm2: Path, store: Path, document: Callable[[int, int], str], damage: str
 ) -> None:
-    """The file goes away after the frontend's check, while the engine is at a long prefill."""
-    text = document(300, 3)
+    """The file is damaged after the frontend's check, while the engine is at a long prefill."""
+    number = ["gone", "truncated"].index(damage)
+    text = document(300, 3 + number)
     memory = captured(smollm2, text, store)
     path = store / f"{memory}.safetensors"
+    kept = shutil.copy(path, path.with_suffix(".kept"))
+    failures = server.log.read_text().count("its memory did not load")
     with ThreadPoolExecutor(3) as pool:
-        busy = [pool.submit(server.complete, document(2000, i) + "…", 1) for i in (3, 4)]
+        busy = [pool.submit(server.complete, document(2000, i + number) + "…", 1) for i in (3, 5)]
         time.sleep(0.5)
         asked = pool.submit(server.complete, QUESTION, 16, memory_ids=[memory])
         time.sleep(1)
-        hidden = path.rename(path.with_suffix(".hidden"))
+        if damage == "gone":
+            path.unlink()
+        else:
+            os.truncate(path, 4096)
         answer = asked.result()
         for request in busy:
             request.result()
-    hidden.rename(path)
-    assert "its memory did not load" in server.log.read_text()
+    shutil.move(kept, path)
+    assert server.log.read_text().count("its memory did not load") == failures + 1
     assert answer == server.complete(text + QUESTION, 16)
 
 

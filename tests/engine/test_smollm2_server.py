@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import statistics
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -196,6 +198,22 @@ def test_another_tenants_memory_looks_like_an_unknown_one(
         assert foreign.text.replace(own[0], unknown) == missing.text
         assert post(server, path, "nobody", **body, memory_ids=[own[0]]).status_code == 401
         assert post(server, path, "nobody", **body).status_code == 200
+
+
+def test_time_does_not_tell_a_foreign_memory_from_an_unknown_one(
+    server: Server, own: tuple[str, str]
+) -> None:
+    seconds: dict[str, list[float]] = {own[0]: [], "mem_" + "0" * 32: []}
+    with httpx.Client(base_url=server.url, headers={"Authorization": "Bearer x"}) as client:
+        for _ in range(200):
+            for memory, found in seconds.items():
+                began = time.perf_counter()
+                body = {"model": "served", "prompt": "hi", "memory_ids": [memory]}
+                assert client.post("/v1/completions", json=body).status_code == 404
+                found.append(time.perf_counter() - began)
+    foreign, unknown = (statistics.median(found) for found in seconds.values())
+    print(f"refused in {1e3 * foreign:.2f} ms, were it foreign, or {1e3 * unknown:.2f}, unknown")
+    assert 0.5 < foreign / unknown < 2
 
 
 def test_memories_are_listed_loaded_and_evicted(server: Server, own: tuple[str, str]) -> None:
