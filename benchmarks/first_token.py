@@ -28,8 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
-from servers import AWARENESS, FLAGS, NAME, running, smollm2, stop_on_terminate
+from servers import AWARENESS, FLAGS, NAME, paired, running, smollm2, stop_on_terminate
 
 from awareness_vllm.anchors.corpus import load
 from awareness_vllm.anchors.install import held_out_dir, install
@@ -41,7 +40,6 @@ from awareness_vllm.serving.register import vllm_version
 
 TEXTS = 3
 QUESTION = "\n\nIn one sentence, this text is about"
-BOOTSTRAPS = 2000
 
 
 def texts(model: Path, tokens: int) -> list[str]:
@@ -107,14 +105,6 @@ class Client:
         return max(later - earlier for earlier, later in itertools.pairwise(came))
 
 
-def ratio(native: list[float], arm: list[float], seed: int = 0) -> dict[str, Any]:
-    """Median of native / arm by pairs, and its bootstrap interval."""
-    pairs = np.array(native) / np.array(arm)
-    draws = np.random.default_rng(seed).choice(pairs, (BOOTSTRAPS, len(pairs)))
-    low, high = np.quantile(np.median(draws, axis=1), [0.025, 0.975])
-    return {"ratio": round(float(np.median(pairs)), 2), "interval": [round(low, 2), round(high, 2)]}
-
-
 def measure(client: Client, contexts: dict[str, str], rounds: int) -> dict[str, Any]:
     """Every arm for every memory, in every round."""
     client.first(QUESTION)
@@ -144,7 +134,7 @@ def measure(client: Client, contexts: dict[str, str], rounds: int) -> dict[str, 
     return {
         "native_ms": round(1e3 * statistics.median(native)),
         "first_token": {
-            arm: {"ms": round(1e3 * statistics.median(found), 1), **ratio(native, found)}
+            arm: {"ms": round(1e3 * statistics.median(found), 1), **paired(native, found)}
             for arm, found in seconds.items()
         },
         "stall_ms": {arm: round(1e3 * statistics.median(found)) for arm, found in stalls.items()},

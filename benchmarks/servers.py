@@ -1,4 +1,4 @@
-"""Servers that benchmarks start: stock vLLM, or `awareness serve`."""
+"""Servers that benchmarks start, stock vLLM or `awareness serve`, and ratios within one run."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
+import numpy as np
 
 from awareness_vllm.models import prepare
 from awareness_vllm.serving.launch import PLUGIN, environment
@@ -23,6 +25,7 @@ AWARENESS = (sys.executable, "-m", "awareness_vllm.cli.main", "serve")
 FLAGS = ["--enforce-eager", "--kv-cache-memory-bytes", "1G", "--max-model-len", "2048"]
 NAME = "served"
 START_SECONDS = 300.0
+BOOTSTRAPS = 2000
 
 
 @dataclass
@@ -59,6 +62,15 @@ def running(
     finally:
         process.terminate()
         process.wait(60)
+
+
+def paired(one: Sequence[float], other: Sequence[float]) -> dict[str, Any]:
+    """Median of one / other by pairs, and its 95 % bootstrap interval."""
+    pairs = np.array(one) / np.array(other)
+    draws = np.random.default_rng(0).choice(pairs, (BOOTSTRAPS, len(pairs)))
+    low, high = np.quantile(np.median(draws, axis=1), [0.025, 0.975])
+    interval = [round(float(low), 4), round(float(high), 4)]
+    return {"ratio": round(float(np.median(pairs)), 4), "interval": interval}
 
 
 def stop_on_terminate() -> None:

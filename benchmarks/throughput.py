@@ -1,10 +1,11 @@
 """What plain requests lose on a server with memories: stock vLLM beside `awareness serve`.
 
-    python benchmarks/throughput.py --rounds 4 [any flag of vllm serve, for both]
+    python benchmarks/throughput.py --rounds 2 --bursts 8 [any flag of vllm serve, for both]
 
-One server at a time, in the order A/B/A/B …, so that what else the machine does falls on both. None
-of the requests names a memory. `ratio` is the throughput with memories over that of stock vLLM, by
-pairs of neighbouring rounds; `spread` is its smallest and largest value.
+In each round both servers are started, and asked in turn: bursts in the order A/B, B/A, A/B …, the
+same prompts for both of a pair, so that what else the machine does falls on both. No request names
+a memory. `ratio` is the throughput with memories over that of stock vLLM, by pairs of bursts: the
+median, and its 95 % bootstrap interval.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from servers import AWARENESS, FLAGS, NAME, STOCK, running, smollm2, stop_on_terminate
+from servers import AWARENESS, FLAGS, NAME, STOCK, paired, running, smollm2, stop_on_terminate
 
 from awareness_vllm.anchors.corpus import load
 from awareness_vllm.anchors.install import held_out_dir, install
@@ -71,20 +72,8 @@ async def drive(url: str, asked: list[list[int]], args: argparse.Namespace) -> f
         return len(asked) / (time.perf_counter() - began)
 
 
-def measure(
-    prefix: Sequence[str], flags: Sequence[object], ids: list[int], seed: int, log: Path,
-    args: argparse.Namespace,
-) -> float:  # fmt: skip
-    """One server's throughput, after requests that only warm it up."""
-    with running(prefix, args.model, [*args.flags, *flags], log) as server:
-        first = prompts(ids, args.prompt_tokens, args.concurrency, -1)
-        asyncio.run(drive(server.url, first, args))
-        asked = prompts(ids, args.prompt_tokens, args.requests, seed)
-        return asyncio.run(drive(server.url, asked, args))
-
-
 def compare(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """Both servers in turn; the same prompts in both of a round."""
+    """Both servers in turn; by arm, requests a second in each burst."""
     store = scratch / "store"
     store.mkdir()
     arms: dict[str, tuple[Sequence[str], Sequence[object]]] = {
@@ -94,17 +83,27 @@ def compare(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     ids = held_out_ids(args.model)
     figures: dict[str, list[float]] = {arm: [] for arm in arms}
     for number in range(args.rounds):
-        for arm, (prefix, flags) in arms.items():
-            log = scratch / f"{arm}-{number}.log"
-            figures[arm].append(measure(prefix, flags, ids, number, log, args))
-            print(f"round {number}, {arm}: {figures[arm][-1]:.3f} requests/s", file=sys.stderr)
-    ratios = [a / s for a, s in zip(figures["awareness"], figures["stock"], strict=True)]
+        with contextlib.ExitStack() as stack:
+            urls = {}
+            for arm, (prefix, flags) in arms.items():
+                log = scratch / f"{arm}-{number}.log"
+                started = running(prefix, args.model, [*args.flags, *flags], log)
+                urls[arm] = stack.enter_context(started).url
+            warm_up = prompts(ids, args.prompt_tokens, args.requests, -1)
+            for url in urls.values():
+                asyncio.run(drive(url, warm_up, args))
+            for burst in range(args.bursts):
+                seed = number * args.bursts + burst
+                asked = prompts(ids, args.prompt_tokens, args.requests, seed)
+                for arm in list(urls)[:: -1 if burst % 2 else 1]:
+                    figures[arm].append(asyncio.run(drive(urls[arm], asked, args)))
+                print(number, burst, {a: round(f[-1], 3) for a, f in figures.items()},
+                      file=sys.stderr)  # fmt: skip
     return {
-        "requests_per_s": {arm: [round(f, 3) for f in found] for arm, found in figures.items()},
-        "ratios": [round(ratio, 4) for ratio in ratios],
-        "ratio": round(statistics.median(ratios), 4),
-        "spread": [round(min(ratios), 4), round(max(ratios), 4)],
+        **paired(figures["awareness"], figures["stock"]),
+        "requests_per_s": {a: round(statistics.median(f), 3) for a, f in figures.items()},
         "rounds": args.rounds,
+        "bursts": args.bursts,
         "requests": args.requests,
         "prompt_tokens": args.prompt_tokens,
         "output_tokens": args.output_tokens,
@@ -119,8 +118,9 @@ def compare(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", type=Path, help="default: SmolLM2-135M")
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--requests", type=int, default=96, help="in each round")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--bursts", type=int, default=8, help="for each server in each round")
+    parser.add_argument("--requests", type=int, default=24, help="in each burst")
     parser.add_argument("--concurrency", type=int, default=8)
     parser.add_argument("--prompt-tokens", type=int, default=300)
     parser.add_argument("--output-tokens", type=int, default=32)
