@@ -6,6 +6,9 @@ In each round both servers are started, and asked in turn: bursts in the order A
 same prompts for both of a pair, so that what else the machine does falls on both. No request names
 a memory. `ratio` is the throughput with memories over that of stock vLLM, by pairs of bursts: the
 median, and its 95 % bootstrap interval.
+
+On a CPU both servers get all cores (VLLM_CPU_OMP_THREADS_BIND, unless it is set): by itself vLLM
+0.32 keeps one core free for the engine, and two, or none of two, where there is a KV connector.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import random
 import statistics
 import sys
@@ -33,6 +37,7 @@ from awareness_vllm.provenance import hardware, versions
 from awareness_vllm.serving.register import vllm_version
 
 ANSWER_SECONDS = 120.0
+BIND = "VLLM_CPU_OMP_THREADS_BIND"
 
 
 def held_out_ids(model: Path) -> list[int]:
@@ -110,6 +115,7 @@ def compare(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         "concurrency": args.concurrency,
         "model": args.model.name,
         "flags": args.flags,
+        "cores": os.environ[BIND],
         "hardware": hardware(),
         "versions": {**versions(), "vllm": vllm_version()},
     }
@@ -128,6 +134,7 @@ def main() -> None:
     args.flags = args.flags or FLAGS
     args.model = args.model or smollm2()
     stop_on_terminate()
+    os.environ.setdefault(BIND, ",".join(map(str, sorted(os.sched_getaffinity(0)))))
     with tempfile.TemporaryDirectory() as scratch:
         print(json.dumps(compare(args, Path(scratch))))
 
