@@ -100,8 +100,8 @@ def test_no_kv_head_count_means_one_per_attention_head() -> None:
     [
         ({"kv_lora_rank": 512}, "kv_lora_rank=512"),
         ({"ssm_state_size": 16}, "ssm_state_size=16"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
-        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "linear"),
+        ({"rope_scaling": {"rope_type": "spiral", "factor": 4.0}}, "spiral"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "twist": 2}}, "twist"),
         ({"rope_theta": None}, "rope_theta"),
         ({"hidden_size": None}, "hidden_size"),
         ({"num_hidden_layers": None}, "num_hidden_layers"),
