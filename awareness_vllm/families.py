@@ -173,13 +173,13 @@ def _heads(reading: Reading, attention_heads: int) -> int:
 
 
 def _window(reading: Reading, kind: str | None) -> int | None:
-    """A layer's window; a config without layer types has one for all layers, or none."""
+    """A layer's window; a config without layer types has one for all layers, or none (0 too)."""
     if kind not in (None, "full_attention", "sliding_attention"):
         found = f"layer_types with {kind!r}"
         raise reading.refuse(
             "a layer's kind is not supported", found, "full_attention or sliding_attention"
         )
-    return None if kind == "full_attention" else reading.get("sliding_window")
+    return None if kind == "full_attention" else reading.get("sliding_window") or None
 
 
 def _unturned(reading: Reading) -> str | None:
@@ -330,4 +330,8 @@ def _longrope(rope: dict[str, Any], reading: Reading) -> dict[str, Any]:
             raise reading.refuse("vLLM and transformers differ on positions", found, derived)
     long = reading.tokens is not None and reading.tokens > original
     factors = rope.get("long_factor" if long else "short_factor")
-    return {"factors": tuple(map(float, factors or ())), "scale": scale}
+    return {
+        "factors": tuple(map(float, factors or ())),
+        "original": original,
+        "scale": scale,
+    }

@@ -160,14 +160,14 @@ def resolve_folder(model: str | Path) -> Path:
 @functools.lru_cache(maxsize=32)
 def _from_folder(folder: str, tokens: int | None) -> Geometry:
     path = Path(folder)
+    weights, tokenizer = _fingerprints(path)
     config = json.loads((path / "config.json").read_text())
-    return from_config(
-        config,
-        name=path.name,
-        weights=weights_fingerprint(path),
-        tokenizer=file_digest(path / "tokenizer.json"),
-        tokens=tokens,
-    )
+    return from_config(config, name=path.name, weights=weights, tokenizer=tokenizer, tokens=tokens)
+
+
+@functools.lru_cache(maxsize=32)
+def _fingerprints(folder: Path) -> tuple[str, str]:
+    return weights_fingerprint(folder), file_digest(folder / "tokenizer.json")
 
 
 def from_config(

@@ -11,7 +11,7 @@ from awareness_vllm.align.paged import Pages
 from awareness_vllm.errors import UnsupportedModel
 from awareness_vllm.serving.memories import Memories
 
-LAYER_INDEX = re.compile(r"\.layers\.(\d+)\.")
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 FLOAT8 = {
     "fp8": torch.float8_e4m3fn,
     "fp8_e4m3": torch.float8_e4m3fn,
@@ -21,15 +21,16 @@ FLOAT8 = {
 
 
 def layer_index(name: str) -> int:
-    """The index of a layer in the model, from vLLM's name of its attention module."""
-    match = LAYER_INDEX.search(name)
-    if match is None:
+    """The index of a layer in the model, from vLLM's name of its attention module: the one number
+    in it, whether its parent is called layers, or h (GPT-2, BLOOM, Falcon)."""
+    found = NUMBER.findall(name)
+    if len(found) != 1:
         raise UnsupportedModel(
             "cannot tell a layer's index",
             found=name,
-            expected="a name like model.layers.7.self_attn",
+            expected="a name with one number, like model.layers.7.self_attn",
         )
-    return int(match[1])
+    return int(found[0])
 
 
 def check_layers(memories: Memories, groups: dict[str, int]) -> None:
