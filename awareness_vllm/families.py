@@ -77,7 +77,6 @@ ROPE_KEYS: dict[str, frozenset[str]] = {}
 ANY_ROPE = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
 IN_IMAGES = frozenset({"mrope_section", "mrope_interleaved"})
 """These place images; a text's positions are the same in every section."""
-OTHER_NAMES = {"su": "longrope", "mrope": "default"}
 
 
 class Reading:
@@ -212,12 +211,11 @@ def _rotary(reading: Reading, kind: str | None, head_dim: int) -> Positions:
     """The rotary parameters of one layer type; `rope_parameters` is flat or nested by type."""
     rope = dict(reading.get("rope_parameters") or reading.get("rope_scaling") or {})
     rope = dict(rope.get(kind, rope) or {})
-    stated = rope.get("rope_type") or rope.get("type") or "default"
-    rope_type = OTHER_NAMES.get(stated, stated)
+    rope_type = rope.get("rope_type") or rope.get("type") or "default"
     theta = rope.get("rope_theta") or reading.get("rope_theta") or FIXED_THETA.get(reading.family)
     where = f"positions of {kind or 'its'} layers are not supported"
     if theta is None or rope_type not in ROPES:
-        found = f"rope_type={stated!r}, rope_theta={theta}"
+        found = f"rope_type={rope_type!r}, rope_theta={theta}"
         raise reading.refuse(where, found, f"a rope_theta, and of rope_type {sorted(ROPES)}")
     known = ANY_ROPE | IN_IMAGES | ROPE_KEYS[rope_type]
     if unknown := {key: value for key, value in rope.items() if value and key not in known}:

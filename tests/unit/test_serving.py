@@ -383,7 +383,9 @@ def test_the_warm_tier_keeps_one_memory_that_is_too_large() -> None:
 def test_layer_index() -> None:
     assert layer_index("model.layers.7.self_attn.attn") == 7
     assert layer_index("language_model.model.layers.12.self_attn") == 12
-    for name in ("model.embed", "layers", "model.layers.x.attn"):
+    assert layer_index("transformer.h.3.attn") == 3
+    assert layer_index("model.decoder.layers.0.self_attn.attn") == 0
+    for name in ("model.embed", "layers", "model.layers.x.attn", "model.layers.1.experts.2.attn"):
         with pytest.raises(UnsupportedModel, match="layer's index"):
             layer_index(name)
 
