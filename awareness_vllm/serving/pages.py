@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from awareness_vllm.align.paged import Pages
 from awareness_vllm.errors import UnsupportedModel
+from awareness_vllm.geometry import Geometry
+from awareness_vllm.positions import table
 from awareness_vllm.serving.memories import Memories
 
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+ROTATIONS = 1024
+"""Positions whose angles tell one rotary embedding from another."""
 FLOAT8 = {
     "fp8": torch.float8_e4m3fn,
     "fp8_e4m3": torch.float8_e4m3fn,
@@ -42,6 +47,30 @@ def check_layers(memories: Memories, groups: dict[str, int]) -> None:
             found=found,
             expected=f"0 … {len(memories.geometry.layers) - 1}",
         )
+
+
+def check_rotations(model: torch.nn.Module, geometry: Geometry, names: Iterable[str]) -> None:
+    """Refuse at start a model that turns its keys otherwise than its config was understood, as far
+    as its attention layers show their tables: memories would be moved and mapped wrongly."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name in names:
+        positions = geometry.layers[layer_index(name)].positions
+        rotary = getattr(modules.get(name.rpartition(".")[0]), "rotary_emb", None)
+        turns = getattr(rotary, "cos_sin_cache", None)
+        if turns is None or not positions.rotary_dim:  # or it has a table, and makes no use of it
+            continue
+        rows = torch.arange(min(len(turns), ROTATIONS))
+        ours = torch.cat(table(rows, positions), dim=-1).to(turns)
+        close = 2 * torch.finfo(turns.dtype).eps  # another device's cosines, rounded
+        same = ours.shape[1] == turns.shape[1] and torch.allclose(
+            ours, turns[: len(rows)], rtol=0, atol=close
+        )
+        if not same or getattr(rotary, "is_neox_style", True) == positions.woven:
+            raise UnsupportedModel(
+                f"layer {name} turns its keys otherwise than {geometry.name}'s config says",
+                found=rotary,
+                expected=positions,
+            )
 
 
 def slice_of_rank(total: int, local: int) -> slice:
