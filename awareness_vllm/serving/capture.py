@@ -35,11 +35,11 @@ def capture(folder: str | Path, text: str, *, name: str | None = None) -> Packag
     register()
     path = resolve_folder(folder)
     tokens = read_tokens(path, text)
-    length = engine_length(path, len(tokens.ids))
+    length = len(tokens.ids) + 1
     geometry = Geometry.from_folder(path, length)
     with tempfile.TemporaryDirectory() as scratch:
         states = Path(scratch) / "states.safetensors"
-        _prefill(path, tokens.ids, states, length, cache_bytes(geometry, length))
+        _prefill(path, tokens.ids, states, cache_bytes(geometry, length))
         if not states.is_file():
             raise AwarenessError(
                 "the engine wrote no states",
@@ -68,27 +68,19 @@ def as_package(
     )
 
 
-def engine_length(folder: Path, tokens: int) -> int:
-    """A `max_model_len` with which so many tokens fit, and the positions are those of a server that
-    was started without one: with LongRoPE, more than the model was trained for."""
-    served = Geometry.from_folder(folder, Geometry.from_folder(folder).max_positions)
-    trained = [layer.positions.original or 0 for layer in served.layers if layer.positions.factors]
-    return max(tokens, min(max(trained, default=0), served.max_positions - 1)) + 1
-
-
 def cache_bytes(geometry: Geometry, tokens: int) -> int:
     """Bytes of KV cache for one request, with room for blocks that are not full."""
     itemsize = getattr(torch, geometry.dtype).itemsize
     return 2 * (tokens + BLOCK_SLACK) * geometry.width * itemsize
 
 
-def _prefill(model: Path, ids: list[int], states: Path, length: int, cache: int) -> None:
+def _prefill(model: Path, ids: list[int], states: Path, cache: int) -> None:
     """One request, its whole prompt computed in one step, so that all its blocks are at hand."""
     from vllm import LLM, SamplingParams
 
     engine = LLM(
         model=str(model),
-        max_model_len=length,
+        max_model_len=len(ids) + 1,
         max_num_batched_tokens=len(ids) + 1,
         max_num_seqs=1,
         enforce_eager=True,

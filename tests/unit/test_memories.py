@@ -20,7 +20,6 @@ from awareness_vllm.errors import (
 from awareness_vllm.packages.capture import capture
 from awareness_vllm.packages.file import publish
 from awareness_vllm.serving.asked import Asked
-from awareness_vllm.serving.capture import engine_length
 from awareness_vllm.serving.config import ServingConfig
 from awareness_vllm.serving.memories import Memories, WMatrixEntry, head_name
 from awareness_vllm.serving.offline import OfflineMemories
@@ -88,9 +87,6 @@ def test_longrope_memories_need_a_server_of_their_kind(tmp_path: Path) -> None:
     assert Memories(config, str(folder), TRAINED).resolve_one(memory, "").wmatrix is None
     with pytest.raises(NoWMatrix, match=r"other positions.*max-model-len"):
         Memories(config, str(folder), TRAINED + 1).resolve_one(memory, "")
-    # An engine that captures offline is one that a server without a flag would be.
-    assert engine_length(folder, 10) == TRAINED + 1
-    assert engine_length(folder, 900) == 901
 
 
 def ids_in(store: Path) -> tuple[str, ...]:
