@@ -10,7 +10,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 
 from awareness_vllm.errors import UnsupportedModel
 
@@ -24,11 +29,42 @@ class Strict(BaseModel):
 
 
 class Positions(Strict):
-    """One layer's positional encoding. `scheme` names a function of `awareness_vllm.positions`."""
+    """One layer's positional encoding: what is needed to rebuild its tables, and nothing else.
+
+    `scheme` names a function of `awareness_vllm.positions`; which of the other fields it reads is
+    said there. Fields at their default are left out of manifests, as they were before they existed.
+    """
 
     scheme: str
     theta: float | None = None
     rotary_dim: int | None = None
+    woven: bool = False
+    """Whether the two dims of a turned pair stand side by side (GPT-J) or half a turn apart."""
+    scale: float | None = None
+    """What cosines and sines are multiplied by: YaRN's mscale, LongRoPE's attention factor."""
+    factor: float | None = None
+    original: int | None = None
+    """The positions that the model was trained for, before its context was stretched."""
+    length: int | None = None
+    """The sequence length that a table of the dynamic scheme was made for."""
+    slow: float | None = None
+    fast: float | None = None
+    """Pairs that turn less than `slow` times within `original` positions are stretched, those that
+    turn more than `fast` times are not, and between them goes a ramp."""
+    truncate: bool = True
+    factors: tuple[float, ...] | None = None
+    """LongRoPE's, one for each pair: the short ones or the long ones, whichever were in use."""
+
+    @property
+    def additive(self) -> bool:
+        """Whether positions were added to the embeddings (learned: GPT-2, OPT). Keys and values of
+        all layers hold them then, and no operation on the keys moves such a state."""
+        return self.scheme == "learned"
+
+    @model_serializer(mode="wrap")
+    def _short(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields = type(self).model_fields
+        return {k: v for k, v in handler(self).items() if v != fields[k].default}
 
 
 class LayerGeometry(Strict):
@@ -59,6 +95,11 @@ class Geometry(Strict):
     tokenizer: str
 
     @property
+    def additive(self) -> bool:
+        """Whether the states hold their positions themselves, and cannot be moved."""
+        return any(layer.positions.additive for layer in self.layers)
+
+    @property
     def key_width(self) -> int:
         """Elements of one token's keys over all layers."""
         return sum(layer.width for layer in self.layers)
@@ -85,13 +126,17 @@ class Geometry(Strict):
         return (self.layers, self.tokenizer) == (other.layers, other.tokenizer)
 
     @classmethod
-    def from_folder(cls, folder: str | Path) -> Geometry:
+    def from_folder(cls, folder: str | Path, tokens: int | None = None) -> Geometry:
         """Read a Hugging Face model folder (a name is resolved in the local hub cache).
+
+        Args:
+            tokens: the most that are read at once, by which LongRoPE chooses its factors: a text's
+                length for transformers, a server's `--max-model-len`. By default, few.
 
         Raises:
             UnsupportedModel: the folder, its config or its cache cannot be used.
         """
-        return _from_folder(str(resolve_folder(folder)))
+        return _from_folder(str(resolve_folder(folder)), tokens)
 
 
 def resolve_folder(model: str | Path) -> Path:
@@ -113,80 +158,37 @@ def resolve_folder(model: str | Path) -> Path:
 
 
 @functools.lru_cache(maxsize=32)
-def _from_folder(folder: str) -> Geometry:
+def _from_folder(folder: str, tokens: int | None) -> Geometry:
     path = Path(folder)
+    weights, tokenizer = _fingerprints(path)
     config = json.loads((path / "config.json").read_text())
-    return from_config(
-        config,
-        name=path.name,
-        weights=weights_fingerprint(path),
-        tokenizer=file_digest(path / "tokenizer.json"),
-    )
+    return from_config(config, name=path.name, weights=weights, tokenizer=tokenizer, tokens=tokens)
 
 
-def from_config(config: dict[str, Any], *, name: str, weights: str, tokenizer: str) -> Geometry:
-    """Geometry from the fields of a `config.json`.
+@functools.lru_cache(maxsize=32)
+def _fingerprints(folder: Path) -> tuple[str, str]:
+    return weights_fingerprint(folder), file_digest(folder / "tokenizer.json")
+
+
+def from_config(
+    config: dict[str, Any], *, name: str, weights: str, tokenizer: str, tokens: int | None = None
+) -> Geometry:
+    """Geometry from the fields of a `config.json`; `tokens` as in `Geometry.from_folder`.
 
     Raises:
-        UnsupportedModel: multi-head latent attention, recurrent state, or unknown positions.
+        UnsupportedModel: no dense attention KV, or positions that nobody here knows.
     """
-    config = {**config, **config.get("text_config", {})}
-    for field, why in (
-        ("kv_lora_rank", "multi-head latent attention keeps no per-head keys"),
-        ("ssm_state_size", "a recurrent state is not a KV cache"),
-    ):
-        if config.get(field):
-            raise UnsupportedModel(
-                f"{name}: {why}", found=f"{field}={config[field]}", expected="dense attention KV"
-            )
-    count = _field(config, name, "num_hidden_layers")
-    attention_heads = _field(config, name, "num_attention_heads")
-    hidden = _field(config, name, "hidden_size")
-    heads = config.get("num_key_value_heads") or attention_heads
-    head_dim = config.get("head_dim") or hidden // attention_heads
-    types = config.get("layer_types") or ["full_attention"] * count
-    layers = tuple(
-        LayerGeometry(
-            heads=heads,
-            head_dim=head_dim,
-            positions=_positions(config, name, kind, head_dim),
-            window=config.get("sliding_window") if kind == "sliding_attention" else None,
-        )
-        for kind in types
-    )
+    raw = {**config, **(config.get("text_config") or {})}
+    raw.pop("text_config", None)
+    from awareness_vllm.families import read  # late: it reads configs with transformers
+
     return Geometry(
         name=name,
-        model_type=_field(config, name, "model_type"),
-        dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
-        hidden_size=hidden,
-        vocab_size=_field(config, name, "vocab_size"),
-        max_positions=_field(config, name, "max_position_embeddings"),
-        layers=layers,
+        dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
         weights=weights,
         tokenizer=tokenizer,
+        **read(raw, name, tokens),
     )
-
-
-def _field(config: dict[str, Any], name: str, field: str) -> Any:
-    if config.get(field) is None:
-        raise UnsupportedModel(f"{name}: config.json lacks a field", expected=field)
-    return config[field]
-
-
-def _positions(config: dict[str, Any], name: str, kind: str, head_dim: int) -> Positions:
-    """The rotary parameters of one layer type; `rope_parameters` is flat or nested by type."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    rope = rope.get(kind, rope)
-    rope_type = rope.get("rope_type") or rope.get("type") or "default"
-    theta = rope.get("rope_theta") or config.get("rope_theta")
-    partial = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-    if theta is None or rope_type != "default":
-        raise UnsupportedModel(
-            f"{name}: positions of {kind} layers are not supported",
-            found=f"rope_type={rope_type!r}, rope_theta={theta}",
-            expected="rope_type 'default' with a rope_theta",
-        )
-    return Positions(scheme="rope", theta=float(theta), rotary_dim=int(head_dim * partial))
 
 
 def file_digest(path: Path) -> str:

@@ -81,7 +81,7 @@ class PagedMap:
         """Cosines and sines [count, C] of each layer's positions, and how its pairs lie."""
         found = [table(torch.arange(count), scheme) for scheme in schemes]
         cos, sin = ([part.to(self.device) for part in parts] for parts in zip(*found, strict=True))
-        return cos, sin, [0] * len(found)
+        return cos, sin, [int(scheme.woven) for scheme in schemes]
 
     @torch.inference_mode()
     def latent(self, package: Package, ids: list[int], source: Tensor, embed: Embed) -> Latent:

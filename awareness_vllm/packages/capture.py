@@ -63,20 +63,29 @@ def states(model: PreTrainedModel, ids: list[int]) -> tuple[list[Tensor], list[T
     from transformers import DynamicCache
 
     cache = DynamicCache()
-    model.model(torch.tensor([ids]), past_key_values=cache, use_cache=True)
+    model.base_model(torch.tensor([ids]), past_key_values=cache, use_cache=True)
     # Declared as layers that may hold nothing; after a prefill each of them holds its states.
     layers: list[Any] = cache.layers
-    keys = [layer.keys[0].transpose(0, 1) for layer in layers]
-    values = [layer.values[0].transpose(0, 1) for layer in layers]
+    every = repeats(model.config)
+    keys = [layer.keys[0, ::every].transpose(0, 1) for layer in layers]
+    values = [layer.values[0, ::every].transpose(0, 1) for layer in layers]
     return keys, values
+
+
+def repeats(config: Any) -> int:
+    """How many times transformers caches each KV head: Falcon's new architecture, once for each
+    head that reads it; the engines, and all other models, once."""
+    if not getattr(config, "new_decoder_architecture", False):
+        return 1
+    return config.num_attention_heads // config.num_kv_heads
 
 
 def capture(
     folder: str | Path, text: str, *, name: str | None = None, model: PreTrainedModel | None = None
 ) -> Package:
     """Capture a text with transformers: computed in float32, stored in the model's dtype."""
-    geometry = Geometry.from_folder(folder)
     tokens = read_tokens(folder, text)
+    geometry = Geometry.from_folder(folder, len(tokens.ids))
     keys, values = states(model or load_model(folder), tokens.ids)
     dtype = getattr(torch, geometry.dtype)
     return build(

@@ -34,11 +34,12 @@ def capture(folder: str | Path, text: str, *, name: str | None = None) -> Packag
     """
     register()
     path = resolve_folder(folder)
-    geometry = Geometry.from_folder(path)
     tokens = read_tokens(path, text)
+    length = len(tokens.ids) + 1
+    geometry = Geometry.from_folder(path, length)
     with tempfile.TemporaryDirectory() as scratch:
         states = Path(scratch) / "states.safetensors"
-        _prefill(path, tokens.ids, states, cache_bytes(geometry, len(tokens.ids)))
+        _prefill(path, tokens.ids, states, cache_bytes(geometry, length))
         if not states.is_file():
             raise AwarenessError(
                 "the engine wrote no states",

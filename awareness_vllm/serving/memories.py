@@ -177,10 +177,9 @@ class Memories:
     """Resolves memory IDs against stores for one served model. Reads files, never the engine."""
 
     def __init__(self, config: ServingConfig, model: str, max_model_len: int) -> None:
-        self.max_model_len = max_model_len
         self.tail = config.tail
         self.folder = resolve_folder(model)
-        self.geometry = Geometry.from_folder(self.folder)
+        self.serve(max_model_len)
         self.prefix = prefix_ids(load_tokenizer(str(self.folder)))
         self.tenants = Tenants.read(Path(config.tenants) if config.tenants else None)
         self.stores = {
@@ -193,6 +192,11 @@ class Memories:
             WMatrixEntry(Path(p), read_wmatrix_manifest(Path(p)), digest_of(Path(p)))
             for p in config.wmatrices
         ]
+
+    def serve(self, max_model_len: int) -> None:
+        """Say how many tokens the engine takes: LongRoPE's positions are chosen by it."""
+        self.max_model_len = max_model_len
+        self.geometry = Geometry.from_folder(self.folder, max_model_len)
 
     def resolve(self, asked: Asked, tenant: str, caller_salt: str | None = None) -> Prompt:
         """Everything that can be wrong with loading these memories is found here.
@@ -231,6 +235,7 @@ class Memories:
             ids = read_tokens(path)
             own = len(self.prefix) if ids[: len(self.prefix)] == self.prefix else 0
             return Resolved(path.stem, path, None, ids, own)
+        check_positions(path.stem, source, self.geometry)
         entry = self.wmatrix_for(path.stem, source)
         sink = entry.manifest.sink
         ids = prompt_ids(read_text(path), sink, self.folder)
@@ -260,8 +265,17 @@ class Memories:
         """The memories' ids, then the prompt's own.
 
         Raises:
-            UnsupportedRequest: nothing of its own; ContextTooLong: it does not fit.
+            UnsupportedRequest: nothing of its own, or memories that this model cannot move;
+            ContextTooLong: it does not fit.
         """
+        moved = prompt.memories if prompt.head else prompt.memories[1:]
+        if moved and self.geometry.additive and prompt.params:
+            raise UnsupportedRequest(
+                f"memory {moved[0].memory} cannot stand there",
+                found=f"a memory after other tokens, and {self.geometry.name}'s learned positions",
+                expected="a prompt that begins with one memory: its states hold where they stand",
+                remedy="ask with one memory in /v1/completions",
+            )
         ids = prompt.ids
         if not own:
             raise UnsupportedRequest(
@@ -278,6 +292,27 @@ class Memories:
         """A prompt's own ids: the tokenizer's prefix stands before the memory already."""
         count = len(self.prefix)
         return ids[count:] if count and ids[:count] == self.prefix else ids
+
+
+def check_positions(memory_id: str, source: Geometry, served: Geometry) -> None:
+    """Refuse a memory of the served model itself whose cache was another.
+
+    Raises:
+        NoWMatrix
+    """
+    if (source.weights, source.tokenizer) != (served.weights, served.tokenizer):
+        return
+    differing = (
+        pair for pair in zip(source.layers, served.layers, strict=True) if len(set(pair)) > 1
+    )
+    then, now = next(differing, (None, None))
+    if then != now:
+        raise NoWMatrix(
+            f"memory {memory_id} was captured on this model, but with other positions or windows",
+            found=then,
+            expected=now,
+            remedy="capture it on this server (LongRoPE's factors depend on --max-model-len)",
+        )
 
 
 def check_fits(what: str, memory: int, prompt: int, limit: int) -> None:

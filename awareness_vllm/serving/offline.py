@@ -52,7 +52,7 @@ class OfflineMemories:
     def attach(self, llm: LLM) -> LLM:
         """Lend the engine's embedding to the connector, once; the same `llm`."""
         llm.collective_rpc(BIND)
-        self.memories.max_model_len = llm.llm_engine.model_config.max_model_len
+        self.memories.serve(llm.llm_engine.model_config.max_model_len)
         return llm
 
     def prompt(

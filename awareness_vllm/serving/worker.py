@@ -19,7 +19,13 @@ from awareness_vllm.positions import shift
 from awareness_vllm.serving.captures import Captures, as_memory
 from awareness_vllm.serving.config import ServingConfig
 from awareness_vllm.serving.memories import Memories
-from awareness_vllm.serving.pages import check_layers, layer_index, pages_of, slice_of_rank
+from awareness_vllm.serving.pages import (
+    check_layers,
+    check_rotations,
+    layer_index,
+    pages_of,
+    slice_of_rank,
+)
 from awareness_vllm.serving.params import Part
 from awareness_vllm.serving.readback import read_back
 from awareness_vllm.serving.scheduler import SKIP, Load, Save
@@ -112,6 +118,7 @@ class WorkerHalf:
 
     def bind_model(self, model: Any) -> None:
         """Take the running model, for its embedding, and load the W-Matrices that lead to it."""
+        check_rotations(model, self.memories.geometry, self.groups)
         self.supply.embed = embedding_of(model, *self.embedding)
         for entry in self.memories.wmatrices:
             if entry.manifest.target.same_model(self.memories.geometry):

@@ -84,7 +84,7 @@ def folder(byte_fallback_tokenizer: Tokenizer, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(scope="session")
 def geometry() -> Geometry:
-    """Two layers that differ: one full, one with a window and another theta."""
+    """Two layers that differ: one full, one with a window, another theta and other pairs."""
     return Geometry(
         name="tiny",
         model_type="llama",
@@ -101,7 +101,7 @@ def geometry() -> Geometry:
             LayerGeometry(
                 heads=1,
                 head_dim=8,
-                positions=Positions(scheme="rope", theta=1e6, rotary_dim=8),
+                positions=Positions(scheme="rope", theta=1e6, rotary_dim=8, woven=True),
                 window=4,
             ),
         ),
@@ -144,12 +144,12 @@ def make_package(geometry: Geometry) -> Callable[..., Package]:
 def wmatrix(geometry: Geometry) -> WMatrix:
     """A random map from the tiny geometry to another: shapes matter here, not worth."""
     generator = torch.Generator().manual_seed(0)
-    layers = tuple(
-        LayerGeometry(
-            heads=1, head_dim=4, positions=Positions(scheme="rope", theta=theta, rotary_dim=4)
-        )
-        for theta in (1e4, 1e5, 1e6)
+    schemes = (
+        Positions(scheme="rope", theta=1e4, rotary_dim=4),
+        Positions(scheme="rope", theta=1e5, rotary_dim=4, woven=True),
+        Positions(scheme="none"),
     )
+    layers = tuple(LayerGeometry(heads=1, head_dim=4, positions=scheme) for scheme in schemes)
     target = geometry.model_copy(
         update={"name": "target", "hidden_size": 6, "layers": layers, "weights": "v" * 64}
     )

@@ -86,6 +86,106 @@ def test_llama_is_the_same_in_old_and_new_configs(rope: dict[str, Any]) -> None:
     assert geometry.dtype == "float16"
 
 
+SIZES = {"vocab_size": 100}
+OLD = SIZES | {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 64}
+PLAIN = SIZES | {
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+TWO_KINDS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
+WHOLE = Positions(scheme="rope", theta=1e4, rotary_dim=32)
+HALF = WHOLE.model_copy(update={"rotary_dim": 16})
+WOVEN, HALF_WOVEN = (scheme.model_copy(update={"woven": True}) for scheme in (WHOLE, HALF))
+NONE, ALIBI, LEARNED = (Positions(scheme=name) for name in ("none", "alibi", "learned"))
+LONG = PLAIN | {
+    "model_type": "phi3",
+    "pad_token_id": 0,
+    "original_max_position_embeddings": 16,
+    "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 16, "long_factor": [2.0] * 16},
+}
+Stated = tuple[dict[str, Any], int, Positions | list[Positions], list[int | None]]
+ANY, LOCAL_FIRST = [None, None], [8, None]
+STATED: dict[str, Stated] = {
+    "gpt2": (OLD, 4, LEARNED, ANY),
+    "gpt_bigcode": (OLD, 1, LEARNED, ANY),
+    "gptj": (OLD | {"rotary_dim": 16, "rotary": True}, 4, HALF_WOVEN, ANY),
+    "bloom": (SIZES | {"hidden_size": 128, "n_layer": 2, "n_head": 4}, 4, ALIBI, ANY),
+    "mpt": (SIZES | {"d_model": 128, "n_layers": 2, "n_heads": 4}, 4, ALIBI, ANY),
+    "gpt_neox": (PLAIN | {"rotary_pct": 0.5, "rotary_emb_base": 10000}, 2, HALF, ANY),
+    "phi": (PLAIN | {"partial_rotary_factor": 0.5}, 2, HALF, ANY),
+    "opt": (PLAIN, 2, LEARNED, ANY),
+    "falcon": (PLAIN | {"multi_query": True, "num_kv_heads": 4}, 1, WHOLE, ANY),
+    "cohere": (PLAIN | {"rope_theta": 1e4}, 2, WOVEN, ANY),
+    "cohere2": (
+        PLAIN | TWO_KINDS | {"position_embedding_type": "rope_gptj", "head_dim": 32},
+        2,
+        [WOVEN, NONE],
+        LOCAL_FIRST,
+    ),
+    "exaone4": (PLAIN | TWO_KINDS, 2, [WHOLE, NONE], LOCAL_FIRST),
+    "smollm3": (
+        PLAIN | {"no_rope_layers": [1, 0], "rope_theta": 1e4, "pad_token_id": 0},
+        2,
+        [WHOLE, NONE],
+        ANY,
+    ),
+    "mistral": (PLAIN | {"sliding_window": 8}, 2, WHOLE, [8, 8]),
+    "starcoder2": (PLAIN | {"sliding_window": 0}, 2, WHOLE, ANY),
+    "qwen2": (
+        PLAIN | {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+        2,
+        WHOLE,
+        [None, 8],
+    ),
+    "gemma2": (PLAIN | {"sliding_window": 8, "head_dim": 32}, 2, WHOLE, LOCAL_FIRST),
+}
+
+
+@pytest.mark.parametrize("kind", list(STATED))
+def test_what_families_leave_unsaid_is_known(kind: str) -> None:
+    config, heads, positions, windows = STATED[kind]
+    layers = read(config | {"model_type": kind}).layers
+    each = positions if isinstance(positions, list) else [positions] * 2
+    assert [layer.positions for layer in layers] == each
+    assert [layer.window for layer in layers] == windows
+    assert {(layer.heads, layer.head_dim) for layer in layers} == {(heads, 32)}
+
+
+def test_falcons_without_multi_query_and_with_alibi() -> None:
+    falcon = PLAIN | {"model_type": "falcon"}
+    assert read(falcon | {"new_decoder_architecture": True, "num_kv_heads": 2}).layers[0].heads == 2
+    single = read(falcon | {"multi_query": False, "alibi": True}).layers[0]
+    assert (single.heads, single.positions) == (4, ALIBI)
+
+
+def test_a_model_without_a_limit_has_vllms() -> None:
+    bloom = {"model_type": "bloom", "vocab_size": 9, "hidden_size": 64, "n_layer": 1, "n_head": 2}
+    assert read(bloom).max_positions == 2048
+    assert read(bloom | {"seq_length": 512}).max_positions == 512
+
+
+def test_longrope_is_that_of_the_tokens_read_at_once() -> None:
+    short, exact, long = (
+        from_config(copy.deepcopy(LONG), name="m", weights="w", tokenizer="t", tokens=tokens)
+        for tokens in (None, 16, 17)
+    )
+    assert short == exact
+    assert short.layers[0].positions.factors == (1.0,) * 16
+    assert long.layers[0].positions.factors == (2.0,) * 16
+    assert not short.same_model(long)
+    sharper = LONG | {"rope_scaling": LONG["rope_scaling"] | {"attention_factor": 3.0}}
+    with pytest.raises(UnsupportedModel, match="attention_factor=3"):
+        read(sharper)
+
+
+def test_a_model_type_that_transformers_lacks_is_read_as_it_stands() -> None:
+    found = read(PLAIN | {"model_type": "novel", "rope_theta": 1e4})
+    assert found.layers[0].positions == WHOLE
+
+
 def test_partial_rotary_factor_narrows_the_rotation() -> None:
     assert read(LLAMA | {"partial_rotary_factor": 0.5}).layers[0].positions.rotary_dim == 32
 
@@ -100,8 +200,17 @@ def test_no_kv_head_count_means_one_per_attention_head() -> None:
     [
         ({"kv_lora_rank": 512}, "kv_lora_rank=512"),
         ({"ssm_state_size": 16}, "ssm_state_size=16"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
-        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "linear"),
+        ({"model_type": "mamba"}, "state_size=16"),
+        ({"model_type": "t5", "is_encoder_decoder": True}, "is_encoder_decoder"),
+        ({"num_kv_shared_layers": 2}, "num_kv_shared_layers"),
+        ({"layer_types": ["linear_attention"] * 30}, "linear_attention"),
+        ({"v_head_dim": 32}, "v_head_dim=32"),
+        ({"rope_ratio": 50}, "rope_ratio=50"),
+        ({"use_dynamic_ntk": True}, "use_dynamic_ntk"),
+        ({"position_embedding_type": "relative"}, "relative"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": "4"}}, "factor=4"),
+        ({"rope_scaling": {"rope_type": "spiral", "factor": 4.0}}, "spiral"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "twist": 2}}, "twist"),
         ({"rope_theta": None}, "rope_theta"),
         ({"hidden_size": None}, "hidden_size"),
         ({"num_hidden_layers": None}, "num_hidden_layers"),

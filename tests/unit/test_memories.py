@@ -7,11 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from families import TRAINED, save
 
 from awareness_vllm.anchors.corpus import Document
 from awareness_vllm.errors import (
     ContextTooLong,
     MemoryNotFound,
+    NoWMatrix,
     QualityUnreachable,
     UnsupportedRequest,
 )
@@ -54,6 +56,37 @@ def mapped(tiny_models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFact
     for text in (TEXT, OTHER):
         publish(capture(tiny_models[0], text), store)
     return store
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> Memories:
+    """A server's half of a model with learned positions, and two memories of its own."""
+    folder, store = tmp_path_factory.mktemp("gpt2"), tmp_path_factory.mktemp("of gpt2")
+    save("gpt2", folder)
+    for text in (TEXT, OTHER):
+        publish(capture(folder, text), store)
+    return Memories(ServingConfig(store=str(store)), str(folder), 4096)
+
+
+def test_a_memory_that_cannot_be_moved_only_begins_a_prompt(learned: Memories) -> None:
+    first, second = ids_in(Path(learned.stores[""].folder))
+    alone = learned.resolve(Asked(ids=(first,)), "")
+    assert learned.whole(alone, [7])[-1] == 7
+    both = learned.resolve(Asked(ids=(first, second)), "")
+    for prompt, moved in ((both, second), (alone.after([5]), first)):
+        with pytest.raises(UnsupportedRequest, match=f"{moved} cannot stand there"):
+            learned.whole(prompt, [7])
+        assert learned.whole(prompt.natively(), [7])[-1] == 7
+
+
+def test_longrope_memories_need_a_server_of_their_kind(tmp_path: Path) -> None:
+    folder, store = save("phi3, longrope", tmp_path / "model"), tmp_path / "store"
+    publish(capture(folder, TEXT), store)
+    (memory,) = ids_in(store)
+    config = ServingConfig(store=str(store))
+    assert Memories(config, str(folder), TRAINED).resolve_one(memory, "").wmatrix is None
+    with pytest.raises(NoWMatrix, match=r"other positions.*max-model-len"):
+        Memories(config, str(folder), TRAINED + 1).resolve_one(memory, "")
 
 
 def ids_in(store: Path) -> tuple[str, ...]:

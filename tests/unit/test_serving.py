@@ -26,11 +26,11 @@ from vllm.v1.outputs import KVConnectorOutput
 
 from awareness_vllm.align.aligner import AlignedMemory
 from awareness_vllm.errors import LoadTimeout, PackageCorrupt, UnsupportedModel
-from awareness_vllm.geometry import LayerGeometry, Positions
+from awareness_vllm.geometry import Geometry, LayerGeometry, Positions
 from awareness_vllm.positions import apply, strip
 from awareness_vllm.serving.config import PARAMS_KEY, ServingConfig
 from awareness_vllm.serving.connector import AwarenessConnector
-from awareness_vllm.serving.pages import check_layers, layer_index
+from awareness_vllm.serving.pages import check_layers, check_rotations, layer_index
 from awareness_vllm.serving.params import LoadParams, Part, kv_transfer_params
 from awareness_vllm.serving.readback import block_layout, read_slots
 from awareness_vllm.serving.scheduler import (
@@ -370,7 +370,9 @@ def test_the_warm_tier_keeps_one_memory_that_is_too_large() -> None:
 def test_layer_index() -> None:
     assert layer_index("model.layers.7.self_attn.attn") == 7
     assert layer_index("language_model.model.layers.12.self_attn") == 12
-    for name in ("model.embed", "layers", "model.layers.x.attn"):
+    assert layer_index("transformer.h.3.attn") == 3
+    assert layer_index("model.decoder.layers.0.self_attn.attn") == 0
+    for name in ("model.embed", "layers", "model.layers.x.attn", "model.layers.1.experts.2.attn"):
         with pytest.raises(UnsupportedModel, match="layer's index"):
             layer_index(name)
 
@@ -380,6 +382,46 @@ def test_a_server_with_other_layers_is_refused() -> None:
     check_layers(memories, {"m.layers.0.a": 0, "m.layers.1.a": 0})
     with pytest.raises(UnsupportedModel, match="other layers"):
         check_layers(memories, {"m.layers.0.a": 0, "m.layers.2.a": 0})
+
+
+def turning(theta: float, *, halves: bool = True) -> torch.nn.Module:
+    """A model of one attention layer, with vLLM's own rotary embedding."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.rotary_embedding import get_rope
+
+    model, layer = torch.nn.Module(), torch.nn.Module()
+    with set_current_vllm_config(VllmConfig()):
+        rope = {"rope_type": "default", "rope_theta": theta}
+        layer.rotary_emb = get_rope(64, 256, halves, rope, torch.bfloat16)
+    model.h = torch.nn.ModuleList([layer])
+    return model
+
+
+@pytest.mark.parametrize(
+    ("theta", "halves", "change"),
+    [
+        (1e5, True, {}),
+        (1e4, False, {}),
+        (1e4, True, {"woven": True}),
+        (1e4, True, {"rotary_dim": 32}),
+    ],
+    ids=["theta", "pairs", "pairs, said", "partial"],
+)
+def test_a_model_that_turns_otherwise_is_refused(
+    theta: float, halves: bool, change: dict[str, Any], geometry: Geometry
+) -> None:
+    model = turning(theta, halves=halves)
+    rope = Positions(scheme="rope", theta=1e4, rotary_dim=64)
+
+    def served(positions: Positions) -> Geometry:
+        layer = LayerGeometry(heads=1, head_dim=64, positions=positions)
+        return geometry.model_copy(update={"layers": (layer,)})
+
+    check_rotations(turning(1e4), served(rope), ["h.0.attn"])
+    check_rotations(model, served(Positions(scheme="none")), ["h.0.attn"])
+    check_rotations(torch.nn.Module(), served(rope), ["h.0.attn"])
+    with pytest.raises(UnsupportedModel, match=r"h\.0\.attn turns its keys otherwise"):
+        check_rotations(model, served(rope.model_copy(update=change)), ["h.0.attn"])
 
 
 # Blocks, written and read by vLLM's own CPU operator
