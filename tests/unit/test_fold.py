@@ -1,0 +1,284 @@
+"""Two maps folded into one: exact where the algebra is, and never dearer than a direct map."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from awareness_vllm.align.aligner import realign
+from awareness_vllm.anchors.corpus import Document
+from awareness_vllm.anchors.spans import tokenize
+from awareness_vllm.errors import BadInput, NoWMatrix
+from awareness_vllm.geometry import Geometry, LayerGeometry, Positions
+from awareness_vllm.packages.file import Package, build
+from awareness_vllm.wmatrix.cost import map_flop
+from awareness_vllm.wmatrix.file import Anchors, WMatrix, WMatrixManifest, load
+from awareness_vllm.wmatrix.fold import Reading, columns_of, fold, token_bridge
+
+pytestmark = pytest.mark.unit
+
+TEXT = "the quick brown fox jumps over the lazy dog, naïve dogs look on"
+
+
+def model(name: str, *shapes: tuple[int, int], hidden: int = 6) -> Geometry:
+    """A model of layers of so many heads and dims; float32, so that nothing is rounded between."""
+    return Geometry(
+        name=name,
+        model_type="llama",
+        dtype="float32",
+        hidden_size=hidden,
+        vocab_size=1000,
+        max_positions=512,
+        layers=tuple(
+            LayerGeometry(
+                heads=h, head_dim=d, positions=Positions(scheme="rope", theta=1e4, rotary_dim=d)
+            )
+            for h, d in shapes
+        ),
+        weights=name * 8,
+        tokenizer="t" * 64,
+    )
+
+
+A = model("a", (2, 4), (1, 8), (3, 4))
+B = model("b", (1, 4), (2, 6), hidden=5)
+C = model("c", (3, 2), (1, 4), (1, 4))
+A2 = A.model_copy(update={"name": "a2", "weights": "A" * 8})
+A3 = A.model_copy(update={"name": "a3", "weights": "Z" * 8})
+
+
+def random_map(
+    source: Geometry,
+    target: Geometry,
+    layers: tuple[int, ...],
+    *,
+    rank: int = 7,
+    predecessors: int | None = 1,
+    residual: bool = False,
+    tokens: bool = True,
+) -> WMatrix:
+    """A random map; without `tokens` it reads the target's embeddings and makes nothing of them."""
+    generator = torch.Generator().manual_seed(len(source.name + target.name) + rank)
+    manifest = WMatrixManifest(
+        source=source,
+        target=target,
+        layers=layers,
+        rank=rank,
+        predecessors=predecessors,
+        residual=residual,
+        sink=(2,),
+        anchors=Anchors(digest="d", documents=1, tokens=10),
+        fit={},
+        r2={},
+        reconstruction_error=0.1,
+        versions={},
+    )
+    features = manifest.source_width + manifest.embedding_width
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    encode = random(features, rank) / features**0.5
+    if not tokens:
+        encode[manifest.source_width :] = 0
+    return WMatrix(
+        manifest,
+        mean=random(features),
+        scale=random(features).abs() + 0.5,
+        encode=encode,
+        decode=random(rank, target.width),
+        bias=random(target.width),
+        sink_keys=[random(1, g.heads, g.head_dim) for g in target.layers],
+        sink_values=[random(1, g.heads, g.head_dim) for g in target.layers],
+    )
+
+
+def flat(states: tuple[list[Tensor], list[Tensor]]) -> Tensor:
+    return torch.cat([s.flatten(1) for part in states for s in part], dim=1)
+
+
+def chained(
+    first: WMatrix, second: WMatrix, states: Tensor, tokens: Tensor, blank: Tensor
+) -> Tensor:
+    """One map after the other; the first one reads tokens that say nothing."""
+    nothing = first.mean[first.manifest.source_width :].expand(len(states), -1)
+    middle = flat(first.map(states, nothing, blank))[:, columns_of(second.manifest)]
+    return flat(second.map(middle, tokens))
+
+
+PAIRS = {
+    "plain": (random_map(A, B, (0, 2)), random_map(B, C, (1,))),
+    "second reads no tokens": (random_map(A, B, (0, 2)), random_map(B, C, (0,), predecessors=None)),
+    "neither reads tokens": (
+        random_map(A, B, (1,), predecessors=None),
+        random_map(B, C, (0, 1), predecessors=None),
+    ),
+    "first adds": (random_map(A, A2, (0, 1, 2), residual=True), random_map(A2, C, (0, 2))),
+    "second adds": (random_map(B, A, (1,)), random_map(A, A2, (0, 1, 2), residual=True)),
+    "both add": (
+        random_map(A, A2, (0, 1, 2), residual=True, rank=3),
+        random_map(A2, A3, (0, 1, 2), residual=True),
+    ),
+}
+
+
+@pytest.mark.parametrize(("first", "second"), PAIRS.values(), ids=PAIRS)
+def test_the_fold_is_one_map_after_the_other(first: WMatrix, second: WMatrix) -> None:
+    generator = torch.Generator().manual_seed(5)
+    states = torch.randn(9, first.manifest.source_width, generator=generator)
+    tokens = torch.randn(9, second.manifest.embedding_width, generator=generator)
+    blank = torch.arange(9) == 0
+    folded = fold(first, second, rank=first.manifest.rank + second.manifest.rank)
+    expected = chained(first, second, states, tokens, blank)
+    torch.testing.assert_close(flat(folded.map(states, tokens, blank)), expected)
+    assert folded.manifest.residual == (first.manifest.residual and second.manifest.residual)
+
+
+def test_three_maps_fold_one_by_one() -> None:
+    one, two, three = random_map(A, B, (0,)), random_map(B, C, (0, 1)), random_map(C, A2, (1,))
+    left, right = fold(fold(one, two), three), fold(one, fold(two, three))
+    generator = torch.Generator().manual_seed(5)
+    states = torch.randn(4, 16, generator=generator)
+    tokens = torch.randn(4, three.manifest.embedding_width, generator=generator)
+    # Folded from the left, the middle's tokens are bridged twice; the mean is the mean either way.
+    torch.testing.assert_close(
+        flat(left.map(states, tokens)), flat(right.map(states, tokens)), atol=1e-4, rtol=1e-4
+    )
+    assert left.manifest.composed == (one.payload, two.payload, three.payload)
+    assert right.manifest.composed == left.manifest.composed
+
+
+def test_it_costs_what_a_direct_map_of_that_rank_costs() -> None:
+    first, second = PAIRS["plain"]
+    direct = random_map(A, C, (0, 2), rank=second.manifest.rank)
+    assert map_flop(fold(first, second)) == map_flop(direct)
+    adds = fold(*PAIRS["second adds"])
+    assert map_flop(adds) == map_flop(random_map(B, A2, (1,), rank=7))
+
+
+def test_it_is_an_uncertified_file_like_any_other(tmp_path: Path) -> None:
+    first, second = PAIRS["plain"]
+    folded = fold(first, second)
+    folded.save(tmp_path / "f.wmatrix")
+    found = load(tmp_path / "f.wmatrix")
+    manifest = found.manifest
+    assert torch.equal(found.encode, folded.encode)
+    assert (manifest.source, manifest.target, manifest.sink) == (A, C, (2,))
+    assert manifest.composed == (first.payload, second.payload)
+    assert (manifest.standing, found.accuracy, found.reconstruction_error) == (
+        "not certified",
+        None,
+        None,
+    )
+
+
+def test_a_lower_rank_keeps_what_weighs_most() -> None:
+    first, second = PAIRS["second adds"]
+    states, tokens = torch.randn(50, first.manifest.source_width), torch.zeros(50, 12)
+    whole = fold(first, second, rank=14)
+    errors = []
+    for rank in (2, 8, 14):
+        cut = fold(first, second, rank=rank)
+        assert cut.encode.shape[1] == cut.manifest.rank == rank
+        errors.append((flat(cut.map(states, tokens)) - flat(whole.map(states, tokens))).norm())
+    assert errors[0] > 1.3 * errors[1] > 0
+    assert errors[2] == 0
+
+
+def test_maps_that_do_not_follow_each_other_are_refused() -> None:
+    with pytest.raises(NoWMatrix, match=r"leads to b .* begins at c"):
+        fold(random_map(A, B, (0,)), random_map(C, A, (0,)))
+
+
+def own_embedding(seed: int, width: int) -> Callable[[Tensor], Tensor]:
+    table = torch.randn(1000, width, generator=torch.Generator().manual_seed(seed))
+    return lambda ids: table[ids]
+
+
+def captured(tokenizer: Tokenizer) -> Package:
+    """A's package of the text, its own first token before it."""
+    tokens = tokenize(tokenizer, TEXT)
+    ids = [2, *tokens.ids]
+    generator = torch.Generator().manual_seed(1)
+    keys, values = (
+        [torch.randn(len(ids), g.heads, g.head_dim, generator=generator) for g in A.layers]
+        for _ in range(2)
+    )
+    spans = np.concatenate((np.zeros((1, 2), np.int64), tokens.spans))
+    return packed(A, ids, spans, keys, values)
+
+
+def packed(
+    geometry: Geometry, ids: list[int], spans: np.ndarray, keys: list[Tensor], values: list[Tensor]
+) -> Package:
+    return build(
+        geometry=geometry,
+        text=TEXT,
+        tokens=ids,
+        spans=spans,
+        keys=keys,
+        values=values,
+        engine="transformers",
+        versions={},
+    )
+
+
+def both_ways(
+    package: Package,
+    first: WMatrix,
+    second: WMatrix,
+    folded: WMatrix,
+    readings: tuple[Reading, Reading],
+) -> tuple[Tensor, Tensor]:
+    """C's states by one map after the other, and by the folded one."""
+    middle, target = readings
+    memory = realign(package, first, middle.folder, middle.embed, dtype=torch.float32)
+    between = packed(B, memory.ids, package.spans, memory.keys, memory.values)
+    expected = realign(between, second, target.folder, target.embed, dtype=torch.float32)
+    found = realign(package, folded, target.folder, target.embed, dtype=torch.float32)
+    assert found.ids == expected.ids
+    return flat((expected.keys, expected.values)), flat((found.keys, found.values))
+
+
+def test_memories_go_through_the_fold_as_through_both(
+    folder: Path, byte_fallback_tokenizer: Tokenizer
+) -> None:
+    """One tokenizer for all three, no embeddings in the first map: exact, positions and all."""
+    first, second = random_map(A, B, (0, 2), tokens=False), random_map(B, C, (0, 1))
+    readings = Reading(folder, own_embedding(1, 5)), Reading(folder, own_embedding(2, 6))
+    package = captured(byte_fallback_tokenizer)
+    expected, found = both_ways(package, first, second, fold(first, second), readings)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_bridge_learns_what_the_targets_tokens_tell(
+    folder: Path, byte_fallback_tokenizer: Tokenizer, anchors: list[Document]
+) -> None:
+    """C's normalised embeddings tell B's exactly: what the fold loses is the ridge's shrinkage."""
+    first, second = random_map(A, B, (0, 2)), random_map(B, C, (0, 1))
+    embed = own_embedding(1, 5)
+    readings = (
+        Reading(folder, embed),
+        Reading(folder, lambda ids: torch.nn.functional.pad(embed(ids), (0, 1))),
+    )
+    bridge = token_bridge(first, second, *readings, anchors, tokens=3000)
+    assert bridge.tokens >= 3000
+    package = captured(byte_fallback_tokenizer)
+    lost = []
+    for folded in (fold(first, second, bridge=bridge), fold(first, second)):
+        expected, found = both_ways(package, first, second, folded, readings)
+        lost.append((found - expected).norm().item())
+    assert lost[0] < 0.1 * lost[1]
+
+
+def test_too_few_texts_are_refused(folder: Path) -> None:
+    first, second = PAIRS["plain"]
+    reading = Reading(folder, own_embedding(1, 6))
+    with pytest.raises(BadInput):
+        token_bridge(first, second, reading, reading, [Document("a", "tiny")])
