@@ -1,19 +1,20 @@
 """Two W-Matrices, A → B and B → C, folded into one A → C that costs what a direct one does.
 
 Both maps are linear in standardised features, so their composition is one matrix product, and the
-second map's latent is its bottleneck: the folded map has the second's rank. Three things of the
-chain are not linear in what the folded map reads, and are approximated:
+second map's latent is its bottleneck: the folded map has the second's rank. What is between the
+first latent and the second one is either
 
-- *B's tokens.* The first map also reads B's embeddings of B's tokens. The folded map reads C's: its
-  share of the first latent is regressed on C's embeddings over texts (`token_bridge`: tokenizers
-  and embeddings alone, no model runs), or replaced by its mean. The features are standardised, so
-  leaving it out *is* replacing it by its mean.
-- *Which token of A.* The chain reads A at the last byte of the B-token that holds the last byte of
-  C's token; the folded map reads A at the last byte of C's token itself, which is never later.
-- *Rounding of B's states* to B's dtype in between, which the folded map does not do.
-
-Without the first (the first map reads no tokens) and the second (B and C cut texts in the same
-places) the folded map is the chain, to float32 rounding.
+- *the algebra*: decode of the first, standardise and encode of the second, multiplied out. It is
+  the chain of both maps, to float32 rounding, where the first map makes nothing of B's tokens and
+  B and C cut texts in the same places. Elsewhere it leaves B's embeddings at their mean (features
+  are standardised, so leaving them out is that), and reads A at the last byte of C's token instead
+  of at that of the B-token around it, which may end later. B's rounding in between is left out.
+- *or a bridge*, learned over texts that A and B read: a regression of the second latent's share of
+  B's true states on the first latent's share of A's and on C's embeddings. The chain is no better
+  than the first map's worst outputs: what B does not feel (a key's dim of hardly any spread) is
+  left to chance by the first map, and blown up by the second, which standardises it. Between two
+  calibrated maps that ruined all (docs/design.md); the regression trusts each direction of the
+  first latent as far as it has proven right, and makes up for B's tokens by C's.
 """
 
 from __future__ import annotations
@@ -22,43 +23,49 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from awareness_vllm.align.features import Embed, embedding_features, split_states
+from awareness_vllm.align.features import (
+    Embed,
+    blank_rows,
+    embedding_features,
+    flat_states,
+    split_states,
+)
 from awareness_vllm.anchors.corpus import Document
 from awareness_vllm.anchors.spans import Spans, align, load_tokenizer, tokenize
 from awareness_vllm.errors import BadInput, NoWMatrix
+from awareness_vllm.packages.capture import read_tokens, states
 from awareness_vllm.provenance import versions
 from awareness_vllm.wmatrix.file import Anchors, WMatrix, WMatrixManifest
 from awareness_vllm.wmatrix.solve import leading_right_vectors, reduced_rank_ridge
 from awareness_vllm.wmatrix.statistics import Statistics
 from awareness_vllm.wmatrix.texts import shuffled_windows
 
-BRIDGE_TOKENS = 40_000
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+BRIDGE_TOKENS = 20_000
 BRIDGE_CHUNK = 4096
-"""Rows that the regression of B's tokens on C's reads, and of how many its scales are taken."""
+"""Rows that a bridge is learned from, and how many are summed at once."""
 BRIDGE_RIDGE = 0.02
 """As in the fit: a share of the features' unit variance (docs/fidelity-log.md)."""
 
 
 @dataclass(frozen=True)
-class Reading:
-    """A model as the token bridge sees it: its folder (for the tokenizer) and its embedding."""
-
-    folder: Path
-    embed: Embed
-
-
-@dataclass(frozen=True)
 class Bridge:
-    """What C's embeddings tell of the first map's latent: `weight` [E2, R1] from the second map's
-    standardised token features, `bias` [R1]; learned on `tokens` rows (0: the mean)."""
+    """From the first latent's share of A's states, `states` [R1, R2], and from C's standardised
+    token features, `tokens` [E2, R2], to the second latent's share of B's states, short of `bias`
+    [R2]; learned on so many `rows` (0: it is the algebra)."""
 
-    weight: Tensor
+    states: Tensor
+    tokens: Tensor
     bias: Tensor
-    tokens: int = 0
+    rows: int = 0
 
 
 def fold(
@@ -67,7 +74,7 @@ def fold(
     """One map that gives what `second` makes of what `first` gives; nobody has measured it yet.
 
     Args:
-        bridge: from `token_bridge`; without, B's embeddings are replaced by their mean.
+        bridge: from `learn_bridge`; without, the algebra.
         rank: of the result, by default the second's. Only where the second adds to the states that
             it is given (`residual`) does the composition have more: the sum of both.
 
@@ -75,7 +82,6 @@ def fold(
         NoWMatrix: the second does not begin where the first ends.
     """
     check_consecutive(first, second)
-    bridge = bridge or mean_bridge(first, second)
     encode, decode, bias = composed(first, second, bridge)
     encode, decode = cut(encode, decode, rank or second.manifest.rank)
     mean, scale = (
@@ -107,7 +113,9 @@ def check_consecutive(first: WMatrix, second: WMatrix) -> None:
         )
 
 
-def composed(first: WMatrix, second: WMatrix, bridge: Bridge) -> tuple[Tensor, Tensor, Tensor]:
+def composed(
+    first: WMatrix, second: WMatrix, bridge: Bridge | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """The composition over x, A's standardised states [S1] beside C's token features [E2].
 
     Returns:
@@ -115,26 +123,37 @@ def composed(first: WMatrix, second: WMatrix, bridge: Bridge) -> tuple[Tensor, T
         first's more where the second is residual.
     """
     states, read = first.manifest.source_width, second.manifest.source_width
-    first_decode, second_decode = first.decode.float(), second.decode.float()
-    # The first map over x: B's states are x @ latent @ first_decode + middle (+ A's own states).
-    latent = torch.cat((first.encode[:states].float(), bridge.weight))
-    middle = first.bias + bridge.bias @ first_decode
-    # The second map reads some of them, standardises and encodes.
-    columns = columns_of(second.manifest)
-    into = second.scale[:read, None] * second.encode[:read].float()
-    encode = latent @ (first_decode[:, columns] @ into)
-    encode[states:] += second.encode[read:].float()
-    constant = middle[columns] - second.mean[:read]
-    if first.manifest.residual:  # A's own states are the standardised ones, scaled back and moved
-        encode[columns] += into / first.scale[columns, None]
-        constant += first.mean[columns]
-    bias = second.bias + constant @ into @ second_decode
+    between = bridge or algebra(first, second)
+    latent, decode = first.encode[:states].float(), second.decode.float()
+    encode = torch.cat((latent @ between.states, second.encode[read:].float() + between.tokens))
+    if first.manifest.residual and bridge is None:
+        # A's own states reach the second map beside the latent: the standardised ones, scaled back.
+        columns = columns_of(second.manifest)
+        encode[columns] += reading_of(second) / first.scale[columns, None]
+    bias = second.bias + between.bias @ decode
     if not second.manifest.residual:
-        return encode, second_decode, bias
+        return encode, decode, bias
     # What it adds to, B's states, goes through the first map's latent beside its own. A's own
     # states among them need no latent: the folded map is residual too.
-    encode = torch.cat((encode, latent), dim=1)
-    return encode, torch.cat((second_decode, first_decode)), bias + middle
+    beside = torch.nn.functional.pad(latent, (0, 0, 0, len(encode) - states))
+    decode = torch.cat((decode, first.decode.float()))
+    return torch.cat((encode, beside), dim=1), decode, bias + first.bias
+
+
+def algebra(first: WMatrix, second: WMatrix) -> Bridge:
+    """What the second map makes of the first one's outputs, as a bridge; tokens say nothing."""
+    columns, into = columns_of(second.manifest), reading_of(second)
+    constant = first.bias[columns] - second.mean[: len(columns)]
+    if first.manifest.residual:
+        constant = constant + first.mean[columns]
+    tokens = torch.zeros(second.manifest.embedding_width, second.manifest.rank)
+    return Bridge(first.decode[:, columns].float() @ into, tokens, constant @ into)
+
+
+def reading_of(wmatrix: WMatrix) -> Tensor:
+    """From states as they are, less their mean, to their share of a map's latent, [S, R]."""
+    read = wmatrix.manifest.source_width
+    return wmatrix.scale[:read, None] * wmatrix.encode[:read].float()
 
 
 def columns_of(manifest: WMatrixManifest) -> Tensor:
@@ -159,7 +178,9 @@ def cut(encode: Tensor, decode: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return encode @ (decode / spread) @ basis, basis.T * spread
 
 
-def manifest_of(first: WMatrix, second: WMatrix, rank: int, bridge: Bridge) -> WMatrixManifest:
+def manifest_of(
+    first: WMatrix, second: WMatrix, rank: int, bridge: Bridge | None
+) -> WMatrixManifest:
     """What the folded map says of itself: nothing that was measured of either part."""
     one, two = first.manifest, second.manifest
     both = f"{one.anchors.digest} {two.anchors.digest}"
@@ -176,80 +197,96 @@ def manifest_of(first: WMatrix, second: WMatrix, rank: int, bridge: Bridge) -> W
             documents=one.anchors.documents + two.anchors.documents,
             tokens=one.anchors.tokens + two.anchors.tokens,
         ),
-        fit={"bridge_tokens": bridge.tokens},
+        fit={"bridge_rows": bridge.rows if bridge else 0},
         r2={},
         composed=(*(one.composed or (first.payload,)), *(two.composed or (second.payload,))),
         versions=versions(),
     )
 
 
-def mean_bridge(first: WMatrix, second: WMatrix) -> Bridge:
-    """B's tokens replaced by their mean: C's tokens say nothing of the first latent."""
-    rank = first.manifest.rank
-    return Bridge(torch.zeros(second.manifest.embedding_width, rank), torch.zeros(rank))
+@dataclass(frozen=True)
+class Hop:
+    """A map with its source model, at hand to read texts."""
+
+    wmatrix: WMatrix
+    folder: Path
+    model: PreTrainedModel
+
+    def share(self, text: str, target: Spans) -> tuple[Tensor, Tensor]:
+        """The states' share of the latent [T, R] for tokens of these spans, and which of them [T]
+        are aligned to the first position, which says nothing."""
+        manifest = self.wmatrix.manifest
+        tokens = read_tokens(self.folder, text)
+        index = torch.from_numpy(align(tokens.spans, target))
+        states_of = states(self.model, tokens.ids)
+        flat = flat_states(manifest.source, *states_of, index, manifest.layers)
+        read = manifest.source_width
+        return (flat - self.wmatrix.mean[:read]) @ reading_of(self.wmatrix), blank_rows(index)
 
 
 @torch.no_grad()
-def token_bridge(
-    first: WMatrix,
-    second: WMatrix,
-    middle: Reading,
-    target: Reading,
+def learn_bridge(
+    first: Hop,
+    second: Hop,
+    target: Path,
+    embed: Embed,
     documents: Sequence[Document],
     *,
-    tokens: int = BRIDGE_TOKENS,
+    rows: int = BRIDGE_TOKENS,
 ) -> Bridge:
-    """What the first map reads of B's tokens, regressed on what the second reads of C's.
+    """The bridge between two maps, from texts that A and B read.
 
     Args:
-        middle, target: B and C.
-        documents: any texts of the kinds that memories are made of.
-        tokens: rows to learn from, C's tokens.
+        target, embed: C's folder, for its tokenizer, and its embedding.
+        documents: texts of the kinds that memories are made of, none that anything is measured on.
+        rows: C's tokens to learn from.
 
     Raises:
-        BadInput: the texts have too few tokens.
+        BadInput: too few texts, or a first map that adds to A's states, which no bridge reads.
     """
-    check_consecutive(first, second)
-    if not (first.manifest.reads_tokens and second.manifest.reads_tokens):
-        return mean_bridge(first, second)
+    if first.wmatrix.manifest.residual:
+        raise BadInput(
+            "no bridge is learned after a map that adds to the source's own states",
+            found=f"{first.wmatrix.manifest.source.name} and a variant of it",
+            remedy="fold without a bridge: the algebra carries such states as they are",
+        )
     statistics: Statistics | None = None
-    for x, y in chunks(first, second, middle, target, documents, tokens):
+    for x, y in chunks(first, second, target, embed, documents, rows):
         statistics = statistics or Statistics.start(x, y)
         statistics.add(x, y)
     if statistics is None:
-        raise BadInput("no texts to learn the tokens' bridge from", found="no tokens at all")
-    rows, x_mean, x_scale = statistics.rows, statistics.x_mean, statistics.x_scale
-    rank = first.manifest.rank
+        raise BadInput("no texts to learn a bridge from", found="no usable tokens")
+    count, x_mean, x_scale = statistics.rows, statistics.x_mean, statistics.x_scale
+    rank = second.wmatrix.manifest.rank
     encode, decode, bias = reduced_rank_ridge(statistics, rank, BRIDGE_RIDGE, torch.ones(rank))
     weight = encode @ decode / x_scale[:, None]
-    return Bridge(weight, bias - x_mean @ weight, rows)
+    states_rows = first.wmatrix.manifest.rank
+    return Bridge(weight[:states_rows], weight[states_rows:], bias - x_mean @ weight, count)
 
 
 def chunks(
-    first: WMatrix,
-    second: WMatrix,
-    middle: Reading,
-    target: Reading,
-    documents: Sequence[Document],
-    tokens: int,
+    first: Hop, second: Hop, target: Path, embed: Embed, documents: Sequence[Document], rows: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows of the bridge: C's standardised token features [N, E2], the first latent's share of B's
-    tokens [N, R1] at the B-token that holds the last byte of C's."""
-    rows: list[tuple[Tensor, Tensor]] = []
-    pending = total = 0
-    for text in shuffled_windows(documents, seed=0):
-        x, target_spans = token_features(second, target, text)
-        b, middle_spans = token_features(first, middle, text)
-        share = b @ first.encode[first.manifest.source_width :].float()
-        rows.append((x, share[torch.from_numpy(align(middle_spans, target_spans))]))
-        pending, total = pending + len(x), total + len(x)
-        if pending >= BRIDGE_CHUNK:
-            yield stacked(rows)
-            rows, pending = [], 0
-        if total >= tokens:
-            break
-    if rows:
-        yield stacked(rows)
+    """Rows of the regression: the first latent's share of A's states beside C's token features
+    [N, R1 + E2], and the second latent's share of B's states [N, R2]."""
+    pending: list[tuple[Tensor, Tensor]] = []
+    total = 0
+    with tqdm(total=rows, unit="tok", desc="bridge") as bar:
+        for text in shuffled_windows(documents, seed=0):
+            tokens, spans = token_features(second.wmatrix, target, embed, text)
+            x, blank = first.share(text, spans)
+            y, too = second.share(text, spans)
+            usable = ~(blank | too)
+            pending.append((torch.cat((x, tokens), dim=1)[usable], y[usable]))
+            total += len(pending[-1][0])
+            bar.update(len(pending[-1][0]))
+            if sum(len(y) for _, y in pending) >= BRIDGE_CHUNK or total >= rows:
+                yield stacked(pending)
+                pending = []
+            if total >= rows:
+                return
+    if pending:
+        yield stacked(pending)
 
 
 def stacked(rows: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -257,11 +294,11 @@ def stacked(rows: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return torch.cat(x), torch.cat(y)
 
 
-def token_features(wmatrix: WMatrix, reading: Reading, text: str) -> tuple[Tensor, Spans]:
+def token_features(wmatrix: WMatrix, target: Path, embed: Embed, text: str) -> tuple[Tensor, Spans]:
     """What a map reads of its target's tokens of a text, standardised [T, E], and their spans."""
     manifest = wmatrix.manifest
-    tokens = tokenize(load_tokenizer(str(reading.folder)), text)
+    tokens = tokenize(load_tokenizer(str(target)), text)
     ids = [*manifest.sink, *tokens.ids]
-    features = embedding_features(reading.embed, ids, len(manifest.sink), manifest.predecessors)
+    features = embedding_features(embed, ids, len(manifest.sink), manifest.predecessors)
     begin = manifest.source_width
     return (features - wmatrix.mean[begin:]) * wmatrix.scale[begin:], tokens.spans

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +13,19 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from awareness_vllm.align.aligner import realign
+from awareness_vllm.align.features import flat_states
 from awareness_vllm.anchors.corpus import Document
 from awareness_vllm.anchors.spans import tokenize
 from awareness_vllm.errors import BadInput, NoWMatrix
 from awareness_vllm.geometry import Geometry, LayerGeometry, Positions
+from awareness_vllm.packages.capture import capture, load_model, states
 from awareness_vllm.packages.file import Package, build
+from awareness_vllm.wmatrix import gather
+from awareness_vllm.wmatrix.config import FitConfig
 from awareness_vllm.wmatrix.cost import map_flop
 from awareness_vllm.wmatrix.file import Anchors, WMatrix, WMatrixManifest, load
-from awareness_vllm.wmatrix.fold import Reading, columns_of, fold, token_bridge
+from awareness_vllm.wmatrix.fit import fit
+from awareness_vllm.wmatrix.fold import Hop, columns_of, fold, learn_bridge
 
 pytestmark = pytest.mark.unit
 
@@ -228,56 +234,80 @@ def packed(
     )
 
 
-def both_ways(
-    package: Package,
-    first: WMatrix,
-    second: WMatrix,
-    folded: WMatrix,
-    readings: tuple[Reading, Reading],
-) -> tuple[Tensor, Tensor]:
-    """C's states by one map after the other, and by the folded one."""
-    middle, target = readings
-    memory = realign(package, first, middle.folder, middle.embed, dtype=torch.float32)
-    between = packed(B, memory.ids, package.spans, memory.keys, memory.values)
-    expected = realign(between, second, target.folder, target.embed, dtype=torch.float32)
-    found = realign(package, folded, target.folder, target.embed, dtype=torch.float32)
-    assert found.ids == expected.ids
-    return flat((expected.keys, expected.values)), flat((found.keys, found.values))
-
-
 def test_memories_go_through_the_fold_as_through_both(
     folder: Path, byte_fallback_tokenizer: Tokenizer
 ) -> None:
     """One tokenizer for all three, no embeddings in the first map: exact, positions and all."""
     first, second = random_map(A, B, (0, 2), tokens=False), random_map(B, C, (0, 1))
-    readings = Reading(folder, own_embedding(1, 5)), Reading(folder, own_embedding(2, 6))
+    embeds = own_embedding(1, 5), own_embedding(2, 6)
     package = captured(byte_fallback_tokenizer)
-    expected, found = both_ways(package, first, second, fold(first, second), readings)
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    middle = realign(package, first, folder, embeds[0], dtype=torch.float32)
+    between = packed(B, middle.ids, package.spans, middle.keys, middle.values)
+    expected = realign(between, second, folder, embeds[1], dtype=torch.float32)
+    found = realign(package, fold(first, second), folder, embeds[1], dtype=torch.float32)
+    assert found.ids == expected.ids
+    for one, other in zip(found.keys + found.values, expected.keys + expected.values, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
-def test_the_bridge_learns_what_the_targets_tokens_tell(
-    folder: Path, byte_fallback_tokenizer: Tokenizer, anchors: list[Document]
-) -> None:
-    """C's normalised embeddings tell B's exactly: what the fold loses is the ridge's shrinkage."""
-    first, second = random_map(A, B, (0, 2)), random_map(B, C, (0, 1))
-    embed = own_embedding(1, 5)
-    readings = (
-        Reading(folder, embed),
-        Reading(folder, lambda ids: torch.nn.functional.pad(embed(ids), (0, 1))),
+@pytest.fixture(scope="module")
+def hops(
+    tiny_models: tuple[Path, Path], anchors: list[Document]
+) -> tuple[Hop, Hop, Callable[[Tensor], Tensor]]:
+    """The tiny source, the tiny target, and back: two fitted maps, and the source's embedding."""
+    a, b = tiny_models
+    config = FitConfig(tokens=1000, rank=8, predecessors=0, calibration=0, held_out=0.3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gather, "CHUNK_ROWS", 256)
+        first, second = (fit(*pair, anchors, config, progress=False) for pair in ((a, b), (b, a)))
+    models = load_model(a), load_model(b)
+    return Hop(first, a, models[0]), Hop(second, b, models[1]), models[0].get_input_embeddings()
+
+
+def unlike(hop: Hop, embed: Callable[[Tensor], Tensor], folded: WMatrix, text: str) -> float:
+    """How far a folded round trip's states are from the model's own, beside these states."""
+    package = capture(hop.folder, text, model=hop.model)
+    memory = realign(package, folded, hop.folder, embed, dtype=torch.float32)
+    keys, values = states(hop.model, memory.ids)
+    found, own = (
+        flat_states(package.geometry, *part)[1:]
+        for part in ((memory.keys, memory.values), (keys, values))
     )
-    bridge = token_bridge(first, second, *readings, anchors, tokens=3000)
-    assert bridge.tokens >= 3000
-    package = captured(byte_fallback_tokenizer)
-    lost = []
-    for folded in (fold(first, second, bridge=bridge), fold(first, second)):
-        expected, found = both_ways(package, first, second, folded, readings)
-        lost.append((found - expected).norm().item())
-    assert lost[0] < 0.1 * lost[1]
+    return ((found - own).norm() / (own - own.mean(0)).norm()).item()
 
 
-def test_too_few_texts_are_refused(folder: Path) -> None:
-    first, second = PAIRS["plain"]
-    reading = Reading(folder, own_embedding(1, 6))
-    with pytest.raises(BadInput):
-        token_bridge(first, second, reading, reading, [Document("a", "tiny")])
+def test_a_bridge_mends_what_the_first_map_leaves_to_chance(
+    hops: tuple[Hop, Hop, Callable[[Tensor], Tensor]], anchors: list[Document]
+) -> None:
+    """Noise in outputs that B does not feel goes through the algebra, as through the chain."""
+    first, second, embed = hops
+    noisy = replace(first.wmatrix, decode=first.wmatrix.decode.clone())
+    columns = columns_of(second.wmatrix.manifest)
+    noise = torch.randn(len(columns), generator=torch.Generator().manual_seed(0))
+    noisy.decode[:, columns] += (1000 * noisy.decode.std() * noise).bfloat16()
+    first = replace(first, wmatrix=noisy)
+    bridge = learn_bridge(first, second, first.folder, embed, anchors[1:], rows=1000)
+    assert bridge.rows >= 1000
+    text = anchors[0].text[:400]
+    folds = [fold(noisy, second.wmatrix, bridge=b) for b in (None, bridge)]
+    assert folds[1].manifest.fit == {"bridge_rows": bridge.rows}
+    algebra, bridged = (unlike(first, embed, folded, text) for folded in folds)
+    assert bridged < 0.5 < 1.5 < algebra
+
+
+def test_no_bridge_follows_a_map_that_adds(
+    hops: tuple[Hop, Hop, Callable[[Tensor], Tensor]], anchors: list[Document]
+) -> None:
+    first, second, embed = hops
+    manifest = first.wmatrix.manifest.model_copy(update={"residual": True})
+    adds = replace(first, wmatrix=replace(first.wmatrix, manifest=manifest))
+    with pytest.raises(BadInput, match="fold without a bridge"):
+        learn_bridge(adds, second, first.folder, embed, anchors)
+
+
+def test_too_few_texts_are_refused(
+    hops: tuple[Hop, Hop, Callable[[Tensor], Tensor]],
+) -> None:
+    first, second, embed = hops
+    with pytest.raises(BadInput, match="no usable tokens"):
+        learn_bridge(first, second, first.folder, embed, [])
