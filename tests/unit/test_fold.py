@@ -20,6 +20,7 @@ from awareness_vllm.errors import BadInput, NoWMatrix
 from awareness_vllm.geometry import Geometry, LayerGeometry, Positions
 from awareness_vllm.packages.capture import capture, load_model, states
 from awareness_vllm.packages.file import Package, build
+from awareness_vllm.wmatrix import fold as folding
 from awareness_vllm.wmatrix import gather
 from awareness_vllm.wmatrix.config import FitConfig
 from awareness_vllm.wmatrix.cost import map_flop
@@ -293,6 +294,27 @@ def test_a_bridge_mends_what_the_first_map_leaves_to_chance(
     assert folds[1].manifest.fit == {"bridge_rows": bridge.rows}
     algebra, bridged = (unlike(first, embed, folded, text) for folded in folds)
     assert bridged < 0.5 < 1.5 < algebra
+
+
+def test_a_bridge_is_in_the_units_of_what_it_reads(
+    hops: tuple[Hop, Hop, Callable[[Tensor], Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, embed = hops
+    generator = torch.Generator().manual_seed(0)
+    ranks = first.wmatrix.manifest.rank, second.wmatrix.manifest.rank
+    weight = torch.randn(ranks[0] + 5, ranks[1], generator=generator)
+    spread = torch.linspace(0.1, 10, len(weight))
+    x = torch.randn(2000, len(weight), generator=generator) * spread + 3
+    monkeypatch.setattr(folding, "chunks", lambda *args: iter([(x, x @ weight + 7)]))
+    bridge = learn_bridge(first, second, first.folder, embed, [])
+    found = torch.cat((bridge.states, bridge.tokens)) * spread[:, None]
+    assert (found - weight * spread[:, None]).norm() < 0.05 * found.norm()
+    torch.testing.assert_close(
+        x.mean(0) @ torch.cat((bridge.states, bridge.tokens)) + bridge.bias,
+        (x @ weight + 7).mean(0),
+        atol=0.05,
+        rtol=0.01,
+    )
 
 
 def test_no_bridge_follows_a_map_that_adds(
