@@ -138,13 +138,13 @@ class MultiHopAligner:
             return self._measured(ways, direct, texts, anchors, context or CONTEXT, limit)
         # Of two ways that nobody knows anything of, the direct one, which stands first.
         way = max(ways, key=lambda w: -math.inf if (r := expected(w, context)) is None else r)
-        kept = expected(way, context)
+        most = expected(way, context)
         return AlignmentPath(
             names(way),
             way,
             expected(direct, context) if direct else None,
-            kept,
-            None if kept is None else "certified" if len(way) == 1 else "estimated",
+            most,
+            None if most is None else "certified" if len(way) == 1 else "estimated",
             note(usable, start, end, way, direct),
         )
 
@@ -225,7 +225,7 @@ class MultiHopAligner:
         limit: int,
     ) -> AlignmentPath:
         """The best of these ways, each measured in five arms."""
-        found: dict[Hops, tuple[float, WMatrix]] = {}
+        found: list[tuple[float, WMatrix]] = []
         bench: Bench | None = None
         for way in ways:
             wmatrix = self._folded(way, anchors)
@@ -235,12 +235,12 @@ class MultiHopAligner:
             figures = evaluate_texts(
                 bench, texts, context=context, continuation=CONTINUATION, limit=limit
             )
-            found[way] = figures.retention()["mean"], wmatrix
-        way = max(ways, key=lambda w: found[w][0])
-        kept, folded = found[way]
-        others = ", ".join(f"{' → '.join(names(w))}: {found[w][0]:.3f}" for w in ways)
-        direct_kept = found[direct][0] if direct else None
-        return AlignmentPath(names(way), way, direct_kept, kept, "measured", others, folded)
+            found.append((figures.retention()["mean"], wmatrix))
+        pairs = list(zip(ways, found, strict=True))
+        way, (most, folded) = max(pairs, key=lambda pair: pair[1][0])
+        each = ", ".join(f"{' → '.join(names(w))} keeps {k:.3f}" for w, (k, _) in pairs)
+        direct_kept = found[0][0] if direct else None  # it stands first
+        return AlignmentPath(names(way), way, direct_kept, most, "measured", each, folded)
 
     def _manifest(self, memory: Package | str | Path, source: Geometry) -> Manifest:
         """The memory's manifest, if it is one of the source's."""
