@@ -11,7 +11,7 @@ import difflib
 import heapq
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -79,8 +79,8 @@ class MultiHopAligner:
 
     Args:
         wmatrices: files or folders of them, by default `$AWARENESS_HOME/wmatrices`.
-        models: folders of models by their names in the W-Matrices, by default
-            `$AWARENESS_HOME/models/NAME`; needed to measure and to learn bridges alone.
+        models: folders of models, besides `$AWARENESS_HOME/models/NAME`; they are needed only to
+            measure and to learn bridges.
         store: folder in which IDs of memories are looked up.
     """
 
@@ -88,11 +88,11 @@ class MultiHopAligner:
         self,
         wmatrices: Sequence[str | Path] | None = None,
         *,
-        models: Mapping[str, str | Path] | None = None,
+        models: Sequence[str | Path] = (),
         store: Path | None = None,
     ) -> None:
         self.shelf = entries(wmatrices)
-        self.models = dict(models or {})
+        self.models = list(models)
         self.store = store
 
     def find_optimal_path(
@@ -171,7 +171,7 @@ class MultiHopAligner:
         """A model by its folder, or by the name that W-Matrices know it by. Raises BadInput."""
         if (Path(model).expanduser() / "config.json").is_file():
             geometry = Geometry.from_folder(model)
-            self.models.setdefault(geometry.name, model)
+            self.models.append(model)
             return geometry
         ends = [g for e in self.shelf for g in (e.manifest.source, e.manifest.target)]
         found = {key(g): g for g in ends if g.name == str(model)}
@@ -188,15 +188,17 @@ class MultiHopAligner:
 
     def folder(self, model: Geometry) -> Path:
         """Where a model lies. Raises UnsupportedModel."""
-        folder = resolve_folder(self.models.get(model.name, models_dir() / model.name))
-        if not (found := Geometry.from_folder(folder)).same_model(model):
-            raise UnsupportedModel(
-                f"{folder} is not the {model.name} of the W-Matrices",
-                found=f"weights {found.weights[:12]}",
-                expected=f"weights {model.weights[:12]}",
-                remedy="give the folder of the model that the W-Matrix was fitted for",
-            )
-        return folder
+        default = models_dir() / model.name
+        at_hand = [*self.models, *([default] if default.is_dir() else [])]
+        for folder in map(resolve_folder, at_hand):
+            if Geometry.from_folder(folder).same_model(model):
+                return folder
+        raise UnsupportedModel(
+            f"the model {model.name} is not at hand",
+            found=", ".join(map(str, at_hand)) or "no folder of a model",
+            expected=f"a folder with these weights ({model.weights[:12]}) and their tokenizer",
+            remedy=f"give the folder, or put it at {default}",
+        )
 
     def _folded(self, hops: Hops, anchors: Sequence[Document] | None) -> WMatrix:
         wmatrix = load(hops[0].path)

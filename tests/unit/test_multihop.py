@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import awareness_vllm
 from awareness_vllm.align import multihop
 from awareness_vllm.align.multihop import MultiHopAligner, MultiHopMemoryAligner
 from awareness_vllm.anchors.corpus import Document
+from awareness_vllm.cli.main import main
 from awareness_vllm.errors import BadInput, NoWMatrix, UnsupportedModel
 from awareness_vllm.geometry import Geometry
 from awareness_vllm.packages.file import Package
@@ -227,7 +229,7 @@ def test_a_route_is_folded_and_measured(
         return TextFigures(["a", "b"], {arm: np.full((2, 3), x) for arm, x in nll.items()})
 
     monkeypatch.setattr(multihop, "evaluate_texts", evaluate)
-    aligner = MultiHopAligner([maps], models={"target": folders[1]})
+    aligner = MultiHopAligner([maps], models=[folders[1]])
     found = aligner.find_optimal_path(
         folders[0], folders[2], uncertified=True, texts=anchors, anchors=anchors
     )
@@ -256,9 +258,27 @@ def test_a_missing_model_is_named(three: tuple[list[Path], Path], anchors: list[
     folders, maps = three
     aligner = MultiHopAligner([maps / "01.wmatrix", maps / "12.wmatrix"])
     path = aligner.find_optimal_path(folders[0], folders[2], uncertified=True)
-    with pytest.raises(UnsupportedModel, match="target"):
+    with pytest.raises(UnsupportedModel, match="the model target is not at hand"):
         aligner.fold(path, anchors)
     assert aligner.fold(path).manifest.fit == {"bridge_rows": 0}
-    aligner.models["target"] = folders[0]
-    with pytest.raises(UnsupportedModel, match="is not the target of the W-Matrices"):
-        aligner.fold(path, anchors)
+
+
+def test_the_command_finds_and_folds(
+    three: tuple[list[Path], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folders, maps = three
+    hops = [str(maps / "01.wmatrix"), str(maps / "12.wmatrix")]
+    argv = ["path", "--from", "source", "--to", "third", "--wmatrix", *hops, "--uncertified"]
+    out = tmp_path / "folded.wmatrix"
+    assert main([*argv, "--fold", str(out), "--models", str(folders[1]), "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert found["route"] == ["source", "target", "third"]
+    assert (found["wmatrices"], found["folded"]) == (hops, str(out))
+    assert (found["optimal_retention"], found["basis"]) == (None, None)
+    assert len(load(out).manifest.composed) == 2
+    assert main(argv) == 0
+    printed = capfd.readouterr().out
+    assert "source → target → third\nretention unknown (nobody measured it)" in printed
+    assert "there is no direct map" in printed
+    assert main([*argv[:-1], "--json"]) == 1
+    assert json.loads(capfd.readouterr().out)["error"]["type"] == "NoWMatrix"
