@@ -1,6 +1,28 @@
 """awareness-vllm: load the KV cache of one model into a vLLM server of another.
 
-Importing this package loads neither torch nor vllm.
+Importing this package loads neither torch nor vllm; its classes are imported when first asked for.
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from awareness_vllm.align.cache import KVCacheAligner
+    from awareness_vllm.align.multihop import MultiHopAligner, MultiHopMemoryAligner
+
+__all__ = ["KVCacheAligner", "MultiHopAligner", "MultiHopMemoryAligner"]
 __version__ = "0.1.0"
+
+HOMES = {
+    "KVCacheAligner": "awareness_vllm.align.cache",
+    "MultiHopAligner": "awareness_vllm.align.multihop",
+    "MultiHopMemoryAligner": "awareness_vllm.align.multihop",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(HOMES[name]), name)

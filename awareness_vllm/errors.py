@@ -83,9 +83,22 @@ class LoadTimeout(AwarenessError):
 
 
 class QualityUnreachable(AwarenessError):
-    """A quality target above what the certificate says any plan reaches."""
+    """A quality target above what any plan was measured to reach; `best` is the most that one was,
+    None where nobody measured."""
 
     status = 422
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        best: float | None = None,
+        found: object = None,
+        expected: object = None,
+        remedy: str | None = None,
+    ) -> None:
+        super().__init__(what, found=found, expected=expected, remedy=remedy)
+        self.best = best
 
 
 class BadInput(AwarenessError):

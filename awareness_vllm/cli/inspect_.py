@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from awareness_vllm.packages.file import read_manifest
+    from awareness_vllm.store.folder import locate
     from awareness_vllm.wmatrix.file import read_manifest as read_wmatrix_manifest
 
     path = locate(args.what, args.store)
@@ -24,16 +25,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         manifest = read_wmatrix_manifest(path).model_dump(mode="json")
         return {"kind": "wmatrix", "certified": manifest["certificate"] is not None, **manifest}
     return {"kind": "memory", "id": path.stem, **read_manifest(path).model_dump(mode="json")}
-
-
-def locate(what: str, store: Path | None) -> Path:
-    """The file that an ID or a path names; anything that is not a file is taken as an ID."""
-    from awareness_vllm.home import default_store
-    from awareness_vllm.store.folder import Store
-
-    if Path(what).is_file():
-        return Path(what)
-    return Store(store or default_store()).path(what)
 
 
 def show(result: dict[str, Any]) -> None:

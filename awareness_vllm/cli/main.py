@@ -12,7 +12,10 @@ from contextlib import contextmanager, nullcontext
 
 from awareness_vllm.errors import AwarenessError, BadInput
 
-SUBCOMMANDS = ("capture", "fit", "eval", "certify", "list", "inspect", "verify", "serve")
+SUBCOMMANDS = (
+    *("capture", "fit", "eval", "certify", "path", "heads"),
+    *("list", "inspect", "verify", "serve"),
+)
 
 
 def parser() -> argparse.ArgumentParser:

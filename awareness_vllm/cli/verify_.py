@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from awareness_vllm.cli.inspect_ import add_arguments, locate
+from awareness_vllm.cli.inspect_ import add_arguments
 
 __all__ = ["HELP", "add_arguments", "run", "show"]
 
@@ -15,6 +15,7 @@ HELP = "prove that a memory package or a W-Matrix is whole and unaltered"
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from awareness_vllm.packages.file import check_bytes, id_of, verify
     from awareness_vllm.packages.manifest import MEMORY_ID
+    from awareness_vllm.store.folder import locate
     from awareness_vllm.wmatrix.file import digest_of, load
 
     path = locate(args.what, args.store)

@@ -17,7 +17,7 @@ from awareness_vllm.packages.file import Package, build
 from awareness_vllm.provenance import versions
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import DynamicCache, PreTrainedModel
 
 
 def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -64,9 +64,14 @@ def states(model: PreTrainedModel, ids: list[int]) -> tuple[list[Tensor], list[T
 
     cache = DynamicCache()
     model.base_model(torch.tensor([ids]), past_key_values=cache, use_cache=True)
+    return cached(cache, repeats(model.config))
+
+
+def cached(cache: DynamicCache, every: int = 1) -> tuple[list[Tensor], list[Tensor]]:
+    """Keys and values of all layers of a cache after a prefill, [T, H, D] each; of heads that the
+    model repeats `every` so often, one."""
     # Declared as layers that may hold nothing; after a prefill each of them holds its states.
     layers: list[Any] = cache.layers
-    every = repeats(model.config)
     keys = [layer.keys[0, ::every].transpose(0, 1) for layer in layers]
     values = [layer.values[0, ::every].transpose(0, 1) for layer in layers]
     return keys, values

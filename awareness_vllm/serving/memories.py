@@ -25,26 +25,11 @@ from awareness_vllm.serving.config import ServingConfig
 from awareness_vllm.serving.params import LoadParams, Part
 from awareness_vllm.serving.tenants import Tenants
 from awareness_vllm.store.folder import Store
-from awareness_vllm.wmatrix.certificate import Certificate, Plan, cheapest, measured_for
-from awareness_vllm.wmatrix.file import WMatrixManifest, digest_of
-from awareness_vllm.wmatrix.file import read_manifest as read_wmatrix_manifest
+from awareness_vllm.wmatrix.certificate import Plan, cheapest, with_tail
+from awareness_vllm.wmatrix.shelf import WMatrixEntry
 
 RESOLVED = 1024
 """Memories whose prompt ids are kept, so that a hot request does not tokenize them again."""
-
-
-@dataclass(frozen=True)
-class WMatrixEntry:
-    """A W-Matrix file that this server was given."""
-
-    path: Path
-    manifest: WMatrixManifest
-    digest: str
-
-    @functools.cached_property
-    def certificate(self) -> Certificate | None:
-        found = self.manifest.certificate
-        return None if found is None else Certificate.model_validate(found)
 
 
 @dataclass(frozen=True)
@@ -70,8 +55,7 @@ class Resolved:
             return 1.0
         if self.wmatrix.certificate is None:
             return None
-        plans = measured_for(self.wmatrix.certificate, self.tokens)
-        return max((p for p in plans if p.tail <= tail), key=lambda p: p.tail).retention.mean
+        return with_tail(self.wmatrix.certificate, self.tokens, tail).retention.mean
 
     def plan(self, quality_target: float, *, tails: bool) -> Plan | None:
         """The cheapest certified way to load that keeps so much; None for a copy, which keeps all.
@@ -188,10 +172,7 @@ class Memories:
         }
         # An ID names bytes, which `checked_path` has proven: what they resolve to cannot change.
         self._resolve_once = functools.lru_cache(RESOLVED)(self._resolve)
-        self.wmatrices = [
-            WMatrixEntry(Path(p), read_wmatrix_manifest(Path(p)), digest_of(Path(p)))
-            for p in config.wmatrices
-        ]
+        self.wmatrices = [WMatrixEntry.read(Path(p)) for p in config.wmatrices]
 
     def serve(self, max_model_len: int) -> None:
         """Say how many tokens the engine takes: LongRoPE's positions are chosen by it."""

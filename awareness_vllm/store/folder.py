@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from awareness_vllm.errors import MemoryNotFound
+from awareness_vllm.home import default_store
 from awareness_vllm.packages.file import check_bytes
 from awareness_vllm.packages.manifest import MEMORY_ID, check_id
 
@@ -64,3 +65,10 @@ def missing(memory_id: object) -> MemoryNotFound:
         expected="the ID of a published package",
         remedy="`awareness list` shows the packages of a store; is --store the right one?",
     )
+
+
+def locate(what: str | Path, store: Path | None = None) -> Path:
+    """The file that an ID or a path names; anything that is not a file is taken as an ID."""
+    if Path(what).is_file():
+        return Path(what)
+    return Store(store or default_store()).path(str(what))

@@ -90,6 +90,12 @@ def measured_for(certificate: Certificate, context: int) -> list[Plan]:
     return [p for p in certificate.plans if p.context == length]
 
 
+def with_tail(certificate: Certificate, context: int, tail: int) -> Plan:
+    """The measured plan for a context of that length that reads at most so many tokens natively."""
+    plans = measured_for(certificate, context)
+    return max((p for p in plans if p.tail <= tail), key=lambda p: p.tail)
+
+
 def cheapest(
     certificate: Certificate,
     quality_target: float,
@@ -101,18 +107,26 @@ def cheapest(
     protocol's), see `measured_for`; with `tails` false, of those that read nothing natively.
 
     Raises:
-        QualityUnreachable: none does; the best one and the remedy are named.
+        QualityUnreachable: none does; the best one and what would reach it are named.
     """
-    plans = measured_for(certificate, context or certificate.protocol.context)
-    plans = [plan for plan in plans if tails or not plan.tail]
+    measured = measured_for(certificate, context or certificate.protocol.context)
+    plans = [plan for plan in measured if tails or not plan.tail]
     for plan in plans:
         if plan.retention.mean >= quality_target:
             return plan
     best = max(plans, key=lambda plan: plan.retention.mean)
+    enough = [plan for plan in measured if plan.retention.mean >= quality_target]
+    remedy = "lower quality_target, let the target read the text itself, or fit a better map"
+    if enough:
+        remedy = (
+            f"read the last {enough[0].tail} tokens natively, which was measured to keep "
+            f"{enough[0].retention.mean:.3f}; or {remedy}"
+        )
     raise QualityUnreachable(
         f"no measured plan keeps {quality_target:.3f}",
+        best=best.retention.mean,
         found=f"at best {best.retention.mean:.3f}, with the last {best.tail} tokens read natively",
-        remedy="lower quality_target, let the target read the text itself, or fit a better map",
+        remedy=remedy,
     )
 
 

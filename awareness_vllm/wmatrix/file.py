@@ -42,10 +42,10 @@ class WMatrixManifest(Strict):
     added to the source's own states (variants of one model); without `predecessors` it reads the
     source's states alone, for packages without text; `sink` are the target's fixed first
     tokens; `r2` is the share of variance explained on held-out documents of the anchors' sources,
-    `reconstruction_error` the share of the features' variance that the latent loses; without
-    `certificate` the map is not certified.
+    `reconstruction_error` the share of the features' variance that the latent loses (None where
+    nobody measured it); without `certificate` the map is not certified.
     `fit` is the configuration of the fit; `payload` is the sha256 over the other fields and the
-    tensors.
+    tensors; `composed` are the payloads of the maps that this one was folded from, in order.
     """
 
     format: Literal["awareness-wmatrix/1"] = "awareness-wmatrix/1"
@@ -59,7 +59,8 @@ class WMatrixManifest(Strict):
     anchors: Anchors
     fit: dict[str, float | int | str | None]
     r2: dict[str, float]
-    reconstruction_error: float
+    reconstruction_error: float | None = None
+    composed: tuple[str, ...] = ()
     versions: dict[str, str]
     certificate: dict[str, Any] | None = None
     payload: str = ""
@@ -104,14 +105,21 @@ class WMatrix:
     sink_values: list[Tensor]
 
     @property
-    def accuracy(self) -> float:
-        """Share of the target states' variance that the map explains on held-out documents."""
-        return sum(self.manifest.r2.values()) / max(1, len(self.manifest.r2))
+    def accuracy(self) -> float | None:
+        """Share of the target states' variance that the map explains on held-out documents; None
+        where nobody measured it."""
+        found = self.manifest.r2.values()
+        return sum(found) / len(found) if found else None
 
     @property
-    def reconstruction_error(self) -> float:
+    def reconstruction_error(self) -> float | None:
         """Share of the features' variance that is lost in a round trip through the latent."""
         return self.manifest.reconstruction_error
+
+    @property
+    def payload(self) -> str:
+        """sha256 over manifest and tensors: what tells this map from others, saved or not."""
+        return payload_digest(self.manifest.model_dump_json(), sorted(self._tensors().items()))
 
     def register(self, name: str) -> Path:
         """Save under a name in `$AWARENESS_HOME/wmatrices`; the file's path."""
@@ -159,8 +167,7 @@ class WMatrix:
         """Write the file atomically; the payload digest is put into the manifest here."""
         path = Path(path)
         tensors = self._tensors()
-        payload = payload_digest(self.manifest.model_dump_json(), sorted(tensors.items()))
-        manifest = self.manifest.model_copy(update={"payload": payload})
+        manifest = self.manifest.model_copy(update={"payload": self.payload})
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +56,16 @@ def head_mapping_summary(wmatrix: WMatrix, top: int = 3) -> list[HeadSources]:
             HeadSources(target, shares, rows[manifest.source_width :].sum().item() / total)
         )
     return found
+
+
+def table(rows: Sequence[HeadSources]) -> str:
+    """Rows of a head mapping for people: the largest shares, and the target's own tokens'."""
+    lines = []
+    for row in rows:
+        shares = ", ".join(f"{head} {share:.0%}" for head, share in row.shares)
+        tokens = f"  (tokens {row.tokens:.0%})" if row.tokens else ""
+        lines.append(f"{row.target!s:24} ← {shares}{tokens}")
+    return "\n".join(lines)
 
 
 def layer_correspondence(wmatrix: WMatrix) -> Tensor:

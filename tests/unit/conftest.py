@@ -203,6 +203,12 @@ def save_model(folder: Path, tokenizer: Tokenizer, hidden: int, layers: int, hea
 
 
 @pytest.fixture(scope="session")
+def make_model() -> Callable[..., Path]:
+    """Folder, tokenizer, hidden size, layers and heads to a random model."""
+    return save_model
+
+
+@pytest.fixture(scope="session")
 def tiny_models(
     tmp_path_factory: pytest.TempPathFactory,
     byte_level_tokenizer: Tokenizer,

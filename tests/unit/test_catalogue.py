@@ -34,11 +34,12 @@ from awareness_vllm.serving.catalogue import router
 from awareness_vllm.serving.config import ServingConfig
 from awareness_vllm.serving.extension import EVICT, PREFETCH, AwarenessWorkerExtension
 from awareness_vllm.serving.http import answer_unauthorized
-from awareness_vllm.serving.memories import Memories, WMatrixEntry
+from awareness_vllm.serving.memories import Memories
 from awareness_vllm.serving.params import LoadParams
 from awareness_vllm.store.folder import Store
 from awareness_vllm.wmatrix.certificate import Certificate
 from awareness_vllm.wmatrix.file import WMatrix
+from awareness_vllm.wmatrix.shelf import WMatrixEntry
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient

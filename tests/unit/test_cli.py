@@ -149,6 +149,8 @@ def test_unknown_flags_are_refused(name: str, capfd: pytest.CaptureFixture[str])
         "fit": ["--source", "a", "--target", "b", "--anchors", "x", "--out", "o"],
         "eval": ["--source", "a", "--target", "b", "--texts", "x"],
         "certify": ["w", "--source", "a", "--target", "b", "--texts", "x", "--cases", "y"],
+        "path": ["--from", "a", "--to", "b"],
+        "heads": ["w"],
         "list": [],
         "inspect": ["x"],
         "verify": ["x"],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,10 +11,17 @@ import pytest
 import torch
 
 from awareness_vllm.anchors.sources import ANCHORS, DOMAINS
+from awareness_vllm.cli.main import main
 from awareness_vllm.errors import BadInput, UnsupportedModel
 from awareness_vllm.wmatrix import gather
 from awareness_vllm.wmatrix.file import WMatrix, load
-from awareness_vllm.wmatrix.mapping import Head, head_mapping_summary, layer_correspondence
+from awareness_vllm.wmatrix.heat_map import shares
+from awareness_vllm.wmatrix.mapping import (
+    Head,
+    head_mapping_summary,
+    heads,
+    layer_correspondence,
+)
 from awareness_vllm.wmatrix.trainer import WMatrixTrainer, of_domains
 
 pytestmark = pytest.mark.unit
@@ -85,3 +94,43 @@ def test_layers_correspond(wmatrix: WMatrix) -> None:
     table = layer_correspondence(wmatrix)
     assert table.shape == (3, 2)
     torch.testing.assert_close(table.sum(1), torch.ones(3))
+
+
+def test_heads_prints_and_draws(
+    wmatrix: WMatrix,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path, plot = tmp_path / "a.wmatrix", tmp_path / "a.png"
+    wmatrix.save(path)
+    assert main(["heads", str(path), "--top", "2", "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert (found["source"], found["target"], found["plot"]) == ("tiny", "target", None)
+    assert [row["target"] for row in found["heads"][:2]] == [
+        "layer 0 head 0 key",
+        "layer 1 head 0 key",
+    ]
+    assert all(len(row["sources"]) == 2 for row in found["heads"])
+    assert main(["heads", str(path)]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0] == "target ← tiny, shares of the map's weight"
+    assert lines[1].startswith("layer 0 head 0 key")
+    assert "(tokens " in lines[1]
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["heads", str(path), "--plot", str(plot), "--json"]) == 1
+    assert "awareness-vllm[bench]" in json.loads(capfd.readouterr().out)["error"]["remedy"]
+    monkeypatch.undo()
+    pytest.importorskip("matplotlib")
+    assert main(["heads", str(path), "--plot", str(plot)]) == 0
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_heat_map_holds_every_share(wmatrix: WMatrix) -> None:
+    rows = head_mapping_summary(wmatrix, top=2**31)
+    across = [head for head, _ in heads(wmatrix.manifest.source, wmatrix.manifest.layers)]
+    found = shares(rows, across)
+    assert found.shape == (6, 6)
+    tokens = [row.tokens for row in rows]
+    assert found.sum(1) + tokens == pytest.approx(1)
+    assert found[2, across.index(rows[2].shares[0][0])] == rows[2].shares[0][1]

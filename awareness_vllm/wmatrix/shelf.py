@@ -1,0 +1,85 @@
+"""W-Matrix files at hand, read as far as their manifests: which leads from where to where."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from awareness_vllm.errors import NoWMatrix, WMatrixCorrupt
+from awareness_vllm.geometry import Geometry
+from awareness_vllm.home import wmatrices_dir
+from awareness_vllm.wmatrix.certificate import Certificate
+from awareness_vllm.wmatrix.file import WMatrixManifest, digest_of, read_manifest
+
+
+@dataclass(frozen=True)
+class WMatrixEntry:
+    """A W-Matrix file."""
+
+    path: Path
+    manifest: WMatrixManifest
+    digest: str
+
+    @classmethod
+    def read(cls, path: Path) -> WMatrixEntry:
+        """Raises WMatrixCorrupt."""
+        return cls(path, read_manifest(path), digest_of(path))
+
+    @functools.cached_property
+    def certificate(self) -> Certificate | None:
+        found = self.manifest.certificate
+        return None if found is None else Certificate.model_validate(found)
+
+    def __str__(self) -> str:
+        return f"{self.manifest.source.name} → {self.manifest.target.name} ({self.path.name})"
+
+
+def entries(paths: Iterable[str | Path] | None = None) -> list[WMatrixEntry]:
+    """The W-Matrices of files and folders, by default of `$AWARENESS_HOME/wmatrices`.
+
+    Raises:
+        WMatrixCorrupt: a file that was named itself; in a folder, those of another version of the
+            format are passed over.
+    """
+    found: list[WMatrixEntry] = []
+    for path in map(Path, [wmatrices_dir()] if paths is None else paths):
+        if not path.is_dir():
+            found.append(WMatrixEntry.read(path))
+            continue
+        for file in sorted(path.glob("*.wmatrix")):
+            try:
+                found.append(WMatrixEntry.read(file))
+            except WMatrixCorrupt:
+                continue
+    return found
+
+
+def leading(
+    shelf: Sequence[WMatrixEntry], source: Geometry, target: Geometry, *, text: bool = True
+) -> WMatrixEntry:
+    """The W-Matrix from one model to another, the best certified one of several.
+
+    Args:
+        text: whether the packages have their text; those without need a map that reads none.
+
+    Raises:
+        NoWMatrix: there is none; what there is is named.
+    """
+    fit = [
+        e
+        for e in shelf
+        if e.manifest.source.same_model(source)
+        and e.manifest.target.same_model(target)
+        and (text or not e.manifest.reads_tokens)
+    ]
+    if fit:
+        return max(fit, key=lambda e: e.certificate.retention.mean if e.certificate else -1.0)
+    raise NoWMatrix(
+        f"no W-Matrix leads from {source.name} to {target.name}",
+        found="; ".join(map(str, shelf)) or "no W-Matrix at all",
+        expected="one for these exact weights" + ("" if text else " that reads no text"),
+        remedy="fit one with `awareness fit`, or look for a way through other models with "
+        "`awareness path`",
+    )

@@ -1,0 +1,151 @@
+"""What the training-free head mappings are worth between two models, beside the learned map.
+
+    python benchmarks/strategies.py --source S --target T --wmatrix pair.wmatrix \
+        --texts HELD_OUT… --limit 24 --out docs/figures/strategies-pair.json --record
+
+Five arms on held-out texts for every combination that these two models tell apart (without heads
+to merge, the ways to merge are one). `--record` puts the figures where `KVCacheAligner` reads
+them: whoever uses a mapping is told what it was measured to keep.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from awareness_vllm.align.strategies import (
+    FIGURES,
+    HEAD_MAPPINGS,
+    MERGES,
+    SPLITS,
+    Configuration,
+    Figure,
+    correspondence,
+    training_free,
+    turns,
+)
+from awareness_vllm.anchors.corpus import digest, load
+from awareness_vllm.errors import UnsupportedModel
+from awareness_vllm.geometry import Geometry, resolve_folder
+from awareness_vllm.packages.capture import load_model, states
+from awareness_vllm.provenance import hardware, versions
+from awareness_vllm.wmatrix.bench import Bench
+from awareness_vllm.wmatrix.evaluate import evaluate_texts
+from awareness_vllm.wmatrix.file import WMatrix
+from awareness_vllm.wmatrix.file import load as load_wmatrix
+from awareness_vllm.wmatrix.reader import sink_ids
+
+
+def same_between(source: Geometry, target: Geometry, configuration: Configuration) -> str:
+    """What a configuration comes to between two models: equal for those that do the same.
+
+    Raises:
+        UnsupportedModel: heads that it cannot map.
+    """
+    _, shares = correspondence(source, target, configuration)
+    merges = any((layer > 0).sum(1).max() > 1 for layer in shares)
+    splits = any(turns(layer).any() for layer in shares)
+    parts = (
+        [layer.tolist() for layer in shares],
+        configuration.merge_strategy if merges else None,
+        configuration.split_strategy if splits else None,
+    )
+    return json.dumps(parts)
+
+
+def groups(source: Geometry, target: Geometry) -> tuple[list[list[Configuration]], dict[str, str]]:
+    """Configurations that do the same together, and why the others cannot be used."""
+    found: dict[str, list[Configuration]] = {}
+    refused: dict[str, str] = {}
+    for way in itertools.product(HEAD_MAPPINGS, MERGES, SPLITS, (True, False)):
+        configuration = Configuration(*way)
+        try:
+            same = same_between(source, target, configuration)
+        except UnsupportedModel as error:
+            refused[configuration.head_mapping] = str(error)
+        else:
+            found.setdefault(same, []).append(configuration)
+    return list(found.values()), refused
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Every mapping in five arms, and the learned map."""
+    source, target = resolve_folder(args.source), resolve_folder(args.target)
+    geometries = Geometry.from_folder(source), Geometry.from_folder(target)
+    texts = load(args.texts)
+    sink = sink_ids(target)
+    sink_states = states(load_model(target), sink)
+    together, refused = groups(*geometries)
+    bench: Bench | None = None
+    rows: list[Figure] = []
+
+    def measure(wmatrix: WMatrix, same: Sequence[Configuration]) -> None:
+        nonlocal bench
+        bench = bench or Bench(source, target, wmatrix)
+        bench.wmatrix = wmatrix
+        lengths = {"context": args.context, "continuation": args.continuation}
+        found = evaluate_texts(bench, texts, limit=args.limit, **lengths).summary()
+        for configuration in same:
+            rows.append(
+                Figure(
+                    source=geometries[0].name,
+                    target=geometries[1].name,
+                    weights=(geometries[0].weights, geometries[1].weights),
+                    configuration=asdict(configuration),
+                    retention=found["retention"],
+                    arms=found["arms"],
+                    context=args.context,
+                    n=found["n"],
+                    texts=digest(texts),
+                    measured=datetime.date.today().isoformat(),
+                    hardware=hardware(),
+                    versions=versions(),
+                )
+            )
+        print(f"{same[0]}: {rows[-1]}", flush=True)
+
+    if args.wmatrix:
+        measure(load_wmatrix(args.wmatrix), [Configuration()])
+    for same in together:
+        measure(training_free(*geometries, same[0], sink, sink_states), same)
+    return {"rows": [row.model_dump(mode="json") for row in rows], "refused": refused}
+
+
+def record(rows: Sequence[dict[str, Any]]) -> None:
+    """Replace what was recorded of the same mapping between the same models; the learned map has
+    its certificate."""
+
+    def what(row: dict[str, Any]) -> str:
+        return json.dumps([row["weights"], row["configuration"]], sort_keys=True)
+
+    kept = {what(row): row for row in json.loads(FIGURES.read_text())}
+    kept |= {what(r): r for r in rows if r["configuration"]["head_mapping"] != "learned"}
+    FIGURES.write_text(json.dumps(list(kept.values()), indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--source", required=True)
+    parser.add_argument("--target", required=True)
+    parser.add_argument("--wmatrix", type=Path, help="the learned map, measured beside them")
+    parser.add_argument("--texts", nargs="+", required=True, type=Path)
+    parser.add_argument("--limit", type=int, default=24)
+    parser.add_argument("--context", type=int, default=300)
+    parser.add_argument("--continuation", type=int, default=60)
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--record", action="store_true", help="keep them for KVCacheAligner")
+    args = parser.parse_args()
+    found = run(args)
+    args.out.write_text(json.dumps(found, indent=1) + "\n")
+    if args.record:
+        record(found["rows"])
+
+
+if __name__ == "__main__":
+    main()
