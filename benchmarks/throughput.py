@@ -37,6 +37,9 @@ from awareness_vllm.provenance import hardware, versions
 from awareness_vllm.serving.register import vllm_version
 
 ANSWER_SECONDS = 120.0
+WARM_UP_SEED = 10**6
+SETTLE_SECONDS = 3.0
+"""The other server's processes look for work without sleeping for a second after their last."""
 BIND = "VLLM_CPU_OMP_THREADS_BIND"
 
 
@@ -94,13 +97,14 @@ def compare(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
                 log = scratch / f"{arm}-{number}.log"
                 started = running(prefix, args.model, [*args.flags, *flags], log)
                 urls[arm] = stack.enter_context(started).url
-            warm_up = prompts(ids, args.prompt_tokens, args.requests, -1)
+            warm_up = prompts(ids, args.prompt_tokens, args.requests, WARM_UP_SEED)
             for url in urls.values():
                 asyncio.run(drive(url, warm_up, args))
             for burst in range(args.bursts):
                 seed = number * args.bursts + burst
                 asked = prompts(ids, args.prompt_tokens, args.requests, seed)
                 for arm in list(urls)[:: -1 if burst % 2 else 1]:
+                    time.sleep(SETTLE_SECONDS)
                     figures[arm].append(asyncio.run(drive(urls[arm], asked, args)))
                 print(number, burst, {a: round(f[-1], 3) for a, f in figures.items()},
                       file=sys.stderr)  # fmt: skip
