@@ -2,12 +2,13 @@
 
     python benchmarks/throughput.py --rounds 2 --bursts 8 [any flag of vllm serve, for both]
 
-In each round both servers are started, and asked in turn: bursts in the order A/B, B/A, A/B …, the
-same prompts for both of a pair, so that what else the machine does falls on both. No request names
-a memory. `ratio` is the throughput with memories over that of stock vLLM, by pairs of bursts: the
-median, and its 95 % bootstrap interval.
+In each round the servers are started, and asked in turn, each time another one first: bursts of the
+same prompts, so that what else the machine does falls on all of them. No request names a memory.
+`awareness` is the throughput with memories over that of stock vLLM, by pairs of bursts: the median,
+and its 95 % bootstrap interval. `stock_again` is the same for a second server of stock vLLM: what
+is found where there is nothing to be found.
 
-On a CPU both servers get all cores (VLLM_CPU_OMP_THREADS_BIND, unless it is set): by itself vLLM
+On a CPU all servers get all cores (VLLM_CPU_OMP_THREADS_BIND, unless it is set): by itself vLLM
 0.32 keeps one core free for the engine, and two, or none of two, where there is a KV connector.
 """
 
@@ -37,6 +38,9 @@ from awareness_vllm.provenance import hardware, versions
 from awareness_vllm.serving.register import vllm_version
 
 ANSWER_SECONDS = 120.0
+WARM_UP_SEED = 10**6
+SETTLE_SECONDS = 3.0
+"""The other server's processes look for work without sleeping for a second after their last."""
 BIND = "VLLM_CPU_OMP_THREADS_BIND"
 
 
@@ -83,6 +87,7 @@ def compare(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     store.mkdir()
     arms: dict[str, tuple[Sequence[str], Sequence[object]]] = {
         "stock": (STOCK, ()),
+        "stock_again": (STOCK, ()),
         "awareness": (AWARENESS, ("--store", store)),
     }
     ids = held_out_ids(args.model)
@@ -94,18 +99,21 @@ def compare(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
                 log = scratch / f"{arm}-{number}.log"
                 started = running(prefix, args.model, [*args.flags, *flags], log)
                 urls[arm] = stack.enter_context(started).url
-            warm_up = prompts(ids, args.prompt_tokens, args.requests, -1)
+            warm_up = prompts(ids, args.prompt_tokens, args.requests, WARM_UP_SEED)
             for url in urls.values():
                 asyncio.run(drive(url, warm_up, args))
             for burst in range(args.bursts):
                 seed = number * args.bursts + burst
                 asked = prompts(ids, args.prompt_tokens, args.requests, seed)
-                for arm in list(urls)[:: -1 if burst % 2 else 1]:
+                for arm in [*urls, *urls][burst % len(urls) :][: len(urls)]:
+                    time.sleep(SETTLE_SECONDS)
                     figures[arm].append(asyncio.run(drive(urls[arm], asked, args)))
                 print(number, burst, {a: round(f[-1], 3) for a, f in figures.items()},
                       file=sys.stderr)  # fmt: skip
     return {
-        **paired(figures["awareness"], figures["stock"]),
+        **{
+            arm: paired(found, figures["stock"]) for arm, found in figures.items() if arm != "stock"
+        },
         "requests_per_s": {a: round(statistics.median(f), 3) for a, f in figures.items()},
         "rounds": args.rounds,
         "bursts": args.bursts,

@@ -109,6 +109,10 @@ class AwarenessConnector(KVConnectorBase_V1, SupportsHMA):
         outcomes, self.outcomes = self.outcomes, StepOutcomes()
         return outcomes if outcomes.by_request else None
 
+    def has_connector_metadata(self) -> bool:
+        """Nothing is done layer by layer: vLLM asks before it calls the next two for each of them."""
+        return False
+
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Nothing to wait for: no request is scheduled before its load is written."""
 
