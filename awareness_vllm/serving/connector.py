@@ -110,7 +110,7 @@ class AwarenessConnector(KVConnectorBase_V1, SupportsHMA):
         return outcomes if outcomes.by_request else None
 
     def has_connector_metadata(self) -> bool:
-        """Nothing is done layer by layer: vLLM asks before it calls the next two for each of them."""
+        """Nothing is done layer by layer: vLLM asks before it calls the next two for each."""
         return False
 
     def wait_for_layer_load(self, layer_name: str) -> None:
