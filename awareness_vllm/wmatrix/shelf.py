@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from pydantic import ValidationError
 
 from awareness_vllm.errors import NoWMatrix, WMatrixCorrupt
 from awareness_vllm.geometry import Geometry
 from awareness_vllm.home import wmatrices_dir
 from awareness_vllm.wmatrix.certificate import Certificate
 from awareness_vllm.wmatrix.file import WMatrixManifest, digest_of, read_manifest
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -29,8 +34,14 @@ class WMatrixEntry:
 
     @functools.cached_property
     def certificate(self) -> Certificate | None:
-        found = self.manifest.certificate
-        return None if found is None else Certificate.model_validate(found)
+        """None where nobody measured the map; an older version's certificate is none either."""
+        if (found := self.manifest.certificate) is None:
+            return None
+        try:
+            return Certificate.model_validate(found)
+        except ValidationError:
+            logger.warning("%s: its certificate is an older version's: certify it again", self)
+            return None
 
     def __str__(self) -> str:
         return f"{self.manifest.source.name} → {self.manifest.target.name} ({self.path.name})"

@@ -142,8 +142,22 @@ def test_uncertified_maps_are_used_where_asked_for(over: Callable[..., MultiHopA
     )
     assert found.route == ("a", "b", "c")
     assert (found.optimal_retention, found.basis) == (None, None)
+    found = over(a_b=None, b_c=0.9, a_d=0.5, d_c=0.5).find_optimal_path("a", "c", uncertified=True)
+    assert found.route == ("a", "d", "c")
     found = over(a_b=None, b_c=0.9, a_c=None).find_optimal_path("a", "c", uncertified=True)
     assert found.route == ("a", "c")
+
+
+def test_an_older_versions_certificate_is_none(
+    over: Callable[..., MultiHopAligner], caplog: pytest.LogCaptureFixture
+) -> None:
+    aligner = over(a_b=0.9)
+    entry = aligner.shelf[0]
+    manifest = entry.manifest.model_copy(update={"certificate": {"retention": {"mean": 0.9}}})
+    aligner.shelf = [replace(entry, manifest=manifest)]
+    with pytest.raises(NoWMatrix, match="certify"):
+        aligner.find_optimal_path("a", "b")
+    assert "certify it again" in caplog.text
 
 
 def test_a_note_says_how_the_direct_map_fared(over: Callable[..., MultiHopAligner]) -> None:
