@@ -47,7 +47,7 @@ test: $(STAMP) models anchors
 
 unit: $(STAMP)
 	@# One thread each: two processes of two threads would wait for each other.
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m unit -n 2 --dist loadfile
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "unit and not slow" -n 2 --dist loadfile
 
 engine: $(STAMP) models anchors
 	@$(BIN)/python -m pytest -m engine

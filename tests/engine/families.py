@@ -104,7 +104,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "nemotron": ("nemotron", {**LLAMA, "partial_rotary_factor": 0.5}),
 }  # fmt: skip
 """Each family's model type, and what its config says; the first of each line is a plain one."""
-UNSERVED = {"mpt": "vLLM 0.32 has no MPT", "helium": "vLLM 0.32 has no Helium"}
+UNSERVED = {
+    "mpt": "vLLM 0.32 has no MPT",
+    "helium": "vLLM 0.32 has no Helium",
+    "qwen2, windows": "vLLM 0.32 wants windows in all of its layers or in none",
+}
 """Families that transformers runs and vLLM does not."""
 
 

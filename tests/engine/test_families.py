@@ -43,4 +43,4 @@ def test_greedy_after_its_own_memory_is_greedy_after_the_text(
     assert run["memory"]["cached"] == run["tokens"]
     assert run["memory"]["ids"] == run["native"]["ids"]
     assert len(run["native"]["ids"]) == SAID
-    assert len(set(run["native"]["ids"])) > 4, "too dull a model to tell anything"
+    assert len(set(run["native"]["ids"])) >= 4, "too dull a model to tell anything"

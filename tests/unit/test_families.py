@@ -15,7 +15,7 @@ from awareness_vllm.geometry import Geometry, from_config
 from awareness_vllm.packages.capture import repeats, states
 from awareness_vllm.positions import apply, shift, strip
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.slow]
 
 TOKENS, OFFSET = 48, 77
 EPSILON = torch.finfo(torch.float32).eps

@@ -64,6 +64,7 @@ def killed_after(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, call
     monkeypatch.setattr(owner, name, counted)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize(
     ("owner", "name", "calls", "changes"),
