@@ -9,7 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from awareness_vllm.align.features import Embed, blank_rows, embedding_features, flat_states
+from awareness_vllm.align.features import (
+    Embed,
+    blank_rows,
+    embedding_features,
+    flat_states,
+    with_places,
+)
 from awareness_vllm.anchors.spans import align, load_tokenizer, tokenize
 from awareness_vllm.errors import BadInput
 from awareness_vllm.packages.file import Package
@@ -99,6 +105,7 @@ def realign(
     sink = len(manifest.sink)
     embeddings = embedding_features(embed, ids, sink, manifest.predecessors)
     positions = torch.arange(sink, len(ids))
+    embeddings = with_places(embeddings, wmatrix.places, source, positions)
     layers = manifest.target.layers
     shapes = [(len(ids), layer.heads, layer.head_dim) for layer in layers]
     keys, values = ([torch.empty(shape, dtype=dtype) for shape in shapes] for _ in range(2))
