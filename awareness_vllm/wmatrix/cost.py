@@ -27,7 +27,7 @@ def prefill_flop(target: PreTrainedModel, tokens: int) -> float:
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
-        target.model(torch.zeros(1, tokens, dtype=torch.int64), use_cache=False)
+        target.base_model(torch.zeros(1, tokens, dtype=torch.int64), use_cache=False)
     return float(counter.get_total_flops()) / tokens
 
 
