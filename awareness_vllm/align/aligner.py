@@ -46,6 +46,7 @@ class AlignedMemory:
 
 def copy(package: Package) -> AlignedMemory:
     """A memory for the model that made it: the captured states, bit for bit."""
+    package.manifest.check_whole(range(len(package.keys)))
     return AlignedMemory(package.tokens, package.keys, package.values)
 
 
@@ -64,8 +65,10 @@ def sources(
     ids are the target's sink again, which says nothing.
 
     Raises:
-        BadInput: the map reads tokens, and the package has no text.
+        BadInput: the map reads tokens, and the package has no text;
+        UnsupportedRequest: the map reads layers whose window has lost states of the memory.
     """
+    package.manifest.check_whole(manifest.layers)
     sink = manifest.sink
     if manifest.predecessors is None:
         source = torch.arange(1, package.manifest.tokens)
