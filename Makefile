@@ -8,10 +8,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 STAMP := $(VENV)/.install-stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help install models anchors demo test unit engine gpu lint clean
+.PHONY: help install models anchors demo test unit engine families gpu lint clean
 
 help:
-	@echo "make demo | test | unit | engine | gpu | lint | install | models | anchors | clean"
+	@echo "make demo | test | unit | engine | families | gpu | lint | install | models | anchors | clean"
 
 $(STAMP): pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not installed; set PYTHON to a Python 3.11"; exit 1; }
@@ -43,14 +43,18 @@ demo: $(STAMP) models anchors
 	@$(BIN)/python examples/quickstart.py
 
 test: $(STAMP) models anchors
-	@$(BIN)/python -m pytest -m "not gpu"
+	@$(BIN)/python -m pytest -m "not gpu and not nightly"
 
 unit: $(STAMP)
 	@# One thread each: two processes of two threads would wait for each other.
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "unit and not slow" -n 2 --dist loadfile
 
 engine: $(STAMP) models anchors
-	@$(BIN)/python -m pytest -m engine
+	@$(BIN)/python -m pytest -m "engine and not nightly"
+
+families: $(STAMP)
+	@echo "[families] every family that vLLM serves, a tiny model each: some minutes"
+	@$(BIN)/python -m pytest tests/engine/test_families.py
 
 gpu: $(STAMP)
 	@PYTHON=$(BIN)/python benchmarks/gpu.sh

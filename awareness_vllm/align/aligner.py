@@ -9,7 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from awareness_vllm.align.features import Embed, blank_rows, embedding_features, flat_states
+from awareness_vllm.align.features import (
+    Embed,
+    blank_rows,
+    embedding_features,
+    flat_states,
+    with_places,
+)
 from awareness_vllm.anchors.spans import align, load_tokenizer, tokenize
 from awareness_vllm.errors import BadInput
 from awareness_vllm.packages.file import Package
@@ -40,6 +46,7 @@ class AlignedMemory:
 
 def copy(package: Package) -> AlignedMemory:
     """A memory for the model that made it: the captured states, bit for bit."""
+    package.manifest.check_whole(range(len(package.keys)))
     return AlignedMemory(package.tokens, package.keys, package.values)
 
 
@@ -58,8 +65,10 @@ def sources(
     ids are the target's sink again, which says nothing.
 
     Raises:
-        BadInput: the map reads tokens, and the package has no text.
+        BadInput: the map reads tokens, and the package has no text;
+        UnsupportedRequest: the map reads layers whose window has lost states of the memory.
     """
+    package.manifest.check_whole(manifest.layers)
     sink = manifest.sink
     if manifest.predecessors is None:
         source = torch.arange(1, package.manifest.tokens)
@@ -126,7 +135,9 @@ class Realignment:
         self.package, self.wmatrix, self.source, self.blank = package, wmatrix, source, blank
         self.blanked = blank_rows(source)
         self.sink = len(manifest.sink)
-        self.embeddings = embedding_features(embed, ids, self.sink, manifest.predecessors)
+        positions = torch.arange(self.sink, len(ids))
+        embeddings = embedding_features(embed, ids, self.sink, manifest.predecessors)
+        self.embeddings = with_places(embeddings, wmatrix.places, source, positions)
         self.begin = 0
         shapes = [(len(ids), layer.heads, layer.head_dim) for layer in manifest.target.layers]
         keys, values = ([torch.empty(shape, dtype=dtype) for shape in shapes] for _ in range(2))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from awareness_vllm.positions import strip
 
 Embed = Callable[[Tensor], Tensor]
 """A model's own embedding: ids [T] int64 to rows [T, E]. Its scale does not matter."""
+Places = Mapping[str, Tensor]
+"""The position embeddings [P, E] of those of "source" and "target" whose positions are learned."""
 
 
 def flat_states(
@@ -71,3 +73,19 @@ def embedding_features(
         return torch.empty(len(ids) - sink, 0)
     rows = rms_normalise(embed(torch.tensor(ids, dtype=torch.int64)))
     return with_predecessors(rows, predecessors)[sink:]
+
+
+def with_places(features: Tensor, places: Places, source: Tensor, target: Tensor) -> Tensor:
+    """Features [T, F] with the position embeddings beside them of where each token stands.
+
+    Learned positions are added to the embeddings, so that states depend on them by a term of their
+    own: a source's is to be taken off, a target's to be put on. Without any, the features as they
+    are.
+
+    Args:
+        source, target: [T] int64, the token's position in either model.
+    """
+    if not places:
+        return features
+    where = {"source": source, "target": target}
+    return torch.cat([features, *(places[side][where[side]] for side in sorted(places))], dim=1)

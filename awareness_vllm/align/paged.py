@@ -65,8 +65,10 @@ class PagedMap:
         columns = torch.cat(
             [part[i][0, own].flatten() for part in outputs for i, own in heads.items()]
         )
-        self.mean, self.scale = wmatrix.mean.to(device), wmatrix.scale.to(device)
-        self.encode = wmatrix.encode.to(device).contiguous()
+        own = self.manifest.source_width + self.manifest.token_width
+        self.mean, self.scale = wmatrix.mean[:own].to(device), wmatrix.scale[:own].to(device)
+        self.encode = wmatrix.encode[:own].to(device).contiguous()
+        self.places = wmatrix.place_latents()
         self.decode = wmatrix.decode[:, columns].to(device).contiguous()
         self.bias = wmatrix.bias[columns].to(device)
         self.sinks = [
@@ -94,7 +96,11 @@ class PagedMap:
             [part[i].to(self.device) for i in self.manifest.layers]
             for part in (package.keys, package.values)
         )
-        return Latent(ids, self._encode(keys, values, source, embed(torch.tensor(ids))).cpu())
+        rows = self._encode(keys, values, source, embed(torch.tensor(ids))).cpu()
+        where = {"source": source, "target": torch.arange(len(self.manifest.sink), len(ids))}
+        for side, latents in self.places.items():
+            rows += latents[where[side]]
+        return Latent(ids, rows)
 
     def _encode(
         self, keys: list[Tensor], values: list[Tensor], source: Tensor, embeddings: Tensor

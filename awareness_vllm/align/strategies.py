@@ -172,16 +172,16 @@ class Configuration:
         return self.head_mapping == "learned"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainingFree(WMatrix):
     """A map of which nothing was learned, in the place of a W-Matrix; it has no file.
 
-    `places` [target layers] says which of the layers that are read each target layer takes,
+    `matched` [target layers] says which of the layers that are read each target layer takes,
     `shares` [Ht, Hs] per target layer which of its heads.
     """
 
     configuration: Configuration
-    places: tuple[int, ...]
+    matched: tuple[int, ...]
     shares: tuple[Tensor, ...]
 
     def map(
@@ -197,7 +197,7 @@ class TrainingFree(WMatrix):
         keys, values = split_states(manifest.source.model_copy(update={"layers": read}), source)
         found: tuple[list[Tensor], list[Tensor]] = ([], [])
         for layer, place, shares in zip(
-            manifest.target.layers, self.places, self.shares, strict=True
+            manifest.target.layers, self.matched, self.shares, strict=True
         ):
             each = MERGES[how.merge_strategy](shares, keys[place])
             for part, states in zip(found, (keys[place], values[place]), strict=True):
@@ -218,7 +218,7 @@ class TrainingFree(WMatrix):
                 tokens=0.0,
             )
             for part in ("key", "value")
-            for i, (place, shares) in enumerate(zip(self.places, self.shares, strict=True))
+            for i, (place, shares) in enumerate(zip(self.matched, self.shares, strict=True))
             for h in range(len(shares))
         ]
 
@@ -270,7 +270,7 @@ def training_free(
         sink_keys=sink_states[0],
         sink_values=sink_states[1],
         configuration=configuration,
-        places=tuple(layers.index(i) for i in matched),
+        matched=tuple(layers.index(i) for i in matched),
         shares=shares,
     )
 

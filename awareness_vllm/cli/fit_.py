@@ -29,7 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     # No defaults here: FitConfig has them.
     for name, help_text in CONFIGURATION.items():
         parser.add_argument(f"--{name}", type=int, help=help_text)
-    parser.add_argument("--choice", choices=("spread", "best"), help="which source layers to read")
+    parser.add_argument(
+        "--choice",
+        choices=("spread", "best", "full"),
+        help="which source layers to read: evenly spread, those that tell most, or those without "
+        "a sliding window",
+    )
     parser.add_argument(
         "--without-text",
         action="store_true",

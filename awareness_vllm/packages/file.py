@@ -32,7 +32,8 @@ METADATA_KEY = "awareness"
 
 @dataclass(frozen=True)
 class Package:
-    """A memory package in memory. `keys[i]` and `values[i]` are layer i's states, [T, H, D]."""
+    """A memory package in memory. `keys[i]` and `values[i]` are layer i's states, [T, H, D]; of a
+    layer whose window has lost the first tokens' states, those of the others."""
 
     manifest: Manifest
     text: str
@@ -61,6 +62,7 @@ def build(
 ) -> Package:
     """A package from captured states; the manifest's payload digest is computed here."""
     tensors = _tensors(text, tokens, spans, keys, values)
+    begins = tuple(len(tokens) - len(key) for key in keys)
     manifest = Manifest(
         name=name,
         geometry=geometry,
@@ -69,6 +71,7 @@ def build(
         engine=engine,
         versions=versions,
         payload="",
+        begins=begins if any(begins) else (),
     )
     payload = payload_digest(manifest.model_dump_json(), sorted(tensors.items()))
     manifest = manifest.model_copy(update={"payload": payload})
@@ -167,8 +170,10 @@ def read(path: Path) -> Package:
             text = bytes(file.get_tensor("text").numpy()).decode("utf-8")
     except (SafetensorError, OSError, UnicodeDecodeError) as error:
         raise _corrupt(path, f"not a readable package ({error})") from error
+    if len(manifest.begins) not in (0, count):
+        raise _corrupt(path, f"beginnings of {len(manifest.begins)} of {count} layers")
     for i, layer in enumerate(manifest.geometry.layers):
-        shape = (manifest.tokens, layer.heads, layer.head_dim)
+        shape = (manifest.tokens - manifest.begin(i), layer.heads, layer.head_dim)
         for tensor in (keys[i], values[i]):
             if tuple(tensor.shape) != shape:
                 raise _corrupt(path, f"layer {i} has shape {tuple(tensor.shape)}, not {shape}")

@@ -213,11 +213,13 @@ class Memories:
                 remedy="capture it with its text",
             )
         if source.same_model(self.geometry):
+            manifest.check_whole(range(len(source.layers)))
             ids = read_tokens(path)
             own = len(self.prefix) if ids[: len(self.prefix)] == self.prefix else 0
             return Resolved(path.stem, path, None, ids, own)
         check_positions(path.stem, source, self.geometry)
         entry = self.wmatrix_for(path.stem, source)
+        manifest.check_whole(entry.manifest.layers)
         sink = entry.manifest.sink
         ids = prompt_ids(read_text(path), sink, self.folder)
         return Resolved(path.stem, path, entry, ids, len(sink))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,10 +40,11 @@ class WMatrixManifest(Strict):
 
     `layers` are the source layers that the map reads; with `residual` the map gives what is to be
     added to the source's own states (variants of one model); without `predecessors` it reads the
-    source's states alone, for packages without text; `sink` are the target's fixed first
-    tokens; `r2` is the share of variance explained on held-out documents of the anchors' sources,
-    `reconstruction_error` the share of the features' variance that the latent loses (None where
-    nobody measured it); without `certificate` the map is not certified.
+    source's states alone, for packages without text; `places` are the sides whose learned position
+    embeddings it reads; `sink` are the target's fixed first tokens; `r2` is the share of variance
+    explained on held-out documents of the anchors' sources, `reconstruction_error` the share of the
+    features' variance that the latent loses (None where nobody measured it); without `certificate`
+    the map is not certified.
     `fit` is the configuration of the fit; `payload` is the sha256 over the other fields and the
     tensors; `composed` are the payloads of the maps that this one was folded from, in order.
     """
@@ -55,6 +56,7 @@ class WMatrixManifest(Strict):
     rank: int
     predecessors: int | None
     residual: bool = False
+    places: tuple[Literal["source", "target"], ...] = ()
     sink: tuple[int, ...]
     anchors: Anchors
     fit: dict[str, float | int | str | None]
@@ -76,9 +78,20 @@ class WMatrixManifest(Strict):
         return self.predecessors is not None
 
     @property
-    def embedding_width(self) -> int:
+    def token_width(self) -> int:
         """Numbers of the target's embeddings that the map reads for one token."""
         return 0 if self.predecessors is None else (1 + self.predecessors) * self.target.hidden_size
+
+    @property
+    def embedding_width(self) -> int:
+        """The same, with the position embeddings."""
+        return self.token_width + sum(width for _, width in self.place_shapes.values())
+
+    @property
+    def place_shapes(self) -> dict[str, tuple[int, int]]:
+        """The shapes [P, E] of the tables of position embeddings."""
+        sides = {"source": self.source, "target": self.target}
+        return {s: (sides[s].max_positions, sides[s].hidden_size) for s in sorted(self.places)}
 
     @property
     def standing(self) -> str:
@@ -92,7 +105,8 @@ class WMatrixManifest(Strict):
 @dataclass(frozen=True)
 class WMatrix:
     """The learned map. `mean` and `scale` [F] standardise features before `encode` [F, R];
-    `decode` [R, O] and `bias` [O] give position-free target states; sinks are [S, H, D] as cached.
+    `decode` [R, O] and `bias` [O] give position-free target states; sinks are [S, H, D] as cached;
+    `places` hold the position embeddings that are among the features.
     """
 
     manifest: WMatrixManifest
@@ -103,6 +117,7 @@ class WMatrix:
     bias: Tensor
     sink_keys: list[Tensor]
     sink_values: list[Tensor]
+    places: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def accuracy(self) -> float | None:
@@ -136,7 +151,7 @@ class WMatrix:
 
         Args:
             source: [T, source_width] float32 at the aligned source tokens; None blanks all states.
-            embeddings: [T, embedding_width] float32.
+            embeddings: [T, embedding_width] float32, position embeddings after tokens'.
             blank: [T] bool, rows whose source states say nothing.
 
         Returns:
@@ -163,6 +178,15 @@ class WMatrix:
             return mean.expand(rows, -1)
         return source if blank is None else torch.where(blank[:, None], mean, source)
 
+    def place_latents(self) -> dict[str, Tensor]:
+        """What each position adds to the latent, [P, R] of each side: the map is linear."""
+        found, end = {}, self.manifest.source_width + self.manifest.token_width
+        for side, table in sorted(self.places.items()):
+            part = slice(end, end := end + table.shape[1])
+            rows = (table - self.mean[part]) * self.scale[part]
+            found[side] = rows.to(self.encode.dtype) @ self.encode[part]
+        return found
+
     def save(self, path: str | Path) -> None:
         """Write the file atomically; the payload digest is put into the manifest here."""
         path = Path(path)
@@ -187,7 +211,7 @@ class WMatrix:
         for i, (key, value) in enumerate(zip(self.sink_keys, self.sink_values, strict=True)):
             tensors[f"sink.{i}.key"] = key.contiguous()
             tensors[f"sink.{i}.value"] = value.contiguous()
-        return tensors
+        return tensors | {f"places.{side}": table for side, table in self.places.items()}
 
 
 def load(path: str | Path) -> WMatrix:
@@ -222,6 +246,7 @@ def load(path: str | Path) -> WMatrix:
     for i, layer in enumerate(target.layers):
         shape = (len(manifest.sink), layer.heads, layer.head_dim)
         shapes |= {f"sink.{i}.key": shape, f"sink.{i}.value": shape}
+    shapes |= {f"places.{side}": shape for side, shape in manifest.place_shapes.items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if found != shapes:
         wrong = sorted(set(found.items()) ^ set(shapes.items()))
@@ -236,6 +261,7 @@ def load(path: str | Path) -> WMatrix:
         bias=tensors["bias"],
         sink_keys=[tensors[f"sink.{i}.key"] for i in range(count)],
         sink_values=[tensors[f"sink.{i}.value"] for i in range(count)],
+        places={side: tensors[f"places.{side}"] for side in manifest.place_shapes},
     )
 
 

@@ -17,6 +17,7 @@ from awareness_vllm.wmatrix.calibrate import CalibrationConfig, calibrate
 from awareness_vllm.wmatrix.config import FitConfig
 from awareness_vllm.wmatrix.file import WMatrix
 from awareness_vllm.wmatrix.gather import held_out_rows
+from awareness_vllm.wmatrix.layers import without_window
 from awareness_vllm.wmatrix.lessons import Lessons
 from awareness_vllm.wmatrix.mapping import main_layers
 from awareness_vllm.wmatrix.progress import phase, say
@@ -61,6 +62,8 @@ def fit(
         with phase("representation alignment", progress):
             if config.choice == "best" and not reader.residual:
                 choose_layers(reader, train, config, work, progress=progress)
+            elif config.choice == "full" and not reader.residual:
+                reader.choose(without_window(config.layers, reader.source_geometry))
             wmatrix = regress(reader, (train, held_out), config, work, progress=progress)
         with phase("component mapping", progress):
             say(f"main source layer of each target layer: {main_layers(wmatrix)}", progress)

@@ -38,7 +38,7 @@ from awareness_vllm.align.features import (
 )
 from awareness_vllm.anchors.corpus import Document
 from awareness_vllm.anchors.spans import Spans, align, load_tokenizer, tokenize
-from awareness_vllm.errors import BadInput, NoWMatrix
+from awareness_vllm.errors import BadInput, NoWMatrix, UnsupportedModel
 from awareness_vllm.packages.capture import read_tokens, states
 from awareness_vllm.provenance import versions
 from awareness_vllm.wmatrix.file import Anchors, WMatrix, WMatrixManifest
@@ -79,7 +79,7 @@ def fold(
             it is given (`residual`) does the composition have more: the sum of both.
 
     Raises:
-        NoWMatrix: the second does not begin where the first ends.
+        NoWMatrix, UnsupportedModel: as `check_consecutive` says.
     """
     check_consecutive(first, second)
     encode, decode, bias = composed(first, second, bridge)
@@ -101,7 +101,12 @@ def fold(
 
 
 def check_consecutive(first: WMatrix, second: WMatrix) -> None:
-    """Raises NoWMatrix where the second map does not begin where the first ends."""
+    """Prove that two maps can be one.
+
+    Raises:
+        NoWMatrix: the second does not begin where the first ends.
+        UnsupportedModel: a map that reads where tokens stand.
+    """
     ends, begins = first.manifest.target, second.manifest.source
     if not ends.same_model(begins):
         raise NoWMatrix(
@@ -110,6 +115,13 @@ def check_consecutive(first: WMatrix, second: WMatrix) -> None:
             f"the next begins at {begins.name} (weights {begins.weights[:12]})",
             expected="the same model in between",
             remedy="give the maps in the order of the route",
+        )
+    if first.manifest.places or second.manifest.places:
+        raise UnsupportedModel(
+            "maps that read position embeddings are not folded",
+            found=f"places {(*first.manifest.places, *second.manifest.places)}",
+            expected="models whose positions are not learned",
+            remedy="fit a direct map",
         )
 
 

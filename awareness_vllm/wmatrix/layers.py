@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from awareness_vllm.errors import UnsupportedModel
 from awareness_vllm.geometry import Geometry
 from awareness_vllm.wmatrix.statistics import Statistics
 
@@ -17,6 +18,26 @@ def evenly_spread(count: int | None, total: int) -> tuple[int, ...]:
     """
     count = max(1, total // 2) if count is None else min(count, total)
     return tuple((i + 1) * total // count - 1 for i in range(count))
+
+
+def without_window(count: int | None, source: Geometry) -> tuple[int, ...]:
+    """So many of the layers that hold every token's states, evenly spread: from them a map gives
+    what layers with a window no longer hold.
+
+    Raises:
+        UnsupportedModel: every layer has a window.
+    """
+    full = [i for i, layer in enumerate(source.layers) if layer.window is None]
+    if not full:
+        windows = sorted({layer.window for layer in source.layers if layer.window})
+        raise UnsupportedModel(
+            f"{source.name} has windows, and no full layer to expand them from",
+            found=f"windows of {windows} in all layers",
+            expected="a layer with full attention",
+            remedy="capture with transformers, which keeps all states, and read any layers "
+            "(--choice spread)",
+        )
+    return tuple(full[i] for i in evenly_spread(count, len(full)))
 
 
 class Elimination:

@@ -11,11 +11,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from awareness_vllm.align.features import blank_rows, embedding_features, flat_states
+from awareness_vllm.align.features import (
+    blank_rows,
+    embedding_features,
+    flat_states,
+    with_places,
+)
 from awareness_vllm.anchors.spans import align, load_tokenizer, prefix_ids, tokenize
 from awareness_vllm.geometry import Geometry
 from awareness_vllm.packages.capture import load_model, read_tokens, states
 from awareness_vllm.wmatrix.layers import evenly_spread
+from awareness_vllm.wmatrix.places import position_embeddings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,7 +48,7 @@ class Reader:
     Of the source, `count` layers are read, as `evenly_spread` says; of a variant of the target
     (`residual`) all of them, since the map then learns what to add to them. Without `predecessors`
     there is a row for each of the source's tokens but the first, otherwise for each of the
-    target's.
+    target's. Learned positions are features of their own, in `places`.
     """
 
     source: Path
@@ -59,6 +65,15 @@ class Reader:
         self.residual = self.source_geometry.same_shape(self.target_geometry)
         total = len(self.source_geometry.layers)
         self.choose(evenly_spread(total if self.residual else self.count, total))
+        sides = {
+            "source": (self.source_geometry, self.source_model),
+            "target": (self.target_geometry, self.target_model),
+        }
+        self.places = {
+            side: position_embeddings(model)
+            for side, (geometry, model) in sides.items()
+            if geometry.additive
+        }
 
     def choose(self, layers: tuple[int, ...]) -> None:
         """Read these layers of the source from now on."""
@@ -75,12 +90,16 @@ class Reader:
         flat = flat_states(self.source_geometry, keys, values, layers=self.layers)
         if self.predecessors is None:
             places = torch.from_numpy(align(target.spans, source.spans[1:]))
-            return Row(ids, flat[1:], torch.zeros(len(places), dtype=torch.bool), places)
+            index = torch.arange(1, len(flat))
+            features = with_places(flat[1:], self.places, index, places + len(self.sink))
+            return Row(ids, features, torch.zeros(len(places), dtype=torch.bool), places)
         index = torch.from_numpy(align(source.spans, target.spans))
         embed = self.target_model.get_input_embeddings()
         e = embedding_features(embed, ids, len(self.sink), self.predecessors)
+        places = torch.arange(len(index))
         features = torch.cat((flat[index], e), dim=1)
-        return Row(ids, features, blank_rows(index), torch.arange(len(index)))
+        features = with_places(features, self.places, index, places + len(self.sink))
+        return Row(ids, features, blank_rows(index), places)
 
     @torch.no_grad()
     def pairs(self, text: str) -> tuple[Tensor, Tensor]:

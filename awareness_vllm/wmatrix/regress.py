@@ -131,6 +131,7 @@ def solved(
             rank=config.rank,
             predecessors=config.predecessors,
             residual=reader.residual,
+            places=tuple(sorted(reader.places)),
             sink=tuple(reader.sink),
             anchors=Anchors(digest=digest(train), documents=len(train), tokens=tokens),
             fit=asdict(config),
@@ -145,4 +146,5 @@ def solved(
         bias=bias,
         sink_keys=sink_keys,
         sink_values=sink_values,
+        places=dict(reader.places),
     )

@@ -110,6 +110,11 @@ UNSERVED = {
     "qwen2, windows": "vLLM 0.32 wants windows in all of its layers or in none",
 }
 """Families that transformers runs and vLLM does not."""
+IN_EVERY_RUN = {
+    *("llama, llama3", "llama, yarn", "mistral", "gemma2", "phi3, longrope", "gpt-neox", "gpt-j"),
+    *("gpt2", "bloom", "falcon, new", "cohere2"),
+}
+"""One for each kind of positions, heads and layers; the others go through vLLM in `make families`."""
 
 
 def build(name: str) -> PreTrainedModel:

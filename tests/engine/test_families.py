@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from families import FAMILIES, SAID, UNSERVED
+from families import FAMILIES, IN_EVERY_RUN, SAID, UNSERVED
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(60 * len(FAMILIES))]
 
@@ -33,7 +33,14 @@ def runs(
     return {name: found.get(name, {"error": done.stderr[-3000:]}) for name in chosen}
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in UNSERVED])
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(name, marks=() if name in IN_EVERY_RUN else pytest.mark.nightly)
+        for name in FAMILIES
+        if name not in UNSERVED
+    ],
+)
 def test_greedy_after_its_own_memory_is_greedy_after_the_text(
     runs: dict[str, dict[str, Any]], family: str
 ) -> None:

@@ -16,7 +16,7 @@ from awareness_vllm.align.aligner import realign
 from awareness_vllm.align.features import flat_states
 from awareness_vllm.anchors.corpus import Document
 from awareness_vllm.anchors.spans import tokenize
-from awareness_vllm.errors import BadInput, NoWMatrix
+from awareness_vllm.errors import BadInput, NoWMatrix, UnsupportedModel
 from awareness_vllm.geometry import Geometry, LayerGeometry, Positions
 from awareness_vllm.packages.capture import capture, load_model, states
 from awareness_vllm.packages.file import Package, build
@@ -333,3 +333,15 @@ def test_too_few_texts_are_refused(
     first, second, embed = hops
     with pytest.raises(BadInput, match="no usable tokens"):
         learn_bridge(first, second, first.folder, embed, [])
+
+
+def test_maps_that_read_where_tokens_stand_are_not_folded(wmatrix: WMatrix) -> None:
+    placed = replace(wmatrix, manifest=wmatrix.manifest.model_copy(update={"places": ("target",)}))
+    back = replace(
+        wmatrix,
+        manifest=wmatrix.manifest.model_copy(
+            update={"source": wmatrix.manifest.target, "target": wmatrix.manifest.source}
+        ),
+    )
+    with pytest.raises(UnsupportedModel, match="position embeddings"):
+        fold(placed, back)

@@ -1,0 +1,351 @@
+"""Small real language models, one for each way to hold positions, trained here.
+
+    python benchmarks/small_models.py [--short] [NAME …]
+
+Every model has about a million parameters, the same small BPE and the same texts (the installed
+anchors; never the held-out sources), and lies in `$AWARENESS_HOME/models/small/NAME` in Hugging
+Face's format, as vLLM serves it. What is there is kept; a killed training goes on where it was.
+
+Trained on text alone for minutes, a model hardly looks back. So most sequences quote themselves:
+after a stretch of real text come spans of what was said before, between a few further words. And
+sequences begin short: in 64 tokens copying is learned after some 400 steps of 2,048 tokens, in 512
+not after 500 of 4,096; once learned, it is soon stretched to longer ones. A memory is worth
+something then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor
+from tqdm import tqdm
+
+from awareness_vllm.anchors.corpus import load, windows
+from awareness_vllm.home import anchors_dir, models_dir
+from awareness_vllm.wmatrix.places import TABLES
+from awareness_vllm.wmatrix.workspace import Workspace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+GENERATED = frozenset({"facts", "mathematics"})
+"""Anchors that are no real text."""
+BOS = "<|endoftext|>"
+VOCABULARY, POSITIONS, HIDDEN, LAYERS, HEADS = 2048, 1024, 128, 4, 4
+WINDOW = 128
+
+Recipe = Callable[[], "PreTrainedConfig"]
+RECIPES: dict[str, Recipe] = {}
+
+
+@dataclass(frozen=True)
+class Course:
+    """How a model is trained: in each phase so many steps with sequences of so many tokens, `batch`
+    tokens a step, from `characters` of text; the rate falls over the last `fall` of all steps."""
+
+    phases: tuple[tuple[int, int], ...] = ((550, 64), (100, 128), (150, 256), (250, 512))
+    batch: int = 2048
+    rate: float = 5e-3
+    warm_up: int = 20
+    fall: float = 0.4
+    characters: int = 6_000_000
+    save_every: int = 50
+
+    @property
+    def steps(self) -> int:
+        return sum(steps for steps, _ in self.phases)
+
+    @property
+    def longest(self) -> int:
+        return max(length for _, length in self.phases)
+
+    def length(self, step: int) -> int:
+        """Tokens of a sequence at a step."""
+        for steps, length in self.phases:
+            if step < steps:
+                return length
+            step -= steps
+        return self.longest
+
+    def share(self, step: int) -> float:
+        """The share of the full rate at a step: a rise, a plain, a fall."""
+        left = (1 - step / self.steps) / self.fall
+        return min(1.0, (step + 1) / self.warm_up, left)
+
+
+SHORT = Course(phases=((3, 32), (3, 64)), batch=128, characters=200_000)
+PLAIN, QUOTED = 0.12, 0.8
+"""Shares of sequences that are text as it stands, and of quotes among the parts of the others."""
+
+
+def recipe(name: str) -> Callable[[Recipe], Recipe]:
+    """Register a model's configuration under its name."""
+
+    def register(function: Recipe) -> Recipe:
+        RECIPES[name] = function
+        return function
+
+    return register
+
+
+def rotary(**fields: Any) -> dict[str, Any]:
+    """What Llama and Mistral are told alike."""
+    return {
+        "vocab_size": VOCABULARY,
+        "hidden_size": HIDDEN,
+        "intermediate_size": 3 * HIDDEN,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": HEADS,
+        "head_dim": HIDDEN // HEADS,
+        "max_position_embeddings": POSITIONS,
+        "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        **fields,
+    }
+
+
+@recipe("target")
+def target() -> PreTrainedConfig:
+    """RoPE by another theta, two KV heads instead of four: what the others are mapped to."""
+    from transformers import LlamaConfig
+
+    rope = {"rope_type": "default", "rope_theta": 100_000.0}
+    return LlamaConfig(**rotary(num_key_value_heads=2, rope_parameters=rope))
+
+
+@recipe("rope")
+def rope() -> PreTrainedConfig:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(**rotary())
+
+
+@recipe("learned")
+def learned() -> PreTrainedConfig:
+    from transformers import GPT2Config
+
+    return GPT2Config(
+        vocab_size=VOCABULARY,
+        n_positions=POSITIONS,
+        n_embd=HIDDEN,
+        n_layer=LAYERS,
+        n_head=HEADS,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+
+
+@recipe("alibi")
+def alibi() -> PreTrainedConfig:
+    from transformers import BloomConfig
+
+    return BloomConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        n_layer=LAYERS,
+        n_head=HEADS,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+
+
+@recipe("window")
+def window() -> PreTrainedConfig:
+    from transformers import MistralConfig
+
+    return MistralConfig(**rotary(sliding_window=WINDOW))
+
+
+def folder_of(name: str, *, short: bool = False) -> Path:
+    """Where a small model lies."""
+    return models_dir() / ("small-short" if short else "small") / name
+
+
+def texts(characters: int) -> list[str]:
+    """So many characters of the anchors' real texts, evenly from all of them."""
+    sources = sorted(p for p in anchors_dir().iterdir() if p.name not in GENERATED)
+    pieces = [piece for document in load(sources) for piece in windows(document, 4000)]
+    picked: list[str] = []
+    for i in np.random.default_rng(0).permutation(len(pieces)):
+        picked.append(pieces[i])
+        characters -= len(pieces[i])
+        if characters <= 0:
+            break
+    return picked
+
+
+def bpe(pieces: Sequence[str]) -> Tokenizer:
+    """Byte-level BPE that puts its BOS before any text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=[BOS],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(pieces, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, 0)]
+    )
+    return tokenizer
+
+
+def sequence(rng: np.random.Generator, corpus: np.ndarray, length: int) -> list[int]:
+    """BOS and text, [length] ids; mostly with quotes of what stands before."""
+
+    def passage(count: int) -> list[int]:
+        begin = rng.integers(max(1, len(corpus) - count))
+        return corpus[begin : begin + count].tolist()
+
+    if rng.random() < PLAIN:
+        return [0, *passage(length - 1)]
+    ids = [0, *passage(int(rng.integers(length // 4, length // 2)))]
+    while len(ids) < length:
+        if rng.random() < QUOTED:
+            begin = int(rng.integers(1, max(2, len(ids) - 8)))
+            ids += ids[begin : begin + int(rng.integers(8, max(16, length // 4)))]
+        else:
+            ids += passage(int(rng.integers(1, max(8, length // 16))))
+    return ids[:length]
+
+
+def is_learned(model: Any) -> bool:
+    return model.config.model_type in TABLES
+
+
+def spread(rng: np.random.Generator, ids: Tensor, longest: int) -> Tensor:
+    """Positions [N, T] of sequences that begin anywhere, the longest at 0: what is learned of each
+    position alone must be learned of all of them."""
+    begins = rng.integers(longest - ids.shape[1] + 1, size=(len(ids), 1))
+    return torch.arange(ids.shape[1], device=ids.device) + torch.from_numpy(begins).to(ids.device)
+
+
+def optimizers(model: Any, rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the layers' matrices, which learn in half the steps by it; Adam for the rest."""
+    matrices, others = [], []
+    for name, weight in model.named_parameters():
+        inner = weight.dim() == 2 and (".layers." in name or ".h." in name)
+        (matrices if inner else others).append(weight)
+    muon = torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    return [muon, torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.01)]
+
+
+def train(model: Any, corpus: np.ndarray, course: Course, seed: int, work: Workspace) -> float:
+    """Train a model to the course's end; the loss of the last steps."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device).train()
+    steppers = optimizers(model, course.rate)
+    losses: list[float] = []
+    begin = resume(model, steppers, work)
+    for step in (bar := tqdm(range(begin, course.steps), initial=begin, total=course.steps)):
+        rng = np.random.default_rng((seed, step))
+        length = course.length(step)
+        batch = [sequence(rng, corpus, length) for _ in range(course.batch // length)]
+        ids = torch.tensor(batch, device=device)
+        inputs = {"position_ids": spread(rng, ids, course.longest)} if is_learned(model) else {}
+        with torch.autocast(device, torch.bfloat16):
+            loss = model(ids, labels=ids, use_cache=False, **inputs).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for stepper in steppers:
+            for group in stepper.param_groups:
+                group["lr"] = course.rate * course.share(step)
+            stepper.step()
+            stepper.zero_grad()
+        losses.append(loss.item())
+        bar.set_postfix(loss=f"{np.mean(losses[-20:]):.3f}")
+        if (step + 1) % course.save_every == 0:
+            keep(model, steppers, work, step + 1)
+    return float(np.mean(losses[-20:])) if losses else float("nan")
+
+
+def keep(model: Any, steppers: Sequence[torch.optim.Optimizer], work: Workspace, step: int) -> None:
+    """Save what a killed training goes on from."""
+    tensors: dict[str, Tensor] = {}
+    for name, weight in model.named_parameters():
+        tensors[f"weight/{name}"] = weight.detach()
+        for stepper in steppers:
+            for field, value in stepper.state.get(weight, {}).items():
+                tensors[f"state/{field}/{name}"] = torch.as_tensor(value)
+    work.save(
+        "training", {name: t.clone().contiguous() for name, t in tensors.items()}, {"step": step}
+    )
+
+
+def resume(model: Any, steppers: Sequence[torch.optim.Optimizer], work: Workspace) -> int:
+    """Take up a killed training; the step it goes on at."""
+    if (kept := work.load("training")) is None:
+        return 0
+    tensors, note = kept
+    weights = dict(model.named_parameters())
+    owner = {id(w): s for s in steppers for group in s.param_groups for w in group["params"]}
+    for key, tensor in tensors.items():
+        kind, _, rest = key.partition("/")
+        if kind == "weight":
+            weights[rest].data.copy_(tensor)
+        else:
+            field, _, name = rest.partition("/")
+            owner[id(weights[name])].state[weights[name]][field] = tensor.to(
+                weights[name].device if tensor.dim() else "cpu"
+            )
+    return int(note["step"])
+
+
+def make(name: str, *, short: bool = False) -> Path:
+    """Train a model unless it is there; its folder."""
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    folder = folder_of(name, short=short)
+    if (folder / "training.json").is_file():
+        return folder
+    course = SHORT if short else Course()
+    seed = zlib.crc32(name.encode())
+    pieces = texts(course.characters)
+    tokenizer = bpe(pieces)
+    corpus = np.concatenate([e.ids for e in tokenizer.encode_batch(pieces)]).astype(np.int64)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(RECIPES[name](), dtype=torch.float32)
+    note = {"name": name, "seed": seed, **asdict(course)}
+    work = Workspace(folder.with_name(f".{name}.work"), json.dumps(note))
+    started = time.process_time()
+    note["loss"] = train(model, corpus, course, seed, work)
+    note["cpu_seconds"] = round(time.process_time() - started)
+    note["parameters"] = sum(p.numel() for p in model.parameters())
+    model.cpu().to(torch.bfloat16).save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=BOS, eos_token=BOS
+    ).save_pretrained(folder)
+    (folder / "training.json").write_text(json.dumps(note, indent=1) + "\n")
+    work.remove()
+    return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", default=[], metavar="NAME", help=", ".join(RECIPES))
+    parser.add_argument("--short", action="store_true", help="a few steps: that it runs, for CI")
+    args = parser.parse_args()
+    for name in args.names or RECIPES:
+        folder = make(name, short=args.short)
+        print(f"{folder}: {(folder / 'training.json').read_text()}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""What a window has lost is mapped from the layers that hold it, or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from awareness_vllm.align.aligner import copy, realign
+from awareness_vllm.errors import PackageCorrupt, UnsupportedModel, UnsupportedRequest
+from awareness_vllm.geometry import Geometry
+from awareness_vllm.packages.file import Package, build, publish, read, verify
+from awareness_vllm.wmatrix.file import WMatrix
+from awareness_vllm.wmatrix.layers import without_window
+
+pytestmark = pytest.mark.unit
+
+TEXT = "the quick brown fox"
+
+
+def embed(ids: Tensor) -> Tensor:
+    return torch.randn(1000, 6, generator=torch.Generator().manual_seed(3))[ids]
+
+
+@pytest.fixture(scope="module")
+def whole(make_package: Callable[..., Package]) -> Package:
+    return make_package(TEXT)
+
+
+@pytest.fixture(scope="module")
+def cropped(whole: Package) -> Package:
+    """As transformers' default cache has it: the layer with a window of 4 keeps 3 tokens."""
+    return build(
+        geometry=whole.geometry,
+        text=TEXT,
+        tokens=whole.tokens,
+        spans=whole.spans,
+        keys=[whole.keys[0], whole.keys[1][-3:]],
+        values=[whole.values[0], whole.values[1][-3:]],
+        engine="transformers",
+        versions={},
+    )
+
+
+@pytest.fixture(scope="module")
+def full_map(wmatrix: WMatrix, geometry: Geometry) -> WMatrix:
+    """The tiny map without the features of the layer that has a window."""
+    first = geometry.layers[0].width
+    total = geometry.key_width
+    kept = torch.cat((torch.arange(first), total + torch.arange(first)))
+    kept = torch.cat((kept, torch.arange(2 * total, len(wmatrix.mean))))
+    manifest = wmatrix.manifest.model_copy(update={"layers": (0,)})
+    parts = {name: getattr(wmatrix, name)[kept] for name in ("mean", "scale", "encode")}
+    return replace(wmatrix, manifest=manifest, **parts)
+
+
+def test_a_cropped_package_says_so_and_comes_back(cropped: Package, tmp_path: Path) -> None:
+    found = verify(publish(cropped, tmp_path))
+    assert found.manifest.begins == (0, len(TEXT) - 3)
+    assert torch.equal(found.keys[1], cropped.keys[1])
+
+
+def test_a_whole_package_says_nothing_of_it(whole: Package) -> None:
+    assert "begins" not in whole.manifest.model_dump_json()
+
+
+@pytest.mark.parametrize("begins", [(0,), (0, 1)])
+def test_beginnings_that_are_not_those_of_the_states_are_refused(
+    cropped: Package, begins: tuple[int, ...], tmp_path: Path
+) -> None:
+    manifest = cropped.manifest.model_copy(update={"begins": begins})
+    with pytest.raises(PackageCorrupt):
+        read(publish(replace(cropped, manifest=manifest), tmp_path))
+
+
+def test_what_reads_the_lost_states_is_refused(
+    cropped: Package, wmatrix: WMatrix, folder: Path
+) -> None:
+    with pytest.raises(UnsupportedRequest, match="layers \\[1\\]"):
+        copy(cropped)
+    with pytest.raises(UnsupportedRequest, match="--choice full"):
+        realign(cropped, wmatrix, folder, embed, dtype=torch.float32)
+
+
+def test_a_map_of_the_full_layers_gives_all_states(
+    cropped: Package, whole: Package, full_map: WMatrix, folder: Path
+) -> None:
+    found = realign(cropped, full_map, folder, embed, dtype=torch.float32)
+    expected = realign(whole, full_map, folder, embed, dtype=torch.float32)
+    for one, other in zip(found.keys, expected.keys, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_layers_without_a_window_are_chosen(geometry: Geometry) -> None:
+    full, sliding = geometry.layers
+    mixed = geometry.model_copy(update={"layers": (sliding, full, sliding, full, full, full)})
+    assert without_window(2, mixed) == (3, 5)
+    assert without_window(None, geometry) == (0,)
+
+
+def test_windows_everywhere_have_nothing_to_expand_from(geometry: Geometry) -> None:
+    everywhere = geometry.model_copy(update={"layers": geometry.layers[1:]})
+    with pytest.raises(UnsupportedModel, match=r"windows of \[4\] in all layers"):
+        without_window(None, everywhere)
