@@ -114,7 +114,7 @@ IN_EVERY_RUN = {
     *("llama, llama3", "llama, yarn", "mistral", "gemma2", "phi3, longrope", "gpt-neox", "gpt-j"),
     *("gpt2", "bloom", "falcon, new", "cohere2"),
 }
-"""One for each kind of positions, heads and layers; the others go through vLLM in `make families`."""
+"""One for each kind of positions, heads and layers; the others are for `make families`."""
 
 
 def build(name: str) -> PreTrainedModel:

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from awareness_vllm.align.aligner import realign
+from awareness_vllm.align.aligner import realign, sources
 from awareness_vllm.align.features import with_places
 from awareness_vllm.align.paged import PagedMap
 from awareness_vllm.errors import UnsupportedModel, WMatrixCorrupt
@@ -150,7 +150,7 @@ def test_a_memory_differs_by_what_its_places_add(
 def test_the_fused_way_adds_the_same(placed: WMatrix, package: Package, folder: Path) -> None:
     heads = {i: slice(0, 1) for i in range(len(placed.manifest.target.layers))}
     paged = PagedMap(placed, heads, positions=64, device="cpu")
-    latent = paged.latent(package, folder, embed)
+    latent = paged.latent(package, *sources(package, placed.manifest, folder), embed)
     plain = realign(package, placed, folder, embed, dtype=torch.float32)
     values = latent.rows.float() @ placed.decode.float() + placed.bias
     sink = len(placed.manifest.sink)
