@@ -29,9 +29,10 @@ def without_window(count: int | None, source: Geometry) -> tuple[int, ...]:
     """
     full = [i for i, layer in enumerate(source.layers) if layer.window is None]
     if not full:
+        windows = sorted({layer.window or 0 for layer in source.layers})
         raise UnsupportedModel(
             f"{source.name} has windows, and no full layer to expand them from",
-            found=f"windows of {sorted({layer.window for layer in source.layers})} in all layers",
+            found=f"windows of {windows} in all layers",
             expected="a layer with full attention",
             remedy="capture with transformers, which keeps all states, and read any layers "
             "(--choice spread)",

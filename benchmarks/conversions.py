@@ -1,6 +1,6 @@
 """What converting between positional encodings costs, measured between small models.
 
-    python benchmarks/encodings.py [--rank R] [--limit N] [--only ROW …] [--out FILE.json]
+    python benchmarks/conversions.py [--rank R] [--limit N] [--only ROW …] [--out FILE.json]
 
 For each conversion of the published table a W-Matrix is fitted between two models of
 `benchmarks/small_models.py` (made when missing), alike but for the encodings: same texts, same
