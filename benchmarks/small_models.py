@@ -10,12 +10,13 @@ Trained on text alone for minutes, a model hardly looks back. So most sequences 
 after a stretch of real text come spans of what was said before, between a few further words. And
 sequences begin short: in 64 tokens copying is learned after some 400 steps of 2,048 tokens, in 512
 not after 500 of 4,096; once learned, it is soon stretched to longer ones. A memory is worth
-something then.
+something then. The last phases have more and more text as it stands.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 import zlib
@@ -50,10 +51,16 @@ RECIPES: dict[str, Recipe] = {}
 
 @dataclass(frozen=True)
 class Course:
-    """How a model is trained: in each phase so many steps with sequences of so many tokens, `batch`
-    tokens a step, from `characters` of text; the rate falls over the last `fall` of all steps."""
+    """How a model is trained: in each phase so many steps with sequences of so many tokens, of
+    which a share is text as it stands; `batch` tokens a step, from `characters` of text. The rate
+    falls over the last `fall` of all steps."""
 
-    phases: tuple[tuple[int, int], ...] = ((550, 64), (100, 128), (150, 256), (250, 512))
+    phases: tuple[tuple[int, int, float], ...] = (
+        (550, 64, 0.1),
+        (100, 128, 0.1),
+        (100, 256, 0.4),
+        (300, 512, 0.6),
+    )
     batch: int = 2048
     rate: float = 5e-3
     warm_up: int = 20
@@ -63,19 +70,16 @@ class Course:
 
     @property
     def steps(self) -> int:
-        return sum(steps for steps, _ in self.phases)
+        return sum(steps for steps, _, _ in self.phases)
 
     @property
     def longest(self) -> int:
-        return max(length for _, length in self.phases)
+        return max(length for _, length, _ in self.phases)
 
-    def length(self, step: int) -> int:
-        """Tokens of a sequence at a step."""
-        for steps, length in self.phases:
-            if step < steps:
-                return length
-            step -= steps
-        return self.longest
+    def phase(self, step: int) -> tuple[int, float]:
+        """Tokens of a sequence at a step, and the share of plain ones."""
+        ends = itertools.accumulate(steps for steps, _, _ in self.phases)
+        return next(p[1:] for p, end in zip(self.phases, ends, strict=True) if step < end)
 
     def share(self, step: int) -> float:
         """The share of the full rate at a step: a rise, a plain, a fall."""
@@ -83,9 +87,9 @@ class Course:
         return min(1.0, (step + 1) / self.warm_up, left)
 
 
-SHORT = Course(phases=((3, 32), (3, 64)), batch=128, characters=200_000)
-PLAIN, QUOTED = 0.12, 0.8
-"""Shares of sequences that are text as it stands, and of quotes among the parts of the others."""
+SHORT = Course(phases=((3, 32, 0.1), (3, 64, 0.5)), batch=128, characters=200_000)
+QUOTED = 0.8
+"""The share of quotes among the parts that a sequence goes on with."""
 
 
 def recipe(name: str) -> Callable[[Recipe], Recipe]:
@@ -207,14 +211,14 @@ def bpe(pieces: Sequence[str]) -> Tokenizer:
     return tokenizer
 
 
-def sequence(rng: np.random.Generator, corpus: np.ndarray, length: int) -> list[int]:
-    """BOS and text, [length] ids; mostly with quotes of what stands before."""
+def sequence(rng: np.random.Generator, corpus: np.ndarray, length: int, plain: float) -> list[int]:
+    """BOS and text, [length] ids; in all but a `plain` share, quotes of what stands before."""
 
     def passage(count: int) -> list[int]:
         begin = rng.integers(max(1, len(corpus) - count))
         return corpus[begin : begin + count].tolist()
 
-    if rng.random() < PLAIN:
+    if rng.random() < plain:
         return [0, *passage(length - 1)]
     ids = [0, *passage(int(rng.integers(length // 4, length // 2)))]
     while len(ids) < length:
@@ -256,8 +260,8 @@ def train(model: Any, corpus: np.ndarray, course: Course, seed: int, work: Works
     begin = resume(model, steppers, work)
     for step in (bar := tqdm(range(begin, course.steps), initial=begin, total=course.steps)):
         rng = np.random.default_rng((seed, step))
-        length = course.length(step)
-        batch = [sequence(rng, corpus, length) for _ in range(course.batch // length)]
+        length, plain = course.phase(step)
+        batch = [sequence(rng, corpus, length, plain) for _ in range(course.batch // length)]
         ids = torch.tensor(batch, device=device)
         inputs = {"position_ids": spread(rng, ids, course.longest)} if is_learned(model) else {}
         with torch.autocast(device, torch.bfloat16):

@@ -144,17 +144,16 @@ class Supply:
         """Align a block; whether the memory is there, or never will be: its askers tell why."""
         try:
             found, temperature = alignment.found.result()
-            memory = self.block(alignment, found) if found.memory is None else found.memory
+            memory = found.memory or self.block(alignment, found)
+            if memory is None:
+                return False
+            self.warm.put(alignment.key, memory)
+            # A latent is decoded faster than its states are read, and a copy is a file already.
+            if self.disk and found.memory is None and isinstance(memory, AlignedMemory):
+                self.disk.put(alignment.key, memory)
+            alignment.result.set_result((memory, temperature))
         except Exception as error:
             alignment.result.set_exception(error)
-            return True
-        if memory is None:
-            return False
-        self.warm.put(alignment.key, memory)
-        # A latent is decoded faster than its states are read, and a copy is a file already.
-        if self.disk and found.memory is None and isinstance(memory, AlignedMemory):
-            self.disk.put(alignment.key, memory)
-        alignment.result.set_result((memory, temperature))
         return True
 
     def block(self, alignment: Alignment, found: Found) -> Memory | None:

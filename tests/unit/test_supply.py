@@ -166,6 +166,19 @@ def test_a_failure_is_told_and_not_kept(supply: Supply, held: Held) -> None:
     assert arrived(supply, supply.ask(part(), "")) == (ALIGNED, "cold")
 
 
+def test_what_cannot_be_kept_fails_its_askers_and_not_the_engine(
+    supply: Supply, held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(key: object, memory: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(supply.warm, "put", full)
+    held.go_on.set()
+    with pytest.raises(MemoryError):
+        arrived(supply, supply.ask(part(), ""))
+    assert supply.under_way == {}
+
+
 def test_a_prefetch_is_pending_until_its_memory_is_warm(supply: Supply, held: Held) -> None:
     params = LoadParams(parts=(part(),))
     supply.warm.limit = 0

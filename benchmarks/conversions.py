@@ -1,6 +1,6 @@
 """What converting between positional encodings costs, measured between small models.
 
-    python benchmarks/encodings.py [--rank R] [--limit N] [--only ROW …] [--out FILE.json]
+    python benchmarks/conversions.py [--rank R] [--limit N] [--only ROW …] [--out FILE.json]
 
 For each conversion of the published table a W-Matrix is fitted between two models of
 `benchmarks/small_models.py` (made when missing), alike but for the encodings: same texts, same
@@ -22,6 +22,7 @@ import datetime
 import json
 import random
 import zlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -82,14 +83,14 @@ def anchor_pieces(folder: Path) -> list[Document]:
     return [pieces[i] for i in picked if len(tokenize(tokenizer, pieces[i].text).ids) <= LIMIT]
 
 
-def evaluation_texts(folder: Path) -> list[Document]:
-    """Texts of sources that no model and no map has seen: a context each, and what follows it.
+def evaluation_texts(folder: Path, documents: Sequence[Document]) -> list[Document]:
+    """A context from each document that is long enough, and what follows it.
 
     With some the text itself goes on, with others spans of the context come again, by the name.
     """
     tokenizer = load_tokenizer(str(folder))
     found: list[Document] = []
-    for document in load([held_out_dir() / name for name in HELD_OUT]):
+    for document in documents:
         tokens = tokenize(tokenizer, document.text)
         if len(tokens.ids) < CONTEXT + CONTINUATION + 1:
             continue
@@ -117,9 +118,9 @@ def measured(name: str, config: FitConfig, limit: int | None) -> tuple[TextFigur
     suffix = "" if config.predecessors is not None else "-without-text"
     wmatrix.register(f"small-{conversion.source}--{conversion.target}{suffix}")
     bench = Bench(source, target, wmatrix)
-    figures = evaluate_texts(
-        bench, evaluation_texts(target), context=CONTEXT, continuation=CONTINUATION, limit=limit
-    )
+    # Of sources that no model and no map has seen.
+    texts = evaluation_texts(target, load([held_out_dir() / name for name in HELD_OUT]))
+    figures = evaluate_texts(bench, texts, context=CONTEXT, continuation=CONTINUATION, limit=limit)
     native = prefill_flop(bench.target_model, CONTEXT)
     said = {
         "r2": wmatrix.manifest.r2,
