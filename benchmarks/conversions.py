@@ -184,7 +184,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rank", type=int, default=192)
     parser.add_argument("--tokens", type=int, default=40_000)
-    parser.add_argument("--calibration", type=int, default=0)
+    parser.add_argument("--calibration", type=int, default=200)
     parser.add_argument("--without-text", action="store_true", help="the source's states alone")
     parser.add_argument("--limit", type=int, help="at most so many texts")
     parser.add_argument("--only", nargs="+", choices=CONVERSIONS, default=list(CONVERSIONS))

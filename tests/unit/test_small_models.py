@@ -70,17 +70,19 @@ def test_a_sequence_quotes_itself_unless_it_is_plain(plain: float) -> None:
 
 def test_a_course_goes_through_its_phases() -> None:
     assert [COURSE.phase(step) for step in (0, 3, 4, 7)] == [(16, 0.1)] * 2 + [(32, 0.5)] * 2
-    assert (COURSE.steps, COURSE.longest) == (8, 32)
+    assert COURSE.steps == 8
     assert COURSE.share(0) == 1 / COURSE.warm_up
     assert COURSE.share(7) < COURSE.share(4)
 
 
-def test_short_sequences_stand_anywhere_and_the_longest_at_the_beginning() -> None:
-    rng, ids = np.random.default_rng(0), torch.zeros(500, 16)
-    found = small.spread(rng, ids, 32)
-    assert (found.diff(dim=1) == 1).all()
-    assert (found.min(), found.max()) == (0, 31)
-    assert (small.spread(rng, ids, 16)[:, 0] == 0).all()
+def test_learned_positions_begin_as_waves() -> None:
+    model = tiny()
+    small.begin_as_waves(model)
+    table = model.transformer.wpe.weight
+    turned = table[1:] @ table[:-1].T
+    torch.testing.assert_close(turned.diagonal(), turned[0, 0].expand(31))
+    size = model.get_input_embeddings().weight.std()
+    torch.testing.assert_close(table.square().mean().sqrt(), 2 * size)
 
 
 def tiny() -> torch.nn.Module:
