@@ -1,0 +1,160 @@
+"""What is said of a memory on a target before it is loaded, with where each figure comes from.
+
+Score, level and recommendation are those of the published interface. A *prior* is a figure that
+somebody published for models whose weights nobody can get: it is shown, and decides nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from awareness_vllm.geometry import Strict
+from awareness_vllm.wmatrix.certificate import Interval
+
+Impact = Literal["low", "medium", "high"]
+Level = Literal["Excellent", "Good", "Acceptable", "Marginal", "Poor"]
+
+LEVELS: tuple[tuple[float, Level, str], ...] = (
+    (0.95, "Excellent", "Proceed with confidence"),
+    (0.90, "Good", "Recommended"),
+    (0.85, "Acceptable", "Proceed with awareness"),
+    (0.80, "Marginal", "Consider alternatives"),
+    (-float("inf"), "Poor", "Not recommended"),
+)
+"""Lowest score of a level, its name and the recommendation, as published."""
+
+
+class Basis(Strict):
+    """Where a figure comes from.
+
+    "exact": the same model, a copy. "measured": in five arms, by the certificate of the W-Matrix
+    file `digest`, or here on the package of that digest. "prior": published in `source`, measured
+    by nobody here.
+    """
+
+    kind: Literal["exact", "measured", "prior"]
+    source: str
+    digest: str | None = None
+
+
+class RiskFactor(Strict):
+    """What may make the memory worth less than the estimate says, or unusable."""
+
+    description: str
+    impact: Impact
+
+
+class Action(Strict):
+    """What would raise retention, by how much (None: nobody knows), and how that is known."""
+
+    description: str
+    gain: float | None
+    basis: Literal["measured", "estimated"]
+
+
+class Share(Strict):
+    """One source of degradation: its share of the whole loss, with its interval, beside the
+    published one (a prior)."""
+
+    source: str
+    share: Interval
+    prior: float
+
+
+class Curve(Strict):
+    """Retention by tokens of context, of the map with `tail` tokens read natively."""
+
+    tail: str
+    contexts: tuple[int, ...]
+    retention: tuple[Interval, ...]
+
+
+class CompatibilityReport(Strict):
+    """What a memory would be on a target. Figures that nobody knows are None.
+
+    `estimated_retention` lies within `ci_low` … `ci_high` for 95 % of memories like this one where
+    its basis is measured. `head_mapping_quality` is the overlap of the attention distributions
+    with native ones, 0 to 1; `positional_compatibility` what is left after the conversion of
+    positions, 0 to 1. `estimated_load_time_s` is that of a cold load; `load_times_s` has the
+    others. `facts` is fact recall as a share of native.
+    """
+
+    memory: str
+    source: str
+    target: str
+    tokens: int
+    compatibility_score: float | None
+    estimated_retention: float | None
+    ci_low: float | None
+    ci_high: float | None
+    basis: Basis | None
+    level: Level | None
+    recommendation: str
+    facts: Interval | None = None
+    head_mapping_quality: float | None
+    positional_compatibility: float | None
+    positional_basis: Basis | None
+    target_memory_gb: float | None
+    estimated_load_time_s: float | None
+    load_times_s: dict[str, float] = {}
+    risk_factors: tuple[RiskFactor, ...] = ()
+    actions: tuple[Action, ...] = ()
+    arms: dict[str, dict[str, float]] = {}
+    curves: tuple[Curve, ...] = ()
+    kinds: dict[str, Interval] = {}
+    degradation: tuple[Share, ...] = ()
+
+    @property
+    def confidence_interval(self) -> tuple[float, float] | None:
+        """`ci_low` and `ci_high`."""
+        return None if self.ci_low is None or self.ci_high is None else (self.ci_low, self.ci_high)
+
+
+class Estimate(Strict):
+    """What a W-Matrix keeps in general: the published fields of `CompatibilityChecker`.
+
+    `alignment_quality` is the mean cosine of aligned states to the target's own;
+    `dimensional_loss` what a round trip through the map loses, `structural_mismatch` how far the
+    two geometries are apart; all 0 to 1, None where nobody knows.
+    """
+
+    source: str
+    target: str
+    retention: float | None
+    ci_low: float | None
+    ci_high: float | None
+    basis: Basis | None
+    alignment_quality: float | None
+    dimensional_loss: float | None
+    structural_mismatch: float | None
+    risk_level: Literal["Low", "Medium", "High"]
+    recommendation: str
+
+
+class Cell(Strict):
+    """One pair of models in the compatibility matrix; nothing known where `basis` is None."""
+
+    source: str
+    target: str
+    retention: Interval | None
+    basis: Basis | None
+
+
+class Matrix(Strict):
+    """Every source with every target: what was measured, and what was published."""
+
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+    cells: tuple[Cell, ...]
+
+    def cell(self, source: str, target: str) -> Cell | None:
+        """The best known cell of a pair: measured before published."""
+        found = [c for c in self.cells if (c.source, c.target) == (source, target)]
+        return min(found, key=lambda c: c.basis is None or c.basis.kind == "prior", default=None)
+
+
+def level_of(score: float | None) -> tuple[Level | None, str]:
+    """The published level of a score, and its recommendation."""
+    if score is None:
+        return None, "Nobody knows: certify a W-Matrix, or check with --measure"
+    return next((name, says) for least, name, says in LEVELS if score > least)
