@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
+
 from awareness_vllm.geometry import Strict
 from awareness_vllm.wmatrix.certificate import Interval
 
@@ -96,12 +98,12 @@ class CompatibilityReport(Strict):
     positional_basis: Basis | None
     target_memory_gb: float | None
     estimated_load_time_s: float | None
-    load_times_s: dict[str, float] = {}
+    load_times_s: dict[str, float] = Field(default_factory=dict)
     risk_factors: tuple[RiskFactor, ...] = ()
     actions: tuple[Action, ...] = ()
-    arms: dict[str, dict[str, float]] = {}
+    arms: dict[str, dict[str, float]] = Field(default_factory=dict)
     curves: tuple[Curve, ...] = ()
-    kinds: dict[str, Interval] = {}
+    kinds: dict[str, Interval] = Field(default_factory=dict)
     degradation: tuple[Share, ...] = ()
 
     @property
