@@ -98,6 +98,32 @@ def without_text(package: Package) -> Package:
     )
 
 
+def beginning(package: Package, tokens: int) -> Package:
+    """The memory of a package's first `tokens` tokens, or of a few less where its text would end
+    within a character: states of a prefix do not depend on what follows."""
+    raw = package.text.encode()
+    while tokens and not boundary(raw, end := int(package.spans[tokens - 1, 1])):
+        tokens -= 1
+    held = [tokens - len(package.tokens) + len(key) for key in package.keys]
+    return build(
+        geometry=package.geometry,
+        text=raw[:end].decode() if tokens else "",
+        tokens=package.tokens[:tokens],
+        spans=package.spans[:tokens],
+        keys=[key[: max(0, n)] for key, n in zip(package.keys, held, strict=True)],
+        values=[value[: max(0, n)] for value, n in zip(package.values, held, strict=True)],
+        engine=package.manifest.engine,
+        versions=package.manifest.versions,
+        name=package.manifest.name,
+        has_text=package.manifest.has_text,
+    )
+
+
+def boundary(raw: bytes, end: int) -> bool:
+    """Whether UTF-8 text can end there."""
+    return end >= len(raw) or raw[end] & 0xC0 != 0x80
+
+
 def publish(package: Package, store: Path) -> Path:
     """Write a package into a store folder under its ID, atomically: whole or not at all."""
     store.mkdir(parents=True, exist_ok=True)

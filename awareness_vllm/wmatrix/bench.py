@@ -6,10 +6,11 @@ source's states blanked), *wrong_memory* (another document's), *none*.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,20 +24,29 @@ from awareness_vllm.packages.file import Package
 from awareness_vllm.wmatrix.file import WMatrix
 from awareness_vllm.wmatrix.reader import last_logits
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 ARMS = ("native", "memory", "tokens_only", "wrong_memory", "none")
 
 
 @dataclass
 class Bench:
-    """Both models and the map between them; without a map, source and target must be one model."""
+    """Both models and the map between them; without a map, source and target must be one model.
+    Without a source nothing is captured: packages are there already."""
 
-    source: Path
+    source: Path | None
     target: Path
     wmatrix: WMatrix | None
 
     def __post_init__(self) -> None:
-        self.source, self.target = resolve_folder(self.source), resolve_folder(self.target)
-        source, target = Geometry.from_folder(self.source), Geometry.from_folder(self.target)
+        self.target = resolve_folder(self.target)
+        target = source = Geometry.from_folder(self.target)
+        if self.source is not None:
+            self.source = resolve_folder(self.source)
+            source = Geometry.from_folder(self.source)
+        elif self.wmatrix is not None:
+            source = self.wmatrix.manifest.source
         self.max_positions = target.max_positions
         self.dtype = getattr(torch, target.dtype)
         if self.wmatrix is None and not source.same_model(target):
@@ -60,13 +70,26 @@ class Bench:
                     )
         self.recent: dict[str, Package] = {}
         self.target_model = load_model(self.target)
-        self.source_model = self.target_model if self.wmatrix is None else load_model(self.source)
+
+    @functools.cached_property
+    def source_model(self) -> PreTrainedModel:
+        """Raises BadInput: no source is at hand."""
+        if self.wmatrix is None:
+            return self.target_model
+        if self.source is None:
+            raise BadInput(
+                "nothing can be captured",
+                found="no source model",
+                expected="the folder of the model that makes the memories",
+            )
+        return load_model(self.source)
 
     def package(self, text: str) -> Package:
         """The source's capture of a text; the last two are kept, one serves as a wrong memory."""
         if text not in self.recent:
             self.recent = dict([*self.recent.items()][-1:])
-            self.recent[text] = capture(self.source, text, model=self.source_model)
+            folder = self.source or self.target
+            self.recent[text] = capture(folder, text, model=self.source_model)
         return self.recent[text]
 
     def memory(self, package: Package, *, blank: bool = False) -> AlignedMemory:
@@ -102,12 +125,17 @@ class Bench:
         return logits[:-1].float().log_softmax(-1)
 
     def arms(
-        self, context: str, other: Package, ids: list[int], scored: int, tails: Sequence[int] = ()
+        self,
+        package: Package,
+        other: Package | None,
+        ids: list[int],
+        scored: int,
+        tails: Sequence[int] = (),
     ) -> dict[str, Tensor]:
-        """Log probabilities of all five arms after one context, [scored, V] each; with each of the
-        `tails` read natively, of the memory and of what its tokens alone give."""
-        package = self.package(context)
-        context_ids, sink = self.ids(context), self.sink()
+        """Log probabilities of all five arms after a memory, [scored, V] each; with each of the
+        `tails` read natively, of the memory and of what its tokens alone give. Without an `other`
+        memory there is no wrong one."""
+        context_ids, sink = self.ids(package.text), self.sink()
         none = self.native(context_ids[:sink] or ids[:1])
         if not sink:
             # A target without a first token of its own starts with the prompt itself.
@@ -115,9 +143,10 @@ class Bench:
         memories = {
             "native": self.native(context_ids),
             "memory": self.memory(package),
-            "wrong_memory": self.memory(other),
             "none": none,
         }
+        if other is not None:
+            memories["wrong_memory"] = self.memory(other)
         if self.wmatrix is not None:
             memories["tokens_only"] = self.memory(package, blank=True)
         found = {arm: self.logprobs(memory, ids, scored) for arm, memory in memories.items()}

@@ -80,7 +80,8 @@ def evaluate_texts(
     for i, wrong in tqdm(paired(len(cuts)), desc="five arms", disable=not progress):
         name, text, ids = cuts[i]
         names.append(name)
-        arms = bench.arms(text, bench.package(cuts[wrong][1]), ids, continuation, tails)
+        wrong_memory = bench.package(cuts[wrong][1])
+        arms = bench.arms(bench.package(text), wrong_memory, ids, continuation, tails)
         native, labels = arms["native"], torch.tensor(ids[1:])
         for arm, logprobs in arms.items():
             surprise = -logprobs.gather(1, labels[:, None]).mean()
@@ -152,7 +153,7 @@ def evaluate_cases(
             c for c in (*cases[i - 1 :: -1], *cases[::-1]) if c["context"] != case["context"]
         )
         wrong = bench.package(other["context"])
-        arms = bench.arms(case["context"], wrong, tokens.ids, scored, tails)
+        arms = bench.arms(bench.package(case["context"]), wrong, tokens.ids, scored, tails)
         labels = torch.tensor(tokens.ids[-scored:])
         for arm, logprobs in arms.items():
             exact = bool((logprobs.argmax(-1) == labels).all())

@@ -1,0 +1,97 @@
+"""What a certificate says of one memory that it was not measured on.
+
+A certificate has retention over documents, at some lengths of context and some native tails, each
+with an interval of the *mean*. One memory is not the mean: the interval here holds for a single
+further one, so it has the spread between documents in it, which the interval of the mean gives back
+(its half width is 1.96 of that spread over the root of the number of documents).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import NormalDist
+
+from awareness_vllm.wmatrix.certificate import Certificate, Interval, Plan
+from awareness_vllm.wmatrix.certify import LENGTH_TEXTS
+
+Z = NormalDist().inv_cdf(0.975)
+
+
+def predict(certificate: Certificate, context: int, tail: int, kind: str | None = None) -> Interval:
+    """Retention of one memory of `context` tokens whose last `tail` the target reads itself.
+
+    Between measured tails and lengths it is read off in between (lengths by their logarithm).
+    Shorter memories are taken to keep what the shortest measured ones do. Beyond the longest the
+    fall goes on, and the interval widens by as much as it fell: nobody has been there.
+
+    Args:
+        kind: a kind of text that the certificate knows; any other says nothing.
+    """
+    lengths = sorted({plan.context for plan in certificate.plans})
+    points = [(math.log(n), at_tail(certificate, n, tail, kind)) for n in lengths]
+    return along(points, math.log(context))
+
+
+def at_tail(certificate: Certificate, length: int, tail: int, kind: str | None) -> Interval:
+    """One memory's retention at a measured length. A tail longer than all keeps what they do."""
+    plans = sorted((p for p in certificate.plans if p.context == length), key=lambda p: p.tail)
+    count = texts_at(certificate, length)
+    points = [(float(p.tail), one_of(figure(p, kind), count)) for p in plans]
+    return along(points, min(float(tail), points[-1][0]))
+
+
+def texts_at(certificate: Certificate, length: int) -> int:
+    """How many documents a length was measured on, at most."""
+    count = certificate.counts["texts"]
+    return count if length == certificate.protocol.context else min(count, LENGTH_TEXTS)
+
+
+def figure(plan: Plan, kind: str | None) -> Interval:
+    """A plan's retention: the mean of this kind of text where it is known, the spread of all."""
+    known = plan.kinds.get(kind or "")
+    return plan.retention if known is None else moved(plan.retention, known.mean)
+
+
+def moved(interval: Interval, mean: float) -> Interval:
+    """The same interval about another mean."""
+    shift = mean - interval.mean
+    return Interval(mean=mean, ci_low=interval.ci_low + shift, ci_high=interval.ci_high + shift)
+
+
+def one_of(interval: Interval, count: int) -> Interval:
+    """The interval that one further document lies in, from that of the mean of `count`."""
+    half = (interval.ci_high - interval.ci_low) / 2 * math.sqrt(count + 1)
+    return Interval(mean=interval.mean, ci_low=interval.mean - half, ci_high=interval.mean + half)
+
+
+def along(points: Sequence[tuple[float, Interval]], x: float) -> Interval:
+    """A curve of intervals at x: straight between its points, level before the first, and after the
+    last with its last slope if it falls, ever wider."""
+    before = [p for p in points if p[0] <= x] or [points[0]]
+    after = [p for p in points if p[0] >= x]
+    (x0, low), (x1, high) = before[-1], after[0] if after else points[-1]
+    if not after and len(points) > 1:
+        (xa, a), (xb, b) = points[-2:]
+        fall = min(0.0, (b.mean - a.mean) / (xb - xa) * (x - xb))
+        mean = max(0.0, b.mean + fall)
+        return Interval(mean=mean, ci_low=mean - (b.mean - b.ci_low) + fall, ci_high=b.ci_high)
+    share = 0.0 if x <= x0 or x1 == x0 else (x - x0) / (x1 - x0)
+    return Interval(
+        **{
+            name: (1 - share) * getattr(low, name) + share * getattr(high, name)
+            for name in ("mean", "ci_low", "ci_high")
+        }
+    )
+
+
+def combined(prior: Interval, found: Interval) -> Interval:
+    """What is expected of a memory, and what was found on a part of it: by their precision."""
+    spreads = [(i.ci_high - i.ci_low) / (2 * Z) for i in (prior, found)]
+    if not all(spreads):
+        return found if not spreads[1] else prior
+    weights = [1 / spread**2 for spread in spreads]
+    total = sum(weights)
+    mean = (weights[0] * prior.mean + weights[1] * found.mean) / total
+    half = Z / math.sqrt(total)
+    return Interval(mean=mean, ci_low=mean - half, ci_high=mean + half)

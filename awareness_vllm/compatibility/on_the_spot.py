@@ -1,0 +1,105 @@
+"""A quick measurement on the memory itself: its last part, after its first, in five arms.
+
+States of a prefix do not depend on what follows, so a package's first part is a memory of its own,
+and its text's last part is a continuation that nobody has to make up. The source model is not
+needed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from awareness_vllm.anchors.spans import load_tokenizer, tokenize
+from awareness_vllm.errors import BadInput
+from awareness_vllm.packages.file import Package, beginning
+from awareness_vllm.wmatrix.bench import Bench, tail_arm
+from awareness_vllm.wmatrix.bootstrap import retention
+from awareness_vllm.wmatrix.certificate import Interval
+from awareness_vllm.wmatrix.file import WMatrix
+
+LAST = 0.25
+"""The share of a memory that is scored, but at most so many tokens:"""
+MOST = 256
+LEAST = 32
+"""Fewer scored tokens than this say nothing."""
+STRETCH = 16
+"""Tokens that are resampled together: neighbours are alike."""
+
+
+@dataclass(frozen=True)
+class OnTheSpot:
+    """What was found: each arm's mean NLL in nats, and retention with its 95 % interval over
+    stretches of the scored text. `context` and `scored` are tokens of the target."""
+
+    arms: dict[str, float]
+    retention: Interval
+    context: int
+    scored: int
+
+
+def measure(
+    package: Package,
+    wmatrix: WMatrix | None,
+    target: str | Path,
+    tail: int = 0,
+    other: Package | None = None,
+) -> OnTheSpot:
+    """Measure a memory on its own last part.
+
+    Args:
+        wmatrix: None where the target made the memory itself.
+        tail: last tokens of the first part that the target reads itself, as it does when serving.
+        other: another memory of the source, for the wrong-memory arm.
+
+    Raises:
+        BadInput: a memory without text, or too short; one that is worth nothing for its own end.
+    """
+    return measure_with(Bench(None, Path(target), wmatrix), package, tail, other)
+
+
+def measure_with(
+    bench: Bench, package: Package, tail: int = 0, other: Package | None = None
+) -> OnTheSpot:
+    """`measure` with models that are loaded already."""
+    first, ids = parted(bench, package)
+    logprobs = bench.arms(first, other, ids, len(ids) - 1, (tail,) if tail else ())
+    nll = {arm: surprise(found, ids) for arm, found in logprobs.items()}
+    served = nll[tail_arm(tail)]
+    return OnTheSpot(
+        arms={arm: float(values.mean()) for arm, values in nll.items()},
+        retention=Interval(**retention(*map(stretches, (nll["native"], served, nll["none"])))),
+        context=len(bench.ids(first.text)),
+        scored=len(ids) - 1,
+    )
+
+
+def parted(bench: Bench, package: Package) -> tuple[Package, list[int]]:
+    """A memory's first part, and the target's ids of the rest (one to start from)."""
+    scored = min(MOST, int(package.manifest.tokens * LAST))
+    if not package.manifest.has_text or scored < LEAST:
+        raise BadInput(
+            "the memory cannot be measured on itself",
+            found=f"{package.manifest.tokens} tokens"
+            + ("" if package.manifest.has_text else " without their text"),
+            expected=f"at least {round(LEAST / LAST)} tokens with their text",
+            remedy="rely on the certificate, or measure with texts: `awareness eval`",
+        )
+    first = beginning(package, package.manifest.tokens - scored)
+    rest = package.text[len(first.text) :]
+    return first, tokenize(load_tokenizer(str(bench.target)), rest).ids
+
+
+def surprise(logprobs: Tensor, ids: list[int]) -> np.ndarray:
+    """Nats of each id but the first, [T - 1]."""
+    found: np.ndarray = -logprobs.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].numpy()
+    return found
+
+
+def stretches(nll: np.ndarray) -> np.ndarray:
+    """Sums over neighbours."""
+    return np.add.reduceat(nll, np.arange(0, len(nll), STRETCH))

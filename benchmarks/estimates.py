@@ -1,0 +1,208 @@
+"""How far estimates of a memory's retention are from what is measured of it.
+
+    python benchmarks/estimates.py --source A --target B --wmatrix FILE [--out FILE.json]
+
+Memories of kinds of text and of lengths that neither anchors nor the certificate contain. The
+target goes on with each one's text for `--continuation` tokens, in five arms. Three estimates of
+it: the certificate's; the quick measurement on the memory's own last part (`check --measure`); both
+together. A *case* is one memory on one target; below, cells of one kind and one length.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import sysconfig
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from awareness_vllm.align.aligner import TAIL
+from awareness_vllm.anchors.corpus import Document
+from awareness_vllm.anchors.debian import unpack
+from awareness_vllm.anchors.sources import pages, texts
+from awareness_vllm.compatibility.estimate import combined, predict
+from awareness_vllm.compatibility.on_the_spot import measure_with, surprise
+from awareness_vllm.errors import BadInput
+from awareness_vllm.provenance import hardware, versions
+from awareness_vllm.wmatrix.bench import Bench, tail_arm
+from awareness_vllm.wmatrix.bootstrap import retention
+from awareness_vllm.wmatrix.certificate import Interval
+from awareness_vllm.wmatrix.evaluate import cut_evenly, joined
+from awareness_vllm.wmatrix.file import load
+from awareness_vllm.wmatrix.shelf import WMatrixEntry
+
+LENGTHS = (150, 450, 700, 1400)
+DEBIAN = {
+    "policy": ("debian-policy", pages("usr/share/doc/debian-policy/policy.html/*.html")),
+    "installation": (
+        "installation-guide-amd64",
+        pages("usr/share/doc/installation-guide-amd64/en/*.html"),
+    ),
+    "aptitude": ("aptitude-doc-en", pages("usr/share/doc/aptitude/html/en/*.html")),
+    "developers": (
+        "developers-reference",
+        texts("usr/share/developers-reference/_sources/*.rst.txt"),
+    ),
+}
+PYTHON = ("argparse", "ast", "csv", "difflib", "heapq", "imaplib", "pdb", "shutil", "zipfile")
+"""Modules of the standard library, whose sources are texts here, too."""
+ESTIMATES = ("certificate", "measured", "both")
+
+
+def documents() -> dict[str, list[Document]]:
+    """The texts by kind."""
+    found = {}
+    for kind, (package, read) in DEBIAN.items():
+        with tempfile.TemporaryDirectory() as scratch:
+            tree = unpack(package, Path(scratch))
+            found[kind] = [Document(f"{kind}/{d.name}", d.text) for d in read(tree)]
+    library = Path(sysconfig.get_path("stdlib"))
+    found["python"] = [
+        Document(f"python/{name}", (library / f"{name}.py").read_text()) for name in PYTHON
+    ]
+    return found
+
+
+def cases(bench: Bench, lengths: list[int], each: int, continuation: int) -> list[dict[str, Any]]:
+    """Memories: kind, length, text and the ids that follow it."""
+    return [
+        {"kind": kind, "length": length, "name": name, "text": text, "ids": ids}
+        for kind, found in documents().items()
+        for length in lengths
+        for name, text, ids in cut_evenly(
+            bench, joined(found, length + continuation), length, continuation, each
+        )
+    ]
+
+
+def measured(bench: Bench, entry: WMatrixEntry, case: dict[str, Any], tail: int) -> dict[str, Any]:
+    """One case: nats of each scored token in three arms, and the three estimates."""
+    package, ids = bench.package(case["text"]), case["ids"]
+    arms = bench.arms(package, None, ids, len(ids) - 1, (tail,))
+    nll = {
+        name: surprise(arms[arm], ids)
+        for name, arm in (("native", "native"), ("memory", tail_arm(tail)), ("none", "none"))
+    }
+    assert entry.certificate is not None
+    expected = predict(entry.certificate, case["length"], tail)
+    estimates = {"certificate": expected}
+    try:
+        on_it = measure_with(bench, package, tail).retention
+        estimates |= {"measured": on_it, "both": combined(expected, on_it)}
+    except BadInput as error:  # too short to be measured on itself
+        print(f"{case['name']}: {error.what}")
+    return {
+        **{name: case[name] for name in ("kind", "length", "name")},
+        **{name: float(values.mean()) for name, values in nll.items()},
+        "estimates": {name: found.model_dump() for name, found in estimates.items()},
+    }
+
+
+def judged(rows: list[dict[str, Any]], estimate: str) -> dict[str, float]:
+    """Mean absolute error of an estimate over cases, and the share that its intervals hold."""
+    rows = [row for row in rows if estimate in row["estimates"]]
+    found = np.array([kept([row]) for row in rows])
+    said = [Interval(**row["estimates"][estimate]) for row in rows]
+    errors = np.abs([s.mean - f for s, f in zip(said, found, strict=True)])
+    inside = [s.ci_low <= f <= s.ci_high for s, f in zip(said, found, strict=True)]
+    return {
+        "cases": len(rows),
+        "error": float(errors.mean()),
+        "median_error": float(np.median(errors)),
+        "bias": float(np.mean([s.mean - f for s, f in zip(said, found, strict=True)])),
+        "coverage": float(np.mean(inside)),
+        "width": float(np.mean([s.ci_high - s.ci_low for s in said])),
+    }
+
+
+def kept(rows: list[dict[str, Any]]) -> float:
+    """Retention over some cases."""
+    arms = (np.array([row[arm] for row in rows]) for arm in ("native", "memory", "none"))
+    return retention(*arms)["mean"]
+
+
+def cells(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Cases of one kind and one length together, with the certificate's estimate."""
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["kind"], row["length"]), []).append(row)
+    return [
+        {
+            "kind": kind,
+            "length": length,
+            "n": len(group),
+            "retention": kept(group),
+            **{
+                name: float(np.mean([row["estimates"][name]["mean"] for row in with_it]))
+                for name in ESTIMATES
+                if (with_it := [row for row in group if name in row["estimates"]])
+            },
+        }
+        for (kind, length), group in groups.items()
+    ]
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    lines = ["| estimate | cases | mean error | median error | bias | coverage of 95 % | width |"]
+    lines.append("|---" * 7 + "|")
+    for name in ESTIMATES:
+        j = judged(rows, name)
+        lines.append(
+            f"| {name} | {j['cases']} | {j['error']:.3f} | {j['median_error']:.3f} | "
+            f"{j['bias']:+.3f} | {j['coverage']:.0%} | {j['width']:.2f} |"
+        )
+    found = cells(rows)
+    lines += ["", "| kind | tokens | memories | retention | " + " | ".join(ESTIMATES) + " |"]
+    lines.append("|---" * 7 + "|")
+    for cell in found:
+        said = " | ".join(f"{cell[name]:.3f}" if name in cell else "" for name in ESTIMATES)
+        lines.append(
+            f"| {cell['kind']} | {cell['length']} | {cell['n']} "
+            f"| {cell['retention']:.3f} | {said} |"
+        )
+    for name in ESTIMATES:
+        errors = [abs(cell[name] - cell["retention"]) for cell in found if name in cell]
+        lines.append(f"\n{name}: mean error over {len(errors)} cells {np.mean(errors):.3f}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--source", type=Path, required=True)
+    parser.add_argument("--target", type=Path, required=True)
+    parser.add_argument("--wmatrix", type=Path, required=True)
+    parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
+    parser.add_argument("--each", type=int, default=3, help="memories of each kind and length")
+    parser.add_argument("--continuation", type=int, default=240, help="tokens scored")
+    parser.add_argument("--tail", type=int, default=TAIL, help="read natively, as when served")
+    parser.add_argument("--out", type=Path, help="write the JSON here, too")
+    args = parser.parse_args()
+    entry = WMatrixEntry.read(args.wmatrix)
+    if entry.certificate is None:
+        parser.error(f"{args.wmatrix} has no certificate to estimate from")
+    bench = Bench(args.source, args.target, load(args.wmatrix))
+    found = cases(bench, args.lengths, args.each, args.continuation)
+    rows = [measured(bench, entry, case, args.tail) for case in tqdm(found, desc="memories")]
+    document = {
+        "wmatrix": entry.digest,
+        "tail": args.tail,
+        "continuation": args.continuation,
+        "estimates": {name: judged(rows, name) for name in ESTIMATES},
+        "cells": cells(rows),
+        "cases": rows,
+        "measured": str(datetime.date.today()),
+        "hardware": hardware(),
+        "versions": versions(),
+    }
+    print(markdown(rows))
+    if args.out:
+        args.out.write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
