@@ -29,14 +29,14 @@ from awareness_vllm.compatibility.estimate import combined, predict
 from awareness_vllm.compatibility.on_the_spot import measure_with, surprise
 from awareness_vllm.errors import BadInput
 from awareness_vllm.provenance import hardware, versions
-from awareness_vllm.wmatrix.bench import Bench, tail_arm
+from awareness_vllm.wmatrix.bench import Bench, cut_tail
 from awareness_vllm.wmatrix.bootstrap import retention
 from awareness_vllm.wmatrix.certificate import Interval
 from awareness_vllm.wmatrix.evaluate import cut_evenly, joined
 from awareness_vllm.wmatrix.file import load
 from awareness_vllm.wmatrix.shelf import WMatrixEntry
 
-LENGTHS = (150, 450, 700, 1400)
+LENGTHS = (150, 450, 900)
 DEBIAN = {
     "policy": ("debian-policy", pages("usr/share/doc/debian-policy/policy.html/*.html")),
     "installation": (
@@ -83,10 +83,12 @@ def cases(bench: Bench, lengths: list[int], each: int, continuation: int) -> lis
 def measured(bench: Bench, entry: WMatrixEntry, case: dict[str, Any], tail: int) -> dict[str, Any]:
     """One case: nats of each scored token in three arms, and the three estimates."""
     package, ids = bench.package(case["text"]), case["ids"]
-    arms = bench.arms(package, None, ids, len(ids) - 1, (tail,))
+    native = bench.native(bench.ids(case["text"]))
+    begin, _ = cut_tail(native, len(native.ids) - bench.sink())
+    arms = {"native": (native, 0), "memory": (bench.memory(package), tail), "none": (begin, 0)}
     nll = {
-        name: surprise(arms[arm], ids)
-        for name, arm in (("native", "native"), ("memory", tail_arm(tail)), ("none", "none"))
+        arm: surprise(bench.logprobs(memory, ids, len(ids) - 1, tail), ids)
+        for arm, (memory, tail) in arms.items()
     }
     assert entry.certificate is not None
     expected = predict(entry.certificate, case["length"], tail)
@@ -178,7 +180,7 @@ def main() -> None:
     parser.add_argument("--wmatrix", type=Path, required=True)
     parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
     parser.add_argument("--each", type=int, default=3, help="memories of each kind and length")
-    parser.add_argument("--continuation", type=int, default=240, help="tokens scored")
+    parser.add_argument("--continuation", type=int, default=200, help="tokens scored")
     parser.add_argument("--tail", type=int, default=TAIL, help="read natively, as when served")
     parser.add_argument("--out", type=Path, help="write the JSON here, too")
     args = parser.parse_args()
