@@ -90,6 +90,16 @@ def test_beyond_the_points_nothing_is_promised(certificate: Certificate) -> None
     assert beyond.ci_low == pytest.approx(longest.ci_low - 2 * fall)
 
 
+def test_a_longer_tail_than_measured_loses_nothing(certificate: Certificate) -> None:
+    # By chance, 48 tokens were measured to keep less than none.
+    plans = [p for p in certificate.plans if p.context == 300]
+    turned = [
+        a.model_copy(update={"tail": b.tail}) for a, b in zip(plans, plans[::-1], strict=True)
+    ]
+    unlucky = certificate.model_copy(update={"plans": tuple(turned)})
+    assert predict(unlucky, 300, 99) == predict(unlucky, 300, 48)
+
+
 def test_a_known_kind_moves_the_mean_and_keeps_the_spread(certificate: Certificate) -> None:
     anything, poems = predict(certificate, 300, 0), predict(certificate, 300, 0, "poems")
     assert poems.mean == pytest.approx(anything.mean - 0.05)
