@@ -22,8 +22,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     path = locate(args.what, args.store)
     if path.suffix == ".wmatrix":
-        manifest = read_wmatrix_manifest(path).model_dump(mode="json")
-        return {"kind": "wmatrix", "certified": manifest["certificate"] is not None, **manifest}
+        manifest = read_wmatrix_manifest(path)
+        certified = manifest.measured is not None
+        return {"kind": "wmatrix", "certified": certified, **manifest.model_dump(mode="json")}
     return {"kind": "memory", "id": path.stem, **read_manifest(path).model_dump(mode="json")}
 
 
@@ -36,4 +37,4 @@ def show(result: dict[str, Any]) -> None:
     if result["kind"] == "wmatrix":
         from awareness_vllm.wmatrix.printed import lines
 
-        print("\n".join(lines(certificate)) if certificate else "not certified")
+        print("\n".join(lines(certificate)) if result["certified"] else "not certified")

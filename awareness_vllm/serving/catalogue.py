@@ -223,7 +223,7 @@ def _compatibility(memories: Memories, tenant: str, memory_id: str) -> Compatibi
         wmatrix=wmatrix.path.name if wmatrix else None,
         prompt_tokens=len(prompt.ids),
         retention=prompt.retention[0],
-        certified=wmatrix is not None and wmatrix.manifest.certificate is not None,
+        certified=wmatrix is not None and wmatrix.certificate is not None,
     )
 
 

@@ -7,7 +7,7 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import ValidationError
@@ -23,6 +23,9 @@ from awareness_vllm.home import wmatrices_dir
 from awareness_vllm.kernels import decode, encode
 from awareness_vllm.packages.file import METADATA_KEY
 from awareness_vllm.packages.payload import payload_digest
+
+if TYPE_CHECKING:
+    from awareness_vllm.wmatrix.certificate import Certificate
 
 REGISTERED = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -94,12 +97,25 @@ class WMatrixManifest(Strict):
         return {s: (sides[s].max_positions, sides[s].hidden_size) for s in sorted(self.places)}
 
     @property
+    def measured(self) -> Certificate | None:
+        """The certificate, None where nobody measured the map. What is none as a whole (an older
+        version's, or published figures that somebody filled in) certifies nothing."""
+        from awareness_vllm.wmatrix.certificate import Certificate  # late: it needs this module
+
+        try:
+            return Certificate.model_validate(self.certificate)
+        except ValidationError:
+            return None
+
+    @property
     def standing(self) -> str:
         """What is known of the map's worth, in a few words."""
-        if self.certificate is None:
+        if (found := self.measured) is None:
             return "not certified"
-        retention, facts = (self.certificate[name]["mean"] for name in ("retention", "facts"))
-        return f"certified: retention {retention:.3f}, facts {facts:.2f} of native"
+        return (
+            f"certified: retention {found.retention.mean:.3f}, "
+            f"facts {found.facts.mean:.2f} of native"
+        )
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from awareness_vllm.errors import NoWMatrix, WMatrixCorrupt
 from awareness_vllm.geometry import Geometry
 from awareness_vllm.home import wmatrices_dir
@@ -35,27 +33,27 @@ class WMatrixEntry:
     @functools.cached_property
     def certificate(self) -> Certificate | None:
         """None where nobody measured the map; an older version's certificate is none either."""
-        if (found := self.manifest.certificate) is None:
-            return None
-        try:
-            return Certificate.model_validate(found)
-        except ValidationError:
+        found = self.manifest.measured
+        if found is None and self.manifest.certificate is not None:
             logger.warning("%s: its certificate is an older version's: certify it again", self)
-            return None
+        return found
 
     def __str__(self) -> str:
         return f"{self.manifest.source.name} → {self.manifest.target.name} ({self.path.name})"
 
 
 def entries(paths: Iterable[str | Path] | None = None) -> list[WMatrixEntry]:
-    """The W-Matrices of files and folders, by default of `$AWARENESS_HOME/wmatrices`.
+    """The W-Matrices of files and folders, by default of `$AWARENESS_HOME/wmatrices` (which need
+    not be there yet).
 
     Raises:
         WMatrixCorrupt: a file that was named itself; in a folder, those of another version of the
             format are passed over.
     """
     found: list[WMatrixEntry] = []
-    for path in map(Path, [wmatrices_dir()] if paths is None else paths):
+    if paths is None:
+        paths = [folder for folder in [wmatrices_dir()] if folder.is_dir()]
+    for path in map(Path, paths):
         if not path.is_dir():
             found.append(WMatrixEntry.read(path))
             continue

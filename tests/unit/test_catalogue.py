@@ -309,6 +309,21 @@ def test_a_map_is_named_with_what_its_certificate_says(
     assert tokens > 1
 
 
+def test_published_figures_certify_no_map(
+    server: Server, published: Publish, map_in: Callable[..., None]
+) -> None:
+    memory = published()
+    map_in(server, 0.875)
+    assert server.memories is not None
+    entry = server.memories.wmatrices.pop()
+    assert entry.certificate is not None
+    prior = {"retention": {"mean": 0.91, "ci_low": 0.84, "ci_high": 0.98}, "basis": "prior"}
+    manifest = entry.manifest.model_copy(update={"certificate": prior})
+    server.memories.wmatrices.append(WMatrixEntry(entry.path, manifest, "e" * 64))
+    found = server.get(memory)["compatibility"]
+    assert (found["certified"], found["retention"]) == (False, None)
+
+
 NOTHING = {"loadable": False, "wmatrix": None, "prompt_tokens": None, "retention": None}
 
 

@@ -1,0 +1,43 @@
+"""How far apart two models' caches are in shape: a simple figure, and no forecast of retention."""
+
+from __future__ import annotations
+
+from awareness_vllm.align.strategies import by_depth
+from awareness_vllm.geometry import Geometry, LayerGeometry
+
+
+def structural_mismatch(source: Geometry, target: Geometry) -> float:
+    """0 (the same shape) to 1: the mean of six differences.
+
+    Layers and the width of the whole cache count by their relative difference. KV heads, head dim,
+    positional scheme and window are compared layer by layer, each target layer with the source
+    layer at its depth: heads and dims by relative difference, a scheme by whether it is another
+    one, windows as `of_windows` says.
+    """
+    matched = by_depth(len(source.layers), len(target.layers))
+    pairs = [(source.layers[i], layer) for i, layer in zip(matched, target.layers, strict=True)]
+    differences = [
+        relative(len(source.layers), len(target.layers)),
+        relative(source.width, target.width),
+        mean([relative(a.heads, b.heads) for a, b in pairs]),
+        mean([relative(a.head_dim, b.head_dim) for a, b in pairs]),
+        mean([float(a.positions.scheme != b.positions.scheme) for a, b in pairs]),
+        mean([of_windows(a, b) for a, b in pairs]),
+    ]
+    return mean(differences)
+
+
+def of_windows(source: LayerGeometry, target: LayerGeometry) -> float:
+    """Two windows by their relative difference; one beside an unlimited reach is all of it."""
+    if source.window is None or target.window is None:
+        return float(source.window != target.window)
+    return relative(source.window, target.window)
+
+
+def relative(a: int, b: int) -> float:
+    """The difference of two counts as a share of the larger one."""
+    return abs(a - b) / max(a, b)
+
+
+def mean(figures: list[float]) -> float:
+    return sum(figures) / len(figures)
