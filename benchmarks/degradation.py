@@ -3,11 +3,12 @@
     python benchmarks/degradation.py --source S --target T --wmatrix pair.wmatrix \
         --texts HELD_OUT… --limit 16 --contexts 150 300 600 --out FILE.json --plot FILE.png --record
 
-The loss is what the target's predictions are worse after the memory than after native reading, in
-nats. For each published source of degradation one part of the truth is given to the map (the
-definitions: `awareness_vllm/compatibility/ablations.py`); the shares are those of what each alone
-recovers. By kind of text and by length of context. `--record` keeps the figures beside the
-W-Matrix, where `load_for` finds them; the plot needs matplotlib.
+The loss is by how much the target's predictions are worse after the memory than after native
+reading, in nats: of the tokens that came (NLL), and as the divergence from native predictions (KL).
+For each published source of degradation one part of the truth is given to the map (the definitions:
+`awareness_vllm/compatibility/ablations.py`); the shares are those of what each alone recovers. By
+kind of text and by length of context. `--record` keeps the figures beside the W-Matrix, where
+`load_for` finds them; the plot needs matplotlib.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from awareness_vllm.anchors.corpus import load
+from awareness_vllm.compatibility.ablations import SOURCES
 from awareness_vllm.compatibility.attribution import attribute
 from awareness_vllm.compatibility.degradation import Degradation, Part
 from awareness_vllm.home import anchors_dir
@@ -69,8 +71,10 @@ def lines(found: Degradation) -> list[str]:
     """The figures for a terminal, in nats; shares beside the published ones."""
     rows = []
     for length, lost in found.contexts.items():
-        for kind, part in {"all": lost.all, **lost.kinds}.items():
-            rows += [f"{length} tokens, {kind}, {part.n} texts", *part_lines(part)]
+        for kind, measures in {"all": lost.all, **lost.kinds}.items():
+            for measure, part in (("NLL", measures.nll), ("KL", measures.kl)):
+                head = f"{length} tokens, {kind}, {part.n} texts, by {measure}"
+                rows += [head, *part_lines(part)]
     return rows
 
 
@@ -91,7 +95,8 @@ def nats(i: Interval) -> str:
 
 
 def plot(found: Degradation, title: str, path: Path) -> None:
-    """Shares at the protocol's length beside the published ones; nats by kind and by context."""
+    """Shares at the protocol's length beside the published ones; divergence by kind of text and by
+    length of context."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -100,21 +105,23 @@ def plot(found: Degradation, title: str, path: Path) -> None:
     length = 300 if 300 in found.contexts else min(found.contexts)
     lost = found.contexts[length]
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
-    names = [share.source for share in lost.all.shares]
-    bars(left, names, {"measured": [share.share for share in lost.all.shares]}, 0.8)
-    left.plot(range(len(names)), [s.prior for s in lost.all.shares], "kx", label="published prior")
+    priors = dict(sorted(((n, one.prior) for n, one in SOURCES.items()), key=lambda p: -p[1]))
+    shares = {"by KL": lost.all.kl.shares, "by NLL": lost.all.nll.shares}
+    bars(left, list(priors), {by: [s.share for s in some] for by, some in shares.items() if some})
+    left.plot(range(len(priors)), list(priors.values()), "kx", label="published (prior)")
     left.set_ylabel("share of what each alone recovers")
-    left.set_title(f"{title}, {length} tokens, {lost.all.n} texts")
-    groups = {f"{kind} ({part.n})": measures(part) for kind, part in lost.kinds.items()}
-    bars(middle, list(measures(lost.all)), {k: [*m.values()] for k, m in groups.items()}, 0.8)
-    middle.set_ylabel("nats per token")
+    left.set_title(f"{title}, {length} tokens, {lost.all.kl.n} texts")
+    kinds = {f"{kind} ({m.kl.n})": [*drawn(m.kl).values()] for kind, m in lost.kinds.items()}
+    bars(middle, list(drawn(lost.all.kl)), kinds)
+    middle.set_ylabel("KL, nats per token")
     middle.set_title(f"by kind of text, {length} tokens")
     lengths = list(found.contexts)
-    for name in measures(lost.all):
-        line = [measures(each.all)[name] for each in found.contexts.values()]
-        right.errorbar(lengths, [i.mean for i in line], yerr=errors(line), capsize=3, label=name)
+    for name in drawn(lost.all.kl):
+        line = [drawn(each.all.kl)[name] for each in found.contexts.values()]
+        means = [i.mean for i in line]
+        right.errorbar(lengths, means, yerr=errors(line), fmt="o-", capsize=3, label=name)
     right.set_xlabel("tokens of context")
-    right.set_ylabel("nats per token")
+    right.set_ylabel("KL, nats per token")
     right.set_title("by length of context")
     for axes in (left, middle, right):
         axes.axhline(0, color="grey", linewidth=0.6)
@@ -123,14 +130,14 @@ def plot(found: Degradation, title: str, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def measures(part: Part) -> dict[str, Interval]:
+def drawn(part: Part) -> dict[str, Interval]:
     """What is drawn of some texts."""
     return {"loss": part.loss, **part.recovered, "unattributed": part.unattributed}
 
 
-def bars(axes: Any, names: list[str], groups: dict[str, list[Interval]], width: float) -> None:
+def bars(axes: Any, names: list[str], groups: dict[str, list[Interval]]) -> None:
     """Bars side by side for each group, with their intervals."""
-    each = width / len(groups)
+    each = 0.8 / len(groups)
     for turn, (label, values) in enumerate(groups.items()):
         x = [place + (turn - (len(groups) - 1) / 2) * each for place in range(len(names))]
         means = [value.mean for value in values]

@@ -22,7 +22,7 @@ from awareness_vllm.compatibility.ablations import (
     together,
     unmatched,
 )
-from awareness_vllm.compatibility.degradation import Degradation, Lost, Part, part
+from awareness_vllm.compatibility.degradation import Degradation, Lost, Measures, Part, part
 from awareness_vllm.compatibility.unreduced import Unreduced, unreduced
 from awareness_vllm.errors import BadInput
 from awareness_vllm.positions import apply
@@ -127,13 +127,15 @@ def lost(
     """What is lost on these texts."""
     bar = tqdm(cuts, desc="aligned", disable=not progress)
     texts = with_drift([aligned(bench, wmatrix, reader, full, context) for _, context, _ in bar])
-    nll: dict[str, list[float]] = {}
+    rows: dict[str, list[tuple[float, float]]] = {}
     bar = tqdm(list(zip(cuts, texts, strict=True)), desc="ablations", disable=not progress)
     for (_, context, ids), text in bar:
+        read = bench.ids(context)
+        native = said(bench, placed(wmatrix, text.truth, read), ids)
         for arm, states in arms(text).items():
-            memory = placed(wmatrix, states, bench.ids(context))
-            nll.setdefault(arm, []).append(surprise(bench, memory, ids))
-    figures = {arm: np.array(values) for arm, values in nll.items()}
+            logprobs = said(bench, placed(wmatrix, states, read), ids)
+            rows.setdefault(arm, []).append((nll(logprobs, ids), kl(native, logprobs)))
+    figures = {arm: np.array(values) for arm, values in rows.items()}
     kinds = rows_by([name.split("/")[0] for name, _, _ in cuts])
     return Lost(
         all=summed(figures, np.arange(len(cuts))),
@@ -195,19 +197,32 @@ def placed(wmatrix: WMatrix, states: Tensor, ids: list[int]) -> AlignedMemory:
     return AlignedMemory(ids, *whole)
 
 
-def surprise(bench: Bench, memory: AlignedMemory, ids: list[int]) -> float:
-    """NLL of the ids but the first, for each, after a memory."""
-    logprobs = bench.logprobs(memory, ids, len(ids) - 1)
+def said(bench: Bench, memory: AlignedMemory, ids: list[int]) -> Tensor:
+    """Log probabilities of the ids but the first, read after a memory, [len(ids) - 1, V]."""
+    return bench.logprobs(memory, ids, len(ids) - 1)
+
+
+def nll(logprobs: Tensor, ids: list[int]) -> float:
+    """Of the ids but the first, for each."""
     return -logprobs.gather(1, torch.tensor(ids[1:])[:, None]).mean().item()
 
 
-def summed(nll: dict[str, np.ndarray], rows: np.ndarray) -> Part:
-    """What the arms say of some of the texts."""
-    chosen = {arm: values[rows] for arm, values in nll.items()}
-    return part(
-        chosen["native"],
-        chosen["memory"],
-        {name: chosen[name] for name in SOURCES},
-        chosen["together"],
-        {name: one.prior for name, one in SOURCES.items()},
-    )
+def kl(native: Tensor, logprobs: Tensor) -> float:
+    """Divergence from native predictions, for each."""
+    return (native.exp() * (native - logprobs)).sum(-1).mean().item()
+
+
+def summed(figures: dict[str, np.ndarray], rows: np.ndarray) -> Measures:
+    """What the arms [n, 2] say of some of the texts."""
+
+    def measured(column: int) -> Part:
+        chosen = {arm: values[rows, column] for arm, values in figures.items()}
+        return part(
+            chosen["native"],
+            chosen["memory"],
+            {name: chosen[name] for name in SOURCES},
+            chosen["together"],
+            {name: one.prior for name, one in SOURCES.items()},
+        )
+
+    return Measures(nll=measured(0), kl=measured(1))

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from pydantic import ValidationError
@@ -23,12 +24,12 @@ SUFFIX = ".degradation.json"
 
 
 class Part(Strict):
-    """What was lost on some texts, in nats for each token scored.
+    """What was lost on some texts by one measure, in nats for each token scored.
 
-    `loss` is NLL after the memory less NLL after native reading; `recovered` what each ablation
-    alone takes away of it, negative where it does harm; `unattributed` what is left with all of
-    them. `shares` are those of what is recovered by each ablation alone: harm counts as nothing,
-    and they add up to 1. They are empty where nothing was recovered.
+    `loss` is the memory's more than native reading's; `recovered` what each ablation alone takes
+    away of it, negative where it does harm; `unattributed` what is left with all of them. `shares`
+    are those of what is recovered by each ablation alone: harm counts as nothing, and they add up
+    to 1. They are empty where nothing was recovered.
     """
 
     n: int
@@ -43,11 +44,22 @@ class Part(Strict):
         return tuple(name for name, nats in self.recovered.items() if nats.mean < 0)
 
 
+class Measures(Strict):
+    """What was lost on some texts, by two measures.
+
+    `nll` is of the tokens that came, as retention is; `kl` the divergence from what the target says
+    after native reading: of all tokens that it might expect, so that less of it is chance.
+    """
+
+    nll: Part
+    kl: Part
+
+
 class Lost(Strict):
     """What was lost at one length of context: on all texts, and by the folder they came from."""
 
-    all: Part
-    kinds: dict[str, Part]
+    all: Measures
+    kinds: dict[str, Measures]
 
 
 class Degradation(Strict):
@@ -67,12 +79,13 @@ class Degradation(Strict):
     hardware: str
     versions: dict[str, str]
 
-    def shares(self, tokens: int) -> tuple[Share, ...]:
+    def shares(self, tokens: int, measure: Literal["nll", "kl"] = "nll") -> tuple[Share, ...]:
         """The shares at the shortest measured length that `tokens` do not exceed, else at the
         longest."""
         lengths = sorted(self.contexts)
         length = next((length for length in lengths if length >= tokens), lengths[-1])
-        return self.contexts[length].all.shares
+        found: Part = getattr(self.contexts[length].all, measure)
+        return found.shares
 
     def save(self, wmatrix: Path) -> Path:
         """Write the file beside the W-Matrix, atomically; its path."""
@@ -123,8 +136,8 @@ def part(
     together: np.ndarray,
     priors: Mapping[str, float],
 ) -> Part:
-    """What the NLL of texts [n] in each arm says."""
-    recovered = {name: memory - nll for name, nll in ablated.items()}
+    """What the nats [n] of texts in each arm say."""
+    recovered = {name: memory - nats for name, nats in ablated.items()}
     return Part(
         n=len(native),
         loss=Interval(**mean(memory - native)),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -23,8 +25,15 @@ from awareness_vllm.compatibility.ablations import (
     together,
     unmatched,
 )
-from awareness_vllm.compatibility.attribution import arms, attribute, placed, surprise
-from awareness_vllm.compatibility.degradation import Degradation, Lost, beside, load_for, part
+from awareness_vllm.compatibility.attribution import arms, attribute, kl, nll, placed, said
+from awareness_vllm.compatibility.degradation import (
+    Degradation,
+    Lost,
+    Measures,
+    beside,
+    load_for,
+    part,
+)
 from awareness_vllm.compatibility.unreduced import outside, unreduced
 from awareness_vllm.errors import BadInput
 from awareness_vllm.wmatrix import gather
@@ -235,19 +244,21 @@ def test_all_of_the_truth_loses_nothing(
     context = anchors[0].text[:200]
     text = attribution.aligned(bench, wmatrix, reader, full, context)
     ids, follow = bench.ids(context), [7, 20, 30, 40, 50]
-    native = surprise(bench, bench.native(ids), follow)
-    mapped = surprise(bench, bench.memory(bench.package(context)), follow)
-    found = {
-        arm: surprise(bench, placed(wmatrix, states, ids), follow)
-        for arm, states in arms(replace(text, drift=torch.zeros(9, text.truth.shape[1]))).items()
-    }
+    native = said(bench, bench.native(ids), follow)
+    mapped = said(bench, bench.memory(bench.package(context)), follow)
+    text = replace(text, drift=torch.zeros(9, text.truth.shape[1]))
+    found = {arm: said(bench, placed(wmatrix, s, ids), follow) for arm, s in arms(text).items()}
     assert found.keys() == {"native", "memory", "together", *PUBLISHED}
-    assert found["native"] == pytest.approx(native, abs=1e-5)
-    assert found["memory"] == pytest.approx(mapped, abs=1e-3)  # that one is rounded to bfloat16
-    assert abs(found["memory"] - native) > 1e-5
+    assert nll(native, follow) == pytest.approx(-native[range(4), follow[1:]].mean().item())
+    torch.testing.assert_close(found["native"], native, atol=1e-5, rtol=0)
+    assert kl(native, found["native"]) == pytest.approx(0, abs=1e-6)
+    # The map's own memory is rounded to bfloat16.
+    torch.testing.assert_close(found["memory"], mapped, atol=1e-3, rtol=0)
+    assert kl(native, found["memory"]) > 1e-5
     whole = replace(text, unmatched=(0, 1))
     given = SOURCES["layer depth mismatch"].ablate(whole.mapped, whole)
-    assert surprise(bench, placed(wmatrix, given, ids), follow) == pytest.approx(native, abs=1e-5)
+    given = said(bench, placed(wmatrix, given, ids), follow)
+    torch.testing.assert_close(given, native, atol=1e-5, rtol=0)
 
 
 def test_a_pair_is_measured_kept_and_found_again(
@@ -272,12 +283,16 @@ def test_a_pair_is_measured_kept_and_found_again(
     )
     assert list(found.contexts) == [20, 40]
     lost = found.contexts[20]
-    assert lost.all.n == 4
-    assert {kind: p.n for kind, p in lost.kinds.items()} == {"a": 2, "b": 2}
-    assert lost.all.recovered.keys() == PUBLISHED.keys()
+    assert lost.all.nll.n == lost.all.kl.n == 4
+    assert {kind: m.nll.n for kind, m in lost.kinds.items()} == {"a": 2, "b": 2}
+    assert lost.all.nll.recovered.keys() == lost.all.kl.recovered.keys() == PUBLISHED.keys()
+    # Half of the source's layers are read, as many as the target has: no layer is unmatched.
+    assert lost.all.kl.recovered["layer depth mismatch"].mean == 0
+    assert lost.all.kl.loss.mean > lost.all.kl.unattributed.mean > 0
     assert found.anchor_tokens >= 2000
-    assert found.shares(10) == found.shares(20) == lost.all.shares
-    assert found.shares(21) == found.shares(99) == found.contexts[40].all.shares
+    assert found.shares(10) == found.shares(20) == lost.all.nll.shares
+    assert found.shares(21) == found.shares(99) == found.contexts[40].all.nll.shares
+    assert found.shares(40, "kl") == found.contexts[40].all.kl.shares
     found.save(path)
     assert load_for(WMatrixEntry.read(path)) == found
 
@@ -311,11 +326,12 @@ def entry(wmatrix: WMatrix, tmp_path: Path) -> WMatrixEntry:
 def measured() -> Callable[[str], Degradation]:
     native = np.array([3.0, 3.5])
     one = part(native, native + 1, {name: native + 0.5 for name in PRIORS}, native, PRIORS)
+    both = Measures(nll=one, kl=one)
 
     def make(digest: str) -> Degradation:
         return Degradation(
             wmatrix=digest,
-            contexts={300: Lost(all=one, kinds={"a": one})},
+            contexts={300: Lost(all=both, kinds={"a": both})},
             texts="t" * 64,
             limit=16,
             continuation=60,
@@ -354,3 +370,32 @@ def test_an_unreadable_measurement_is_not_used(
     with caplog.at_level(logging.WARNING):
         assert load_for(entry) is None
     assert "pair.wmatrix.degradation.json is not used" in caplog.text
+
+
+def benchmark() -> ModuleType:
+    path = Path(__file__).parents[2] / "benchmarks" / "degradation.py"
+    spec = importlib.util.spec_from_file_location("benchmark_degradation", path)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_table_says_what_was_counted_as_nothing() -> None:
+    native, memory = np.array([3.0, 3.5]), np.array([5.0, 5.0])
+    ablated = figures(a=[0.3, 0.1], c=[0.1, -0.5])
+    found = part(native, memory, ablated, native, {"a": 0.25, "c": 0.5})
+    loss, a, c, rest = benchmark().part_lines(found)
+    assert loss.split()[:3] == ["loss,", "nats", "1.7500"]
+    assert a.startswith("  a ")
+    assert "share 100% (75% … 100%), published 25%" in a
+    assert "harm" not in a
+    assert c.endswith("published 50% (harm, counted as 0)")
+    assert rest.split()[:2] == ["unattributed", "0.0000"]
+
+
+def test_a_plot_is_drawn(measured: Callable[[str], Degradation], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    benchmark().plot(measured("0" * 64), "a → b", tmp_path / "figures" / "plot.png")
+    assert (tmp_path / "figures" / "plot.png").stat().st_size > 1000
