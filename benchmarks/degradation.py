@@ -1,0 +1,157 @@
+"""What a pair's loss comes from, measured by ablations, beside the published table.
+
+    python benchmarks/degradation.py --source S --target T --wmatrix pair.wmatrix \
+        --texts HELD_OUT… --limit 16 --contexts 150 300 600 --out FILE.json --plot FILE.png --record
+
+The loss is by how much the target's predictions are worse after the memory than after native
+reading, in nats: of the tokens that came (NLL), and as the divergence from native predictions (KL).
+For each published source of degradation one part of the truth is given to the map (the definitions:
+`awareness_vllm/compatibility/ablations.py`); the shares are those of what each alone recovers. By
+kind of text and by length of context. `--record` keeps the figures beside the W-Matrix, where
+`load_for` finds them; the plot needs matplotlib.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from awareness_vllm.anchors.corpus import load
+from awareness_vllm.compatibility.ablations import SOURCES
+from awareness_vllm.compatibility.attribution import attribute
+from awareness_vllm.compatibility.degradation import Degradation, Part
+from awareness_vllm.home import anchors_dir
+from awareness_vllm.wmatrix.certificate import Interval
+
+
+def main() -> None:
+    args = arguments()
+    found = attribute(
+        args.wmatrix,
+        args.source,
+        args.target,
+        load(args.texts),
+        load(args.anchors or [anchors_dir()]),
+        contexts=args.contexts,
+        continuation=args.continuation,
+        limit=args.limit,
+        tokens=args.tokens,
+    )
+    print("\n".join(lines(found)))
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(found.model_dump_json(indent=1) + "\n")
+    if args.record:
+        print(f"kept in {found.save(args.wmatrix)}")
+    if args.plot:
+        plot(found, f"{Path(args.source).name} → {Path(args.target).name}", args.plot)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--source", required=True)
+    parser.add_argument("--target", required=True)
+    parser.add_argument("--wmatrix", type=Path, required=True)
+    parser.add_argument("--texts", nargs="+", required=True, type=Path)
+    parser.add_argument("--limit", type=int, default=16, help="texts for each length of context")
+    parser.add_argument("--contexts", nargs="+", type=int, default=[300])
+    parser.add_argument("--continuation", type=int, default=60)
+    parser.add_argument("--anchors", nargs="+", type=Path, help="by default the installed ones")
+    parser.add_argument(
+        "--tokens", type=int, default=30_000, help="of anchors, for the map without a latent"
+    )
+    parser.add_argument("--out", type=Path, help="write the JSON here")
+    parser.add_argument("--record", action="store_true", help="keep the JSON beside the W-Matrix")
+    parser.add_argument("--plot", type=Path, help="write a plot here; needs matplotlib")
+    return parser.parse_args()
+
+
+def lines(found: Degradation) -> list[str]:
+    """The figures for a terminal, in nats; shares beside the published ones."""
+    rows = []
+    for length, lost in found.contexts.items():
+        for kind, measures in {"all": lost.all, **lost.kinds}.items():
+            for measure, part in (("NLL", measures.nll), ("KL", measures.kl)):
+                head = f"{length} tokens, {kind}, {part.n} texts, by {measure}"
+                rows += [head, *part_lines(part)]
+    return rows
+
+
+def part_lines(part: Part) -> list[str]:
+    shares = {share.source: share for share in part.shares}
+    rows = [f"  {'loss, nats':32}{nats(part.loss)}"]
+    for name, recovered in part.recovered.items():
+        said = f"  {name:32}{nats(recovered)}"
+        if share := shares.get(name):
+            said += f"   share {share.share.mean:4.0%} ({share.share.ci_low:.0%} … "
+            said += f"{share.share.ci_high:.0%}), published {share.prior:.0%}"
+        rows.append(said + (" (harm, counted as 0)" if name in part.clamped else ""))
+    return [*rows, f"  {'unattributed':32}{nats(part.unattributed)}"]
+
+
+def nats(i: Interval) -> str:
+    return f"{i.mean:8.4f} ({i.ci_low:.4f} … {i.ci_high:.4f})"
+
+
+def plot(found: Degradation, title: str, path: Path) -> None:
+    """Shares at the protocol's length beside the published ones; divergence by kind of text and by
+    length of context."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    length = 300 if 300 in found.contexts else min(found.contexts)
+    lost = found.contexts[length]
+    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
+    priors = dict(sorted(((n, one.prior) for n, one in SOURCES.items()), key=lambda p: -p[1]))
+    shares = {"by KL": lost.all.kl.shares, "by NLL": lost.all.nll.shares}
+    bars(left, list(priors), {by: [s.share for s in some] for by, some in shares.items() if some})
+    left.plot(range(len(priors)), list(priors.values()), "kx", label="published (prior)")
+    left.set_ylabel("share of what each alone recovers")
+    left.set_title(f"{title}, {length} tokens, {lost.all.kl.n} texts")
+    kinds = {f"{kind} ({m.kl.n})": [*drawn(m.kl).values()] for kind, m in lost.kinds.items()}
+    bars(middle, list(drawn(lost.all.kl)), kinds)
+    middle.set_ylabel("KL, nats per token")
+    middle.set_title(f"by kind of text, {length} tokens")
+    lengths = list(found.contexts)
+    for name in drawn(lost.all.kl):
+        line = [drawn(each.all.kl)[name] for each in found.contexts.values()]
+        means = [i.mean for i in line]
+        right.errorbar(lengths, means, yerr=errors(line), fmt="o-", capsize=3, label=name)
+    right.set_xlabel("tokens of context")
+    right.set_ylabel("KL, nats per token")
+    right.set_title("by length of context")
+    for axes in (left, middle, right):
+        axes.axhline(0, color="grey", linewidth=0.6)
+        axes.legend(fontsize=7)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def drawn(part: Part) -> dict[str, Interval]:
+    """What is drawn of some texts."""
+    return {"loss": part.loss, **part.recovered, "unattributed": part.unattributed}
+
+
+def bars(axes: Any, names: list[str], groups: dict[str, list[Interval]]) -> None:
+    """Bars side by side for each group, with their intervals."""
+    each = 0.8 / len(groups)
+    for turn, (label, values) in enumerate(groups.items()):
+        x = [place + (turn - (len(groups) - 1) / 2) * each for place in range(len(names))]
+        means = [value.mean for value in values]
+        axes.bar(x, means, each, yerr=errors(values), capsize=2, label=label)
+    axes.set_xticks(range(len(names)), [name.replace(" ", "\n") for name in names], fontsize=7)
+
+
+def errors(values: list[Interval]) -> list[list[float]]:
+    """Intervals as matplotlib takes them: how far below and above their means they go."""
+    return [
+        [max(0.0, i.mean - i.ci_low) for i in values],
+        [max(0.0, i.ci_high - i.mean) for i in values],
+    ]
+
+
+if __name__ == "__main__":
+    main()
