@@ -11,14 +11,22 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from awareness_vllm.align.cache import KVCacheAligner
     from awareness_vllm.align.multihop import MultiHopAligner, MultiHopMemoryAligner
+    from awareness_vllm.compatibility.checker import MemoryCompatibilityChecker
     from awareness_vllm.compatibility.wmatrices import CompatibilityChecker
 
-__all__ = ["CompatibilityChecker", "KVCacheAligner", "MultiHopAligner", "MultiHopMemoryAligner"]
+__all__ = [
+    "CompatibilityChecker",
+    "KVCacheAligner",
+    "MemoryCompatibilityChecker",
+    "MultiHopAligner",
+    "MultiHopMemoryAligner",
+]
 __version__ = "0.1.0"
 
 HOMES = {
     "CompatibilityChecker": "awareness_vllm.compatibility.wmatrices",
     "KVCacheAligner": "awareness_vllm.align.cache",
+    "MemoryCompatibilityChecker": "awareness_vllm.compatibility.checker",
     "MultiHopAligner": "awareness_vllm.align.multihop",
     "MultiHopMemoryAligner": "awareness_vllm.align.multihop",
 }

@@ -25,6 +25,7 @@ from awareness_vllm.compatibility.ablations import (
 from awareness_vllm.compatibility.degradation import Degradation, Lost, Measures, Part, part
 from awareness_vllm.compatibility.unreduced import Unreduced, unreduced
 from awareness_vllm.errors import BadInput
+from awareness_vllm.geometry import resolve_folder
 from awareness_vllm.positions import apply
 from awareness_vllm.provenance import hardware, versions
 from awareness_vllm.wmatrix.bench import Bench
@@ -73,7 +74,7 @@ def attribute(
         )
     bench = Bench(Path(source), Path(target), found)
     by_length = {n: cut(bench, texts, n, continuation, limit) for n in sorted(set(contexts))}
-    reader = Reader(bench.source, bench.target, manifest.predecessors)
+    reader = Reader(resolve_folder(source), bench.target, manifest.predecessors)
     reader.choose(manifest.layers)
     full = unreduced(reader, found, anchors, tokens, progress=progress)
     return Degradation(

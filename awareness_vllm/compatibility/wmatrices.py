@@ -4,24 +4,22 @@ loaded. Its certificate says so; where there is none, published figures are show
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from awareness_vllm.compatibility.ends import Model, map_between, model, same
 from awareness_vllm.compatibility.mismatch import mean, structural_mismatch
 from awareness_vllm.compatibility.priors import (
     COLUMN,
     find_name,
-    known_name,
     published_retention,
     published_vectors,
 )
 from awareness_vllm.compatibility.report import Basis, Estimate, level_of
-from awareness_vllm.errors import BadInput, NoWMatrix
-from awareness_vllm.geometry import Geometry
+from awareness_vllm.errors import BadInput
 from awareness_vllm.wmatrix.certificate import TIERS, Certificate, Interval
-from awareness_vllm.wmatrix.shelf import WMatrixEntry, entries, leading
+from awareness_vllm.wmatrix.shelf import WMatrixEntry, entries
 
 Risk = Literal["Low", "Medium", "High"]
 COPIED = Interval(mean=1, ci_low=1, ci_high=1)
@@ -32,14 +30,6 @@ class Listing(Protocol):
 
     @property
     def source_model(self) -> str: ...
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model that was asked about; without geometry it is known by its published name alone."""
-
-    name: str
-    geometry: Geometry | None
 
 
 class CompatibilityChecker:
@@ -83,47 +73,14 @@ class CompatibilityChecker:
             )
         given = vector_listing.source_model if vector_listing is not None else source_model
         assert given is not None
-        source, target = self.model(given), self.model(target_model)
-        if source.geometry and target.geometry and source.geometry.same_model(target.geometry):
+        source, target = model(given, self.shelf), model(target_model, self.shelf)
+        if same(source, target):
             return _copy(source, target)
-        entry = self._leading(source, target)
+        entry = map_between(self.shelf, source, target)
         if entry is not None and entry.certificate is not None:
             return _certified(source, target, entry, entry.certificate)
         published = _published(source, target, vectors=vector_listing is not None)
         return _uncertified(source, target, entry, published)
-
-    def model(self, model: str | Path) -> Model:
-        """A model by its folder or a name. Raises BadInput."""
-        if (Path(model).expanduser() / "config.json").is_file():
-            geometry = Geometry.from_folder(model)
-            return Model(geometry.name, geometry)
-        found: list[Geometry] = []
-        for end in self._ends():
-            if end.name == str(model) and not any(end.same_model(other) for other in found):
-                found.append(end)
-        if len(found) > 1:
-            raise BadInput(
-                f"{len(found)} models of the W-Matrices are named {str(model)!r}",
-                found="; ".join(map(str, self.shelf)),
-                remedy="give the model's folder",
-            )
-        if found:
-            return Model(found[0].name, found[0])
-        return Model(known_name(str(model), {end.name for end in self._ends()}), None)
-
-    def _ends(self) -> Iterator[Geometry]:
-        for entry in self.shelf:
-            yield entry.manifest.source
-            yield entry.manifest.target
-
-    def _leading(self, source: Model, target: Model) -> WMatrixEntry | None:
-        """The best W-Matrix from one to the other, certified if any is."""
-        if source.geometry is None or target.geometry is None:
-            return None
-        try:
-            return leading(self.shelf, source.geometry, target.geometry)
-        except NoWMatrix:
-            return None
 
 
 def _copy(source: Model, target: Model) -> Estimate:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -164,6 +165,21 @@ def read_manifest(path: Path) -> Manifest:
         raise _corrupt(path, f"not a readable safetensors file ({error})") from error
 
 
+def checked_manifest(path: Path) -> Manifest:
+    """A package's manifest, if by its header the tensors have the shapes that its geometry says.
+
+    Raises:
+        PackageCorrupt
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            manifest = _manifest(_document(file), path)
+            _check_shapes(manifest, lambda name: tuple(file.get_slice(name).get_shape()), path)
+            return manifest
+    except (SafetensorError, OSError) as error:
+        raise _corrupt(path, f"not a readable safetensors file ({error})") from error
+
+
 def read_text(path: Path) -> str:
     """A package's text alone. Raises PackageCorrupt."""
     try:
@@ -196,16 +212,27 @@ def read(path: Path) -> Package:
             text = bytes(file.get_tensor("text").numpy()).decode("utf-8")
     except (SafetensorError, OSError, UnicodeDecodeError) as error:
         raise _corrupt(path, f"not a readable package ({error})") from error
-    if len(manifest.begins) not in (0, count):
-        raise _corrupt(path, f"beginnings of {len(manifest.begins)} of {count} layers")
-    for i, layer in enumerate(manifest.geometry.layers):
-        shape = (manifest.tokens - manifest.begin(i), layer.heads, layer.head_dim)
-        for tensor in (keys[i], values[i]):
-            if tuple(tensor.shape) != shape:
-                raise _corrupt(path, f"layer {i} has shape {tuple(tensor.shape)}, not {shape}")
-    if tokens.shape != (manifest.tokens,) or spans.shape != (manifest.tokens, 2):
-        raise _corrupt(path, f"{len(tokens)} tokens, manifest says {manifest.tokens}")
+    tensors = {"tokens": tokens, "spans": spans}
+    for part, states in (("key", keys), ("value", values)):
+        tensors |= {f"layers.{i}.{part}": tensor for i, tensor in enumerate(states)}
+    _check_shapes(manifest, lambda name: tuple(tensors[name].shape), path)
     return Package(manifest, text, tokens.tolist(), spans.numpy(), keys, values)
+
+
+def _check_shapes(
+    manifest: Manifest, shape_of: Callable[[str], tuple[int, ...]], path: Path
+) -> None:
+    """Raises PackageCorrupt where a tensor is not what the manifest says."""
+    layers, tokens = manifest.geometry.layers, manifest.tokens
+    if len(manifest.begins) not in (0, len(layers)):
+        raise _corrupt(path, f"beginnings of {len(manifest.begins)} of {len(layers)} layers")
+    wanted: dict[str, tuple[int, ...]] = {"tokens": (tokens,), "spans": (tokens, 2)}
+    for i, layer in enumerate(layers):
+        shape: tuple[int, ...] = (tokens - manifest.begin(i), layer.heads, layer.head_dim)
+        wanted[f"layers.{i}.key"] = wanted[f"layers.{i}.value"] = shape
+    for name, shape in wanted.items():
+        if (found := shape_of(name)) != shape:
+            raise _corrupt(path, f"{name} has shape {found}", expected=f"{shape}, by its manifest")
 
 
 def check_bytes(path: Path, memory_id: str) -> None:

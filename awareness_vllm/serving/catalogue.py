@@ -13,14 +13,21 @@ from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, Field
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
+from awareness_vllm.compatibility.appraisal import report
+from awareness_vllm.compatibility.case import Case, of_manifest
+from awareness_vllm.compatibility.ends import Model
+from awareness_vllm.compatibility.report import CompatibilityReport
+from awareness_vllm.compatibility.target import TargetConfig
 from awareness_vllm.errors import (
     AwarenessError,
     InvalidMemoryId,
     MemoryNotFound,
+    NoWMatrix,
     PackageCorrupt,
+    UnsupportedRequest,
 )
 from awareness_vllm.geometry import Strict
-from awareness_vllm.packages.file import read_manifest
+from awareness_vllm.packages.file import checked_manifest, read_manifest
 from awareness_vllm.packages.manifest import Manifest, check_id
 from awareness_vllm.serving.asked import Asked
 from awareness_vllm.serving.http import client_error, memories_of, tenant_of
@@ -120,6 +127,14 @@ async def retrieve_memory(memory_id: str, raw_request: Request) -> MemoryDetail:
     """A memory's manifest, and whether this server's model can use it."""
     with _client_errors("memory_id"):
         return await _ask(raw_request, lambda m, tenant: _detail(m, tenant, memory_id))
+
+
+@router.get("/{memory_id}/compatibility", responses=ONE_MEMORY_ERRORS)
+async def check_memory(memory_id: str, raw_request: Request) -> CompatibilityReport:
+    """What the memory would be on this model: estimates and their basis, risks, advice."""
+    config = cast("TargetConfig", raw_request.app.state.awareness_target)
+    with _client_errors("memory_id"):
+        return await _ask(raw_request, lambda m, tenant: _report(m, tenant, memory_id, config))
 
 
 @router.post("/{memory_id}/load", responses=ONE_MEMORY_ERRORS)
@@ -225,6 +240,26 @@ def _compatibility(memories: Memories, tenant: str, memory_id: str) -> Compatibi
         retention=prompt.retention[0],
         certified=wmatrix is not None and wmatrix.certificate is not None,
     )
+
+
+def _report(
+    memories: Memories, tenant: str, memory_id: str, config: TargetConfig
+) -> CompatibilityReport:
+    """A memory's report for the served model. Raises what is the package's own fault."""
+    path = memories.stores[tenant].checked_path(memory_id)
+    manifest = checked_manifest(path)
+    try:
+        tokens = len(memories.resolve_one(memory_id, tenant).ids)
+    except (NoWMatrix, UnsupportedRequest):  # the report says so, too
+        tokens = manifest.tokens
+    case = Case(
+        subject=of_manifest(manifest, memory_id, path),
+        target=Model(memories.geometry.name, memories.geometry),
+        config=config,
+        shelf=memories.wmatrices,
+        tokens=tokens,
+    )
+    return report(case)
 
 
 def _prompt(memories: Memories, tenant: str, memory_id: str) -> Prompt:

@@ -12,7 +12,7 @@ import json
 import secrets
 from argparse import Namespace
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast, get_args
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.routing import APIRoute
@@ -32,6 +32,7 @@ from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 from vllm.exceptions import VLLMClientError
 from vllm.logger import init_logger
 
+from awareness_vllm.compatibility.target import QUANTIZATIONS, CacheDtype, TargetConfig
 from awareness_vllm.errors import AwarenessError, UnsupportedRequest
 from awareness_vllm.serving import catalogue
 from awareness_vllm.serving.asked import LONG, SHORT, asked_of
@@ -52,6 +53,7 @@ from awareness_vllm.serving.publishing import announce
 from awareness_vllm.serving.readback import CAPTURE_KEY
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
     from vllm.engine.protocol import EngineClient
     from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
     from vllm.inputs import TokensInput
@@ -101,7 +103,23 @@ class AwarenessEndpoints:
         backstage = Backstage(engine_client)
         await backstage.pin(memories, config.pin)
         state.awareness, state.awareness_backstage = memories, backstage
+        state.awareness_target = target_config(engine_client.vllm_config, config.tail)
         logger.info("memories are served from %s", config.store)
+
+
+def target_config(vllm_config: VllmConfig, tail: int) -> TargetConfig:
+    """How this server serves its model, for reports about memories."""
+    cache = vllm_config.cache_config
+    dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
+    return TargetConfig(
+        quantization=next((name for name, d in QUANTIZATIONS.items() if d == dtype), None),
+        # Of names that nobody here knows, the model's own dtype is the nearest.
+        kv_cache_dtype=cache.cache_dtype if cache.cache_dtype in get_args(CacheDtype) else "auto",
+        context_length=vllm_config.model_config.max_model_len,
+        num_gpus=vllm_config.parallel_config.tensor_parallel_size,
+        block_size=cache.block_size,
+        tail=tail,
+    )
 
 
 def route_of(module: Any, path: str) -> APIRoute:

@@ -1,0 +1,95 @@
+"""What would raise a memory's retention, and by how much: measured gains before estimated ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from awareness_vllm.align.multihop import best, expected, names
+from awareness_vllm.compatibility.case import Case
+from awareness_vllm.compatibility.estimate import predict
+from awareness_vllm.compatibility.report import Action
+from awareness_vllm.wmatrix.certificate import measured_for
+
+PROJECTION = "dimensional projection"
+
+
+def advice(case: Case, retention: float | None) -> tuple[Action, ...]:
+    """Actions that would keep more, the greatest gain first, those of unknown gain last."""
+    if case.exact:
+        return ()
+    found = [
+        *ways(case),
+        *longer_tails(case),
+        *recompute(case, retention),
+        *hops(case, retention),
+        *better_map(case, retention),
+        *precision(case),
+    ]
+    return tuple(sorted(found, key=lambda a: (a.gain is None, -(a.gain or 0.0))))
+
+
+def ways(case: Case) -> Iterator[Action]:
+    """What is to be done first where nothing was measured."""
+    if case.entry is None:
+        says = f"fit a W-Matrix from {case.subject.source.name} to {case.target.name}"
+        yield Action(description=f"{says} (`awareness fit`)", gain=None, basis="estimated")
+    elif case.certificate is None:
+        says = f"measure the map (`awareness certify {case.entry.path.name}`)"
+        yield Action(description=says, gain=None, basis="estimated")
+
+
+def longer_tails(case: Case) -> Iterator[Action]:
+    """More of the memory's end read by the target itself."""
+    if case.certificate is None:
+        return
+    now = predict(case.certificate, case.tokens, case.config.tail, case.kind).mean
+    for plan in measured_for(case.certificate, case.tokens):
+        gain = predict(case.certificate, case.tokens, plan.tail, case.kind).mean - now
+        if case.config.tail < plan.tail < case.tokens and gain > 0:
+            says = f"read the last {plan.tail} tokens natively (`--tail {plan.tail}`)"
+            says += f", at {plan.cost:.0%} of the prefill's operations"
+            yield Action(description=says, gain=gain, basis="measured")
+
+
+def recompute(case: Case, retention: float | None) -> Iterator[Action]:
+    """Everything read by the target: the floor that is always there."""
+    if retention is not None and case.entry is not None and retention < 1:
+        says = "let the target read the text itself (`on_low_quality: recompute`), at all its cost"
+        yield Action(description=says, gain=1 - retention, basis="measured")
+
+
+def hops(case: Case, retention: float | None) -> Iterator[Action]:
+    """A way through other models, by its certificates."""
+    source, target = case.subject.source.geometry, case.target.geometry
+    if source is None or target is None:
+        return
+    known = [entry for entry in case.shelf if entry.certificate]
+    way = best(known, source, target, case.tokens, direct=False)
+    kept = expected(way, case.tokens) if way else None
+    if way is None or kept is None or (retention is not None and kept <= retention):
+        return
+    says = f"go {' → '.join(names(way))} (`awareness path`)"
+    yield Action(
+        description=says, gain=None if retention is None else kept - retention, basis="estimated"
+    )
+
+
+def better_map(case: Case, retention: float | None) -> Iterator[Action]:
+    """A map of more rank, or a calibrated one."""
+    if case.entry is None or retention is None:
+        return
+    shares = case.degradation.shares(case.tokens, "kl") if case.degradation else ()
+    share = next((s.share.mean for s in shares if s.source == PROJECTION), None)
+    says = f"fit with a higher rank than {case.entry.manifest.rank} (`awareness fit --rank`)"
+    gain = None if share is None else share * max(0.0, 1 - retention)
+    yield Action(description=says, gain=gain, basis="estimated")
+    if not case.entry.manifest.fit.get("calibration"):
+        says = "calibrate the map through the target (`awareness fit --calibration`)"
+        yield Action(description=says, gain=None, basis="estimated")
+
+
+def precision(case: Case) -> Iterator[Action]:
+    """A cache that does not round."""
+    if case.config.kv_cache_dtype.startswith("fp8"):
+        says = "keep the cache in the model's own dtype (`--kv-cache-dtype auto`)"
+        yield Action(description=says, gain=None, basis="estimated")

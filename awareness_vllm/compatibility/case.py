@@ -1,0 +1,116 @@
+"""One memory on one target: all that is known of the two before anything is loaded."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from awareness_vllm.compatibility.degradation import Degradation, load_for
+from awareness_vllm.compatibility.ends import Model, map_between, model, same
+from awareness_vllm.compatibility.on_the_spot import OnTheSpot
+from awareness_vllm.compatibility.target import TargetConfig
+from awareness_vllm.errors import BadInput
+from awareness_vllm.packages.file import Package, checked_manifest
+from awareness_vllm.packages.manifest import Manifest
+from awareness_vllm.store.folder import locate
+from awareness_vllm.wmatrix.certificate import Certificate
+from awareness_vllm.wmatrix.shelf import WMatrixEntry
+
+
+class Listing(Protocol):
+    """Whatever is offered, if it says which model it comes from and how long it is."""
+
+    @property
+    def source_model(self) -> str: ...
+    @property
+    def token_count(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The memory that is asked about; of a listing there is neither manifest nor file."""
+
+    name: str
+    source: Model
+    tokens: int
+    manifest: Manifest | None = None
+    path: Path | None = None
+
+    @property
+    def bytes(self) -> int | None:
+        """Of the file, or what its states alone would take."""
+        if self.path is not None:
+            return self.path.stat().st_size
+        if self.source.geometry is None:
+            return None
+        return 2 * self.source.geometry.width * self.tokens
+
+
+@dataclass(frozen=True)
+class Case:
+    """A memory, a target and what lies between them.
+
+    `tokens` are the memory's as the target counts them, or as the source does where nobody has
+    asked the target's tokenizer. `kind` is the kind of its text, if anybody said.
+    """
+
+    subject: Subject
+    target: Model
+    config: TargetConfig
+    shelf: Sequence[WMatrixEntry]
+    tokens: int
+    kind: str | None = None
+    found: OnTheSpot | None = None
+
+    @property
+    def exact(self) -> bool:
+        """Whether the memory is the target's own."""
+        return same(self.subject.source, self.target)
+
+    @functools.cached_property
+    def entry(self) -> WMatrixEntry | None:
+        """The W-Matrix that would realign it."""
+        text = self.subject.manifest is None or self.subject.manifest.has_text
+        return map_between(self.shelf, self.subject.source, self.target, text=text)
+
+    @property
+    def certificate(self) -> Certificate | None:
+        return self.entry.certificate if self.entry else None
+
+    @functools.cached_property
+    def degradation(self) -> Degradation | None:
+        """What the map's loss was measured to come from."""
+        return load_for(self.entry) if self.entry else None
+
+
+def subject(
+    given: Listing | Package | str | Path, store: Path | None, shelf: Sequence[WMatrixEntry]
+) -> Subject:
+    """The memory that somebody asks about: a listing, a package, its file or its ID.
+
+    Raises:
+        InvalidMemoryId, MemoryNotFound, PackageCorrupt: no such memory, or a damaged one;
+        BadInput: a listing of a model that nobody knows, or that says too little.
+    """
+    if isinstance(given, Package):
+        return of_manifest(given.manifest, given.manifest.name or "a package")
+    if isinstance(given, str | Path):
+        path = locate(given, store)
+        return of_manifest(checked_manifest(path), path.stem, path)
+    source, tokens = (getattr(given, name, None) for name in ("source_model", "token_count"))
+    if not isinstance(source, str) or not isinstance(tokens, int) or tokens < 1:
+        raise BadInput(
+            "a memory listing says too little",
+            found=f"source_model={source!r}, token_count={tokens!r}",
+            expected="the name of a model, and how many tokens it read",
+            remedy="give a package, its file or its ID instead",
+        )
+    return Subject(str(getattr(given, "id", "a listing")), model(source, shelf), tokens)
+
+
+def of_manifest(manifest: Manifest, name: str, path: Path | None = None) -> Subject:
+    source = Model(manifest.geometry.name, manifest.geometry)
+    return Subject(name, source, manifest.tokens, manifest, path)
