@@ -26,7 +26,8 @@ def room(config: TargetConfig, geometry: Geometry, tokens: int) -> tuple[RiskFac
     found = []
     longest = config.context_length or geometry.max_positions
     if tokens >= longest:
-        says = f"the memory's {tokens} tokens do not fit a context window of {longest}: it cannot be loaded"
+        says = f"the memory's {tokens} tokens do not fit a context window of {longest}"
+        says += ": it cannot be loaded"
         found.append(RiskFactor(description=says, impact="high"))
     each = target_memory_gb(geometry, tokens, config) / config.num_gpus
     if config.memory_gb is not None and each > config.memory_gb:

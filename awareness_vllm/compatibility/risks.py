@@ -39,7 +39,8 @@ def risks(case: Case) -> tuple[RiskFactor, ...]:
 @risk
 def no_way(case: Case) -> Iterator[tuple[Impact, str]]:
     """A memory of another model that nothing realigns."""
-    if case.exact or case.entry is not None:
+    known = case.subject.source.geometry and case.target.geometry
+    if case.exact or case.entry is not None or not known:
         return
     ends = f"from {case.subject.source.name} to {case.target.name}"
     yield "high", f"no W-Matrix leads {ends}: {UNUSABLE}"
@@ -95,4 +96,4 @@ def lost_facts(case: Case) -> Iterator[tuple[Impact, str]]:
 @risk
 def published_only(case: Case) -> Iterator[tuple[Impact, str]]:
     if case.subject.source.geometry is None or case.target.geometry is None:
-        yield "high", "known by published figures alone, which nobody here has measured"
+        yield "high", "known by published figures alone: nobody here measured them, or can load it"
