@@ -19,7 +19,7 @@ from awareness_vllm.compatibility.priors import (
 )
 from awareness_vllm.compatibility.report import Basis, Estimate, level_of
 from awareness_vllm.errors import BadInput, NoWMatrix
-from awareness_vllm.geometry import Geometry
+from awareness_vllm.geometry import Geometry, is_model_folder
 from awareness_vllm.wmatrix.certificate import TIERS, Certificate, Interval
 from awareness_vllm.wmatrix.shelf import WMatrixEntry, entries, leading
 
@@ -94,7 +94,7 @@ class CompatibilityChecker:
 
     def model(self, model: str | Path) -> Model:
         """A model by its folder or a name. Raises BadInput."""
-        if (Path(model).expanduser() / "config.json").is_file():
+        if is_model_folder(model):
             geometry = Geometry.from_folder(model)
             return Model(geometry.name, geometry)
         found: list[Geometry] = []
