@@ -139,11 +139,18 @@ class Geometry(Strict):
         return _from_folder(str(resolve_folder(folder)), tokens)
 
 
+def is_model_folder(model: str | Path) -> bool:
+    """Whether this is a model's folder, and not a name; any text may be asked about."""
+    try:
+        return (Path(model).expanduser() / "config.json").is_file()
+    except (OSError, RuntimeError):  # too long for a path; "~" of somebody that is not there
+        return False
+
+
 def resolve_folder(model: str | Path) -> Path:
     """The local folder of a model given by path or by hub name (never downloads)."""
-    folder = Path(model).expanduser()
-    if (folder / "config.json").is_file():
-        return folder.resolve()
+    if is_model_folder(model):
+        return Path(model).expanduser().resolve()
     try:
         from huggingface_hub import snapshot_download
 

@@ -18,7 +18,7 @@ from typing import Literal
 
 from awareness_vllm.anchors.corpus import Document
 from awareness_vllm.errors import BadInput, NoWMatrix, UnsupportedModel
-from awareness_vllm.geometry import Geometry, resolve_folder
+from awareness_vllm.geometry import Geometry, is_model_folder, resolve_folder
 from awareness_vllm.home import models_dir
 from awareness_vllm.packages.capture import load_model
 from awareness_vllm.packages.file import Package, read_manifest
@@ -169,7 +169,7 @@ class MultiHopAligner:
 
     def model(self, model: str | Path) -> Geometry:
         """A model by its folder, or by the name that W-Matrices know it by. Raises BadInput."""
-        if (Path(model).expanduser() / "config.json").is_file():
+        if is_model_folder(model):
             geometry = Geometry.from_folder(model)
             self.models.append(model)
             return geometry

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from awareness_vllm.compatibility.priors import known_name
 from awareness_vllm.errors import BadInput, NoWMatrix
-from awareness_vllm.geometry import Geometry
+from awareness_vllm.geometry import Geometry, is_model_folder
 from awareness_vllm.wmatrix.shelf import WMatrixEntry, leading
 
 
@@ -27,7 +27,7 @@ def model(given: str | Path, shelf: Sequence[WMatrixEntry]) -> Model:
         BadInput: nobody knows the name, or several models of the W-Matrices have it;
         UnsupportedModel: a folder that cannot be used.
     """
-    if (Path(given).expanduser() / "config.json").is_file():
+    if is_model_folder(given):
         geometry = Geometry.from_folder(given)
         return Model(geometry.name, geometry)
     ends = [end for entry in shelf for end in (entry.manifest.source, entry.manifest.target)]

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
@@ -288,7 +288,11 @@ def test_one_source_and_one_target(given: dict[str, Any]) -> None:
 NAMES = st.sampled_from([*tables().models, "a", "b", "c"]) | st.text(max_size=12)
 
 
+@settings(deadline=None)
 @given(NAMES, NAMES, st.booleans())
+@example("~0", "b", False)
+@example("a", "x" * 300, True)
+@example("a\0", "b", False)
 def test_any_names_give_an_estimate_or_bad_input(
     over: MakeChecker, source: str, target: str, vector: bool
 ) -> None:
@@ -326,6 +330,7 @@ def shaped(geometry: Geometry, layers: list[LayerGeometry]) -> Geometry:
     return geometry.model_copy(update={"layers": tuple(layers)})
 
 
+@settings(deadline=None)
 @given(st.lists(LAYERS, min_size=1, max_size=9), st.lists(LAYERS, min_size=1, max_size=9))
 def test_mismatch_is_a_share_and_nothing_for_the_same_shape(
     geometry: Geometry, some: list[LayerGeometry], others: list[LayerGeometry]

@@ -76,6 +76,12 @@ def certified(kept: float | tuple[float, float] | None) -> Certificate | None:
     return Certificate.model_construct(plans=tuple(plans), protocol=protocol, retention=retention)
 
 
+@pytest.mark.parametrize("name", ["~0", "x" * 300, "a\0"])
+def test_any_text_is_a_name_or_bad_input(over: Callable[..., MultiHopAligner], name: str) -> None:
+    with pytest.raises(BadInput, match="no models"):
+        over(a_b=0.9).find_optimal_path(name, "b")
+
+
 def test_the_names_are_one_class() -> None:
     assert awareness_vllm.MultiHopAligner is awareness_vllm.MultiHopMemoryAligner
     assert MultiHopMemoryAligner is MultiHopAligner

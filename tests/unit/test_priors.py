@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -90,6 +90,7 @@ def test_an_unknown_name_gets_the_nearest_ones() -> None:
         published_retention("gpt-4", "gpt-4o", 1000, "zzz")
 
 
+@settings(deadline=None)
 @given(st.text())
 @example("GPT+4")
 @example("İ")
@@ -188,6 +189,7 @@ def test_a_damaged_file_is_refused(path: tuple[str | int, ...], value: Any) -> N
         Tables.model_validate_json(json.dumps(document))
 
 
+@settings(deadline=None)
 @given(NAMES, NAMES, LENGTHS, CONTENTS)
 def test_retention_is_a_share_within_its_range(
     source: str, target: str, tokens: int, content: str | None
@@ -203,6 +205,7 @@ def test_retention_is_a_share_within_its_range(
     assert "cross-model-compatibility.md" in basis.source
 
 
+@settings(deadline=None)
 @given(NAMES, NAMES, LENGTHS, LENGTHS, CONTENTS)
 def test_a_longer_memory_keeps_no_more(
     source: str, target: str, some: int, more: int, content: str | None
@@ -215,6 +218,7 @@ def test_a_longer_memory_keeps_no_more(
             assert getattr(found[1][0], field) <= getattr(found[0][0], field) + 1e-12
 
 
+@settings(deadline=None)
 @given(st.integers(min_value=10_000, max_value=50_000))
 def test_the_matrix_holds_as_it_is_where_it_is_said_to_hold(tokens: int) -> None:
     assert mean("gpt-4", "llama-3.1-70b", tokens) == 0.91
