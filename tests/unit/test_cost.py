@@ -81,7 +81,13 @@ def test_a_window_holds_its_own() -> None:
 
 @pytest.mark.parametrize(
     ("counts", "expected"),
-    [((18,), (18,)), ((15, 3), (15, 3)), ((22, 4), (24, 4)), ((12, 13), (13, 13)), ((3, 4), (4, 4))],
+    [
+        ((18,), (18,)),
+        ((15, 3), (15, 3)),
+        ((22, 4), (24, 4)),
+        ((12, 13), (13, 13)),
+        ((3, 4), (4, 4)),
+    ],
 )
 def test_groups_of_layers_are_of_one_size(
     counts: tuple[int, ...], expected: tuple[int, ...]
@@ -129,9 +135,7 @@ def vllm_holds(geometry: Geometry, tokens: int, config: TargetConfig) -> int:
         enable_caching=False,
     )
     request = Request("r", [1] * (tokens + 1), SamplingParams(max_tokens=1), None)
-    manager.allocate_slots(
-        request, 0, num_external_computed_tokens=tokens, delay_cache_blocks=True
-    )
+    manager.allocate_slots(request, 0, num_external_computed_tokens=tokens, delay_cache_blocks=True)
     held = manager.get_blocks("r").blocks
     blocks = sum(not block.is_null for group in held for block in group)
     page = kv_cache_utils._get_kv_cache_bytes_per_block(groups, layout)
