@@ -8,6 +8,7 @@ weights are made up, since times do not depend on them.
 from __future__ import annotations
 
 import datetime
+import functools
 import itertools
 import os
 import pydoc_data.topics
@@ -22,10 +23,11 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from awareness_vllm.align.aligner import AlignedMemory, Realignment
+from awareness_vllm.align.aligner import Realignment
 from awareness_vllm.anchors.spans import Tokens, align, tokenize
 from awareness_vllm.compatibility.calibration import Calibration, line
-from awareness_vllm.compatibility.cost import map_work
+from awareness_vllm.compatibility.cost import map_work, written_bytes
+from awareness_vllm.compatibility.target import TargetConfig
 from awareness_vllm.geometry import Geometry, LayerGeometry, Positions
 from awareness_vllm.home import home
 from awareness_vllm.packages.file import Package, build, publish, read
@@ -43,7 +45,7 @@ BLOCK = 128
 """Tokens of a block of vLLM's KV cache on a CPU."""
 TURNS = 4
 """Places in the pages that are written to in turn: no server finds them in a processor's cache."""
-REPEATS, ENOUGH_S = 5, 1.0
+ROUNDS, ENOUGH_S = 9, 2.0
 """How often each part is timed, and for how long at most: a slow machine must not take longer."""
 DTYPE = torch.bfloat16
 
@@ -63,21 +65,28 @@ def calibrate() -> Calibration:
     source, target = geometry("source", 30, 3, 64, 576), geometry("target", 18, 1, 256, 640)
     tokenizer = made_up_tokenizer()
     few, many = (made_up_memory(source, tokenizer, count) for count in (FEW, MANY))
-    read_fixed, read_rate = line(*(timed_read(memory.package) for memory in (few, many)))
-    spoken = seconds(lambda: align(many.tokens.spans, tokenize(tokenizer, many.text).spans))
-
     thin, thick = (made_up_map(source, target, rank) for rank in (THIN, THICK))
-    numbers, flop = map_work(thin.manifest)
-    few_s, many_s, products_s = (
-        timed_alignment(m, w) for m, w in ((few, thin), (many, thin), (many, thick))
-    )
-    more = map_work(thick.manifest)[1]
-    _, flop_rate = line((MANY * flop, many_s), (MANY * more, products_s))
-    # Without its products, a map's work grows with the numbers that it reads and gives.
-    rest = [(n * numbers, s - n * flop / flop_rate) for n, s in ((FEW, few_s), (MANY, many_s))]
-    align_fixed, numbers_rate = line(*rest)
+    sizes = [written_bytes(target, 0, count, TargetConfig()) for count in (FEW, MANY)]
 
-    write_fixed, write_rate = line(*(timed_write(target, count) for count in (FEW, MANY)))
+    home().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=home(), prefix=".doctor-") as folder:
+        paths = [publish(memory.package, Path(folder)) for memory in (few, many)]
+        files = [path.stat().st_size for path in paths]
+        reads = medians(*(functools.partial(read, path) for path in paths))
+    (text,) = medians(lambda: align(many.tokens.spans, tokenize(tokenizer, many.text).spans))
+    little, plain, products = medians(
+        *(aligning(m, w) for m, w in ((few, thin), (many, thin), (many, thick)))
+    )
+    writes = medians(*(writing(target, count) for count in (FEW, MANY)))
+
+    read_fixed, read_rate = line(*zip(files, reads, strict=True))
+    numbers, flop = map_work(thin.manifest)
+    _, more = map_work(thick.manifest)
+    _, flop_rate = line((MANY * flop, plain), (MANY * more, products))
+    # Without its products, a map's work grows with the numbers that it reads and gives.
+    rest = [(n * numbers, s - n * flop / flop_rate) for n, s in ((FEW, little), (MANY, plain))]
+    align_fixed, numbers_rate = line(*rest)
+    write_fixed, write_rate = line(*zip(sizes, writes, strict=True))
     return Calibration(
         measured=datetime.datetime.now(datetime.UTC).replace(microsecond=0),
         hardware=hardware(),
@@ -86,7 +95,7 @@ def calibrate() -> Calibration:
         load=load,
         read_fixed_s=read_fixed,
         read_bytes_per_s=read_rate,
-        text_tokens_per_s=MANY / spoken,
+        text_tokens_per_s=MANY / text,
         align_fixed_s=align_fixed,
         align_numbers_per_s=numbers_rate,
         align_flop_per_s=flop_rate,
@@ -95,27 +104,27 @@ def calibrate() -> Calibration:
     )
 
 
-def seconds(run: Callable[[], object]) -> float:
-    """Median of some runs, after one that does not count."""
-    times: list[float] = []
-    run()
-    while len(times) < REPEATS and sum(times) < ENOUGH_S:
-        begin = time.perf_counter()
+def medians(*runs: Callable[[], object]) -> list[float]:
+    """Median seconds of each, run in turn so that what disturbs the machine disturbs all of them.
+
+    What each takes the first time does not count.
+    """
+    times: list[list[float]] = [[] for _ in runs]
+    for run in runs:
         run()
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times)
+    until = time.perf_counter() + ENOUGH_S
+    for _ in range(ROUNDS):
+        for run, found in zip(runs, times, strict=True):
+            begin = time.perf_counter()
+            run()
+            found.append(time.perf_counter() - begin)
+        if time.perf_counter() > until:
+            break
+    return [statistics.median(found) for found in times]
 
 
-def timed_read(package: Package) -> tuple[float, float]:
-    """Bytes of a package's file and seconds to read it, from the operating system's cache."""
-    home().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=home(), prefix=".doctor-") as folder:
-        path = publish(package, Path(folder))
-        return path.stat().st_size, seconds(lambda: read(path))
-
-
-def timed_alignment(memory: Memory, wmatrix: WMatrix) -> float:
-    """Seconds to align a memory that has been read and tokenized."""
+def aligning(memory: Memory, wmatrix: WMatrix) -> Callable[[], None]:
+    """Align a memory that has been read and tokenized."""
     table = torch.ones(wmatrix.manifest.target.vocab_size, wmatrix.manifest.target.hidden_size)
     ids = [*wmatrix.manifest.sink, *memory.tokens.ids]
     source = torch.arange(len(memory.tokens.ids))
@@ -127,15 +136,14 @@ def timed_alignment(memory: Memory, wmatrix: WMatrix) -> float:
         while not work.step():
             pass
 
-    return seconds(run)
+    return run
 
 
-def timed_write(target: Geometry, count: int) -> tuple[float, float]:
-    """Bytes of a memory's states and seconds to write them, as serving/worker.py does."""
+def writing(target: Geometry, count: int) -> Callable[[], None]:
+    """Write a memory's states as serving/worker.py does."""
     write = writer()
     shapes = [(layer.heads, layer.head_dim) for layer in target.layers]
-    states = [torch.ones(count, *shape, dtype=DTYPE) for shape in shapes for _ in range(2)]
-    memory = AlignedMemory(list(range(count)), states[::2], states[1::2])
+    keys, values = ([torch.ones(count, *shape, dtype=DTYPE) for shape in shapes] for _ in range(2))
     blocks = -(-count // BLOCK)
     pages = [torch.ones(TURNS * blocks, h, BLOCK, 2 * d, dtype=DTYPE) for h, d in shapes]
     places = itertools.cycle(range(0, TURNS * blocks * BLOCK, blocks * BLOCK))
@@ -143,11 +151,11 @@ def timed_write(target: Geometry, count: int) -> tuple[float, float]:
     def run() -> None:
         begin = next(places)
         slots = torch.tensor(list(range(begin, begin + count)), dtype=torch.int64)
-        for key, value, page in zip(memory.keys, memory.values, pages, strict=True):
+        for key, value, page in zip(keys, values, pages, strict=True):
             real = slots >= 0
             write(key[:count][real].contiguous(), value[:count][real].contiguous(), page, slots)
 
-    return memory.bytes, seconds(run)
+    return run
 
 
 def writer() -> Write:

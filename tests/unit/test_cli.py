@@ -154,6 +154,7 @@ def test_unknown_flags_are_refused(name: str, capfd: pytest.CaptureFixture[str])
         "list": [],
         "inspect": ["x"],
         "verify": ["x"],
+        "doctor": [],
     }
     with pytest.raises(SystemExit) as end:
         main([name, *needed[name], "--bogus"])

@@ -1,0 +1,217 @@
+"""Predicted against measured: seconds of a load by temperature, on real servers of both models.
+
+    awareness doctor --again
+    python benchmarks/load_times.py [--forth FILE] [--back FILE] [--tokens 300 1000 2000 3000]
+
+What is predicted comes from `awareness doctor`'s calibration and the geometries alone
+(`compatibility.cost.load_times_s`), before a server is started. What is measured is what the server
+says of a load: `seconds` of `memory` in its response, which vllm:awareness_load_seconds counts too;
+the median of some rounds after one that does not count. Each memory comes through the W-Matrix and,
+captured on the served model, as a copy; hot is another question about a memory that was just asked.
+
+Prints a Markdown table and the share of cases within 25 %, then one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+from servers import AWARENESS, NAME, running, stop_on_terminate
+
+from awareness_vllm.anchors.corpus import load
+from awareness_vllm.anchors.install import held_out_dir, install
+from awareness_vllm.anchors.spans import load_tokenizer, tokenize
+from awareness_vllm.compatibility.calibration import Calibration, calibrated
+from awareness_vllm.compatibility.cost import load_times_s
+from awareness_vllm.compatibility.target import TargetConfig
+from awareness_vllm.geometry import Geometry
+from awareness_vllm.home import wmatrices_dir
+from awareness_vllm.models import prepare
+from awareness_vllm.provenance import hardware, versions
+from awareness_vllm.serving.register import vllm_version
+from awareness_vllm.wmatrix.file import read_manifest
+
+TEMPERATURES = ("cold", "warm", "hot")
+QUESTIONS = ("\n\nIn one sentence, this text is about", "\nThe author of it, as it says, was born")
+WITHIN = 0.25
+CPU_BLOCK = 128
+FLAGS = ["--enforce-eager", "--kv-cache-memory-bytes", "256M", "--max-model-len", "4096"]
+"""Of a small cache: every block of it has been written before a load is timed."""
+
+
+@dataclass(frozen=True)
+class Direction:
+    """Where memories come from and go to; without a W-Matrix they are copies."""
+
+    source: Path
+    target: Path
+    wmatrix: Path | None
+
+    def __str__(self) -> str:
+        return f"{self.source.name} → {self.target.name}" if self.wmatrix else self.target.name
+
+
+@dataclass(frozen=True)
+class Case:
+    """One temperature of one memory in one direction."""
+
+    direction: str
+    tokens: int
+    temperature: str
+    predicted: float
+    measured: float
+    loaded: int
+
+    @property
+    def off(self) -> float:
+        return self.predicted / self.measured - 1 if self.measured else float(self.predicted > 0)
+
+
+def captured(model: Path, tokens: int, store: Path) -> str:
+    """The ID of a memory of so many tokens of a document that no anchor came from."""
+    whole = "\n\n".join(d.text for d in load([held_out_dir() / "debian-history"]))
+    end = int(tokenize(load_tokenizer(str(model)), whole).spans[tokens, 0])
+    file = store / "text.txt"
+    file.write_bytes(whole.encode()[:end].decode(errors="ignore").encode())
+    command = [*AWARENESS[:-1], "capture", "--model", model, "--text", file, "--store", store]
+    done = subprocess.run([*map(str, command), "--json"], capture_output=True, check=True)
+    return str(json.loads(done.stdout)["id"])
+
+
+class Server:
+    """One server's API, as far as this needs it."""
+
+    def __init__(self, url: str) -> None:
+        self.http = httpx.Client(base_url=url, timeout=300)
+        self.salts = 0
+
+    def tokens(self, memory: str) -> int:
+        """Of a memory, as this server counts them."""
+        found = self.http.get(f"/v1/memories/{memory}").raise_for_status().json()
+        return int(found["compatibility"]["prompt_tokens"])
+
+    def ask(self, memory: str, question: str) -> dict[str, Any]:
+        """What the server says of the memory that it loaded for a question."""
+        body = {"model": NAME, "prompt": question, "max_tokens": 2, "temperature": 0}
+        body |= {"memory_ids": [memory], "cache_salt": f"salt-{self.salts}"}
+        answer = self.http.post("/v1/completions", json=body).raise_for_status()
+        found: dict[str, Any] = answer.json()["memory"]
+        return found
+
+    def loads(self, memory: str) -> Iterator[dict[str, Any]]:
+        """A cold load, a warm one and a hot one."""
+        self.http.delete(f"/v1/memories/{memory}").raise_for_status()
+        for temperature, question in zip(
+            TEMPERATURES, (*QUESTIONS[:1] * 2, QUESTIONS[1]), strict=True
+        ):
+            self.salts += temperature != "hot"
+            found = self.ask(memory, question)
+            if found["temperature"] != temperature:
+                raise RuntimeError(f"{memory} should be {temperature}: {found}")
+            yield found
+
+
+def cases(
+    direction: Direction, server: Server, memory: str, store: Path, rounds: int, here: Calibration
+) -> list[Case]:
+    """One memory at all temperatures."""
+    tokens = server.tokens(memory)
+    predicted = load_times_s(
+        Geometry.from_folder(direction.target),
+        tokens,
+        TargetConfig(block_size=CPU_BLOCK),
+        here,
+        package_bytes=(store / f"{memory}.safetensors").stat().st_size,
+        wmatrix=read_manifest(direction.wmatrix) if direction.wmatrix else None,
+    )
+    found = [list(server.loads(memory)) for _ in range(rounds + 1)][1:]
+    return [
+        Case(
+            str(direction),
+            tokens,
+            temperature,
+            predicted[temperature],
+            statistics.median(load["seconds"] for load in loads),
+            loads[0]["loaded_tokens"],
+        )
+        for temperature, loads in zip(TEMPERATURES, zip(*found, strict=True), strict=True)
+    ]
+
+
+def measure(direction: Direction, tokens: list[int], rounds: int, here: Calibration) -> list[Case]:
+    """All memories on one server: through the W-Matrix, then copies."""
+    assert direction.wmatrix is not None
+    copies = Direction(direction.target, direction.target, None)
+    with tempfile.TemporaryDirectory() as scratch:
+        store = Path(scratch) / "store"
+        store.mkdir()
+        memories = [
+            (way, captured(way.source, count, store))
+            for way in (direction, copies)
+            for count in tokens
+        ]
+        flags = [*FLAGS, "--store", str(store), "--wmatrix", str(direction.wmatrix)]
+        with running(AWARENESS, direction.target, flags, Path(scratch) / "log") as process:
+            server = Server(process.url)
+            return [
+                case
+                for way, memory in memories
+                for case in cases(way, server, memory, store, rounds, here)
+            ]
+
+
+def table(found: list[Case]) -> str:
+    """The cases in Markdown, and the share of them that was predicted well enough."""
+    rows = [
+        f"| {c.direction} | {c.tokens} | {c.temperature} | {c.loaded} | {1e3 * c.predicted:.1f} ms "
+        f"| {1e3 * c.measured:.1f} ms | {c.off:+.0%} |"
+        for c in found
+    ]
+    good = sum(abs(c.off) <= WITHIN for c in found)
+    return "\n".join(
+        [
+            "| | tokens | | loaded | predicted | measured | off |",
+            "|---|---|---|---|---|---|---|",
+            *rows,
+            "",
+            f"{good} of {len(found)} cases within {WITHIN:.0%}: {good / len(found):.0%}",
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--forth", type=Path, help="SmolLM2 → Gemma-3; default: the demo's")
+    parser.add_argument("--back", type=Path, help="Gemma-3 → SmolLM2; without it, one direction")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[300, 1000, 2000, 3000])
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    stop_on_terminate()
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the figures
+        install()
+        smollm2, gemma3 = (prepare()[name] for name in ("smollm2-135m", "gemma3-270m"))
+    forth = args.forth or wmatrices_dir() / "smollm2-135m--gemma3-270m.wmatrix"
+    ways = [Direction(smollm2, gemma3, forth)]
+    if args.back:
+        ways.append(Direction(gemma3, smollm2, args.back))
+    here = calibrated()
+    found = [case for way in ways for case in measure(way, args.tokens, args.rounds, here)]
+    print(table(found))
+    about = {"rounds": args.rounds, "calibration": here.model_dump(mode="json")}
+    about |= {"hardware": hardware(), "versions": {**versions(), "vllm": vllm_version()}}
+    print(json.dumps({"cases": [vars(case) for case in found], **about}))
+
+
+if __name__ == "__main__":
+    main()
