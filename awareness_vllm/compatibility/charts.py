@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from awareness_vllm.wmatrix.heat_map import HeadShares
     from awareness_vllm.wmatrix.mapping import Head
 
-WIDTH, LEFT, RIGHT, TOP = 360.0, 42.0, 10.0, 10.0
+WIDTH, LEFT, RIGHT, TOP = 360.0, 48.0, 10.0, 10.0
 PLOT = 190.0
 """Height of what is drawn between the axes, in the drawing's own units."""
-GAP = 34.0
+GAP = 42.0
 """Labels on an axis that are nearer to each other cannot be read."""
 COLOURS = 5
 """So many series have a colour of their own (`.c0` … in the style sheet)."""
@@ -116,7 +116,7 @@ def heat_map(found: HeadShares) -> Html:
     """The share of each source head (across) in each target head (down), stronger for more."""
     (across, of_column), (down, of_row) = grouped(found.across), grouped(found.down)
     shares = (of_row / of_row.sum(0)).T @ found.shares @ of_column
-    levels = np.ceil(SHADES * shares / (shares.max() or 1)).astype(int)
+    levels = np.rint(SHADES * shares / (shares.max() or 1)).astype(int)
     width, height = WIDTH - LEFT - RIGHT, 1.3 * PLOT
     wide, tall = width / len(across), height / len(down)
     place = f"translate({LEFT:g} {TOP:g}) scale({wide:.5g} {tall:.5g})"
@@ -126,8 +126,8 @@ def heat_map(found: HeadShares) -> Html:
         TOP + height + 22,
         el("rect", x=LEFT, y=TOP, width=width, height=height, class_="h0"),
         el("g", *shades, transform=place),
-        *(text(LEFT + (i + 0.5) * wide, TOP + height + 16, across[i]) for i in spaced(across, 8)),
-        *(text(LEFT - 5, TOP + (i + 0.5) * tall + 4, down[i], "end") for i in spaced(down, 16)),
+        *(text(LEFT + (i + 0.5) * wide, TOP + height + 16, across[i]) for i in spaced(across, 6)),
+        *(text(LEFT - 5, TOP + (i + 0.5) * tall + 4, down[i], "end") for i in spaced(down, 14)),
     )
 
 

@@ -33,28 +33,19 @@ def attribute(value: str | float) -> str:
 
 
 def table(
-    caption: str,
+    name: str,
     columns: Iterable[str],
     rows: Iterable[tuple[str, Iterable[str]]],
     class_: str | None = None,
 ) -> Html:
     """A table in a box of its own that scrolls sideways where it is too wide. Each row is its
-    header and its cells; a cell that is no `<td>` yet becomes one."""
-    head = el("tr", *(el("th", name, scope="col") for name in columns))
-    body = (
-        el("tr", el("th", name, scope="row"), *(as_cell(cell) for cell in cells))
-        for name, cells in rows
-    )
-    inner = (el("caption", caption), el("thead", head), el("tbody", *body))
+    header and its cells; a cell that is no `<td>` yet becomes one. The name is for those who do
+    not see the heading above."""
+    head = el("tr", *(el("th", column, scope="col") for column in columns))
+    body = (el("tr", el("th", row, scope="row"), *map(as_cell, cells)) for row, cells in rows)
+    whole = el("table", el("thead", head), el("tbody", *body), class_=class_, aria_label=name)
     # Who has no mouse scrolls what has the focus.
-    return el(
-        "div",
-        el("table", *inner, class_=class_),
-        class_="scroll",
-        role="region",
-        aria_label=caption,
-        tabindex="0",
-    )
+    return el("div", whole, class_="scroll", role="region", aria_label=name, tabindex="0")
 
 
 def as_cell(cell: str) -> Html:

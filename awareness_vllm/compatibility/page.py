@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
 from awareness_vllm.compatibility import charts
-from awareness_vllm.compatibility.figures import (
-    figure,
-    is_prior,
-    look,
-    percent,
-    seconds,
-    spread,
-)
+from awareness_vllm.compatibility.figures import is_prior, look, percent, seconds, spread
 from awareness_vllm.compatibility.markup import Html, el, joined, table
 from awareness_vllm.compatibility.report import (
     LEVELS,
+    Action,
     Basis,
     Cell,
     CompatibilityReport,
     Curve,
     Matrix,
+    Share,
 )
 from awareness_vllm.wmatrix.certificate import Interval
 
@@ -30,6 +25,7 @@ if TYPE_CHECKING:
     from awareness_vllm.wmatrix.heat_map import HeadShares
 
 UNKNOWN = el("span", "nobody knows", class_="unknown")
+PUBLISHED = Basis(kind="prior", source="")
 ARMS = {
     "native": "native: the target reads the text",
     "memory": "memory: the map alone",
@@ -87,8 +83,32 @@ def page(
     return PAGE.format(title=el("title", title), style=style, body=body)
 
 
-def card(heading: str, *children: str, wide: bool = False) -> Html:
-    return el("section", el("h2", heading), *children, class_="card wide" if wide else "card")
+def card(heading: str, *children: str, wide: bool = False, basis: Basis | None = None) -> Html:
+    """A section; one whose figures are priors says so beside its heading."""
+    marked = [" ", el("span", "prior", class_="badge prior")] if is_prior(basis) else []
+    class_ = prior("card wide" if wide else "card", basis)
+    return el("section", el("h2", heading, *marked), *children, class_=class_)
+
+
+def prior(class_: str, basis: Basis | None) -> str:
+    """The class, marked where the figure is a prior."""
+    return f"{class_} prior" if is_prior(basis) else class_
+
+
+def told(kept: Interval, basis: Basis | None = None) -> Html:
+    """A figure over its interval."""
+    ends = spread(kept.ci_low, kept.ci_high)
+    shown = el("span", percent(kept.mean, basis), class_=prior("figure", basis))
+    return joined([shown, el("small", ends, class_="range")] if ends else [shown])
+
+
+def badge(basis: Basis | None) -> Html:
+    """Where a figure comes from."""
+    if basis is None:
+        return el("span", "no basis: nobody measured or published this", class_="badge unknown")
+    label = el("span", basis.kind, class_=f"badge {basis.kind}")
+    digest = [" ", el("code", basis.digest)] if basis.digest else []
+    return joined([label, " ", basis.source, *digest])
 
 
 def of_report(report: CompatibilityReport) -> Iterator[Html]:
@@ -102,13 +122,13 @@ def of_report(report: CompatibilityReport) -> Iterator[Html]:
     if report.actions:
         yield actions(report)
     if report.curves:
-        yield curves(report.curves)
+        yield curves(report.curves, report.basis)
     if report.kinds:
         yield kinds(report)
     if report.degradation:
-        yield degradation(report)
+        yield degradation(report.degradation)
     if report.arms:
-        yield arms(report)
+        yield arms(report.arms)
 
 
 def headline(report: CompatibilityReport) -> Html:
@@ -116,58 +136,47 @@ def headline(report: CompatibilityReport) -> Html:
     basis, score, kept = report.basis, report.compatibility_score, report.estimated_retention
     says = [el("p", f"{report.source} → {report.target}, {report.tokens:,} tokens", class_="pair")]
     if score is not None:
-        level = el("span", report.level or "", class_=f"chip {look(score)}")
+        level = el("span", report.level or "", class_=prior(f"chip {look(score)}", basis))
         big = el("strong", percent(score, basis), class_=prior("score", basis))
-        says.append(el("p", big, level))
+        says += [el("p", big, level, " compatibility score")]
     says.append(el("p", report.recommendation, class_="says"))
     if kept is not None:
-        low = kept if report.ci_low is None else report.ci_low
-        high = kept if report.ci_high is None else report.ci_high
+        low, high = report.confidence_interval or (kept, kept)
         interval = Interval(mean=kept, ci_low=low, ci_high=high)
         base = charts.base_of(interval)
-        ends = spread(low, high)
         name = "published range" if is_prior(basis) else "95 % interval"
-        told = el("span", percent(kept, basis), class_=prior("figure", basis))
+        ends = f", {name} {found} %" if (found := spread(low, high)) else ""
+        shown = el("span", percent(kept, basis), class_=prior("figure", basis))
         says += [
-            el("p", "Retention ", told, f", {name} {ends} %" if ends else ""),
+            el("p", "Estimated retention ", shown, ends),
             charts.scale(interval, basis, base),
             el("p", el("span", f"{100 * base:.0f} %"), el("span", "100 %"), class_="ends"),
         ]
-    return card("Estimate", *says, el("p", badge(basis)), wide=True)
-
-
-def prior(class_: str, basis: Basis | None) -> str:
-    """The class, marked where the figure is a prior."""
-    return f"{class_} prior" if is_prior(basis) else class_
-
-
-def badge(basis: Basis | None) -> Html:
-    """Where a figure comes from."""
-    if basis is None:
-        return el("span", "no basis: nobody measured or published this", class_="badge unknown")
-    label = el("span", basis.kind, class_=f"badge {basis.kind}")
-    digest = [" ", el("code", basis.digest)] if basis.digest else []
-    return joined([label, " ", basis.source, *digest])
+    return card("Estimate", *says, el("p", badge(basis)), wide=True, basis=basis)
 
 
 def facts(report: CompatibilityReport) -> Html:
     """The published fields, those that nobody knows too."""
 
-    def share(value: float | None) -> str:
-        return UNKNOWN if value is None else f"{value:.3f}"
+    def share(value: float | None, basis: Basis | None = None) -> Html:
+        if value is None:
+            return UNKNOWN
+        about = "~" if is_prior(basis) else ""
+        source = el("small", badge(basis)) if basis else ""
+        shown = el("span", f"{about}{value:.3f}", class_=prior("figure", basis))
+        return joined([shown, source])
 
     memory = report.target_memory_gb
-    positions = share(report.positional_compatibility)
-    if report.positional_basis:
-        positions = joined([positions, " ", badge(report.positional_basis)])
     rows = {
-        "Fact recall, share of native": figure(report.facts) if report.facts else UNKNOWN,
+        "Fact recall, share of native": told(report.facts, report.basis)
+        if report.facts
+        else UNKNOWN,
         "Head mapping quality": share(report.head_mapping_quality),
-        "Positional compatibility": positions,
+        "Positional compatibility": share(report.positional_compatibility, report.positional_basis),
         "Memory on the target": UNKNOWN if memory is None else size(memory),
         "Tokens": f"{report.tokens:,}",
     }
-    items = [el("div", el("dt", name), el("dd", value)) for name, value in rows.items()]
+    items = (el("div", el("dt", name), el("dd", value)) for name, value in rows.items())
     return card("Facts", el("dl", *items))
 
 
@@ -181,52 +190,52 @@ def load_times(report: CompatibilityReport) -> Html:
         times = {"cold": report.estimated_load_time_s} | times
     longest = max(times.values()) or 1.0
     rows = [(name, (charts.bar(t / longest), seconds(t))) for name, t in times.items()]
-    return card("Time to load", table("Estimated by how warm the memory is", ("", "", ""), rows))
+    return card("Time to load", table("Time to load", ("memory", "", "estimated"), rows))
+
+
+def listed(items: Iterable[tuple[str, str, str]]) -> Html:
+    """Notes, each with a mark and the mark's class before it."""
+    rows = (
+        el("li", el("span", mark, class_=f"chip {class_}"), el("span", says))
+        for mark, class_, says in items
+    )
+    return el("ul", *rows, class_="list")
 
 
 def risks(report: CompatibilityReport) -> Html:
     order = ("high", "medium", "low")
     found = sorted(report.risk_factors, key=lambda risk: order.index(risk.impact))
-    items = [
-        el(
-            "li",
-            el("span", risk.impact, class_=f"chip {risk.impact}"),
-            el("span", risk.description),
-        )
-        for risk in found
-    ]
-    return card("Risk factors", el("ul", *items, class_="list"))
+    return card("Risk factors", listed((r.impact, r.impact, r.description) for r in found))
 
 
 def actions(report: CompatibilityReport) -> Html:
-    items = []
-    for action in report.actions:
-        gain = "gain unknown" if action.gain is None else f"{100 * action.gain:+.1f} points"
-        note = "" if action.gain is None else f" ({action.basis})"
-        items.append(
-            el("li", el("span", gain + note, class_="chip"), el("span", action.description))
-        )
-    return card("What would raise it", el("ul", *items, class_="list"))
+    def gain(action: Action) -> str:
+        if action.gain is None:
+            return "gain unknown"
+        return f"{100 * action.gain:+.1f} points, {action.basis}"
+
+    found = ((gain(action), action.basis, action.description) for action in report.actions)
+    return card("What would raise it", listed(found))
 
 
-def curves(found: tuple[Curve, ...]) -> Html:
+def curves(found: Sequence[Curve], basis: Basis | None) -> Html:
     """The drawing, and its figures as a table."""
     names = ["the map alone" if c.tail == "0" else f"last {c.tail} read natively" for c in found]
     marks = (el("li", charts.stroke_mark(i), name) for i, name in enumerate(names))
     known = [dict(zip(c.contexts, c.retention, strict=True)) for c in found]
     rows = [
-        (f"{context:,}", [figure(k[context]) if context in k else "" for k in known])
+        (f"{context:,}", [told(k[context], basis) if context in k else "" for k in known])
         for context in sorted({context for k in known for context in k})
     ]
+    bands = "published ranges" if is_prior(basis) else "95 % intervals"
+    caption = f"Bands are {bands}; 100 % is as good as reading the text."
+    legend = el("ul", *marks, class_="legend")
+    name = "Retention by length of context"
     return card(
-        "Retention by length of context",
-        el(
-            "figure",
-            el("ul", *marks, class_="legend"),
-            charts.curves(found),
-            el("figcaption", "Bands are 95 % intervals; 100 % is as good as reading the text."),
-        ),
-        details(table("Retention by tokens of context", ("tokens", *names), rows)),
+        name,
+        el("figure", legend, charts.curves(found), el("figcaption", caption)),
+        details(table(name, ("tokens", *names), rows)),
+        basis=basis,
     )
 
 
@@ -235,49 +244,49 @@ def details(content: Html) -> Html:
 
 
 def kinds(report: CompatibilityReport) -> Html:
-    base = charts.base_of(*report.kinds.values())
+    name, base = "Retention by kind of text", charts.base_of(*report.kinds.values())
+    found = sorted(report.kinds.items(), key=lambda item: -item[1].mean)
     rows = [
-        (kind, (charts.scale(kept, None, base), figure(kept)))
-        for kind, kept in sorted(report.kinds.items(), key=lambda item: -item[1].mean)
+        (kind, (charts.scale(kept, report.basis, base), told(kept, report.basis)))
+        for kind, kept in found
     ]
-    columns = ("kind", f"{100 * base:.0f} … 100 %", "retention (95 % interval)")
-    return card("Retention by kind of text", table("Retention by kind of text", columns, rows))
+    columns = ("kind", f"{100 * base:.0f}\u202f…\u202f100\u202f%", "retention")
+    return card(name, table(name, columns, rows), basis=report.basis)
 
 
-def degradation(report: CompatibilityReport) -> Html:
+def degradation(found: Sequence[Share]) -> Html:
     """Where the loss comes from: measured shares beside published ones."""
-    found = report.degradation
-    bars = (
-        el("p", el("span", "measured", class_="badge measured")),
-        charts.stack([share.share.mean for share in found], "measured"),
-        el("p", el("span", "prior", class_="badge prior")),
-        charts.stack([share.prior for share in found], "prior"),
-    )
-    published = Basis(kind="prior", source="")
+    bars: list[Html] = []
+    for kind, shares in (
+        ("measured", [share.share.mean for share in found]),
+        ("prior", [share.prior for share in found]),
+    ):
+        bars += [el("p", el("span", kind, class_=f"badge {kind}")), charts.stack(shares, kind)]
     rows = []
     for i, share in enumerate(found):
         mark = el("span", class_=f"dot c{i % charts.COLOURS}", aria_hidden="true")
-        told = el("span", percent(share.prior, published), class_="figure prior")
-        rows.append((joined([mark, share.source]), (figure(share.share), told)))
-    columns = ("source", "measured (95 % interval)", "prior")
-    shares = table("Shares of the whole loss", columns, rows)
-    return card("Where the loss comes from", el("figure", *bars), shares)
+        published = el("span", percent(share.prior, PUBLISHED), class_="figure prior")
+        rows.append((joined([mark, share.source]), (told(share.share), published)))
+    columns = ("share of the whole loss", "measured", "prior")
+    name = "Where the loss comes from"
+    return card(name, el("figure", *bars), table(name, columns, rows, "shares"))
 
 
-def arms(report: CompatibilityReport) -> Html:
-    metrics = list(dict.fromkeys(name for arm in report.arms.values() for name in arm))
+def arms(found: dict[str, dict[str, float]]) -> Html:
+    metrics = list(dict.fromkeys(name for known in found.values() for name in known))
     rows = [
         (arm_name(arm), [f"{known[m]:.3f}" if m in known else "" for m in metrics])
-        for arm, known in report.arms.items()
+        for arm, known in found.items()
     ]
     columns = ("arm", *(METRICS.get(name, name) for name in metrics))
-    return card("Five arms", table("What each arm says", columns, rows, "numbers"), wide=True)
+    return card("Five arms", table("Five arms", columns, rows, "numbers"), wide=True)
 
 
 def arm_name(arm: str) -> str:
     """`memory_tail_48` reads its last 48 tokens natively."""
     kind, _, tail = arm.partition("_tail_")
-    return f"{ARMS.get(kind, kind)}, last {tail} read natively" if tail else ARMS.get(arm, arm)
+    name = ARMS.get(kind, kind)
+    return f"{name}, last {tail} read natively" if tail else name
 
 
 def of_heads(found: HeadShares) -> Html:
@@ -300,13 +309,18 @@ def of_heads(found: HeadShares) -> Html:
 
 def of_matrix(matrix: Matrix) -> Html:
     rows = [
-        (source, [of_cell(matrix.cell(source, target)) for target in matrix.targets])
+        (named(source), [of_cell(matrix.cell(source, target)) for target in matrix.targets])
         for source in matrix.sources
     ]
-    caption = "Retention of a memory of each source (rows) on each target (columns)"
-    columns = ("source \\ target", *matrix.targets)
-    grid = table(caption, columns, rows, "matrix")
-    return card("Compatibility matrix", legend(), grid, wide=True)
+    columns = ("source \\ target", *map(named, matrix.targets))
+    grid = table("Retention of each source on each target", columns, rows, "matrix")
+    hint = el("p", "Rows are sources, columns targets; there are more to the right.", class_="hint")
+    return card("Compatibility matrix", legend(), hint, grid, wide=True)
+
+
+def named(model: str) -> Html:
+    """A name that takes a few lines at most."""
+    return el("span", model, class_="name", title=model)
 
 
 def of_cell(cell: Cell | None) -> Html:
@@ -315,12 +329,10 @@ def of_cell(cell: Cell | None) -> Html:
         return el("td")
     if cell.retention is None or cell.basis is None:
         return el("td", "not certified", class_="unknown")
-    kept, basis = cell.retention, cell.basis
-    note = " ".join(filter(None, (spread(kept.ci_low, kept.ci_high),)))
-    under = f"prior {note}".strip() if is_prior(basis) else note or basis.kind
-    shown = (el("span", percent(kept.mean, basis), class_="figure"), el("small", under))
-    class_ = f"{basis.kind} {look(kept.mean)}"
-    return el("td", *shown, class_=class_, title=" ".join((basis.kind, basis.source)))
+    kind, mean = cell.basis.kind, cell.retention.mean
+    note = [] if kind == "measured" else [el("small", kind)]
+    says = joined([told(cell.retention, cell.basis), *note])
+    return el("td", says, class_=f"{kind} {look(mean)}", title=f"{kind}: {cell.basis.source}")
 
 
 def legend() -> Html:
@@ -330,7 +342,10 @@ def legend() -> Html:
         ("key prior l1", "prior: published, measured by nobody here"),
         ("key unknown", "a W-Matrix that nobody certified"),
     )
-    levels = [(f"key {look(max(least, 0) + 0.01)}", name) for least, name, _ in LEVELS]
+    levels = [
+        (f"key {look(max(least, 0) + 0.01)}", f"{name} > {least:.0%}" if least > 0 else name)
+        for least, name, _ in LEVELS
+    ]
     items = [
         el("li", el("span", class_=class_, aria_hidden="true"), says)
         for class_, says in (*marks, *levels)
