@@ -8,10 +8,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 STAMP := $(VENV)/.install-stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help install models anchors demo test unit engine families gpu lint clean
+.PHONY: help install models anchors browser demo test unit engine families gpu lint clean
 
 help:
-	@echo "make demo | test | unit | engine | families | gpu | lint | install | models | anchors | clean"
+	@echo "make demo | test | unit | engine | families | gpu | lint | install | models | anchors | browser | clean"
 
 $(STAMP): pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not installed; set PYTHON to a Python 3.11"; exit 1; }
@@ -42,7 +42,17 @@ anchors: $(STAMP)
 demo: $(STAMP) models anchors
 	@$(BIN)/python examples/quickstart.py
 
-test: $(STAMP) models anchors
+# Debian's own browser, which the tests of the page look through.
+browser:
+	@command -v chromium >/dev/null || { \
+	  echo "[browser] installing chromium with apt-get"; \
+	  if [ "$$(id -u)" != 0 ]; then echo "chromium is not installed: run 'apt-get install chromium' as root"; exit 1; fi; \
+	  install="apt-get -qq install -y --no-install-recommends chromium"; \
+	  $$install >/dev/null || { apt-get -qq update && $$install >/dev/null; } || \
+	    { echo "chromium cannot be installed with apt-get: install it by other means and have it on the PATH"; exit 1; }; \
+	}
+
+test: $(STAMP) models anchors browser
 	@$(BIN)/python -m pytest -m "not gpu and not nightly"
 
 unit: $(STAMP)

@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext
 from awareness_vllm.errors import AwarenessError, BadInput
 
 SUBCOMMANDS = (
-    *("capture", "fit", "eval", "certify", "path", "heads", "check"),
+    *("capture", "fit", "eval", "certify", "path", "heads", "check", "matrix"),
     *("list", "inspect", "verify", "serve", "doctor"),
 )
 

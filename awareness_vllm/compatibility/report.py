@@ -150,9 +150,10 @@ class Matrix(Strict):
     cells: tuple[Cell, ...]
 
     def cell(self, source: str, target: str) -> Cell | None:
-        """The best known cell of a pair: measured before published."""
+        """The best known cell of a pair: measured before published, published before nothing."""
         found = [c for c in self.cells if (c.source, c.target) == (source, target)]
-        return min(found, key=lambda c: c.basis is None or c.basis.kind == "prior", default=None)
+        order = ("exact", "measured", "prior", None)
+        return min(found, key=lambda c: order.index(c.basis and c.basis.kind), default=None)
 
 
 def level_of(score: float | None) -> tuple[Level | None, str]:

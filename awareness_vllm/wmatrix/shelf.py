@@ -51,8 +51,8 @@ def entries(paths: Iterable[str | Path] | None = None) -> list[WMatrixEntry]:
             format are passed over.
     """
     found: list[WMatrixEntry] = []
-    if paths is None:
-        paths = [folder for folder in [wmatrices_dir()] if folder.is_dir()]
+    if paths is None:  # a new home has no such folder yet
+        paths = [wmatrices_dir()] if wmatrices_dir().is_dir() else []
     for path in map(Path, paths):
         if not path.is_dir():
             found.append(WMatrixEntry.read(path))
@@ -63,6 +63,11 @@ def entries(paths: Iterable[str | Path] | None = None) -> list[WMatrixEntry]:
             except WMatrixCorrupt:
                 continue
     return found
+
+
+def best(shelf: Iterable[WMatrixEntry]) -> WMatrixEntry:
+    """The one that was measured to keep most; any where none was measured."""
+    return max(shelf, key=lambda e: e.certificate.retention.mean if e.certificate else -1.0)
 
 
 def leading(
@@ -84,7 +89,7 @@ def leading(
         and (text or not e.manifest.reads_tokens)
     ]
     if fit:
-        return max(fit, key=lambda e: e.certificate.retention.mean if e.certificate else -1.0)
+        return best(fit)
     raise NoWMatrix(
         f"no W-Matrix leads from {source.name} to {target.name}",
         found="; ".join(map(str, shelf)) or "no W-Matrix at all",

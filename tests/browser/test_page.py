@@ -1,0 +1,187 @@
+"""The page in a real browser: it renders in silence, can be read, and loads nothing."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import samples
+from playwright.sync_api import Browser, sync_playwright
+
+from awareness_vllm.compatibility.page import page
+
+pytestmark = pytest.mark.browser
+
+FLAGS = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+)
+PAGES = {
+    "full": page(report=samples.full(name=samples.HOSTILE), heads=samples.heads()),
+    "prior": page(report=samples.full(samples.PRIOR)),
+    "matrix": page(matrix=samples.store()),
+    "empty": page(report=samples.empty()),
+}
+CONTRASTS = """() => {
+  const numbers = text => text.match(/rgba?\\([^)]*\\)/g).map(c => c.match(/[\\d.]+/g).map(Number));
+  const light = ([r, g, b]) => {
+    const part = v => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+    return 0.2126 * part(r) + 0.7152 * part(g) + 0.0722 * part(b);
+  };
+  // All colours that may lie behind an element: of stripes, each one.
+  const behind = element => {
+    for (let e = element; e; e = e.parentElement) {
+      const {backgroundImage, backgroundColor} = getComputedStyle(e);
+      if (backgroundImage.includes('gradient')) return numbers(backgroundImage);
+      const [colour] = numbers(backgroundColor);
+      if (colour.length === 3 || colour[3] === 1) return [colour];
+    }
+    return [[255, 255, 255]];
+  };
+  const found = [];
+  for (const element of document.body.querySelectorAll('*')) {
+    const texts = [...element.childNodes].filter(node => node.nodeType === 3);
+    const own = texts.map(text => text.data.trim()).join('');
+    if (!own || !element.getClientRects().length) continue;
+    const style = getComputedStyle(element);
+    const [ink] = numbers(element instanceof SVGElement ? style.fill : style.color);
+    for (const ground of behind(element)) {
+      const [low, high] = [light(ink), light(ground)].sort((a, b) => a - b);
+      found.push({text: own.slice(0, 40), ratio: (high + 0.05) / (low + 0.05)});
+    }
+  }
+  return found;
+}"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    path = shutil.which("chromium")
+    assert path, "no chromium: `make browser` installs it"
+    with sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=path, args=list(FLAGS))
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def show(browser: Browser, tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """Opens one of PAGES as a file; nothing that it says or asks for may come up until the end."""
+    pages, heard = [], []
+
+    def open_page(name: str, width: int = 1280, scheme: Any = "light") -> Any:
+        file = tmp_path / f"{name}.html"
+        file.write_text(PAGES[name], encoding="utf-8")
+        shown = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+        shown.on("console", lambda message: heard.append(f"console: {message.text}"))
+        shown.on("pageerror", lambda error: heard.append(f"error: {error}"))
+        shown.on(
+            "request",
+            lambda request: (
+                None if request.url == file.as_uri() else heard.append(f"request: {request.url}")
+            ),
+        )
+        shown.goto(file.as_uri())
+        for details in shown.locator("details").all():
+            details.evaluate("e => e.open = true")
+        pages.append(shown)
+        return shown
+
+    yield open_page
+    for shown in pages:
+        shown.close()
+    # The icon is in the page itself: the browser asks nobody for it.
+    assert [said for said in heard if said != "request: data:,"] == []
+
+
+@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("width", [360, 1280])
+def test_the_page_never_scrolls_sideways(show: Callable[..., Any], name: str, width: int) -> None:
+    shown = show(name, width)
+    assert shown.locator("h1").is_visible()
+    assert shown.evaluate("document.documentElement.scrollWidth") == width
+    # Nothing hangs out of its card either: what is too wide scrolls in a box of its own.
+    overhanging = shown.evaluate(
+        """[...document.querySelectorAll('.card, .card > *, .card figure > *')]
+        .filter(e => e.scrollWidth > e.clientWidth + 1 && !e.matches('.scroll, svg'))
+        .map(e => e.outerHTML.slice(0, 80))"""
+    )
+    assert overhanging == []
+
+
+@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_text_stands_out(show: Callable[..., Any], name: str, scheme: str) -> None:
+    found = show(name, scheme=scheme).evaluate(CONTRASTS)
+    assert len(found) > 10
+    assert [text for text in found if text["ratio"] < 4.5] == []
+
+
+def test_dark_is_dark(show: Callable[..., Any]) -> None:
+    grounds = {
+        scheme: show("full", scheme=scheme).evaluate(
+            "getComputedStyle(document.body).backgroundColor"
+        )
+        for scheme in ("light", "dark")
+    }
+    assert grounds == {"light": "rgb(243, 245, 248)", "dark": "rgb(15, 21, 27)"}
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_measured_and_prior_cells_look_different(show: Callable[..., Any], scheme: str) -> None:
+    shown = show("matrix", scheme=scheme)
+    look = """cell => {
+      const frame = getComputedStyle(cell);
+      const figure = getComputedStyle(cell.querySelector('.figure'));
+      return [frame.backgroundImage.split('(')[0], frame.outlineStyle, figure.fontStyle,
+              figure.fontWeight];
+    }"""
+    for class_, expected in (
+        ("measured", ["none", "solid", "normal", "700"]),
+        ("prior", ["repeating-linear-gradient", "dashed", "italic", "400"]),
+    ):
+        cells = shown.locator(f"td.{class_}").all()
+        assert cells
+        assert {tuple(cell.evaluate(look)) for cell in cells} == {tuple(expected)}
+    fills = shown.locator("td.measured").evaluate_all(
+        "cells => cells.map(c => getComputedStyle(c).backgroundColor)"
+    )
+    assert len(set(fills)) == 4, "each level of retention has a colour of its own"
+
+
+def test_an_estimate_by_a_prior_does_not_look_measured(show: Callable[..., Any]) -> None:
+    looks = {}
+    for name in ("full", "prior"):
+        card = show(name).locator(".card").first
+        looks[name] = [
+            card.locator(".score").evaluate("e => getComputedStyle(e).fontStyle"),
+            card.evaluate("e => getComputedStyle(e).borderTopStyle"),
+            card.locator(".badge").last.inner_text(),
+        ]
+    assert looks == {
+        "full": ["normal", "solid", "measured"],
+        "prior": ["italic", "dashed", "prior"],
+    }
+
+
+@pytest.mark.parametrize("name", ["full", "matrix"])
+def test_a_name_is_a_text_and_nothing_else(show: Callable[..., Any], name: str) -> None:
+    shown = show(name)
+    assert samples.HOSTILE in shown.locator("body").inner_text()
+    assert shown.locator("script, img, [onerror]").count() == 0
+    assert shown.title() != "taken"
+
+
+def test_drawings_take_their_place(show: Callable[..., Any]) -> None:
+    boxes = (
+        show("full", 360)
+        .locator("svg[role=img]")
+        .evaluate_all(
+            "all => all.map(e => [e.getAttribute('aria-label'), e.getBoundingClientRect().width])"
+        )
+    )
+    assert [name.split()[0] for name, _ in boxes] == ["Retention", "Share"]
+    assert all(200 < width < 330 for _, width in boxes)
