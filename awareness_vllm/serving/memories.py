@@ -26,7 +26,7 @@ from awareness_vllm.serving.params import LoadParams, Part
 from awareness_vllm.serving.tenants import Tenants
 from awareness_vllm.store.folder import Store
 from awareness_vllm.wmatrix.certificate import Plan, cheapest, with_tail
-from awareness_vllm.wmatrix.shelf import WMatrixEntry
+from awareness_vllm.wmatrix.shelf import WMatrixEntry, best
 
 RESOLVED = 1024
 """Memories whose prompt ids are kept, so that a hot request does not tokenize them again."""
@@ -225,15 +225,14 @@ class Memories:
         return Resolved(path.stem, path, entry, ids, len(sink))
 
     def wmatrix_for(self, memory_id: str, source: Geometry) -> WMatrixEntry:
-        """The W-Matrix from a source model to the served one. Raises NoWMatrix."""
+        """The best W-Matrix from a source model to the served one. Raises NoWMatrix."""
         from_source = [
             e
             for e in self.wmatrices
             if e.manifest.source.same_model(source) and e.manifest.reads_tokens
         ]
-        for entry in from_source:
-            if entry.manifest.target.same_model(self.geometry):
-                return entry
+        if fit := [e for e in from_source if e.manifest.target.same_model(self.geometry)]:
+            return best(fit)
         other = [f"{e.path.name} leads to {e.manifest.target.name}" for e in from_source]
         known = [f"{e.manifest.source.name} → {e.manifest.target.name}" for e in self.wmatrices]
         raise NoWMatrix(
