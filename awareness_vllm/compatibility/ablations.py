@@ -3,7 +3,8 @@
 Each gives the map the truth for its part, and nothing else; what the target's predictions win by it
 is what that part costs, by itself. The parts overlap (keys of a layer are in two of them), so what
 they win does not add up to the loss: it may be more, and what is left when all are given at once is
-measured apart.
+measured apart. A part may do harm, too: calibration fits the parts of a map to each other's errors,
+and the truth for one of them alone does not fit the rest.
 """
 
 from __future__ import annotations
@@ -76,7 +77,8 @@ def together(states: Tensor, text: Aligned) -> Tensor:
 @source("dimensional projection", prior=0.30)
 def dimensions(states: Tensor, text: Aligned) -> Tensor:
     """The limit of the rank taken away: what the unreduced regression on the same features says
-    outside of what the latent can express is added, what the map says within it stays."""
+    outside of what the latent can express is added, what the map says within it stays. Learned from
+    too few anchors that is noise: harm says that nothing is shown, not that rank costs nothing."""
     return states + text.beyond_rank
 
 

@@ -27,9 +27,9 @@ class Part(Strict):
     """What was lost on some texts by one measure, in nats for each token scored.
 
     `loss` is the memory's more than native reading's; `recovered` what each ablation alone takes
-    away of it, negative where it does harm; `unattributed` what is left with all of them. `shares`
-    are those of what is recovered by each ablation alone: harm counts as nothing, and they add up
-    to 1. They are empty where nothing was recovered.
+    away of it, negative where it does harm; `unattributed` what is left with all of them at once,
+    the harmful ones too. `shares` are those of what is recovered by each ablation alone: harm
+    counts as nothing, and they add up to 1. They are empty where nothing was recovered.
     """
 
     n: int

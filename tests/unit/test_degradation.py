@@ -289,6 +289,7 @@ def test_a_pair_is_measured_kept_and_found_again(
     # Half of the source's layers are read, as many as the target has: no layer is unmatched.
     assert lost.all.kl.recovered["layer depth mismatch"].mean == 0
     assert lost.all.kl.loss.mean > lost.all.kl.unattributed.mean > 0
+    assert lost.all.kl.loss != lost.all.nll.loss
     assert found.anchor_tokens >= 2000
     assert found.shares(10) == found.shares(20) == lost.all.nll.shares
     assert found.shares(21) == found.shares(99) == found.contexts[40].all.nll.shares
