@@ -26,6 +26,8 @@ from starlette.testclient import TestClient
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
+from awareness_vllm.compatibility.estimate import predict
+from awareness_vllm.compatibility.target import TargetConfig
 from awareness_vllm.errors import PackageCorrupt
 from awareness_vllm.packages.capture import capture
 from awareness_vllm.packages.file import Package, publish, read_manifest, without_text
@@ -82,6 +84,7 @@ class Server:
         init_exception_handler(self.app)
         self.app.state.args = SimpleNamespace(log_error_stack=False)
         self.app.state.awareness = memories
+        self.app.state.awareness_target = TargetConfig(context_length=LIMIT)
         self.app.state.awareness_backstage = Backstage(cast("EngineClient", self.engine))
         self.client = TestClient(self.app)
 
@@ -101,7 +104,8 @@ class Server:
 
 
 LIST, GET, LOAD, DELETE = "GET ", "GET /{}", "POST /{}/load", "DELETE /{}"
-ONE_MEMORY = (GET, LOAD, DELETE)
+CHECK = "GET /{}/compatibility"
+ONE_MEMORY = (GET, CHECK, LOAD, DELETE)
 
 
 @pytest.fixture(autouse=True)
@@ -161,7 +165,7 @@ def certificate_with(kept: float) -> dict[str, Any]:
                 **{"texts": "t", "cases": "c"},
                 **{"limit": 8, "context": 300, "continuation": 60},
             },
-            **{"texts": {}, "cases": {}, "counts": {}, "versions": {}},
+            **{"texts": {}, "cases": {}, "counts": {"texts": 8}, "versions": {}},
             **{"metrics": None, "tier": None, "hardware": "h", "measured": "2026-01-01"},
             **{"facts_kinds": {}, "facts_distances": {}},
             **{name: interval for name in ("retention", "margin", "facts", "facts_margin")},
@@ -322,6 +326,27 @@ def test_published_figures_certify_no_map(
     server.memories.wmatrices.append(WMatrixEntry(entry.path, manifest, "e" * 64))
     found = server.get(memory)["compatibility"]
     assert (found["certified"], found["retention"]) == (False, None)
+
+
+def test_a_check_says_what_the_certificate_predicts(
+    server: Server, published: Publish, map_in: Callable[..., None]
+) -> None:
+    memory = published()
+    map_in(server, 0.875)
+    assert server.memories is not None
+    found = server.ask(CHECK, memory).json()
+    entry = server.memories.wmatrices[0]
+    tokens = len(server.memories.resolve_one(memory, "acme").ids)
+    expected = predict(entry.certificate, tokens, 16)
+    assert (found["estimated_retention"], found["tokens"]) == (expected.mean, tokens)
+    assert found["basis"]["digest"] == entry.digest
+    assert (found["memory"], found["target"]) == (memory, server.memories.geometry.name)
+
+
+def test_a_check_of_what_cannot_be_loaded_is_an_answer(server: Server, published: Publish) -> None:
+    found = server.ask(CHECK, published()).json()
+    assert (found["compatibility_score"], found["estimated_retention"]) == (0.0, None)
+    assert "no W-Matrix leads" in found["risk_factors"][0]["description"]
 
 
 NOTHING = {"loadable": False, "wmatrix": None, "prompt_tokens": None, "retention": None}
@@ -663,6 +688,7 @@ def test_the_routes_are_documented(server: Server) -> None:
     expected = {
         ("GET", "/v1/memories"): "MemoryList",
         ("GET", "/v1/memories/{memory_id}"): "MemoryDetail",
+        ("GET", "/v1/memories/{memory_id}/compatibility"): "CompatibilityReport",
         ("POST", "/v1/memories/{memory_id}/load"): "MemoryLoad",
         ("DELETE", "/v1/memories/{memory_id}"): "MemoryEvicted",
     }

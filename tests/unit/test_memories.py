@@ -100,7 +100,9 @@ def certified(entry: WMatrixEntry) -> WMatrixEntry:
     figures = ((100, 0, 0.8), (100, 4, 0.9), (1000, 0, 0.7), (1000, 4, 0.85))
     plans = tuple(measured_plan(context, tail, kept) for context, tail, kept in figures)
     found = replace(entry)
-    found.__dict__["certificate"] = Certificate.model_construct(plans=plans)
+    found.__dict__["certificate"] = Certificate.model_construct(
+        plans=plans, retention=plans[0].retention
+    )
     return found
 
 
