@@ -10,12 +10,15 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import openai
 import pytest
 from harness import NEAR_TIE, Server, captured, serving
 
 from awareness_vllm.align.aligner import TAIL
 from awareness_vllm.anchors.facts import fact_cases
+from awareness_vllm.compatibility.estimate import predict
+from awareness_vllm.wmatrix.shelf import WMatrixEntry
 
 pytestmark = pytest.mark.engine
 
@@ -78,6 +81,29 @@ def test_foreign_memory_is_loaded_not_prefilled(server: Server, foreign: tuple[s
     own_tokens = answer.usage.prompt_tokens - answer.usage.prompt_tokens_details.cached_tokens
     assert own_tokens < 40 + TAIL
     assert answer.choices[0].text != server.complete(case["question"], 8)
+
+
+def test_a_check_before_loading(
+    server: Server, own: tuple[str, str], foreign: tuple[str, dict], wmatrix: Path
+) -> None:
+    def check(memory: str) -> tuple[dict, float]:
+        started = time.perf_counter()
+        found = httpx.get(f"{server.url}/v1/memories/{memory}/compatibility", timeout=60)
+        return found.raise_for_status().json(), time.perf_counter() - started
+
+    copy, _ = check(own[0])
+    assert (copy["basis"]["kind"], copy["estimated_retention"]) == ("exact", 1.0)
+    # Two numbers of two bytes for each of 18 layers' 256 dims, in blocks of 128 tokens at most.
+    assert copy["target_memory_gb"] == pytest.approx(copy["tokens"] * 18 * 256 * 4 / 1e9, rel=0.4)
+    mapped, _ = check(foreign[0])
+    certificate = WMatrixEntry.read(wmatrix).certificate
+    if certificate is None:
+        assert (mapped["estimated_retention"], mapped["basis"]) == (None, None)
+    else:
+        expected = predict(certificate, mapped["tokens"], TAIL)
+        assert mapped["estimated_retention"] == pytest.approx(expected.mean)
+    assert min(check(foreign[0])[1] for _ in range(3)) <= 0.5
+    assert httpx.get(f"{server.url}/v1/memories/mem_{'0' * 32}/compatibility").status_code == 404
 
 
 def test_a_quality_target_that_no_map_keeps_is_read_natively(
