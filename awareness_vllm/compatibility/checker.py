@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from awareness_vllm.compatibility.appraisal import report
-from awareness_vllm.compatibility.case import Case, Listing, subject
+from awareness_vllm.compatibility.case import Case, Listing, Subject, subject
 from awareness_vllm.compatibility.ends import model
 from awareness_vllm.compatibility.on_the_spot import measure as measure_on_itself
 from awareness_vllm.compatibility.report import CompatibilityReport
 from awareness_vllm.compatibility.target import TargetConfig
-from awareness_vllm.errors import BadInput
+from awareness_vllm.errors import BadInput, PackageCorrupt
 from awareness_vllm.geometry import resolve_folder
-from awareness_vllm.packages.file import Package, verify
+from awareness_vllm.packages.file import Package, read, read_manifest, verify
 from awareness_vllm.wmatrix.file import load
 from awareness_vllm.wmatrix.shelf import entries
 
@@ -99,4 +100,20 @@ def measured(case: Case, memory: object, target: str | Path) -> Case:
         )
     wmatrix = None if case.exact or case.entry is None else load(case.entry.path)
     tail = 0 if wmatrix is None else case.config.tail
-    return replace(case, found=measure_on_itself(memory, wmatrix, resolve_folder(target), tail))
+    wrong = another(case.subject)
+    found = measure_on_itself(memory, wmatrix, resolve_folder(target), tail, wrong)
+    return replace(case, found=found)
+
+
+def another(subject: Subject) -> Package | None:
+    """Another memory of the same source in the same folder, the smallest, for the wrong-memory arm;
+    None where there is none."""
+    if subject.path is None or subject.source.geometry is None:
+        return None
+    others = [p for p in subject.path.parent.glob("mem_*.safetensors") if p != subject.path]
+    for path in sorted(others, key=lambda p: (p.stat().st_size, p.name)):
+        with contextlib.suppress(PackageCorrupt):  # a damaged neighbour is not what was asked for
+            manifest = read_manifest(path)
+            if manifest.has_text and manifest.geometry.same_model(subject.source.geometry):
+                return read(path)
+    return None

@@ -298,12 +298,23 @@ def test_a_measurement_on_the_memory_is_weighed_with_the_certificate(
         )
 
 
-def test_measured_without_a_certificate(plain: Path, memory: Package, tiny_models: Models) -> None:
-    report = MemoryCompatibilityChecker([plain]).check(
-        package=memory, target_model=tiny_models[1], measure=True
-    )
-    assert report.basis.kind == "measured"
-    assert set(report.arms) >= {"native", "memory", "tokens_only", "none"}
+def test_measured_without_a_certificate(
+    plain: Path, memory: Package, tiny_models: Models, tmp_path: Path
+) -> None:
+    checker = MemoryCompatibilityChecker([plain], store=tmp_path)
+    path = publish(memory, tmp_path)
+    (tmp_path / f"mem_{'0' * 32}.safetensors").write_bytes(b"no package")
+    publish(capture(tiny_models[1], "another model's"), tmp_path)
+    alone = checker.check(package=path.stem, target_model=tiny_models[1], measure=True)
+    assert alone.basis.kind == "measured"
+    assert set(alone.arms) == {
+        *("native", "memory", "tokens_only", "none"),
+        *("memory_tail_16", "tokens_only_tail_16"),
+    }
+    publish(capture(tiny_models[0], "something else"), tmp_path)
+    found = checker.check(package=path.stem, target_model=tiny_models[1], measure=True)
+    assert set(found.arms) == {*alone.arms, "wrong_memory"}
+    assert found.arms["memory"] == alone.arms["memory"]
 
 
 def test_load_times_come_from_the_doctor(
