@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from awareness_vllm.wmatrix.heat_map import HeadShares
     from awareness_vllm.wmatrix.mapping import Head
 
-WIDTH, LEFT, RIGHT, TOP = 360.0, 48.0, 10.0, 10.0
+WIDTH, LEFT, RIGHT, TOP = 360.0, 52.0, 10.0, 10.0
 PLOT = 190.0
 """Height of what is drawn between the axes, in the drawing's own units."""
 GAP = 42.0

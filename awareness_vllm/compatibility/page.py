@@ -314,8 +314,9 @@ def of_matrix(matrix: Matrix) -> Html:
     ]
     columns = ("source \\ target", *map(named, matrix.targets))
     grid = table("Retention of each source on each target", columns, rows, "matrix")
-    hint = el("p", "Rows are sources, columns targets; there are more to the right.", class_="hint")
-    return card("Compatibility matrix", legend(), hint, grid, wide=True)
+    wide = len(matrix.targets) > 2
+    hint = [el("p", "There are more columns to the right.", class_="hint")] if wide else []
+    return card("Compatibility matrix", legend(), *hint, grid, wide=True)
 
 
 def named(model: str) -> Html:
