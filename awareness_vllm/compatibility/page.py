@@ -286,7 +286,7 @@ def arm_name(arm: str) -> str:
     """`memory_tail_48` reads its last 48 tokens natively."""
     kind, _, tail = arm.partition("_tail_")
     name = ARMS.get(kind, kind)
-    return f"{name}, last {tail} read natively" if tail else name
+    return f"{name.partition(':')[0]}, last {tail} tokens read natively" if tail else name
 
 
 def of_heads(found: HeadShares) -> Html:
