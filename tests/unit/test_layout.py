@@ -40,6 +40,7 @@ def test_the_wheel_holds_the_two_packages_and_nothing_else(tmp_path: Path) -> No
     wanted = {path.relative_to(ROOT).as_posix() for path in (ROOT / "awareness_vllm").rglob("*.py")}
     assert wanted <= set(names)
     assert {"awareness_vllm/py.typed", "awareness_kernels/py.typed"} <= set(names)
+    assert "awareness_vllm/compatibility/page.css" in names
 
 
 @pytest.mark.parametrize(
