@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from awareness_vllm.wmatrix.heat_map import HeadShares
     from awareness_vllm.wmatrix.mapping import Head
 
-WIDTH, LEFT, RIGHT, TOP = 360.0, 48.0, 10.0, 10.0
+WIDTH, LEFT, RIGHT, TOP = 360.0, 52.0, 10.0, 10.0
 PLOT = 190.0
 """Height of what is drawn between the axes, in the drawing's own units."""
 GAP = 42.0
 """Labels on an axis that are nearer to each other cannot be read."""
-COLOURS = 5
+COLOURS = 7
 """So many series have a colour of their own (`.c0` … in the style sheet)."""
 HEADS = 128
 """More heads than that are taken together layer by layer: they would be smaller than a dot."""
@@ -59,9 +59,11 @@ def curves(found: Sequence[Curve]) -> Html:
         return TOP + PLOT * (high - share) / (high - low)
 
     parts = [*grid(low, high, y), *context_axis(contexts, x)]
+    alone: list[int] = []
     for i, curve in enumerate(found):
-        # Where all have the same one context, they stand beside each other.
-        shift = 0.0 if span else 12 * (i - (len(found) - 1) / 2)
+        # Whiskers at the same context stand beside each other.
+        shift = 10 * alone.count(curve.contexts[0]) if len(curve.contexts) == 1 else 0
+        alone += curve.contexts if len(curve.contexts) == 1 else ()
         points = [
             (x(context) + shift, y(kept.mean), y(kept.ci_low), y(kept.ci_high))
             for context, kept in zip(curve.contexts, curve.retention, strict=True)

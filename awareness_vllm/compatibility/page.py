@@ -286,7 +286,7 @@ def arm_name(arm: str) -> str:
     """`memory_tail_48` reads its last 48 tokens natively."""
     kind, _, tail = arm.partition("_tail_")
     name = ARMS.get(kind, kind)
-    return f"{name}, last {tail} read natively" if tail else name
+    return f"{name.partition(':')[0]}, last {tail} tokens read natively" if tail else name
 
 
 def of_heads(found: HeadShares) -> Html:
@@ -314,8 +314,9 @@ def of_matrix(matrix: Matrix) -> Html:
     ]
     columns = ("source \\ target", *map(named, matrix.targets))
     grid = table("Retention of each source on each target", columns, rows, "matrix")
-    hint = el("p", "Rows are sources, columns targets; there are more to the right.", class_="hint")
-    return card("Compatibility matrix", legend(), hint, grid, wide=True)
+    wide = len(matrix.targets) > 2
+    hint = [el("p", "There are more columns to the right.", class_="hint")] if wide else []
+    return card("Compatibility matrix", legend(), *hint, grid, wide=True)
 
 
 def named(model: str) -> Html:

@@ -41,6 +41,7 @@ def test_the_wheel_holds_the_two_packages_and_nothing_else(tmp_path: Path) -> No
     assert wanted <= set(names)
     assert {"awareness_vllm/py.typed", "awareness_kernels/py.typed"} <= set(names)
     assert "awareness_vllm/compatibility/priors.json" in names
+    assert "awareness_vllm/compatibility/page.css" in names
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,171 @@
+"""The page's text: what is in it, what is not, and how each figure is marked."""
+
+from __future__ import annotations
+
+import re
+from html import escape
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import samples
+
+from awareness_vllm.compatibility.charts import base_of, heat_map, runs
+from awareness_vllm.compatibility.figures import percent, spread
+from awareness_vllm.compatibility.markup import Html, el
+from awareness_vllm.compatibility.page import arm_name, page
+from awareness_vllm.compatibility.report import CompatibilityReport, Matrix
+from awareness_vllm.wmatrix.certificate import Interval
+
+pytestmark = pytest.mark.unit
+
+VOID = {"meta", "link"}
+
+
+class Nested(HTMLParser):
+    """Fails where an element is not closed in its place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.add(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def headings(html: str) -> list[str]:
+    return [re.sub("<.*?>", "", found) for found in re.findall("<h2>(.*?)</h2>", html)]
+
+
+@pytest.mark.parametrize(
+    "html",
+    [
+        page(report=samples.full(name=samples.HOSTILE), heads=samples.heads()),
+        page(report=samples.empty()),
+        page(matrix=samples.store()),
+        page(),
+    ],
+    ids=["full", "empty", "matrix", "nothing"],
+)
+def test_the_document_is_whole_and_asks_for_nothing(html: str) -> None:
+    parser = Nested()
+    parser.feed(html)
+    parser.close()
+    assert parser.open == []
+    assert not {"script", "img", "iframe", "object"} & parser.seen
+    assert "default-src 'none'" in html
+    assert not re.search(r"https?://|@import|url\(", html)
+
+
+def test_what_is_known_has_a_section() -> None:
+    html = page(report=samples.full(), matrix=samples.store(), heads=samples.heads())
+    assert headings(html) == [
+        "Estimate",
+        "Facts",
+        "Time to load",
+        "Risk factors",
+        "What would raise it",
+        "Retention by length of context",
+        "Retention by kind of text",
+        "Where the loss comes from",
+        "Five arms",
+        "Which heads the map listens to",
+        "Compatibility matrix",
+    ]
+    assert headings(page(report=samples.empty())) == ["Estimate", "Facts"]
+
+
+def test_the_headline_says_how_it_is_known() -> None:
+    measured, prior = page(report=samples.full()), page(report=samples.full(samples.PRIOR))
+    assert "95 % interval 88.5 … 93.9 %" in measured
+    assert f"<code>{samples.DIGEST}</code>" in measured
+    assert '<strong class="score">91.2 %' in measured
+    assert '<strong class="score prior">~91.2 %' in prior
+    assert "published range 88.5 … 93.9 %" in prior
+    assert "95 % interval" not in prior
+    assert "no basis" in page(report=samples.empty())
+
+
+def test_figures_of_a_prior_report_are_all_priors() -> None:
+    report = samples.full(samples.PRIOR).model_copy(update={"degradation": ()})
+    figures = set(re.findall('class="figure[^"]*">[^<]*%', page(report=report)))
+    assert figures
+    assert all('class="figure prior">~' in found for found in figures)
+
+
+def test_a_cell_shows_what_it_is() -> None:
+    html = page(matrix=samples.store())
+    assert re.search('<td class="measured l2"[^>]*><span class="figure">89.4 %', html)
+    assert re.search('<td class="prior l0"[^>]*><span class="figure prior">~99 %', html)
+    assert '<td class="unknown">not certified</td>' in html
+    assert "<td></td>" in html
+
+
+def test_names_are_escaped() -> None:
+    for html in (
+        page(report=samples.full(name=samples.HOSTILE)),
+        page(matrix=samples.store()),
+        page(matrix=Matrix(sources=(samples.HOSTILE,), targets=(samples.HOSTILE,), cells=())),
+    ):
+        assert samples.HOSTILE not in html
+        assert escape(samples.HOSTILE) in html
+
+
+def test_markup_escapes_all_but_markup() -> None:
+    made = el("p", "<&", el("b", "1"), class_='"', aria_label="<", title=None, x=1 / 3)
+    assert made == ('<p class="&quot;" aria-label="&lt;" x="0.333333">&lt;&amp;<b>1</b></p>')
+    assert isinstance(made, Html)
+
+
+def test_one_length_of_context_is_drawn_as_whiskers() -> None:
+    report = samples.full()
+    curves = [
+        c.model_copy(update={"contexts": c.contexts[:1], "retention": c.retention[:1]})
+        for c in report.curves[:2]
+    ]
+    html = page(report=report.model_copy(update={"curves": tuple(curves)}))
+    assert "<polygon" not in html
+    assert "NaN" not in html
+    drawing = html[html.index('role="img"') :].split("</svg>")[0]
+    assert len(set(re.findall('<circle cx="([^"]*)"', drawing))) == 2, "beside each other"
+
+
+def test_neighbours_of_the_heat_map_are_one_path() -> None:
+    cells = np.array([[1, 1, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1]], bool)
+    assert runs(cells) == "M0 0h2v1h-2zM3 0h1v1h-1zM0 2h4v1h-4z"
+
+
+def test_more_heads_than_can_be_seen_are_drawn_by_layer() -> None:
+    few, many = samples.heads(layers=4), samples.heads(layers=80, each=8)
+    assert ">K0.0<" in heat_map(few)
+    assert ">K0<" in heat_map(many)
+    assert len(heat_map(many)) < 100_000
+
+
+@pytest.mark.parametrize(
+    ("low", "base"), [(0.91, 0.7), (0.62, 0.6), (0.05, 0.0), (-0.3, 0.0), (1.0, 0.7)]
+)
+def test_a_scale_has_room_for_its_interval(low: float, base: float) -> None:
+    assert base_of(Interval(mean=low, ci_low=low, ci_high=low)) == pytest.approx(base)
+
+
+def test_figures_and_arms_read_well() -> None:
+    assert (percent(0.894), percent(0.91, samples.PRIOR)) == ("89.4 %", "~91 %")
+    assert (spread(0.5, 0.625), spread(0.5, 0.5), spread(None, 1)) == ("50.0 … 62.5", "", "")
+    assert arm_name("memory_tail_48") == "memory, last 48 tokens read natively"
+    assert arm_name("another") == "another"
+
+
+def test_a_negative_share_of_the_loss_takes_no_place() -> None:
+    report: CompatibilityReport = samples.full()
+    first, *others = report.degradation
+    below = first.model_copy(update={"share": Interval(mean=-0.1, ci_low=-0.2, ci_high=0.1)})
+    html = page(report=report.model_copy(update={"degradation": (below, *others)}))
+    assert '<i style="width:0.00%" class="c0">' in html
+    assert "-10.0 %" in html
