@@ -193,7 +193,7 @@ def curves(certificate: Certificate) -> tuple[Curve, ...]:
     tails = sorted({plan.tail for plan in certificate.plans})[:2]
     return tuple(
         Curve(
-            tail=f"{tail} tokens read natively" if tail else "the map alone",
+            tail=tail,
             contexts=tuple(lengths),
             retention=tuple(at_tail(certificate, n, tail, None) for n in lengths),
         )

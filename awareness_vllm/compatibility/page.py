@@ -220,7 +220,7 @@ def actions(report: CompatibilityReport) -> Html:
 
 def curves(found: Sequence[Curve], basis: Basis | None) -> Html:
     """The drawing, and its figures as a table."""
-    names = ["the map alone" if c.tail == "0" else f"last {c.tail} read natively" for c in found]
+    names = [f"last {c.tail} tokens read natively" if c.tail else "the map alone" for c in found]
     marks = (el("li", charts.stroke_mark(i), name) for i, name in enumerate(names))
     known = [dict(zip(c.contexts, c.retention, strict=True)) for c in found]
     rows = [

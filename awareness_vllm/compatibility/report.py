@@ -66,7 +66,7 @@ class Share(Strict):
 class Curve(Strict):
     """Retention by tokens of context, of the map with `tail` tokens read natively."""
 
-    tail: str
+    tail: int
     contexts: tuple[int, ...]
     retention: tuple[Interval, ...]
 

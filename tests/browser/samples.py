@@ -71,17 +71,17 @@ def full(basis: Basis | None = MEASURED, name: str = "smollm2-135m") -> Compatib
         },
         curves=(
             Curve(
-                tail="0",
+                tail=0,
                 contexts=(300, 1000, 2000),
                 retention=(interval(0.894, 0.028), interval(0.84, 0.04), interval(0.778, 0.07)),
             ),
             Curve(
-                tail="48",
+                tail=48,
                 contexts=(300, 1000, 2000),
                 retention=(interval(0.948, 0.023), interval(0.912, 0.027), interval(0.853, 0.06)),
             ),
             Curve(
-                tail="320",
+                tail=320,
                 contexts=(1000, 2000),
                 retention=(interval(0.982, 0.02), interval(0.905, 0.065)),
             ),

@@ -151,6 +151,7 @@ def test_unknown_flags_are_refused(name: str, capfd: pytest.CaptureFixture[str])
         "certify": ["w", "--source", "a", "--target", "b", "--texts", "x", "--cases", "y"],
         "path": ["--from", "a", "--to", "b"],
         "heads": ["w"],
+        "check": ["x", "--target", "m"],
         "matrix": [],
         "list": [],
         "inspect": ["x"],
