@@ -110,6 +110,7 @@ def lines(result: dict[str, Any]) -> list[str]:
         f"{result['level'] or 'unknown'}: {result['recommendation']}",
         f"  compatibility score       {figure(result['compatibility_score'])}",
         f"  estimated retention       {kept}   [{where}]",
+        *([f"  on its own last part      {interval(own)}"] if (own := result["on_itself"]) else []),
         f"  facts, share of native    {figure(facts['mean'] if facts else None)}",
         f"  head mapping quality      {figure(result['head_mapping_quality'])}",
         f"  positional compatibility  {figure(result['positional_compatibility'])}"
@@ -117,6 +118,10 @@ def lines(result: dict[str, Any]) -> list[str]:
         f"  memory on the target      {figure(result['target_memory_gb'], '.3g')} GB",
         f"  load time                 {times or 'unknown: run `awareness doctor` once'}",
     ]
+
+
+def interval(found: dict[str, float]) -> str:
+    return f"{found['mean']:.3f} ({found['ci_low']:.3f} … {found['ci_high']:.3f})"
 
 
 def figure(value: float | None, how: str = ".3f") -> str:

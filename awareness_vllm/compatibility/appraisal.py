@@ -9,7 +9,7 @@ from awareness_vllm.compatibility.advice import advice
 from awareness_vllm.compatibility.calibration import saved
 from awareness_vllm.compatibility.case import Case
 from awareness_vllm.compatibility.cost import load_times_s, target_memory_gb
-from awareness_vllm.compatibility.estimate import at_tail, combined, predict
+from awareness_vllm.compatibility.estimate import at_tail, predict
 from awareness_vllm.compatibility.priors import (
     find_name,
     positional_impact,
@@ -60,6 +60,7 @@ def report(case: Case) -> CompatibilityReport:
         level=level,
         recommendation=recommendation,
         facts=facts(case),
+        on_itself=case.found.retention if case.found else None,
         head_mapping_quality=head_mapping(case),
         positional_compatibility=positional,
         positional_basis=positional_basis,
@@ -76,18 +77,20 @@ def report(case: Case) -> CompatibilityReport:
 
 
 def expected(case: Case) -> Known | None:
-    """Retention and where it comes from; None where nobody knows."""
+    """Retention and where it comes from; None where nobody knows.
+
+    A memory's own last part is few tokens: where there is a certificate, it errs less
+    (docs/fidelity-log.md), and the measurement stands beside it.
+    """
     if case.exact:
         return COPIED, Basis(kind="exact", source="the same model: its states are copied")
-    said = None
-    if case.certificate is not None:
+    if case.certificate is not None and case.entry is not None:
         said = predict(case.certificate, case.tokens, case.config.tail, case.kind)
-    if case.found is not None and case.subject.manifest is not None:
-        interval = case.found.retention if said is None else combined(said, case.found.retention)
-        how = "its own last part" + (", and the certificate" if said else "")
-        return interval, Basis(kind="measured", source=how, digest=case.subject.manifest.payload)
-    if said is not None and case.entry is not None:
         return said, Basis(kind="measured", source=str(case.entry), digest=case.entry.digest)
+    if case.found is not None and case.subject.manifest is not None:
+        digest = case.subject.manifest.payload
+        basis = Basis(kind="measured", source="its own last part", digest=digest)
+        return case.found.retention, basis
     ends = find_name(case.subject.source.name), find_name(case.target.name)
     if ends[0] is None or ends[1] is None:
         return None

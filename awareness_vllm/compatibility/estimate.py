@@ -3,14 +3,15 @@
 A certificate has retention over documents, at some lengths of context and some native tails, each
 with an interval of the *mean*. One memory is not the mean: the interval here holds for a single
 further one, so it has the spread between documents in it, which the interval of the mean gives back
-(its half width is 1.96 of that spread over the root of the number of documents).
+(its half width is 1.96 of that spread over the root of the number of documents), and, for a kind of
+text that was not measured, the spread between kinds.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import NormalDist
+from statistics import NormalDist, fmean, variance
 
 from awareness_vllm.wmatrix.certificate import Certificate, Interval, Plan
 from awareness_vllm.wmatrix.certify import LENGTH_TEXTS
@@ -37,7 +38,7 @@ def at_tail(certificate: Certificate, length: int, tail: int, kind: str | None) 
     """One memory's retention at a measured length. A tail longer than all keeps what they do."""
     plans = sorted((p for p in certificate.plans if p.context == length), key=lambda p: p.tail)
     count = texts_at(certificate, length)
-    points = [(float(p.tail), one_of(figure(p, kind), count)) for p in plans]
+    points = [(float(p.tail), one_of(p, count, kind)) for p in plans]
     return along(points, min(float(tail), points[-1][0]))
 
 
@@ -47,22 +48,35 @@ def texts_at(certificate: Certificate, length: int) -> int:
     return count if length == certificate.protocol.context else min(count, LENGTH_TEXTS)
 
 
-def figure(plan: Plan, kind: str | None) -> Interval:
-    """A plan's retention: the mean of this kind of text where it is known, the spread of all."""
+def one_of(plan: Plan, count: int, kind: str | None) -> Interval:
+    """The interval that one further document lies in, from those of the means of `count`: about the
+    mean of its kind where that is known."""
     known = plan.kinds.get(kind or "")
-    return plan.retention if known is None else moved(plan.retention, known.mean)
+    spread = sd(plan.retention) * math.sqrt(count + 1)
+    if known is None:
+        spread = math.hypot(spread, between_kinds(plan))
+    mean = (known or plan.retention).mean
+    half = quantile(count - 1) * spread
+    return Interval(mean=mean, ci_low=mean - half, ci_high=mean + half)
 
 
-def moved(interval: Interval, mean: float) -> Interval:
-    """The same interval about another mean."""
-    shift = mean - interval.mean
-    return Interval(mean=mean, ci_low=interval.ci_low + shift, ci_high=interval.ci_high + shift)
+def between_kinds(plan: Plan) -> float:
+    """The standard deviation of what kinds keep, less what chance does to their means."""
+    if len(plan.kinds) < 2:
+        return 0.0
+    found = variance(i.mean for i in plan.kinds.values())
+    chance = fmean(sd(i) ** 2 for i in plan.kinds.values())
+    return math.sqrt(max(0.0, found - chance))
 
 
-def one_of(interval: Interval, count: int) -> Interval:
-    """The interval that one further document lies in, from that of the mean of `count`."""
-    half = (interval.ci_high - interval.ci_low) / 2 * math.sqrt(count + 1)
-    return Interval(mean=interval.mean, ci_low=interval.mean - half, ci_high=interval.mean + half)
+def sd(interval: Interval) -> float:
+    """Of a mean, from its 95 % interval."""
+    return (interval.ci_high - interval.ci_low) / (2 * Z)
+
+
+def quantile(freedom: int) -> float:
+    """Student's t at 97.5 %, by the first term of its expansion: within 1 % from fifteen degrees on."""
+    return Z + (Z**3 + Z) / (4 * max(1, freedom))
 
 
 def along(points: Sequence[tuple[float, Interval]], x: float) -> Interval:
@@ -83,15 +97,3 @@ def along(points: Sequence[tuple[float, Interval]], x: float) -> Interval:
             for name in ("mean", "ci_low", "ci_high")
         }
     )
-
-
-def combined(prior: Interval, found: Interval) -> Interval:
-    """What is expected of a memory, and what was found on a part of it: by their precision."""
-    spreads = [(i.ci_high - i.ci_low) / (2 * Z) for i in (prior, found)]
-    if not all(spreads):
-        return found if not spreads[1] else prior
-    weights = [1 / spread**2 for spread in spreads]
-    total = sum(weights)
-    mean = (weights[0] * prior.mean + weights[1] * found.mean) / total
-    half = Z / math.sqrt(total)
-    return Interval(mean=mean, ci_low=mean - half, ci_high=mean + half)

@@ -7,6 +7,7 @@ needed.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,8 +34,9 @@ STRETCH = 16
 
 @dataclass(frozen=True)
 class OnTheSpot:
-    """What was found: each arm's mean NLL in nats, and retention with its 95 % interval over
-    stretches of the scored text. `context` and `scored` are tokens of the target."""
+    """What was found: each arm's mean NLL in nats, and retention with the interval that the same
+    of as much further text lies in: by chance alone, as it shows between stretches of the scored
+    text. `context` and `scored` are tokens of the target."""
 
     arms: dict[str, float]
     retention: Interval
@@ -72,7 +74,7 @@ def measure_with(
     served = nll[tail_arm(tail)]
     return OnTheSpot(
         arms={arm: float(values.mean()) for arm, values in nll.items()},
-        retention=Interval(**retention(*map(stretches, (nll["native"], served, nll["none"])))),
+        retention=further(retention(*map(stretches, (nll["native"], served, nll["none"])))),
         context=len(bench.ids(first.text)),
         scored=len(ids) - 1,
     )
@@ -98,6 +100,13 @@ def surprise(logprobs: Tensor, ids: list[int]) -> np.ndarray:
     """Nats of each id but the first, [T - 1]."""
     found: np.ndarray = -logprobs.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].numpy()
     return found
+
+
+def further(found: dict[str, float]) -> Interval:
+    """From the interval of a figure to that of another such figure: both are subject to chance."""
+    mean = found["mean"]
+    low, high = (mean + math.sqrt(2) * (found[end] - mean) for end in ("ci_low", "ci_high"))
+    return Interval(mean=mean, ci_low=low, ci_high=high)
 
 
 def stretches(nll: np.ndarray) -> np.ndarray:

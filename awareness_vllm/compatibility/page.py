@@ -171,6 +171,7 @@ def facts(report: CompatibilityReport) -> Html:
         "Fact recall, share of native": told(report.facts, report.basis)
         if report.facts
         else UNKNOWN,
+        **({"On its own last part": told(report.on_itself, None)} if report.on_itself else {}),
         "Head mapping quality": share(report.head_mapping_quality),
         "Positional compatibility": share(report.positional_compatibility, report.positional_basis),
         "Memory on the target": UNKNOWN if memory is None else size(memory),

@@ -7,6 +7,7 @@ weights are made up, since times do not depend on them.
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import functools
 import itertools
@@ -48,6 +49,9 @@ TURNS = 4
 ROUNDS, ENOUGH_S = 9, 2.0
 """How often each part is timed, and for how long at most: a slow machine must not take longer."""
 DTYPE = torch.bfloat16
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+KEPT_BYTES, MMAP_BYTES = 2**30, 2**25
+"""glibc's names and numbers (malloc.h); it takes no more for the second."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,8 @@ def calibrate() -> Calibration:
     thin, thick = (made_up_map(source, target, rank) for rank in (THIN, THICK))
     sizes = [written_bytes(target, 0, count, TargetConfig()) for count in (FEW, MANY)]
 
+    writes = medians(*(writing(target, count) for count in (FEW, MANY)))
+    keep_freed_memory()
     home().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=home(), prefix=".doctor-") as folder:
         paths = [publish(memory.package, Path(folder)) for memory in (few, many)]
@@ -77,7 +83,6 @@ def calibrate() -> Calibration:
     little, plain, products = medians(
         *(aligning(m, w) for m, w in ((few, thin), (many, thin), (many, thick)))
     )
-    writes = medians(*(writing(target, count) for count in (FEW, MANY)))
 
     read_fixed, read_rate = line(*zip(files, reads, strict=True))
     numbers, flop = map_work(thin.manifest)
@@ -102,6 +107,15 @@ def calibrate() -> Calibration:
         write_layer_s=write_fixed / len(target.layers),
         write_bytes_per_s=write_rate,
     )
+
+
+def keep_freed_memory() -> None:
+    """Let freed memory be used again, as in a server that has run for a while. A young process gives
+    it back at once, and is given new pages for a third of an alignment's time."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # not in every C library
+        libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+        libc.mallopt(M_MMAP_THRESHOLD, MMAP_BYTES)
 
 
 def medians(*runs: Callable[[], object]) -> list[float]:

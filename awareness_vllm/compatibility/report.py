@@ -78,7 +78,8 @@ class CompatibilityReport(Strict):
     its basis is measured. `head_mapping_quality` is the overlap of the attention distributions
     with native ones, 0 to 1; `positional_compatibility` what is left after the conversion of
     positions, 0 to 1. `estimated_load_time_s` is that of a cold load; `load_times_s` has the
-    others. `facts` is fact recall as a share of native.
+    others. `facts` is fact recall as a share of native, `on_itself` retention as measured on the
+    memory's own last part.
     """
 
     memory: str
@@ -93,6 +94,7 @@ class CompatibilityReport(Strict):
     level: Level | None
     recommendation: str
     facts: Interval | None = None
+    on_itself: Interval | None = None
     head_mapping_quality: float | None
     positional_compatibility: float | None
     positional_basis: Basis | None

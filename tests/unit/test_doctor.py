@@ -21,6 +21,7 @@ from awareness_vllm.geometry import Geometry
 from awareness_vllm.home import home, wmatrices_dir
 from awareness_vllm.provenance import hardware, versions
 from awareness_vllm.serving import register
+from awareness_vllm.wmatrix.certificate import Certificate
 from awareness_vllm.wmatrix.file import WMatrix
 from awareness_vllm.wmatrix.shelf import WMatrixEntry
 
@@ -166,11 +167,20 @@ def test_w_matrices_are_looked_at_one_by_one(wmatrix: WMatrix) -> None:
 
 
 def test_a_certified_w_matrix_says_what_it_keeps(wmatrix: WMatrix) -> None:
-    kept = {"retention": {"mean": 0.9}, "facts": {"mean": 0.5}}
-    manifest = wmatrix.manifest.model_copy(update={"certificate": kept})
-    entry = WMatrixEntry(Path("a.wmatrix"), manifest, "d")
-    entry.__dict__["certificate"] = kept
-    check = doctor.certified(entry)
+    kept = {"mean": 0.9, "ci_low": 0.8, "ci_high": 1.0}
+    protocol = {"texts": "", "cases": "", "limit": 8, "context": 300, "continuation": 60}
+    certificate = Certificate.model_validate(
+        {
+            **{"protocol": protocol, "metrics": None, "plans": [], "tier": None, "hardware": ""},
+            **{"measured": "2026-11-23"},
+            **{name: kept for name in ("retention", "margin", "facts", "facts_margin")},
+            **{name: {} for name in ("texts", "cases", "facts_kinds", "facts_distances")},
+            **{name: {} for name in ("counts", "versions")},
+        }
+    )
+    update = {"certificate": certificate.model_dump(mode="json")}
+    manifest = wmatrix.manifest.model_copy(update=update)
+    check = doctor.certified(WMatrixEntry(Path("a.wmatrix"), manifest, "d"))
     assert check.status == "ok"
     assert "retention 0.900" in check.found
 

@@ -13,8 +13,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from awareness_vllm.compatibility.estimate import combined, predict
-from awareness_vllm.compatibility.on_the_spot import measure, stretches
+from awareness_vllm.compatibility.estimate import predict, quantile
+from awareness_vllm.compatibility.on_the_spot import further, measure, stretches
 from awareness_vllm.errors import BadInput
 from awareness_vllm.packages.capture import capture, load_model, read_tokens, states
 from awareness_vllm.packages.file import Package, beginning
@@ -112,7 +112,7 @@ def test_the_interval_holds_one_further_document(certificate: Certificate) -> No
     spread, rng = 0.02 / 1.96 * math.sqrt(TEXTS), np.random.default_rng(0)
     found = predict(certificate, 300, 0)
     drawn = rng.normal(0.9, spread, 100_000)
-    assert 0.95 < np.mean((found.ci_low < drawn) & (drawn < found.ci_high)) < 0.97
+    assert 0.95 < np.mean((found.ci_low < drawn) & (drawn < found.ci_high)) < 0.975
 
 
 @given(context=st.integers(1, 10**7), tail=st.integers(0, 10**4))
@@ -125,12 +125,32 @@ def test_every_estimate_lies_in_its_interval(
     assert found.mean >= predict(certificate, context + 1, tail).mean - 1e-12
 
 
-def test_two_findings_weigh_by_their_precision() -> None:
-    both = combined(interval(0.9, 0.1), interval(0.6, 0.2))
-    assert both.mean == pytest.approx((0.9 * 4 + 0.6) / 5)
-    assert both.ci_high - both.ci_low < 0.2
-    assert combined(interval(0.9, 0.1), interval(0.6, 0)).mean == 0.6
-    assert combined(interval(0.9, 0), interval(0.6, 0.1)).mean == 0.9
+def test_another_stretch_is_subject_to_chance_as_well() -> None:
+    found = further({"mean": 0.8, "ci_low": 0.7, "ci_high": 1.0})
+    assert (found.mean, found.ci_low) == (0.8, pytest.approx(0.8 - 0.1 * math.sqrt(2)))
+    assert found.ci_high == pytest.approx(0.8 + 0.2 * math.sqrt(2))
+
+
+def test_kinds_that_differ_more_than_by_chance_widen_the_interval_of_others(
+    certificate: Certificate,
+) -> None:
+    def kinds(*means: float, half: float = 0.001) -> Certificate:
+        named = {str(i): interval(mean, half) for i, mean in enumerate(means)}
+        plans = (plan.model_copy(update={"kinds": named}) for plan in certificate.plans)
+        return certificate.model_copy(update={"plans": tuple(plans)})
+
+    def width(found: Certificate, kind: str | None = None) -> float:
+        said = predict(found, 300, 0, kind)
+        return said.ci_high - said.ci_low
+
+    alike, apart, by_chance = kinds(0.9, 0.9), kinds(0.8, 1.0), kinds(0.8, 1.0, half=0.3)
+    assert width(alike) == width(by_chance) < width(apart)
+    assert width(apart, "0") == width(alike)
+
+
+@pytest.mark.parametrize(("freedom", "t"), [(15, 2.131), (23, 2.069), (47, 2.012), (1000, 1.962)])
+def test_few_documents_make_wider_intervals(freedom: int, t: float) -> None:
+    assert quantile(freedom) == pytest.approx(t, rel=0.01)
 
 
 def test_stretches_add_neighbours() -> None:
