@@ -110,8 +110,10 @@ def calibrate() -> Calibration:
 
 
 def keep_freed_memory() -> None:
-    """Let freed memory be used again, as in a server that has run for a while. A young process gives
-    it back at once, and is given new pages for a third of an alignment's time."""
+    """Let freed memory be used again, as in a server that has run for a while.
+
+    A young process gives it back at once, and is given new pages in a third of an alignment's time.
+    """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # not in every C library
         libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
