@@ -37,8 +37,8 @@ def predict(certificate: Certificate, context: int, tail: int, kind: str | None 
 def at_tail(certificate: Certificate, length: int, tail: int, kind: str | None) -> Interval:
     """One memory's retention at a measured length. A tail longer than all keeps what they do."""
     plans = sorted((p for p in certificate.plans if p.context == length), key=lambda p: p.tail)
-    count = texts_at(certificate, length)
-    points = [(float(p.tail), one_of(p, count, kind)) for p in plans]
+    count, kinds = texts_at(certificate, length), between_kinds(certificate, tail)
+    points = [(float(p.tail), one_of(p, count, kind, kinds)) for p in plans]
     return along(points, min(float(tail), points[-1][0]))
 
 
@@ -48,24 +48,27 @@ def texts_at(certificate: Certificate, length: int) -> int:
     return count if length == certificate.protocol.context else min(count, LENGTH_TEXTS)
 
 
-def one_of(plan: Plan, count: int, kind: str | None) -> Interval:
+def one_of(plan: Plan, count: int, kind: str | None, kinds: float) -> Interval:
     """The interval that one further document lies in, from those of the means of `count`: about the
-    mean of its kind where that is known."""
+    mean of its kind where that is known, and by the spread of `kinds` wider where it is not."""
     known = plan.kinds.get(kind or "")
     spread = sd(plan.retention) * math.sqrt(count + 1)
     if known is None:
-        spread = math.hypot(spread, between_kinds(plan))
+        spread = math.hypot(spread, kinds)
     mean = (known or plan.retention).mean
     half = quantile(count - 1) * spread
     return Interval(mean=mean, ci_low=mean - half, ci_high=mean + half)
 
 
-def between_kinds(plan: Plan) -> float:
-    """The standard deviation of what kinds keep, less what chance does to their means."""
-    if len(plan.kinds) < 2:
+def between_kinds(certificate: Certificate, tail: int) -> float:
+    """The standard deviation of what kinds of text keep, less what chance does to their means: at
+    the protocol's own length, where each kind has several documents."""
+    plans = [p for p in certificate.plans if p.context == certificate.protocol.context]
+    kinds = min(plans, key=lambda p: abs(p.tail - tail)).kinds.values() if plans else ()
+    if len(kinds) < 2:
         return 0.0
-    found = variance(i.mean for i in plan.kinds.values())
-    chance = fmean(sd(i) ** 2 for i in plan.kinds.values())
+    found = variance(i.mean for i in kinds)
+    chance = fmean(sd(i) ** 2 for i in kinds)
     return math.sqrt(max(0.0, found - chance))
 
 
@@ -75,7 +78,7 @@ def sd(interval: Interval) -> float:
 
 
 def quantile(freedom: int) -> float:
-    """Student's t at 97.5 %, by the first term of its expansion: within 1 % from fifteen degrees on."""
+    """Student's t at 97.5 %, by its expansion's first term: within 1 % from fifteen degrees on."""
     return Z + (Z**3 + Z) / (4 * max(1, freedom))
 
 
