@@ -17,6 +17,7 @@ from awareness_vllm.compatibility.priors import (
     published_vectors,
 )
 from awareness_vllm.compatibility.report import Basis, Estimate, level_of
+from awareness_vllm.compatibility.target import TargetConfig
 from awareness_vllm.errors import BadInput
 from awareness_vllm.wmatrix.certificate import TIERS, Certificate, Interval
 from awareness_vllm.wmatrix.shelf import WMatrixEntry, entries
@@ -58,10 +59,12 @@ class CompatibilityChecker:
         listing of one was given.
 
         Args:
-            target_config: nothing in it changes a general figure.
+            target_config: fields of `TargetConfig`. They are checked; a general figure is the map
+                alone's at the protocol's length, which nothing in them changes.
 
         Raises:
-            BadInput: a name that nobody knows, or several models have; a source or target missing.
+            BadInput: a name that nobody knows, or several models have; a source or target missing;
+                a configuration that contradicts itself or the target.
             UnsupportedModel: the folder of a model that cannot be used.
         """
         if (vector_listing is None) == (source_model is None) or target_model is None:
@@ -74,6 +77,9 @@ class CompatibilityChecker:
         given = vector_listing.source_model if vector_listing is not None else source_model
         assert given is not None
         source, target = model(given, self.shelf), model(target_model, self.shelf)
+        config = TargetConfig.read(target_config)
+        if target.geometry is not None:
+            config.check(target.geometry)
         if same(source, target):
             return _copy(source, target)
         entry = map_between(self.shelf, source, target)

@@ -268,6 +268,13 @@ def test_two_models_of_one_name_are_told_apart_by_folder(over: MakeChecker) -> N
         checker.estimate(source_model="a", target_model="b")
 
 
+@pytest.mark.parametrize("config", [{"num_gpu": 2}, {"context_length": 10**9}, {"num_gpus": 7}])
+def test_a_target_that_could_not_be_served_so(over: MakeChecker, config: dict[str, Any]) -> None:
+    checker = over(("a", "b", None))
+    with pytest.raises(BadInput, match=next(iter(config))):
+        checker.estimate(source_model="a", target_model="b", target_config=config)
+
+
 @pytest.mark.parametrize(
     "given",
     [
