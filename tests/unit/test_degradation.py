@@ -396,6 +396,7 @@ def test_the_table_says_what_was_counted_as_nothing() -> None:
     assert rest.split()[:2] == ["unattributed", "0.0000"]
 
 
+@pytest.mark.slow
 def test_a_plot_is_drawn(measured: Callable[[str], Degradation], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     benchmark().plot(measured("0" * 64), "a → b", tmp_path / "figures" / "plot.png")

@@ -258,6 +258,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rehearsal, "ROUNDS", 1)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("with_vllm", [True, False])
 def test_measuring_leaves_nothing_behind(with_vllm: bool, monkeypatch: pytest.MonkeyPatch) -> None:

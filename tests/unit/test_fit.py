@@ -139,6 +139,7 @@ def test_a_set_that_was_cut_off_counts_as_none(tmp_path: Path) -> None:
     assert work.load("a") is None
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_calibration_keeps_the_epoch_that_was_best(
     tiny_models: tuple[Path, Path], anchors: list[Document], monkeypatch: pytest.MonkeyPatch

@@ -48,6 +48,7 @@ def test_a_small_limit_leaves_documents_out_and_a_large_one_nothing() -> None:
     assert install.take_evenly(whole, 10**9, seed=0) == whole
 
 
+@pytest.mark.slow
 def test_sources_are_installed_once_and_again_when_damaged(
     awareness_home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -97,6 +97,7 @@ def test_bytes_and_operations_are_those_that_the_work_needs(measured: Path) -> N
     assert rotate["bytes"] == 2 * 2 * 33 * keys + 4 * (2 * 128 + 18) + 8 * 33
 
 
+@pytest.mark.slow
 def test_the_plot_is_drawn_from_the_data_alone(measured: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     before = measured.read_bytes()

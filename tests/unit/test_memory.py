@@ -31,6 +31,7 @@ def faults(what: str) -> int:
     return int(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_a_freed_tensors_pages_serve_the_next_one() -> None:
     assert faults("default") > 10 * (faults("keep") + 1)

@@ -89,6 +89,7 @@ save_file(total.tensors() | {"rows": torch.tensor([total.rows])}, f"{sys.argv[2]
 """
 
 
+@pytest.mark.slow
 def test_processes_add_up_over_gloo(tmp_path: Path) -> None:
     x, y = planted(1000)
     save_file({"x": x, "y": y}, tmp_path / "rows")
