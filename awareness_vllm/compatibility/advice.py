@@ -10,8 +10,6 @@ from awareness_vllm.compatibility.estimate import predict
 from awareness_vllm.compatibility.report import Action
 from awareness_vllm.wmatrix.certificate import measured_for
 
-PROJECTION = "dimensional projection"
-
 
 def advice(case: Case, retention: float | None) -> tuple[Action, ...]:
     """Actions that would keep more, the greatest gain first, those of unknown gain last."""
@@ -78,11 +76,9 @@ def better_map(case: Case, retention: float | None) -> Iterator[Action]:
     """A map of more rank, or a calibrated one."""
     if case.entry is None or retention is None:
         return
-    shares = case.degradation.shares(case.tokens, "kl") if case.degradation else ()
-    share = next((s.share.mean for s in shares if s.source == PROJECTION), None)
+    # What the ablation of the rank recovers says nothing of it (docs/fidelity-log.md).
     says = f"fit with a higher rank than {case.entry.manifest.rank} (`awareness fit --rank`)"
-    gain = None if share is None else share * max(0.0, 1 - retention)
-    yield Action(description=says, gain=gain, basis="estimated")
+    yield Action(description=says, gain=None, basis="estimated")
     if not case.entry.manifest.fit.get("calibration"):
         says = "calibrate the map through the target (`awareness fit --calibration`)"
         yield Action(description=says, gain=None, basis="estimated")

@@ -268,7 +268,7 @@ def degradation(found: Sequence[Share]) -> Html:
         mark = el("span", class_=f"dot c{i % charts.COLOURS}", aria_hidden="true")
         published = el("span", percent(share.prior, PUBLISHED), class_="figure prior")
         rows.append((joined([mark, share.source]), (told(share.share), published)))
-    columns = ("share of the whole loss", "measured", "prior")
+    columns = ("share of what is attributed", "measured", "prior")
     name = "Where the loss comes from"
     return card(name, el("figure", *bars), table(name, columns, rows, "shares"))
 

@@ -55,7 +55,7 @@ class Action(Strict):
 
 
 class Share(Strict):
-    """One source of degradation: its share of the whole loss, with its interval, beside the
+    """One source of degradation: its share of the loss that could be attributed, beside the
     published one (a prior)."""
 
     source: str
