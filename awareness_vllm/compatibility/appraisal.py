@@ -37,7 +37,7 @@ def report(case: Case) -> CompatibilityReport:
     """Everything that is known of a case.
 
     Raises:
-        BadInput: the target could not be started so; a kind of text that nobody published.
+        BadInput: a kind of text that nobody published.
     """
     interval, basis = expected(case) or (None, None)
     dangers, certificate = risks(case), case.certificate

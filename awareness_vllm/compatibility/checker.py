@@ -78,6 +78,8 @@ class MemoryCompatibilityChecker:
             tokens=about.tokens,
             kind=kind,
         )
+        if case.target.geometry is not None:
+            case.config.check(case.target.geometry)
         if measure:
             memory = verify(about.path) if about.path else given
             case = measured(case, memory, target_model)

@@ -12,12 +12,7 @@ EIGHT_BITS = ("fp8", "int8")
 
 
 def findings(config: TargetConfig, geometry: Geometry, tokens: int) -> tuple[RiskFactor, ...]:
-    """The risks of serving a memory of so many tokens (the target's) in this way.
-
-    Raises:
-        BadInput: vLLM would not start this model so.
-    """
-    config.check(geometry)
+    """The risks of serving a memory of so many tokens (the target's) in this way."""
     return (*room(config, geometry, tokens), *other_weights(config), *other_cache(config))
 
 
@@ -46,7 +41,7 @@ def other_weights(config: TargetConfig) -> tuple[RiskFactor, ...]:
     found = []
     if config.custom_fine_tune is not None:
         says = f"{config.custom_fine_tune} has other weights than a W-Matrix of the target was "
-        found.append(RiskFactor(description=says + "fitted to; fit one for it", impact="medium"))
+        found.append(RiskFactor(description=says + "fitted to; fit one for it", impact="high"))
     if config.quantization in (*FEW_BITS, *EIGHT_BITS):
         impact = "medium" if config.quantization in EIGHT_BITS else "high"
         says = f"{config.quantization} weights are not those that a W-Matrix was measured on"

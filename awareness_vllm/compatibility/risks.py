@@ -25,11 +25,7 @@ def risk(function: Risk) -> Risk:
 
 
 def risks(case: Case) -> tuple[RiskFactor, ...]:
-    """All risks of a case, the worst first.
-
-    Raises:
-        BadInput: the target could not be started so.
-    """
+    """All risks of a case, the worst first."""
     found = [RiskFactor(impact=i, description=says) for one in RISKS for i, says in one(case)]
     if case.target.geometry is not None:
         found += findings(case.config, case.target.geometry, case.tokens)

@@ -343,6 +343,14 @@ def test_a_check_says_what_the_certificate_predicts(
     assert (found["memory"], found["target"]) == (memory, server.memories.geometry.name)
 
 
+def test_a_server_that_runs_is_not_told_that_it_could_not(
+    server: Server, published: Publish
+) -> None:
+    # Stretched positions may make a window longer than the config's own.
+    server.app.state.awareness_target = TargetConfig(context_length=10**9)
+    assert server.ask(CHECK, published()).status_code == 200
+
+
 def test_a_check_of_what_cannot_be_loaded_is_an_answer(server: Server, published: Publish) -> None:
     found = server.ask(CHECK, published()).json()
     assert (found["compatibility_score"], found["estimated_retention"]) == (0.0, None)

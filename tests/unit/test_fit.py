@@ -153,6 +153,7 @@ def test_calibration_keeps_the_epoch_that_was_best(
         assert torch.equal(getattr(kept, part), getattr(plain, part))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_calibration_lowers_the_divergence_on_held_out_texts(
     tiny_models: tuple[Path, Path],

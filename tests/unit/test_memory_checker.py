@@ -137,6 +137,8 @@ def test_configuration_changes_the_estimate(
     assert kept(tail=0) < kept(tail=8) < kept(tail=16)
     with pytest.raises(BadInput, match="context_length"):
         kept(contextlength=5)
+    with pytest.raises(BadInput, match="num_gpus"):
+        kept(num_gpus=7)
     full = certify().check(
         package=memory, target_model=tiny_models[1], target_config={"context_length": 16}
     )

@@ -186,7 +186,7 @@ def test_float32_weights_are_served_in_sixteen_bits_unless_asked() -> None:
         ({}, 5000, "high", "do not fit"),
         ({"memory_gb": 1e-4}, 1000, "high", "GB of each device"),
         ({}, 16, "low", "nothing is loaded"),
-        ({"custom_fine_tune": "mine"}, 500, "medium", "mine has other weights"),
+        ({"custom_fine_tune": "mine"}, 500, "high", "mine has other weights"),
         ({"quantization": "int8"}, 500, "medium", "int8 weights"),
         ({"quantization": "gptq"}, 500, "high", "gptq weights"),
         ({"kv_cache_dtype": "fp8"}, 500, "low", "rounds"),

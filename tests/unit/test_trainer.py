@@ -27,6 +27,7 @@ from awareness_vllm.wmatrix.trainer import WMatrixTrainer, of_domains
 pytestmark = pytest.mark.unit
 
 
+@pytest.mark.slow
 def test_train_save_register(
     tiny_models: tuple[Path, Path],
     anchors: list,
