@@ -1,4 +1,4 @@
-"""Files that others may change while we read them."""
+"""Files that others may change while we read them, or read while we write them."""
 
 from __future__ import annotations
 
@@ -31,3 +31,13 @@ def private_copy(path: Path) -> Iterator[str]:
             yield f"/proc/self/fd/{copy}"
         finally:
             os.close(copy)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file atomically: whole or not at all, and nothing is left beside it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

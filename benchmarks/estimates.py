@@ -27,10 +27,10 @@ from awareness_vllm.anchors.corpus import Document
 from awareness_vllm.anchors.debian import unpack
 from awareness_vllm.anchors.sources import pages, texts
 from awareness_vllm.compatibility.estimate import predict
-from awareness_vllm.compatibility.on_the_spot import measure_with, surprise
+from awareness_vllm.compatibility.on_the_spot import measure_with
 from awareness_vllm.errors import BadInput
 from awareness_vllm.provenance import hardware, versions
-from awareness_vllm.wmatrix.bench import Bench, cut_tail
+from awareness_vllm.wmatrix.bench import Bench, cut_tail, surprise
 from awareness_vllm.wmatrix.bootstrap import retention
 from awareness_vllm.wmatrix.certificate import Interval
 from awareness_vllm.wmatrix.evaluate import cut_evenly, joined
@@ -88,7 +88,7 @@ def measured(bench: Bench, entry: WMatrixEntry, case: dict[str, Any], tail: int)
     begin, _ = cut_tail(native, len(native.ids) - bench.sink())
     arms = {"native": (native, 0), "memory": (bench.memory(package), tail), "none": (begin, 0)}
     nll = {
-        arm: surprise(bench.logprobs(memory, ids, len(ids) - 1, tail), ids)
+        arm: surprise(bench.logprobs(memory, ids, len(ids) - 1, tail), ids).numpy()
         for arm, (memory, tail) in arms.items()
     }
     assert entry.certificate is not None

@@ -25,7 +25,7 @@ from awareness_vllm.anchors.spans import load_tokenizer, tokenize
 from awareness_vllm.geometry import Geometry
 from awareness_vllm.positions import shift
 from awareness_vllm.provenance import hardware, versions
-from awareness_vllm.wmatrix.bench import Bench
+from awareness_vllm.wmatrix.bench import Bench, surprise
 from awareness_vllm.wmatrix.bootstrap import retention
 from awareness_vllm.wmatrix.evaluate import cut_evenly, joined
 from awareness_vllm.wmatrix.file import load as load_wmatrix
@@ -74,11 +74,9 @@ def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
         for count in COUNTS:
             memories = [bench.memory(bench.package(part)) for part in parts_of(bench, text, count)]
             arms[f"{count}"] = following(memories, skip, target)
-        labels = torch.tensor(ids[1:])
         for arm, memory in arms.items():
             logprobs = bench.logprobs(memory, ids, args.continuation)
-            surprise = -logprobs.gather(1, labels[:, None]).mean().item()
-            surprises.setdefault(arm, []).append(surprise)
+            surprises.setdefault(arm, []).append(surprise(logprobs, ids).mean().item())
     nll = {arm: np.array(found) for arm, found in surprises.items()}
     return {
         "n": len(cuts),

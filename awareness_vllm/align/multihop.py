@@ -29,7 +29,7 @@ from awareness_vllm.wmatrix.certificate import with_tail
 from awareness_vllm.wmatrix.evaluate import evaluate_texts
 from awareness_vllm.wmatrix.file import WMatrix, load
 from awareness_vllm.wmatrix.fold import Hop, fold, learn_bridge
-from awareness_vllm.wmatrix.shelf import WMatrixEntry, entries
+from awareness_vllm.wmatrix.shelf import WMatrixEntry, ends, entries
 
 Hops = tuple[WMatrixEntry, ...]
 CONTEXT, CONTINUATION = 300, 60
@@ -173,11 +173,11 @@ class MultiHopAligner:
             geometry = Geometry.from_folder(model)
             self.models.append(model)
             return geometry
-        ends = [g for e in self.shelf for g in (e.manifest.source, e.manifest.target)]
-        found = {key(g): g for g in ends if g.name == str(model)}
+        known = ends(self.shelf)
+        found = [g for g in known if g.name == str(model)]
         if len(found) == 1:
-            return next(iter(found.values()))
-        all_names = sorted({g.name for g in ends})
+            return found[0]
+        all_names = sorted({g.name for g in known})
         near = difflib.get_close_matches(str(model), all_names, cutoff=0.3) or all_names
         raise BadInput(
             f"{len(found) or 'no'} models of the W-Matrices are named {str(model)!r}",

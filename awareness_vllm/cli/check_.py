@@ -7,8 +7,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from awareness_vllm.cli.options import add_wmatrices
+
 if TYPE_CHECKING:
     from awareness_vllm.compatibility.report import CompatibilityReport
+    from awareness_vllm.wmatrix.shelf import WMatrixEntry
 
 HELP = "say what a memory would be on a target, how sure that is, and what would raise it"
 CONFIG = {
@@ -30,14 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, help="and how many tokens it would have")
     parser.add_argument("--target", required=True, metavar="MODEL", help="a folder, or a name")
     parser.add_argument("--store", type=Path, help="folder in which the ID is looked up")
-    parser.add_argument(
-        "--wmatrix",
-        nargs="+",
-        action="extend",
-        type=Path,
-        metavar="PATH",
-        help="files, or folders of them (default: $AWARENESS_HOME/wmatrices)",
-    )
+    add_wmatrices(parser)
     parser.add_argument("--kind", help="the kind of its text, as the certificate names kinds")
     parser.add_argument(
         "--measure", action="store_true", help="measure the memory on its own last part, too"
@@ -60,7 +56,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         measure=args.measure,
     )
     if args.html:
-        write_page(args.html, report, args.wmatrix)
+        write_page(args.html, report, checker.shelf)
     return {**report.model_dump(mode="json"), "html": str(args.html) if args.html else None}
 
 
@@ -69,18 +65,17 @@ def listing(args: argparse.Namespace) -> SimpleNamespace:
     return SimpleNamespace(id="a memory", source_model=args.source, token_count=args.tokens)
 
 
-def write_page(path: Path, report: CompatibilityReport, wmatrices: list[Path] | None) -> None:
+def write_page(path: Path, report: CompatibilityReport, shelf: list[WMatrixEntry]) -> None:
     """The report, the matrix of all W-Matrices, and the heads of the one that it speaks of."""
-    from awareness_vllm.compatibility.matrix import matrix
+    from awareness_vllm.compatibility.matrix import of_shelf
     from awareness_vllm.compatibility.page import page
     from awareness_vllm.wmatrix.file import load
     from awareness_vllm.wmatrix.heat_map import head_shares
-    from awareness_vllm.wmatrix.shelf import entries
 
     basis = report.basis
-    entry = next((e for e in entries(wmatrices) if basis and e.digest == basis.digest), None)
+    entry = next((e for e in shelf if basis and e.digest == basis.digest), None)
     heads = head_shares(load(entry.path)) if entry else None
-    document = page(report=report, matrix=matrix(wmatrices), heads=heads)
+    document = page(report=report, matrix=of_shelf(shelf), heads=heads)
     path.write_text(document, encoding="utf-8")
 
 

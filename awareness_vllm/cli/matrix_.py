@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from awareness_vllm.cli.options import add_wmatrices
+
 if TYPE_CHECKING:
     from awareness_vllm.compatibility.report import Matrix
 
@@ -13,14 +15,7 @@ HELP = "print what each pair of models keeps: measured by certificates, or publi
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--wmatrix",
-        nargs="+",
-        action="extend",
-        type=Path,
-        metavar="PATH",
-        help="files, or folders of them (default: $AWARENESS_HOME/wmatrices)",
-    )
+    add_wmatrices(parser)
     parser.add_argument(
         "--priors",
         action="store_true",

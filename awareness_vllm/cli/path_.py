@@ -6,20 +6,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from awareness_vllm.cli.options import add_wmatrices
+
 HELP = "find the way between two models that keeps most; --fold makes one W-Matrix of it"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--from", dest="source", required=True, metavar="MODEL")
     parser.add_argument("--to", dest="target", required=True, metavar="MODEL")
-    parser.add_argument(
-        "--wmatrix",
-        nargs="+",
-        action="extend",
-        type=Path,
-        metavar="PATH",
-        help="files, or folders of them (default: $AWARENESS_HOME/wmatrices)",
-    )
+    add_wmatrices(parser)
     parser.add_argument(
         "--models",
         nargs="+",

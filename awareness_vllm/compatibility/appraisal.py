@@ -16,7 +16,9 @@ from awareness_vllm.compatibility.priors import (
     published_retention,
 )
 from awareness_vllm.compatibility.report import (
+    COPIED,
     LEVELS,
+    UNUSABLE,
     Basis,
     CompatibilityReport,
     Curve,
@@ -24,12 +26,11 @@ from awareness_vllm.compatibility.report import (
     Share,
     level_of,
 )
-from awareness_vllm.compatibility.risks import UNUSABLE, risks
+from awareness_vllm.compatibility.risks import risks
 from awareness_vllm.geometry import Geometry
 from awareness_vllm.wmatrix.certificate import TIERS, Certificate, Interval
 
 Known = tuple[Interval, Basis]
-COPIED = Interval(mean=1, ci_low=1, ci_high=1)
 POSITIONS = "positional re-encoding"
 
 

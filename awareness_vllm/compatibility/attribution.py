@@ -28,7 +28,7 @@ from awareness_vllm.errors import BadInput
 from awareness_vllm.geometry import resolve_folder
 from awareness_vllm.positions import apply
 from awareness_vllm.provenance import hardware, versions
-from awareness_vllm.wmatrix.bench import Bench
+from awareness_vllm.wmatrix.bench import Bench, divergence, surprise
 from awareness_vllm.wmatrix.certify import rows_by
 from awareness_vllm.wmatrix.evaluate import cut_evenly, joined
 from awareness_vllm.wmatrix.file import WMatrix, digest_of, load
@@ -135,7 +135,8 @@ def lost(
         native = said(bench, placed(wmatrix, text.truth, read), ids)
         for arm, states in arms(text).items():
             logprobs = said(bench, placed(wmatrix, states, read), ids)
-            rows.setdefault(arm, []).append((nll(logprobs, ids), kl(native, logprobs)))
+            nll, kl = surprise(logprobs, ids).mean(), divergence(native, logprobs).mean()
+            rows.setdefault(arm, []).append((nll.item(), kl.item()))
     figures = {arm: np.array(values) for arm, values in rows.items()}
     kinds = rows_by([name.split("/")[0] for name, _, _ in cuts])
     return Lost(
@@ -201,16 +202,6 @@ def placed(wmatrix: WMatrix, states: Tensor, ids: list[int]) -> AlignedMemory:
 def said(bench: Bench, memory: AlignedMemory, ids: list[int]) -> Tensor:
     """Log probabilities of the ids but the first, read after a memory, [len(ids) - 1, V]."""
     return bench.logprobs(memory, ids, len(ids) - 1)
-
-
-def nll(logprobs: Tensor, ids: list[int]) -> float:
-    """Of the ids but the first, for each."""
-    return -logprobs.gather(1, torch.tensor(ids[1:])[:, None]).mean().item()
-
-
-def kl(native: Tensor, logprobs: Tensor) -> float:
-    """Divergence from native predictions, for each."""
-    return (native.exp() * (native - logprobs)).sum(-1).mean().item()
 
 
 def summed(figures: dict[str, np.ndarray], rows: np.ndarray) -> Measures:

@@ -12,6 +12,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
+from awareness_vllm.files import write_whole
 from awareness_vllm.geometry import Strict
 from awareness_vllm.home import home
 from awareness_vllm.provenance import hardware, versions
@@ -67,9 +68,7 @@ class Calibration(Strict):
         """Write it, by default to `$AWARENESS_HOME/doctor.json`; the file's path."""
         path = path or home() / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(self.model_dump_json(indent=2) + "\n")
-        os.replace(temporary, path)
+        write_whole(path, self.model_dump_json(indent=2) + "\n")
         return path
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -13,6 +12,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from awareness_vllm.compatibility.report import Share
+from awareness_vllm.files import write_whole
 from awareness_vllm.geometry import Strict
 from awareness_vllm.wmatrix.bootstrap import mean, resamples
 from awareness_vllm.wmatrix.certificate import Interval
@@ -90,12 +90,7 @@ class Degradation(Strict):
     def save(self, wmatrix: Path) -> Path:
         """Write the file beside the W-Matrix, atomically; its path."""
         path = beside(wmatrix)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            temporary.write_text(self.model_dump_json(indent=1) + "\n")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole(path, self.model_dump_json(indent=1) + "\n")
         return path
 
 

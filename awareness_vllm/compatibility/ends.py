@@ -9,7 +9,7 @@ from pathlib import Path
 from awareness_vllm.compatibility.priors import known_name
 from awareness_vllm.errors import BadInput, NoWMatrix
 from awareness_vllm.geometry import Geometry, is_model_folder
-from awareness_vllm.wmatrix.shelf import WMatrixEntry, leading
+from awareness_vllm.wmatrix.shelf import WMatrixEntry, ends, leading
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,8 @@ def model(given: str | Path, shelf: Sequence[WMatrixEntry]) -> Model:
     if is_model_folder(given):
         geometry = Geometry.from_folder(given)
         return Model(geometry.name, geometry)
-    ends = [end for entry in shelf for end in (entry.manifest.source, entry.manifest.target)]
-    found: list[Geometry] = []
-    for end in ends:
-        if end.name == str(given) and not any(end.same_model(other) for other in found):
-            found.append(end)
+    known = ends(shelf)
+    found = [geometry for geometry in known if geometry.name == str(given)]
     if len(found) > 1:
         raise BadInput(
             f"{len(found)} models of the W-Matrices are named {str(given)!r}",
@@ -43,7 +40,7 @@ def model(given: str | Path, shelf: Sequence[WMatrixEntry]) -> Model:
         )
     if found:
         return Model(found[0].name, found[0])
-    return Model(known_name(str(given), {end.name for end in ends}), None)
+    return Model(known_name(str(given), {geometry.name for geometry in known}), None)
 
 
 def same(source: Model, target: Model) -> bool:

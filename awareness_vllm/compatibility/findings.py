@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from awareness_vllm.compatibility.cost import target_memory_gb
-from awareness_vllm.compatibility.report import RiskFactor
+from awareness_vllm.compatibility.report import UNUSABLE, RiskFactor
 from awareness_vllm.compatibility.target import TargetConfig
 from awareness_vllm.geometry import Geometry
 
@@ -22,8 +22,7 @@ def room(config: TargetConfig, geometry: Geometry, tokens: int) -> tuple[RiskFac
     longest = config.context_length or geometry.max_positions
     if tokens >= longest:
         says = f"the memory's {tokens} tokens do not fit a context window of {longest}"
-        says += ": it cannot be loaded"
-        found.append(RiskFactor(description=says, impact="high"))
+        found.append(RiskFactor(description=f"{says}: {UNUSABLE}", impact="high"))
     each = target_memory_gb(geometry, tokens, config) / config.num_gpus
     if config.memory_gb is not None and each > config.memory_gb:
         says = f"the memory takes {each:.3g} GB of each device, which has {config.memory_gb:g} GB"

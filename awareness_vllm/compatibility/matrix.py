@@ -23,7 +23,11 @@ def matrix(paths: Sequence[Path] | None = None, *, priors: Iterable[Cell] = ()) 
     Raises:
         WMatrixCorrupt: a file that was named itself.
     """
-    shelf = entries(paths)
+    return of_shelf(entries(paths), priors)
+
+
+def of_shelf(shelf: Sequence[WMatrixEntry], priors: Iterable[Cell] = ()) -> Matrix:
+    """`matrix` of W-Matrices that have been read."""
     names = names_of(g for e in shelf for g in (e.manifest.source, e.manifest.target))
     pairs: defaultdict[tuple[str, str], list[WMatrixEntry]] = defaultdict(list)
     for entry in shelf:

@@ -12,13 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from awareness_vllm.anchors.spans import load_tokenizer, tokenize
 from awareness_vllm.errors import BadInput
 from awareness_vllm.packages.file import Package, beginning
-from awareness_vllm.wmatrix.bench import Bench, tail_arm
+from awareness_vllm.wmatrix.bench import Bench, surprise, tail_arm
 from awareness_vllm.wmatrix.bootstrap import retention
 from awareness_vllm.wmatrix.certificate import Interval
 from awareness_vllm.wmatrix.file import WMatrix
@@ -70,7 +68,7 @@ def measure_with(
     """`measure` with models that are loaded already."""
     first, ids = parted(bench, package)
     logprobs = bench.arms(first, other, ids, len(ids) - 1, (tail,) if tail else ())
-    nll = {arm: surprise(found, ids) for arm, found in logprobs.items()}
+    nll = {arm: surprise(found, ids).numpy() for arm, found in logprobs.items()}
     served = nll[tail_arm(tail)]
     return OnTheSpot(
         arms={arm: float(values.mean()) for arm, values in nll.items()},
@@ -94,12 +92,6 @@ def parted(bench: Bench, package: Package) -> tuple[Package, list[int]]:
     first = beginning(package, package.manifest.tokens - scored)
     rest = package.text[len(first.text) :]
     return first, tokenize(load_tokenizer(str(bench.target)), rest).ids
-
-
-def surprise(logprobs: Tensor, ids: list[int]) -> np.ndarray:
-    """Nats of each id but the first, [T - 1]."""
-    found: np.ndarray = -logprobs.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].numpy()
-    return found
 
 
 def further(found: dict[str, float]) -> Interval:

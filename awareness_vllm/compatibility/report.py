@@ -25,6 +25,11 @@ LEVELS: tuple[tuple[float, Level, str], ...] = (
 )
 """Lowest score of a level, its name and the recommendation, as published."""
 
+COPIED = Interval(mean=1, ci_low=1, ci_high=1)
+"""What a model keeps of its own memory."""
+UNUSABLE = "it cannot be loaded"
+"""What a risk says that leaves nothing to estimate."""
+
 
 class Basis(Strict):
     """Where a figure comes from.

@@ -6,14 +6,13 @@ from collections.abc import Callable, Iterator
 
 from awareness_vllm.compatibility.case import Case
 from awareness_vllm.compatibility.findings import findings
-from awareness_vllm.compatibility.report import Impact, RiskFactor
+from awareness_vllm.compatibility.report import UNUSABLE, Impact, RiskFactor
 from awareness_vllm.errors import AwarenessError
 from awareness_vllm.wmatrix.certificate import TIERS
 
 Risk = Callable[[Case], Iterator[tuple[Impact, str]]]
 RISKS: list[Risk] = []
 
-UNUSABLE = "it cannot be loaded"
 FEW_TEXTS = 32
 """Documents fewer than this can differ from others by 0.08 in the mean (docs/fidelity-log.md)."""
 

@@ -16,14 +16,13 @@ from awareness_vllm.compatibility.priors import (
     published_retention,
     published_vectors,
 )
-from awareness_vllm.compatibility.report import Basis, Estimate, level_of
+from awareness_vllm.compatibility.report import COPIED, Basis, Estimate, level_of
 from awareness_vllm.compatibility.target import TargetConfig
 from awareness_vllm.errors import BadInput
 from awareness_vllm.wmatrix.certificate import TIERS, Certificate, Interval
 from awareness_vllm.wmatrix.shelf import WMatrixEntry, entries
 
 Risk = Literal["Low", "Medium", "High"]
-COPIED = Interval(mean=1, ci_low=1, ci_high=1)
 
 
 class Listing(Protocol):

@@ -178,3 +178,13 @@ def after(memory: AlignedMemory, ids: Sequence[int]) -> dict[str, Any]:
     begin = len(memory.ids)
     positions = torch.arange(begin, begin + len(ids))[None]
     return {"past_key_values": cache, "position_ids": positions}
+
+
+def surprise(logprobs: Tensor, ids: Sequence[int]) -> Tensor:
+    """Nats of each id but the first, [T - 1], by `logprobs` [T - 1, V]."""
+    return -logprobs.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+
+
+def divergence(native: Tensor, logprobs: Tensor) -> Tensor:
+    """KL from native predictions [T, V] for each token, [T]."""
+    return (native.exp() * (native - logprobs)).sum(-1)

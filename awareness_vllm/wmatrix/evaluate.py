@@ -14,7 +14,7 @@ from tqdm import tqdm
 from awareness_vllm.anchors.corpus import Document
 from awareness_vllm.anchors.spans import load_tokenizer, tokenize
 from awareness_vllm.errors import BadInput
-from awareness_vllm.wmatrix.bench import ARMS, Bench
+from awareness_vllm.wmatrix.bench import ARMS, Bench, divergence, surprise
 from awareness_vllm.wmatrix.bootstrap import retention, share
 
 Item = TypeVar("Item")
@@ -82,12 +82,11 @@ def evaluate_texts(
         names.append(name)
         wrong_memory = bench.package(cuts[wrong][1])
         arms = bench.arms(bench.package(text), wrong_memory, ids, continuation, tails)
-        native, labels = arms["native"], torch.tensor(ids[1:])
+        native = arms["native"]
         for arm, logprobs in arms.items():
-            surprise = -logprobs.gather(1, labels[:, None]).mean()
-            kl = (native.exp() * (native - logprobs)).sum(-1).mean()
+            nll, kl = surprise(logprobs, ids).mean(), divergence(native, logprobs).mean()
             top1 = (native.argmax(-1) == logprobs.argmax(-1)).float().mean()
-            rows.setdefault(arm, []).append((surprise.item(), kl.item(), top1.item()))
+            rows.setdefault(arm, []).append((nll.item(), kl.item(), top1.item()))
     return TextFigures(names, {arm: np.array(figures) for arm, figures in rows.items()})
 
 

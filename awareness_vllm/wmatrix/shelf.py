@@ -65,6 +65,16 @@ def entries(paths: Iterable[str | Path] | None = None) -> list[WMatrixEntry]:
     return found
 
 
+def ends(shelf: Iterable[WMatrixEntry]) -> list[Geometry]:
+    """The models that W-Matrices lead from and to, each once."""
+    found: list[Geometry] = []
+    for entry in shelf:
+        for end in (entry.manifest.source, entry.manifest.target):
+            if not any(end.same_model(other) for other in found):
+                found.append(end)
+    return found
+
+
 def best(shelf: Iterable[WMatrixEntry]) -> WMatrixEntry:
     """The one that was measured to keep most; any where none was measured."""
     return max(shelf, key=lambda e: e.certificate.retention.mean if e.certificate else -1.0)

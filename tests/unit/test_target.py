@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from awareness_vllm.align.aligner import TAIL
+from awareness_vllm.cli import check_
 from awareness_vllm.compatibility.findings import findings
 from awareness_vllm.compatibility.target import (
     ITEM_BYTES,
@@ -210,3 +211,7 @@ def test_more_devices_have_room_for_more() -> None:
     small = {"memory_gb": 0.0015}
     assert len(findings(TargetConfig.read(small), model(), 1024)) == 1
     assert findings(TargetConfig.read(small | {"num_gpus": 2}), model(), 1024) == ()
+
+
+def test_the_command_has_an_option_for_every_field() -> None:
+    assert set(check_.CONFIG) == set(TargetConfig.model_fields)
