@@ -1,18 +1,17 @@
 """What converting between positional encodings costs, measured between small models.
 
-    python benchmarks/conversions.py [--rank R] [--limit N] [--only ROW …] [--out FILE.json]
+    python benchmarks/conversions.py [--through vllm] [--limit N] [--only ROW …] [--out FILE.json]
 
 For each conversion of the published table a W-Matrix is fitted between two models of
 `benchmarks/small_models.py` (made when missing), alike but for the encodings: same texts, same
 tokenizer, same sizes, other seeds; same rank and anchors for every map. Then five arms on the
-held-out sources, with transformers. A row's *impact* is what its retention lacks of that of the
-RoPE → RoPE map, as a share of it; the published column is a prior and decides nothing.
+held-out sources, with transformers or through vLLM's offline engine. A row's *impact* is what its
+retention lacks of that of the RoPE → RoPE map, as a share of it; the published column is a prior
+and decides nothing.
 
 About half of the texts go on as they were written, the others quote their own context.
 
-The same states through vLLM: `awareness capture --model SOURCE …`, then
-`awareness serve TARGET --wmatrix FILE` with the maps that this command leaves in
-`$AWARENESS_HOME/wmatrices`.
+The maps are kept in `$AWARENESS_HOME/wmatrices`, and not fitted again where they are there.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from small_models import GENERATED, make
@@ -33,13 +32,16 @@ from small_models import GENERATED, make
 from awareness_vllm.anchors.corpus import Document, load, windows
 from awareness_vllm.anchors.install import held_out_dir
 from awareness_vllm.anchors.spans import load_tokenizer, tokenize
-from awareness_vllm.home import anchors_dir
+from awareness_vllm.geometry import Geometry
+from awareness_vllm.home import anchors_dir, wmatrices_dir
 from awareness_vllm.provenance import hardware, versions
 from awareness_vllm.wmatrix.bench import Bench
 from awareness_vllm.wmatrix.bootstrap import mean, resamples
 from awareness_vllm.wmatrix.config import FitConfig
 from awareness_vllm.wmatrix.cost import map_flop, prefill_flop, share_of_prefill
-from awareness_vllm.wmatrix.evaluate import TextFigures, evaluate_texts
+from awareness_vllm.wmatrix.evaluate import TextFigures, cut_evenly, evaluate_texts
+from awareness_vllm.wmatrix.file import WMatrix, is_readable
+from awareness_vllm.wmatrix.file import load as load_wmatrix
 from awareness_vllm.wmatrix.fit import fit
 
 HELD_OUT = ("crawl", "debian-history", "wordnet")
@@ -110,17 +112,56 @@ def quotes(text: str, seed: str, words: int = 24, count: int = 4) -> list[str]:
     return ["\n" + " ".join(split[i : i + words]) for i in begins]
 
 
-def measured(name: str, config: FitConfig, limit: int | None) -> tuple[TextFigures, dict[str, Any]]:
+@dataclass(frozen=True)
+class Protocol:
+    """How a conversion is measured: its map's fit, at most `limit` texts, `through` what the target
+    is run, and whether the models are those that a few `short` steps give."""
+
+    config: FitConfig
+    limit: int | None
+    through: Literal["transformers", "vllm"]
+    short: bool
+
+
+def mapped(source: Path, target: Path, config: FitConfig) -> WMatrix:
+    """The W-Matrix between two models, fitted unless it has been."""
+    suffix = "" if config.predecessors is not None else "-without-text"
+    name = f"{source.parent.name}-{source.name}--{target.name}{suffix}"
+    path = wmatrices_dir() / f"{name}.wmatrix"
+    if is_readable(path) and is_of(load_wmatrix(path), source, target, config):
+        return load_wmatrix(path)
+    wmatrix = fit(source, target, anchor_pieces(target), config)
+    wmatrix.register(name)
+    return wmatrix
+
+
+def is_of(wmatrix: WMatrix, source: Path, target: Path, config: FitConfig) -> bool:
+    """Whether a W-Matrix is what a fit would give again."""
+    manifest = wmatrix.manifest
+    ends = ((manifest.source, source), (manifest.target, target))
+    if not all(geometry.same_model(Geometry.from_folder(folder)) for geometry, folder in ends):
+        return False
+    fitted = manifest.fit if config.ridge else manifest.fit | {"ridge": None}  # it was chosen
+    return fitted == asdict(config)
+
+
+def measured(name: str, protocol: Protocol) -> tuple[TextFigures, dict[str, Any]]:
     """One conversion: its figures text by text, and what is said of its map."""
     conversion = CONVERSIONS[name]
-    source, target = make(conversion.source), make(conversion.target)
-    wmatrix = fit(source, target, anchor_pieces(target), config)
-    suffix = "" if config.predecessors is not None else "-without-text"
-    wmatrix.register(f"small-{conversion.source}--{conversion.target}{suffix}")
+    source, target = (
+        make(model, short=protocol.short) for model in (conversion.source, conversion.target)
+    )
+    wmatrix = mapped(source, target, protocol.config)
     bench = Bench(source, target, wmatrix)
     # Of sources that no model and no map has seen.
     texts = evaluation_texts(target, load([held_out_dir() / name for name in HELD_OUT]))
-    figures = evaluate_texts(bench, texts, context=CONTEXT, continuation=CONTINUATION, limit=limit)
+    sizes = {"context": CONTEXT, "continuation": CONTINUATION, "limit": protocol.limit}
+    if protocol.through == "vllm":
+        from served_arms import served_texts  # imports vLLM, which the other way does not need
+
+        figures = served_texts(bench, cut_evenly(bench, texts, **sizes), max_model_len=LIMIT)
+    else:
+        figures = evaluate_texts(bench, texts, **sizes)
     native = prefill_flop(bench.target_model, CONTEXT)
     said = {
         "r2": wmatrix.manifest.r2,
@@ -180,12 +221,20 @@ def markdown(rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def vllm_version() -> str:
+    import vllm
+
+    return vllm.__version__
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rank", type=int, default=192)
     parser.add_argument("--tokens", type=int, default=40_000)
     parser.add_argument("--calibration", type=int, default=200)
     parser.add_argument("--without-text", action="store_true", help="the source's states alone")
+    parser.add_argument("--through", choices=("transformers", "vllm"), default="transformers")
+    parser.add_argument("--short", action="store_true", help="models of a few steps, for CI")
     parser.add_argument("--limit", type=int, help="at most so many texts")
     parser.add_argument("--only", nargs="+", choices=CONVERSIONS, default=list(CONVERSIONS))
     parser.add_argument("--out", type=Path, help="write the JSON here, too")
@@ -197,19 +246,21 @@ def main() -> None:
         calibration=args.calibration,
         **({"predecessors": None} if args.without_text else {}),
     )
+    protocol = Protocol(config, args.limit, args.through, args.short)
     rows: dict[str, dict[str, Any]] = {}
     reference: TextFigures | None = None
     for name in args.only:
-        figures, said = measured(name, config, args.limit)
+        figures, said = measured(name, protocol)
         reference = figures if name == REFERENCE else reference
         rows[name] = row(name, figures, reference) | {"map": said}
         print(markdown(rows), flush=True)
     document = {
+        "through": args.through,
         "fit": asdict(config),
         "rows": rows,
         "measured": str(datetime.date.today()),
         "hardware": hardware(),
-        "versions": versions(),
+        "versions": versions() | ({"vllm": vllm_version()} if args.through == "vllm" else {}),
     }
     print(text := json.dumps(document, indent=1))
     if args.out:

@@ -83,10 +83,10 @@ class Course:
         return min(1.0, (step + 1) / self.warm_up, left)
 
 
-LATE = Course(phases=((1100, 64, 0.1), (150, 128, 0.1), (150, 256, 0.4), (300, 512, 0.6)))
+LATE = Course(phases=((1100, 64, 0.1), (400, 128, 0.1), (500, 256, 0.4), (1500, 512, 0.6)))
 COURSES = {"learned": LATE}
 """Models that learn to copy later than the others: no head of theirs is made to look one back."""
-SHORT = Course(phases=((3, 32, 0.1), (3, 64, 0.5)), batch=128, characters=200_000)
+SHORT = Course(phases=((80, 64, 0.1), (20, 128, 0.1)), batch=512, characters=200_000)
 QUOTED = 0.8
 """The share of quotes among the parts that a sequence goes on with."""
 

@@ -57,14 +57,15 @@ class OfflineMemories:
 
     def prompt(
         self,
-        text: str,
+        text: str | Sequence[int],
         memory_ids: Sequence[str],
         *,
         quality_target: float | None = None,
         on_low_quality: Literal["recompute", "fail", "use"] = "recompute",
         caller_salt: str | None = None,
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """A text after memories: a prompt for `LLM.generate`, and `extra_args` for its parameters.
+        """A text, or its ids, after memories: a prompt for `LLM.generate`, and `extra_args` for its
+        parameters.
 
         Raises:
             AwarenessError: what a server answers with a 4xx.
@@ -73,8 +74,9 @@ class OfflineMemories:
             ids=tuple(memory_ids), quality_target=quality_target, on_low_quality=on_low_quality
         )
         begin = self.memories.resolve(asked, "", caller_salt)
-        tokens = tokenize(load_tokenizer(str(self.memories.folder)), text)
-        ids = self.memories.whole(begin, tokens.ids)
+        if isinstance(text, str):
+            text = tokenize(load_tokenizer(str(self.memories.folder)), text).ids
+        ids = self.memories.whole(begin, list(text))
         if begin.params is None:
             return {"prompt_token_ids": ids}, {}
         salted = {"prompt_token_ids": ids, "cache_salt": begin.params.cache_salt}

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 from tqdm import tqdm
 
 from awareness_vllm.anchors.corpus import Document
@@ -84,10 +85,20 @@ def evaluate_texts(
         arms = bench.arms(bench.package(text), wrong_memory, ids, continuation, tails)
         native = arms["native"]
         for arm, logprobs in arms.items():
-            nll, kl = surprise(logprobs, ids).mean(), divergence(native, logprobs).mean()
-            top1 = (native.argmax(-1) == logprobs.argmax(-1)).float().mean()
-            rows.setdefault(arm, []).append((nll.item(), kl.item(), top1.item()))
+            rows.setdefault(arm, []).append(measures(native, logprobs, ids))
     return TextFigures(names, {arm: np.array(figures) for arm, figures in rows.items()})
+
+
+def measures(native: Tensor, logprobs: Tensor, ids: Sequence[int]) -> tuple[float, float, float]:
+    """NLL, KL to native and top-1 agreement of one arm on a text.
+
+    Args:
+        native, logprobs: [T, V].
+        ids: T + 1, the one to start from first.
+    """
+    top1 = (native.argmax(-1) == logprobs.argmax(-1)).float()
+    nll, kl = surprise(logprobs, ids), divergence(native, logprobs)
+    return nll.mean().item(), kl.mean().item(), top1.mean().item()
 
 
 def cut_evenly(

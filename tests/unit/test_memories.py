@@ -266,6 +266,7 @@ def test_an_offline_prompt_is_a_servers(
     assert params == served.params
     assert prompt["prompt_token_ids"][: len(served.ids)] == served.ids
     assert len(prompt["prompt_token_ids"]) > len(served.ids)
+    assert offline.prompt(prompt["prompt_token_ids"][len(served.ids) :], ids)[0] == prompt
     natively, nothing = offline.prompt(" words", ids, quality_target=0.5)
     assert (natively, nothing) == ({"prompt_token_ids": prompt["prompt_token_ids"]}, {})
     offline.memories.max_model_len = len(served.ids)

@@ -1,0 +1,105 @@
+"""Continuations scored by vLLM itself, in one request each: the tokens are forced upon it.
+
+vLLM does not say how likely a prompt's tokens were where part of the prompt was loaded instead of
+read. So the continuation is generated: a logits processor lets no other token come, and the log
+probabilities are those from before it (`logprobs_mode` is "raw_logprobs" by default).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # engines follow one another in this process
+
+if TYPE_CHECKING:
+    from vllm import LLM, SamplingParams
+    from vllm.v1.sample.logits_processor import RequestLogitsProcessor
+
+KEY = "forced"
+Prompt = tuple[dict[str, Any], dict[str, Any]]
+"""A prompt for `LLM.generate`, and its `extra_args`."""
+
+
+class Forced(AdapterLogitsProcessor):
+    """Lets nothing but the ids in a request's `extra_args["forced"]` come, in their order."""
+
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    def new_req_logits_processor(self, params: SamplingParams) -> RequestLogitsProcessor | None:
+        ids = (params.extra_args or {}).get(KEY)
+        if ids is None:
+            return None
+
+        def force(output_ids: list[int], logits: Tensor) -> Tensor:
+            forced = torch.full_like(logits, -torch.inf)
+            forced[ids[len(output_ids)]] = 0.0
+            return forced
+
+        return force
+
+
+@contextlib.contextmanager
+def engine(model: Path, **args: Any) -> Iterator[LLM]:
+    """vLLM's offline engine for scoring, gone afterwards, so that one may follow another."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm = LLM(
+        model=str(model),
+        enforce_eager=True,
+        kv_cache_memory_bytes=2**28,
+        max_logprobs=-1,
+        disable_log_stats=True,
+        logits_processors=[Forced],
+        **args,
+    )
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def scored(llm: LLM, prompts: Sequence[Prompt], ids: Sequence[list[int]]) -> list[Tensor]:
+    """Log probabilities [T, V] of the ids [T] after each prompt."""
+    from vllm import SamplingParams
+
+    asked = [
+        SamplingParams(
+            max_tokens=len(forced),
+            logprobs=-1,
+            flat_logprobs=True,
+            detokenize=False,
+            ignore_eos=True,
+            temperature=0,
+            extra_args={**extra, KEY: forced},
+        )
+        for (_, extra), forced in zip(prompts, ids, strict=True)
+    ]
+    outputs = llm.generate([prompt for prompt, _ in prompts], asked, use_tqdm=False)
+    found = []
+    for output, forced in zip(outputs, ids, strict=True):
+        (one,) = output.outputs
+        assert list(one.token_ids) == forced, "other tokens came than were forced"
+        found.append(dense(one.logprobs, len(forced)))
+    return found
+
+
+def dense(flat: Any, count: int) -> Tensor:
+    """vLLM's flat log probabilities as [T, V]: each position names the token that came first, then
+    all by their rank."""
+    tokens, logprobs = torch.tensor(flat.token_ids), torch.tensor(flat.logprobs)
+    rows = tokens.view(count, -1), logprobs.view(count, -1)
+    return torch.empty(count, rows[0].shape[1] - 1).scatter_(1, *rows)

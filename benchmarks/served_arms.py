@@ -1,0 +1,93 @@
+"""The five arms through vLLM: packages in a store, the map in a file, memories loaded as served."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from forced import Prompt, engine, scored
+from torch import Tensor
+
+from awareness_vllm.packages.file import publish
+from awareness_vllm.serving.offline import OfflineMemories
+from awareness_vllm.wmatrix.bench import ARMS, Bench
+from awareness_vllm.wmatrix.evaluate import TextFigures, measures, paired
+from awareness_vllm.wmatrix.file import WMatrix
+
+Cut = tuple[str, str, list[int]]
+"""Name, context and the ids that follow it: the first is read, the others are scored."""
+
+
+def served_texts(bench: Bench, cuts: Sequence[Cut], **args: Any) -> TextFigures:
+    """What `evaluate_texts` measures with transformers, on the same cuts.
+
+    Packages are captured with transformers, which keeps all states. The target is vLLM's, in its
+    own data type, and reads no last tokens of a memory itself, as in the protocol.
+
+    Args:
+        bench: with a map.
+        args: vLLM's own.
+    """
+    assert bench.wmatrix
+    sink, read = bench.sink(), [bench.ids(text) for _, text, _ in cuts]
+    natively = {"native": read, "none": [ids[:sink] for ids in read]}
+    with tempfile.TemporaryDirectory() as folder:
+        store = Path(folder)
+        memories = [publish(bench.package(text), store).stem for _, text, _ in cuts]
+        loaded = {
+            "memory": memories,
+            "wrong_memory": [memories[other] for _, other in sorted(paired(len(cuts)))],
+        }
+        arms = said(bench, bench.wmatrix, store, cuts, natively, loaded, args)
+        tokens = {"tokens_only": memories}
+        arms |= said(bench, blank(bench.wmatrix), store, cuts, {}, tokens, args)
+    figures = {
+        arm: [
+            measures(native, logprobs, ids)
+            for native, logprobs, (_, _, ids) in zip(arms["native"], arms[arm], cuts, strict=True)
+        ]
+        for arm in ARMS
+    }
+    names = [name for name, _, _ in cuts]
+    return TextFigures(names, {arm: np.array(rows) for arm, rows in figures.items()})
+
+
+def said(
+    bench: Bench,
+    wmatrix: WMatrix,
+    store: Path,
+    cuts: Sequence[Cut],
+    natively: Mapping[str, list[list[int]]],
+    loaded: Mapping[str, list[str]],
+    args: dict[str, Any],
+) -> dict[str, list[Tensor]]:
+    """Log probabilities [T, V] of each cut in these arms, from one engine with this map.
+
+    Args:
+        natively: what an arm reads before each cut.
+        loaded: the memory that an arm loads before each cut.
+    """
+    wmatrix.save(file := store / "pair.wmatrix")
+    offline = OfflineMemories(bench.target, store, [file], tail=0)
+    with engine(bench.target, **offline.engine_args, **args) as llm:
+        offline.attach(llm)
+        starts = [ids[:1] for _, _, ids in cuts]
+        prompts: dict[str, list[Prompt]] = {
+            arm: [({"prompt_token_ids": [*i, *s]}, {}) for i, s in zip(ids, starts, strict=True)]
+            for arm, ids in natively.items()
+        }
+        for arm, ids in loaded.items():
+            prompts[arm] = [offline.prompt(s, [i]) for i, s in zip(ids, starts, strict=True)]
+        scores = [ids[1:] for _, _, ids in cuts]
+        return {arm: scored(llm, asked, scores) for arm, asked in prompts.items()}
+
+
+def blank(wmatrix: WMatrix) -> WMatrix:
+    """The map where the source says nothing: what the target's tokens alone give."""
+    encode = wmatrix.encode.clone()
+    encode[: wmatrix.manifest.source_width] = 0
+    return replace(wmatrix, encode=encode)

@@ -1,0 +1,68 @@
+"""The table of conversions in its short form: vLLM says in all five arms what transformers says."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from awareness_vllm.anchors.install import held_out_dir, install
+from awareness_vllm.home import anchors_dir
+
+pytestmark = pytest.mark.engine
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "conversions.py"
+SMALL = ("--short", "--rank", "64", "--tokens", "5000", "--calibration", "0", "--limit", "4")
+ARMS = ("memory", "tokens_only", "wrong_memory", "none")
+
+
+@pytest.fixture(scope="module")
+def arms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dict[str, float]]]:
+    """The arms of one conversion by way of measuring; models and map are made for it."""
+    install()
+    home = tmp_path_factory.mktemp("home")
+    for folder in (anchors_dir(), held_out_dir()):
+        (home / folder.name).symlink_to(folder.resolve())
+    return {through: measured(through, home) for through in ("transformers", "vllm")}
+
+
+def measured(through: str, home: Path) -> dict[str, Any]:
+    out = home / f"{through}.json"
+    done = subprocess.run(
+        [
+            sys.executable,
+            SCRIPT,
+            "--through",
+            through,
+            *SMALL,
+            "--only",
+            "to-learned",
+            "--out",
+            out,
+        ],
+        env=os.environ | {"AWARENESS_HOME": str(home)},
+        capture_output=True,
+        text=True,
+    )
+    assert out.is_file(), done.stdout[-2000:] + done.stderr[-3000:]
+    return json.loads(out.read_text())["rows"]["to-learned"]["arms"]
+
+
+def test_the_arms_can_be_told_apart(arms: dict[str, dict[str, dict[str, float]]]) -> None:
+    lost = [arms["transformers"][arm]["kl"] for arm in ARMS]
+    assert all(b > 1.1 * a for a, b in itertools.pairwise(lost)), lost
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_vllm_loses_what_transformers_loses(
+    arms: dict[str, dict[str, dict[str, float]]], arm: str
+) -> None:
+    served, expected = arms["vllm"][arm], arms["transformers"][arm]
+    assert served["kl"] == pytest.approx(expected["kl"], rel=0.04)
+    assert served["nll"] == pytest.approx(expected["nll"], abs=0.01)
