@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # engines follow one another in this process
+from awareness_vllm.serving.scheduler import MIN_COMPUTED
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
     from vllm.v1.sample.logits_processor import RequestLogitsProcessor
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # engines follow one another in this process
 
 KEY = "forced"
 Prompt = tuple[dict[str, Any], dict[str, Any]]
@@ -72,8 +74,14 @@ def engine(model: Path, **args: Any) -> Iterator[LLM]:
         cleanup_dist_env_and_memory()
 
 
-def scored(llm: LLM, prompts: Sequence[Prompt], ids: Sequence[list[int]]) -> list[Tensor]:
-    """Log probabilities [T, V] of the ids [T] after each prompt."""
+def scored(
+    llm: LLM, prompts: Sequence[Prompt], ids: Sequence[list[int]], *, loaded: bool
+) -> list[Tensor]:
+    """Log probabilities [T, V] of the ids [T] after each prompt.
+
+    Args:
+        loaded: the prompts are memories and one id, and it is made sure that they were loaded.
+    """
     from vllm import SamplingParams
 
     asked = [
@@ -93,6 +101,8 @@ def scored(llm: LLM, prompts: Sequence[Prompt], ids: Sequence[list[int]]) -> lis
     for output, forced in zip(outputs, ids, strict=True):
         (one,) = output.outputs
         assert list(one.token_ids) == forced, "other tokens came than were forced"
+        read = len(output.prompt_token_ids) - output.num_cached_tokens
+        assert not loaded or read == MIN_COMPUTED, f"{read} tokens of a memory's prompt were read"
         found.append(dense(one.logprobs, len(forced)))
     return found
 

@@ -18,6 +18,8 @@ from awareness_vllm.wmatrix.bench import ARMS, Bench
 from awareness_vllm.wmatrix.evaluate import TextFigures, measures, paired
 from awareness_vllm.wmatrix.file import WMatrix
 
+PATIENCE = 86_400.0
+"""Seconds: a memory that is late would be read natively, and nobody waits here."""
 Cut = tuple[str, str, list[int]]
 """Name, context and the ids that follow it: the first is read, the others are scored."""
 
@@ -26,7 +28,8 @@ def served_texts(bench: Bench, cuts: Sequence[Cut], **args: Any) -> TextFigures:
     """What `evaluate_texts` measures with transformers, on the same cuts.
 
     Packages are captured with transformers, which keeps all states. The target is vLLM's, in its
-    own data type, and reads no last tokens of a memory itself, as in the protocol.
+    own data type. Of a memory it reads the last seven tokens itself, as always before a prompt of
+    one (`MIN_COMPUTED`); of the tail that servers have there is nothing else.
 
     Args:
         bench: with a map.
@@ -72,7 +75,7 @@ def said(
         loaded: the memory that an arm loads before each cut.
     """
     wmatrix.save(file := store / "pair.wmatrix")
-    offline = OfflineMemories(bench.target, store, [file], tail=0)
+    offline = OfflineMemories(bench.target, store, [file], tail=0, load_timeout=PATIENCE)
     with engine(bench.target, **offline.engine_args, **args) as llm:
         offline.attach(llm)
         starts = [ids[:1] for _, _, ids in cuts]
@@ -83,7 +86,9 @@ def said(
         for arm, ids in loaded.items():
             prompts[arm] = [offline.prompt(s, [i]) for i, s in zip(ids, starts, strict=True)]
         scores = [ids[1:] for _, _, ids in cuts]
-        return {arm: scored(llm, asked, scores) for arm, asked in prompts.items()}
+        return {
+            arm: scored(llm, asked, scores, loaded=arm in loaded) for arm, asked in prompts.items()
+        }
 
 
 def blank(wmatrix: WMatrix) -> WMatrix:

@@ -46,6 +46,7 @@ BLOCK = 128
 """Tokens of a block of vLLM's KV cache on a CPU."""
 TURNS = 4
 """Places in the pages that are written to in turn: no server finds them in a processor's cache."""
+FORGOTTEN_BYTES = 2**28
 ROUNDS, ENOUGH_S = 9, 2.0
 """How often each part is timed, and for how long at most: a slow machine must not take longer."""
 DTYPE = torch.bfloat16
@@ -72,7 +73,7 @@ def calibrate() -> Calibration:
     thin, thick = (made_up_map(source, target, rank) for rank in (THIN, THICK))
     sizes = [written_bytes(target, 0, count, TargetConfig()) for count in (FEW, MANY)]
 
-    writes = medians(*(writing(target, count) for count in (FEW, MANY)))
+    writes = medians(*(writing(target, count) for count in (FEW, MANY)), between=forget)
     keep_freed_memory()
     home().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=home(), prefix=".doctor-") as folder:
@@ -120,10 +121,17 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_MMAP_THRESHOLD, MMAP_BYTES)
 
 
-def medians(*runs: Callable[[], object]) -> list[float]:
+def forget() -> None:
+    """Read more than any processor's cache holds, as a model's step does between two loads."""
+    torch.ones(FORGOTTEN_BYTES, dtype=torch.uint8).sum()
+
+
+def medians(
+    *runs: Callable[[], object], between: Callable[[], object] = lambda: None
+) -> list[float]:
     """Median seconds of each, run in turn so that what disturbs the machine disturbs all of them.
 
-    What each takes the first time does not count.
+    What each takes the first time does not count, nor what is done `between` them.
     """
     times: list[list[float]] = [[] for _ in runs]
     for run in runs:
@@ -131,6 +139,7 @@ def medians(*runs: Callable[[], object]) -> list[float]:
     until = time.perf_counter() + ENOUGH_S
     for _ in range(ROUNDS):
         for run, found in zip(runs, times, strict=True):
+            between()
             begin = time.perf_counter()
             run()
             found.append(time.perf_counter() - begin)
