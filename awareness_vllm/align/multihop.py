@@ -21,8 +21,8 @@ from awareness_vllm.errors import BadInput, NoWMatrix, UnsupportedModel
 from awareness_vllm.geometry import Geometry, is_model_folder, resolve_folder
 from awareness_vllm.home import models_dir
 from awareness_vllm.packages.capture import load_model
-from awareness_vllm.packages.file import Package, read_manifest
-from awareness_vllm.packages.manifest import Manifest
+from awareness_vllm.packages.file import Package
+from awareness_vllm.packages.manifest import Manifest, read_manifest
 from awareness_vllm.store.folder import locate
 from awareness_vllm.wmatrix.bench import Bench
 from awareness_vllm.wmatrix.certificate import with_tail

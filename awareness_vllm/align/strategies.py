@@ -25,7 +25,8 @@ from awareness_vllm.errors import BadInput, UnsupportedModel
 from awareness_vllm.geometry import Geometry, LayerGeometry, Strict
 from awareness_vllm.provenance import versions
 from awareness_vllm.wmatrix.certificate import Interval
-from awareness_vllm.wmatrix.file import Anchors, WMatrix, WMatrixManifest
+from awareness_vllm.wmatrix.file import WMatrix
+from awareness_vllm.wmatrix.manifest import Anchors, WMatrixManifest
 from awareness_vllm.wmatrix.mapping import Head, HeadSources
 
 HeadMapping = Callable[[LayerGeometry, LayerGeometry, bool], Tensor]

@@ -13,8 +13,8 @@ from awareness_vllm.compatibility.ends import Model, map_between, model, same
 from awareness_vllm.compatibility.on_the_spot import OnTheSpot
 from awareness_vllm.compatibility.target import TargetConfig
 from awareness_vllm.errors import BadInput
-from awareness_vllm.packages.file import Package, checked_manifest
-from awareness_vllm.packages.manifest import Manifest
+from awareness_vllm.packages.file import Package
+from awareness_vllm.packages.manifest import Manifest, checked_manifest
 from awareness_vllm.store.folder import locate
 from awareness_vllm.wmatrix.certificate import Certificate
 from awareness_vllm.wmatrix.shelf import WMatrixEntry

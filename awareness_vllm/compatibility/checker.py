@@ -16,7 +16,8 @@ from awareness_vllm.compatibility.report import CompatibilityReport
 from awareness_vllm.compatibility.target import TargetConfig
 from awareness_vllm.errors import BadInput, PackageCorrupt
 from awareness_vllm.geometry import resolve_folder
-from awareness_vllm.packages.file import Package, read, read_manifest, verify
+from awareness_vllm.packages.file import Package, read, verify
+from awareness_vllm.packages.manifest import read_manifest
 from awareness_vllm.wmatrix.file import load
 from awareness_vllm.wmatrix.shelf import entries
 

@@ -12,7 +12,8 @@ from awareness_vllm.errors import NoWMatrix, WMatrixCorrupt
 from awareness_vllm.geometry import Geometry
 from awareness_vllm.home import wmatrices_dir
 from awareness_vllm.wmatrix.certificate import Certificate
-from awareness_vllm.wmatrix.file import WMatrixManifest, digest_of, read_manifest
+from awareness_vllm.wmatrix.file import digest_of
+from awareness_vllm.wmatrix.manifest import WMatrixManifest, read_manifest
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from awareness_vllm.anchors.corpus import Document
 from awareness_vllm.geometry import Geometry, LayerGeometry, Positions
 from awareness_vllm.packages.file import Package, build
-from awareness_vllm.wmatrix.file import Anchors, WMatrix, WMatrixManifest
+from awareness_vllm.wmatrix.file import WMatrix
+from awareness_vllm.wmatrix.manifest import Anchors, WMatrixManifest
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog, and the other dogs look on.",
