@@ -139,6 +139,12 @@ class Geometry(Strict):
         return _from_folder(str(resolve_folder(folder)), tokens)
 
 
+def by_depth(source: int, target: int) -> list[int]:
+    """For each of so many target layers the source layer at the same share of the depth."""
+    steps = max(1, target - 1)
+    return [round(i * (source - 1) / steps) for i in range(target)]
+
+
 def is_model_folder(model: str | Path) -> bool:
     """Whether this is a model's folder, and not a name; any text may be asked about."""
     try:

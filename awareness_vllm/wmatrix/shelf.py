@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from awareness_vllm.errors import NoWMatrix, WMatrixCorrupt
-from awareness_vllm.geometry import Geometry
+from awareness_vllm.geometry import Geometry, file_digest
 from awareness_vllm.home import wmatrices_dir
 from awareness_vllm.wmatrix.certificate import Certificate
-from awareness_vllm.wmatrix.file import digest_of
 from awareness_vllm.wmatrix.manifest import WMatrixManifest, read_manifest
 
 logger = logging.getLogger(__name__)
@@ -20,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class WMatrixEntry:
-    """A W-Matrix file."""
+    """A W-Matrix file; by its `digest` aligned memories and cache salts are keyed."""
 
     path: Path
     manifest: WMatrixManifest
@@ -29,7 +28,7 @@ class WMatrixEntry:
     @classmethod
     def read(cls, path: Path) -> WMatrixEntry:
         """Raises WMatrixCorrupt."""
-        return cls(path, read_manifest(path), digest_of(path))
+        return cls(path, read_manifest(path), file_digest(path))
 
     @functools.cached_property
     def certificate(self) -> Certificate | None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from awareness_vllm import MemoryCompatibilityChecker
 from awareness_vllm.anchors.corpus import Document
 from awareness_vllm.cli.main import main
-from awareness_vllm.compatibility import appraisal
+from awareness_vllm.compatibility import appraisal, on_the_spot
 from awareness_vllm.compatibility.estimate import predict
 from awareness_vllm.compatibility.on_the_spot import OnTheSpot
 from awareness_vllm.compatibility.report import CompatibilityReport, level_of
@@ -275,15 +275,13 @@ def test_tensors_that_contradict_the_geometry(
 def test_a_measurement_on_the_memory_stands_beside_the_certificates_word(
     certify: Any, memory: Package, tiny_models: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from awareness_vllm.compatibility import checker as module
-
     asked: list[tuple[Any, ...]] = []
 
     def measured(*given: Any) -> OnTheSpot:
         asked.append(given)
         return OnTheSpot({"native": 1.0}, Interval(mean=0.5, ci_low=0.45, ci_high=0.55), 90, 30)
 
-    monkeypatch.setattr(module, "measure_on_itself", measured)
+    monkeypatch.setattr(on_the_spot, "measure", measured)
     expected = certify().check(package=memory, target_model=tiny_models[1])
     report = certify().check(package=memory, target_model=tiny_models[1], measure=True)
     assert (report.estimated_retention, report.basis) == (
