@@ -190,8 +190,8 @@ def _fingerprints(folder: Path) -> tuple[str, str]:
 
 
 def _from_config(config: bytes, name: str, tokens: int | None) -> Geometry:
-    """What a `config.json` says, of no weights and no tokenizer. It is kept in a file: transformers,
-    which reads configs, takes seconds to import."""
+    """What a `config.json` says, of no weights and no tokenizer. It is kept in a file:
+    transformers, which reads configs, takes seconds to import."""
     path = _kept(config, tokens)
     with contextlib.suppress(OSError, ValidationError):  # not there yet, or damaged
         return Geometry.model_validate_json(path.read_bytes())
