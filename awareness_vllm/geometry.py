@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import importlib.metadata
 import json
 import struct
 from collections.abc import Iterable
@@ -14,10 +16,13 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     SerializerFunctionWrapHandler,
+    ValidationError,
     model_serializer,
 )
 
 from awareness_vllm.errors import UnsupportedModel
+from awareness_vllm.files import write_whole
+from awareness_vllm.home import geometries_dir
 
 SAMPLE_BYTES = 4096
 
@@ -139,6 +144,12 @@ class Geometry(Strict):
         return _from_folder(str(resolve_folder(folder)), tokens)
 
 
+def by_depth(source: int, target: int) -> list[int]:
+    """For each of so many target layers the source layer at the same share of the depth."""
+    steps = max(1, target - 1)
+    return [round(i * (source - 1) / steps) for i in range(target)]
+
+
 def is_model_folder(model: str | Path) -> bool:
     """Whether this is a model's folder, and not a name; any text may be asked about."""
     try:
@@ -168,13 +179,36 @@ def resolve_folder(model: str | Path) -> Path:
 def _from_folder(folder: str, tokens: int | None) -> Geometry:
     path = Path(folder)
     weights, tokenizer = _fingerprints(path)
-    config = json.loads((path / "config.json").read_text())
-    return from_config(config, name=path.name, weights=weights, tokenizer=tokenizer, tokens=tokens)
+    found = _from_config((path / "config.json").read_bytes(), path.name, tokens)
+    whose = {"name": path.name, "weights": weights, "tokenizer": tokenizer}
+    return found.model_copy(update=whose)
 
 
 @functools.lru_cache(maxsize=32)
 def _fingerprints(folder: Path) -> tuple[str, str]:
     return weights_fingerprint(folder), file_digest(folder / "tokenizer.json")
+
+
+def _from_config(config: bytes, name: str, tokens: int | None) -> Geometry:
+    """What a `config.json` says, of no weights and no tokenizer. It is kept in a file:
+    transformers, which reads configs, takes seconds to import."""
+    path = _kept(config, tokens)
+    with contextlib.suppress(OSError, ValidationError):  # not there yet, or damaged
+        return Geometry.model_validate_json(path.read_bytes())
+    found = from_config(json.loads(config), name=name, weights="", tokenizer="", tokens=tokens)
+    with contextlib.suppress(OSError):  # a home that cannot be written to: read again next time
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, found.model_dump_json())
+    return found
+
+
+def _kept(config: bytes, tokens: int | None) -> Path:
+    """Where that is kept, under a digest of all that it depends on: the config, the tokens, and the
+    code that reads it, here and in transformers."""
+    code = [Path(__file__).with_name(module) for module in ("geometry.py", "families.py")]
+    version = importlib.metadata.version("transformers")
+    parts = [hashlib.sha256(config).hexdigest(), *map(file_digest, code), version, str(tokens)]
+    return geometries_dir() / f"{hashlib.sha256(' '.join(parts).encode()).hexdigest()}.json"
 
 
 def from_config(

@@ -19,6 +19,10 @@ def wmatrices_dir() -> Path:
     return home() / "wmatrices"
 
 
+def geometries_dir() -> Path:
+    return home() / "geometries"
+
+
 def anchors_dir() -> Path:
     return home() / "anchors"
 

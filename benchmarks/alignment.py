@@ -21,8 +21,9 @@ from awareness_vllm.align.aligner import BLOCK, realign
 from awareness_vllm.geometry import Geometry, resolve_folder
 from awareness_vllm.packages.capture import capture, load_model
 from awareness_vllm.provenance import hardware, versions
-from awareness_vllm.wmatrix.file import Anchors, WMatrix, WMatrixManifest
+from awareness_vllm.wmatrix.file import WMatrix
 from awareness_vllm.wmatrix.layers import evenly_spread
+from awareness_vllm.wmatrix.manifest import Anchors, WMatrixManifest
 from awareness_vllm.wmatrix.reader import sink_ids, sink_states
 
 CHARACTERS = 12_000

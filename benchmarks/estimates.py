@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from awareness_vllm.align.aligner import TAIL
 from awareness_vllm.anchors.corpus import Document
 from awareness_vllm.anchors.debian import unpack
 from awareness_vllm.anchors.sources import pages, texts
@@ -32,7 +31,7 @@ from awareness_vllm.errors import BadInput
 from awareness_vllm.provenance import hardware, versions
 from awareness_vllm.wmatrix.bench import Bench, cut_tail, surprise
 from awareness_vllm.wmatrix.bootstrap import retention
-from awareness_vllm.wmatrix.certificate import Interval
+from awareness_vllm.wmatrix.certificate import TAIL, Interval
 from awareness_vllm.wmatrix.evaluate import cut_evenly, joined
 from awareness_vllm.wmatrix.file import load
 from awareness_vllm.wmatrix.shelf import WMatrixEntry

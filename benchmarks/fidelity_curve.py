@@ -30,9 +30,10 @@ from awareness_vllm.wmatrix.certificate import Certificate
 from awareness_vllm.wmatrix.config import FitConfig
 from awareness_vllm.wmatrix.cost import map_flop, prefill_flop
 from awareness_vllm.wmatrix.evaluate import cut_evenly
-from awareness_vllm.wmatrix.file import WMatrix, read_manifest
+from awareness_vllm.wmatrix.file import WMatrix
 from awareness_vllm.wmatrix.file import load as load_wmatrix
 from awareness_vllm.wmatrix.gather import gather
+from awareness_vllm.wmatrix.manifest import read_manifest
 from awareness_vllm.wmatrix.reader import Reader
 from awareness_vllm.wmatrix.regress import solved, weighting
 from awareness_vllm.wmatrix.workspace import Workspace

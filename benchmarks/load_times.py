@@ -40,7 +40,7 @@ from awareness_vllm.home import wmatrices_dir
 from awareness_vllm.models import prepare
 from awareness_vllm.provenance import hardware, versions
 from awareness_vllm.serving.register import vllm_version
-from awareness_vllm.wmatrix.file import read_manifest
+from awareness_vllm.wmatrix.manifest import read_manifest
 
 TEMPERATURES = ("cold", "warm", "hot")
 QUESTIONS = ("\n\nIn one sentence, this text is about", "\nThe author of it, as it says, was born")

@@ -29,7 +29,7 @@ from awareness_vllm.home import anchors_dir, default_store, home, models_dir, wm
 from awareness_vllm.models import prepare
 from awareness_vllm.packages.capture import capture, load_model
 from awareness_vllm.packages.file import publish
-from awareness_vllm.wmatrix.file import is_readable, read_manifest
+from awareness_vllm.wmatrix.manifest import is_readable, read_manifest
 from awareness_vllm.wmatrix.printed import lines
 
 MEMORY_TOKENS = 2000

@@ -20,12 +20,9 @@ from awareness_vllm.anchors.spans import align, load_tokenizer, tokenize
 from awareness_vllm.errors import BadInput
 from awareness_vllm.packages.file import Package
 from awareness_vllm.positions import apply
-from awareness_vllm.wmatrix.file import WMatrix, WMatrixManifest
+from awareness_vllm.wmatrix.file import WMatrix
+from awareness_vllm.wmatrix.manifest import WMatrixManifest
 
-TAIL = 16
-"""Last tokens of a realigned memory that the target reads itself, by default, after the rest: what
-is asked follows them at once, and they bring more retention than anything else at their price
-(docs/fidelity-log.md). More of them bring more, and take longer (`awareness serve --tail`)."""
 BLOCK = 512
 """Tokens aligned at once: large enough for the matrix products, small enough that the working
 memory is reused instead of being asked of the kernel anew, page by page."""

@@ -22,10 +22,11 @@ from torch import Tensor
 
 from awareness_vllm.align.features import split_states
 from awareness_vllm.errors import BadInput, UnsupportedModel
-from awareness_vllm.geometry import Geometry, LayerGeometry, Strict
+from awareness_vllm.geometry import Geometry, LayerGeometry, Strict, by_depth
 from awareness_vllm.provenance import versions
 from awareness_vllm.wmatrix.certificate import Interval
-from awareness_vllm.wmatrix.file import Anchors, WMatrix, WMatrixManifest
+from awareness_vllm.wmatrix.file import WMatrix
+from awareness_vllm.wmatrix.manifest import Anchors, WMatrixManifest
 from awareness_vllm.wmatrix.mapping import Head, HeadSources
 
 HeadMapping = Callable[[LayerGeometry, LayerGeometry, bool], Tensor]
@@ -287,12 +288,6 @@ def correspondence(
     mapping, grouped = HEAD_MAPPINGS[configuration.head_mapping], configuration.preserve_group_query
     pairs = ((source.layers[i], layer) for i, layer in zip(matched, target.layers, strict=True))
     return matched, tuple(mapping(*pair, grouped) for pair in pairs)
-
-
-def by_depth(source: int, target: int) -> list[int]:
-    """For each of so many target layers the source layer at the same share of the depth."""
-    steps = max(1, target - 1)
-    return [round(i * (source - 1) / steps) for i in range(target)]
 
 
 def turns(shares: Tensor) -> Tensor:

@@ -16,9 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    from awareness_vllm.packages.file import read_manifest
+    from awareness_vllm.packages.manifest import read_manifest
     from awareness_vllm.store.folder import locate
-    from awareness_vllm.wmatrix.file import read_manifest as read_wmatrix_manifest
+    from awareness_vllm.wmatrix.manifest import read_manifest as read_wmatrix_manifest
 
     path = locate(args.what, args.store)
     if path.suffix == ".wmatrix":

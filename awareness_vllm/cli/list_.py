@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from awareness_vllm.errors import PackageCorrupt
     from awareness_vllm.home import default_store
-    from awareness_vllm.packages.file import read_manifest
+    from awareness_vllm.packages.manifest import read_manifest
     from awareness_vllm.store.folder import Store
 
     store = Store(args.store or default_store())

@@ -13,8 +13,8 @@ HELP = "prove that a memory package or a W-Matrix is whole and unaltered"
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    from awareness_vllm.packages.file import check_bytes, id_of, verify
-    from awareness_vllm.packages.manifest import MEMORY_ID
+    from awareness_vllm.packages.file import verify
+    from awareness_vllm.packages.manifest import MEMORY_ID, check_bytes, id_of
     from awareness_vllm.store.folder import locate
     from awareness_vllm.wmatrix.file import digest_of, load
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from awareness_vllm.align.multihop import best, expected, names
 from awareness_vllm.compatibility.case import Case
 from awareness_vllm.compatibility.estimate import predict
 from awareness_vllm.compatibility.report import Action
 from awareness_vllm.wmatrix.certificate import measured_for
+from awareness_vllm.wmatrix.routes import best, expected, names
 
 
 def advice(case: Case, retention: float | None) -> tuple[Action, ...]:

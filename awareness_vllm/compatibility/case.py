@@ -6,18 +6,20 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from awareness_vllm.compatibility.degradation import Degradation, load_for
 from awareness_vllm.compatibility.ends import Model, map_between, model, same
-from awareness_vllm.compatibility.on_the_spot import OnTheSpot
 from awareness_vllm.compatibility.target import TargetConfig
 from awareness_vllm.errors import BadInput
-from awareness_vllm.packages.file import Package, checked_manifest
-from awareness_vllm.packages.manifest import Manifest
+from awareness_vllm.packages.manifest import Manifest, checked_manifest
 from awareness_vllm.store.folder import locate
 from awareness_vllm.wmatrix.certificate import Certificate
 from awareness_vllm.wmatrix.shelf import WMatrixEntry
+
+if TYPE_CHECKING:
+    from awareness_vllm.compatibility.on_the_spot import OnTheSpot
+    from awareness_vllm.packages.file import Package
 
 
 class Listing(Protocol):
@@ -95,8 +97,9 @@ def subject(
         InvalidMemoryId, MemoryNotFound, PackageCorrupt: no such memory, or a damaged one;
         BadInput: a listing of a model that nobody knows, or that says too little.
     """
-    if isinstance(given, Package):
-        return of_manifest(given.manifest, given.manifest.name or "a package")
+    # A package, whose class is not imported here: it needs torch, and a check does not.
+    if isinstance(manifest := getattr(given, "manifest", None), Manifest):
+        return of_manifest(manifest, manifest.name or "a package")
     if isinstance(given, str | Path):
         path = locate(given, store)
         return of_manifest(checked_manifest(path), path.stem, path)

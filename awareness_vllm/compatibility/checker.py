@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from awareness_vllm.compatibility.appraisal import report
-from awareness_vllm.compatibility.case import Case, Listing, Subject, subject
+from awareness_vllm.compatibility.case import Case, Listing, subject
 from awareness_vllm.compatibility.ends import model
-from awareness_vllm.compatibility.on_the_spot import measure as measure_on_itself
 from awareness_vllm.compatibility.report import CompatibilityReport
 from awareness_vllm.compatibility.target import TargetConfig
-from awareness_vllm.errors import BadInput, PackageCorrupt
-from awareness_vllm.geometry import resolve_folder
-from awareness_vllm.packages.file import Package, read, read_manifest, verify
-from awareness_vllm.wmatrix.file import load
+from awareness_vllm.errors import BadInput
 from awareness_vllm.wmatrix.shelf import entries
+
+if TYPE_CHECKING:
+    from awareness_vllm.packages.file import Package
 
 
 class MemoryCompatibilityChecker:
@@ -81,41 +78,8 @@ class MemoryCompatibilityChecker:
         if case.target.geometry is not None:
             case.config.check(case.target.geometry)
         if measure:
-            memory = verify(about.path) if about.path else given
-            case = measured(case, memory, target_model)
+            # Late: it loads models, and nothing else of a check needs torch.
+            from awareness_vllm.compatibility.on_the_spot import measured
+
+            case = measured(case, given, target_model)
         return report(case)
-
-
-def measured(case: Case, memory: object, target: str | Path) -> Case:
-    """The case with what its memory's own last part says.
-
-    Raises:
-        BadInput: nothing that can be measured, or nothing to measure it with.
-    """
-    reachable = case.target.geometry is not None and (case.exact or case.entry is not None)
-    if not isinstance(memory, Package) or not reachable:
-        raise BadInput(
-            "there is nothing to measure",
-            found=f"{case.subject.name}, for {case.target.name}",
-            expected="a package, the target's folder, and a W-Matrix between the two models",
-            remedy="check without measuring, or fit a W-Matrix with `awareness fit`",
-        )
-    wmatrix = None if case.exact or case.entry is None else load(case.entry.path)
-    tail = 0 if wmatrix is None else case.config.tail
-    wrong = another(case.subject)
-    found = measure_on_itself(memory, wmatrix, resolve_folder(target), tail, wrong)
-    return replace(case, found=found)
-
-
-def another(subject: Subject) -> Package | None:
-    """Another memory of the same source in the same folder, the smallest, for the wrong-memory arm;
-    None where there is none."""
-    if subject.path is None or subject.source.geometry is None:
-        return None
-    others = [p for p in subject.path.parent.glob("mem_*.safetensors") if p != subject.path]
-    for path in sorted(others, key=lambda p: (p.stat().st_size, p.name)):
-        with contextlib.suppress(PackageCorrupt):  # a damaged neighbour is not what was asked for
-            manifest = read_manifest(path)
-            if manifest.has_text and manifest.geometry.same_model(subject.source.geometry):
-                return read(path)
-    return None

@@ -16,7 +16,7 @@ from awareness_vllm.geometry import Geometry, LayerGeometry
 
 if TYPE_CHECKING:
     from awareness_vllm.compatibility.calibration import Calibration
-    from awareness_vllm.wmatrix.file import WMatrixManifest
+    from awareness_vllm.wmatrix.manifest import WMatrixManifest
 
 GB = 1e9
 PAD_BELOW = 1.5

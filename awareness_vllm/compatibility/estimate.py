@@ -13,8 +13,7 @@ import math
 from collections.abc import Sequence
 from statistics import NormalDist, fmean, variance
 
-from awareness_vllm.wmatrix.certificate import Certificate, Interval, Plan
-from awareness_vllm.wmatrix.certify import LENGTH_TEXTS
+from awareness_vllm.wmatrix.certificate import LENGTH_TEXTS, Certificate, Interval, Plan
 
 Z = NormalDist().inv_cdf(0.975)
 

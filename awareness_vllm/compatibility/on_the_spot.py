@@ -7,19 +7,23 @@ needed.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from awareness_vllm.anchors.spans import load_tokenizer, tokenize
-from awareness_vllm.errors import BadInput
-from awareness_vllm.packages.file import Package, beginning
+from awareness_vllm.compatibility.case import Case, Subject
+from awareness_vllm.errors import BadInput, PackageCorrupt
+from awareness_vllm.geometry import resolve_folder
+from awareness_vllm.packages.file import Package, beginning, read, verify
+from awareness_vllm.packages.manifest import read_manifest
 from awareness_vllm.wmatrix.bench import Bench, surprise, tail_arm
 from awareness_vllm.wmatrix.bootstrap import retention
 from awareness_vllm.wmatrix.certificate import Interval
-from awareness_vllm.wmatrix.file import WMatrix
+from awareness_vllm.wmatrix.file import WMatrix, load
 
 LAST = 0.25
 """The share of a memory that is scored, but at most so many tokens:"""
@@ -40,6 +44,45 @@ class OnTheSpot:
     retention: Interval
     context: int
     scored: int
+
+
+def measured(case: Case, given: object, target: str | Path) -> Case:
+    """The case with what its memory's own last part says.
+
+    Args:
+        given: the memory as it was given, where it is no file.
+
+    Raises:
+        BadInput: nothing that can be measured, or nothing to measure it with.
+    """
+    memory = verify(case.subject.path) if case.subject.path else given
+    reachable = case.target.geometry is not None and (case.exact or case.entry is not None)
+    if not isinstance(memory, Package) or not reachable:
+        raise BadInput(
+            "there is nothing to measure",
+            found=f"{case.subject.name}, for {case.target.name}",
+            expected="a package, the target's folder, and a W-Matrix between the two models",
+            remedy="check without measuring, or fit a W-Matrix with `awareness fit`",
+        )
+    wmatrix = None if case.exact or case.entry is None else load(case.entry.path)
+    tail = 0 if wmatrix is None else case.config.tail
+    wrong = another(case.subject)
+    found = measure(memory, wmatrix, resolve_folder(target), tail, wrong)
+    return replace(case, found=found)
+
+
+def another(subject: Subject) -> Package | None:
+    """Another memory of the same source in the same folder, the smallest, for the wrong-memory arm;
+    None where there is none."""
+    if subject.path is None or subject.source.geometry is None:
+        return None
+    others = [p for p in subject.path.parent.glob("mem_*.safetensors") if p != subject.path]
+    for path in sorted(others, key=lambda p: (p.stat().st_size, p.name)):
+        with contextlib.suppress(PackageCorrupt):  # a damaged neighbour is not what was asked for
+            manifest = read_manifest(path)
+            if manifest.has_text and manifest.geometry.same_model(subject.source.geometry):
+                return read(path)
+    return None
 
 
 def measure(

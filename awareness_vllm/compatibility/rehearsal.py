@@ -33,7 +33,8 @@ from awareness_vllm.geometry import Geometry, LayerGeometry, Positions
 from awareness_vllm.home import home
 from awareness_vllm.packages.file import Package, build, publish, read
 from awareness_vllm.provenance import hardware, versions
-from awareness_vllm.wmatrix.file import Anchors, WMatrix, WMatrixManifest
+from awareness_vllm.wmatrix.file import WMatrix
+from awareness_vllm.wmatrix.manifest import Anchors, WMatrixManifest
 
 Write = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 """Writes keys and values [T, H, D] into slots [T] of one layer's pages [B, H, N, K|V]."""

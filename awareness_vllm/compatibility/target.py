@@ -8,9 +8,9 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field, StrictFloat, StrictInt, StrictStr, ValidationError
 
-from awareness_vllm.align.aligner import TAIL
 from awareness_vllm.errors import BadInput
 from awareness_vllm.geometry import Geometry, Strict
+from awareness_vllm.wmatrix.certificate import TAIL
 
 CacheDtype = Literal["auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2"]
 

@@ -6,29 +6,31 @@ Tensors: `tokens` [T] int32, `spans` [T, 2] int64, `text` [B] uint8 (UTF-8), and
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from awareness_vllm.anchors.spans import Spans
-from awareness_vllm.errors import PackageCorrupt, UnsupportedModel
 from awareness_vllm.files import private_copy
-from awareness_vllm.geometry import Geometry, file_digest
-from awareness_vllm.packages.manifest import Manifest
+from awareness_vllm.geometry import Geometry
+from awareness_vllm.packages.manifest import (
+    METADATA_KEY,
+    Manifest,
+    check_shapes,
+    corrupt,
+    document,
+    id_of,
+    parsed,
+)
 from awareness_vllm.packages.payload import payload_digest
-
-METADATA_KEY = "awareness"
 
 
 @dataclass(frozen=True)
@@ -144,48 +146,12 @@ def publish(package: Package, store: Path) -> Path:
     return path
 
 
-def id_of(path: Path) -> str:
-    """The ID that a package file's bytes have: `mem_` and half of their sha256."""
-    try:
-        return f"mem_{file_digest(path)[:32]}"
-    except UnsupportedModel as error:
-        raise _corrupt(path, f"not readable ({error.found})") from error
-
-
-def read_manifest(path: Path) -> Manifest:
-    """A package's manifest alone.
-
-    Raises:
-        PackageCorrupt: not a safetensors file, or no valid manifest in it.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            return _manifest(_document(file), path)
-    except (SafetensorError, OSError) as error:
-        raise _corrupt(path, f"not a readable safetensors file ({error})") from error
-
-
-def checked_manifest(path: Path) -> Manifest:
-    """A package's manifest, if by its header the tensors have the shapes that its geometry says.
-
-    Raises:
-        PackageCorrupt
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            manifest = _manifest(_document(file), path)
-            _check_shapes(manifest, lambda name: tuple(file.get_slice(name).get_shape()), path)
-            return manifest
-    except (SafetensorError, OSError) as error:
-        raise _corrupt(path, f"not a readable safetensors file ({error})") from error
-
-
 def read_text(path: Path) -> str:
     """A package's text alone. Raises PackageCorrupt."""
     try:
         return bytes(_read_tensor(path, "text").numpy()).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise _corrupt(path, f"text that is not UTF-8 ({error})") from error
+        raise corrupt(path, f"text that is not UTF-8 ({error})") from error
 
 
 def read_tokens(path: Path) -> list[int]:
@@ -203,7 +169,7 @@ def read(path: Path) -> Package:
     """
     try:
         with private_copy(path) as copy, safe_open(copy, framework="pt") as file:
-            manifest = _manifest(_document(file), path)
+            manifest = parsed(document(file), path)
             count = len(manifest.geometry.layers)
             keys = [file.get_tensor(f"layers.{i}.key") for i in range(count)]
             values = [file.get_tensor(f"layers.{i}.value") for i in range(count)]
@@ -211,34 +177,12 @@ def read(path: Path) -> Package:
             spans = file.get_tensor("spans")
             text = bytes(file.get_tensor("text").numpy()).decode("utf-8")
     except (SafetensorError, OSError, UnicodeDecodeError) as error:
-        raise _corrupt(path, f"not a readable package ({error})") from error
+        raise corrupt(path, f"not a readable package ({error})") from error
     tensors = {"tokens": tokens, "spans": spans}
     for part, states in (("key", keys), ("value", values)):
         tensors |= {f"layers.{i}.{part}": tensor for i, tensor in enumerate(states)}
-    _check_shapes(manifest, lambda name: tuple(tensors[name].shape), path)
+    check_shapes(manifest, lambda name: tuple(tensors[name].shape), path)
     return Package(manifest, text, tokens.tolist(), spans.numpy(), keys, values)
-
-
-def _check_shapes(
-    manifest: Manifest, shape_of: Callable[[str], tuple[int, ...]], path: Path
-) -> None:
-    """Raises PackageCorrupt where a tensor is not what the manifest says."""
-    layers, tokens = manifest.geometry.layers, manifest.tokens
-    if len(manifest.begins) not in (0, len(layers)):
-        raise _corrupt(path, f"beginnings of {len(manifest.begins)} of {len(layers)} layers")
-    wanted: dict[str, tuple[int, ...]] = {"tokens": (tokens,), "spans": (tokens, 2)}
-    for i, layer in enumerate(layers):
-        shape: tuple[int, ...] = (tokens - manifest.begin(i), layer.heads, layer.head_dim)
-        wanted[f"layers.{i}.key"] = wanted[f"layers.{i}.value"] = shape
-    for name, shape in wanted.items():
-        if (found := shape_of(name)) != shape:
-            raise _corrupt(path, f"{name} has shape {found}", expected=f"{shape}, by its manifest")
-
-
-def check_bytes(path: Path, memory_id: str) -> None:
-    """Prove that a file's bytes are those that the ID names. Raises PackageCorrupt."""
-    if (found := id_of(path)) != memory_id:
-        raise _corrupt(path, f"its bytes are those of {found}", expected=memory_id)
 
 
 def verify(path: Path) -> Package:
@@ -253,11 +197,11 @@ def verify(path: Path) -> Package:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = ((name, file.get_tensor(name)) for name in sorted(file.keys()))
-            payload = payload_digest(_document(file), tensors)
+            payload = payload_digest(document(file), tensors)
     except (SafetensorError, OSError) as error:
-        raise _corrupt(path, f"not a readable package ({error})") from error
+        raise corrupt(path, f"not a readable package ({error})") from error
     if payload != package.manifest.payload:
-        raise _corrupt(path, f"payload {payload}", expected=package.manifest.payload)
+        raise corrupt(path, f"payload {payload}", expected=package.manifest.payload)
     return package
 
 
@@ -266,30 +210,7 @@ def _read_tensor(path: Path, name: str) -> Tensor:
         with safe_open(path, framework="pt") as file:
             return file.get_tensor(name)
     except (SafetensorError, OSError) as error:
-        raise _corrupt(path, f"no readable tensor {name!r} ({error})") from error
-
-
-def _document(file: Any) -> str:
-    """The manifest's JSON in an open safetensors file; nothing where there is none."""
-    return (file.metadata() or {}).get(METADATA_KEY, "")
-
-
-def _manifest(document: str, path: Path) -> Manifest:
-    try:
-        return Manifest.model_validate_json(document)
-    except (ValidationError, json.JSONDecodeError) as error:
-        raise _corrupt(path, f"no valid manifest ({error})") from error
-
-
-def _corrupt(
-    path: Path, found: str, expected: str = "an unaltered memory package"
-) -> PackageCorrupt:
-    return PackageCorrupt(
-        f"memory package {path.name} cannot be used",
-        found=found,
-        expected=expected,
-        remedy="capture the memory again, or restore the file from where it came",
-    )
+        raise corrupt(path, f"no readable tensor {name!r} ({error})") from error
 
 
 def _tensors(

@@ -1,16 +1,24 @@
-"""What a memory package says about itself, and its ID."""
+"""What a memory package says about itself, and its ID; reading them needs no torch."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import SerializerFunctionWrapHandler, model_serializer
+from pydantic import SerializerFunctionWrapHandler, ValidationError, model_serializer
+from safetensors import SafetensorError, safe_open
 
-from awareness_vllm.errors import InvalidMemoryId, UnsupportedRequest
-from awareness_vllm.geometry import Geometry, Strict
+from awareness_vllm.errors import (
+    InvalidMemoryId,
+    PackageCorrupt,
+    UnsupportedModel,
+    UnsupportedRequest,
+)
+from awareness_vllm.geometry import Geometry, Strict, file_digest
 
+METADATA_KEY = "awareness"
 MEMORY_ID = re.compile(r"mem_[0-9a-f]{32}")
 
 
@@ -70,4 +78,86 @@ def check_id(memory_id: object) -> str:
         found=repr(memory_id)[:80],
         expected="'mem_' and 32 hexadecimal digits",
         remedy="use an ID printed by `awareness capture` or `awareness list`",
+    )
+
+
+def id_of(path: Path) -> str:
+    """The ID that a package file's bytes have: `mem_` and half of their sha256."""
+    try:
+        return f"mem_{file_digest(path)[:32]}"
+    except UnsupportedModel as error:
+        raise corrupt(path, f"not readable ({error.found})") from error
+
+
+def check_bytes(path: Path, memory_id: str) -> None:
+    """Prove that a file's bytes are those that the ID names. Raises PackageCorrupt."""
+    if (found := id_of(path)) != memory_id:
+        raise corrupt(path, f"its bytes are those of {found}", expected=memory_id)
+
+
+def read_manifest(path: Path) -> Manifest:
+    """A package's manifest alone.
+
+    Raises:
+        PackageCorrupt: not a safetensors file, or no valid manifest in it.
+    """
+    try:
+        with safe_open(path, framework="np") as file:
+            return parsed(document(file), path)
+    except (SafetensorError, OSError) as error:
+        raise corrupt(path, f"not a readable safetensors file ({error})") from error
+
+
+def checked_manifest(path: Path) -> Manifest:
+    """A package's manifest, if by its header the tensors have the shapes that its geometry says.
+
+    Raises:
+        PackageCorrupt
+    """
+    try:
+        with safe_open(path, framework="np") as file:
+            manifest = parsed(document(file), path)
+            check_shapes(manifest, lambda name: tuple(file.get_slice(name).get_shape()), path)
+            return manifest
+    except (SafetensorError, OSError) as error:
+        raise corrupt(path, f"not a readable safetensors file ({error})") from error
+
+
+def document(file: Any) -> str:
+    """The manifest's JSON in an open safetensors file; nothing where there is none."""
+    return (file.metadata() or {}).get(METADATA_KEY, "")
+
+
+def parsed(text: str, path: Path) -> Manifest:
+    """Raises PackageCorrupt."""
+    try:
+        return Manifest.model_validate_json(text)
+    except ValidationError as error:
+        raise corrupt(path, f"no valid manifest ({error})") from error
+
+
+def check_shapes(
+    manifest: Manifest, shape_of: Callable[[str], tuple[int, ...]], path: Path
+) -> None:
+    """Raises PackageCorrupt where a tensor is not what the manifest says."""
+    layers, tokens = manifest.geometry.layers, manifest.tokens
+    if len(manifest.begins) not in (0, len(layers)):
+        raise corrupt(path, f"beginnings of {len(manifest.begins)} of {len(layers)} layers")
+    wanted: dict[str, tuple[int, ...]] = {"tokens": (tokens,), "spans": (tokens, 2)}
+    for i, layer in enumerate(layers):
+        shape: tuple[int, ...] = (tokens - manifest.begin(i), layer.heads, layer.head_dim)
+        wanted[f"layers.{i}.key"] = wanted[f"layers.{i}.value"] = shape
+    for name, shape in wanted.items():
+        if (found := shape_of(name)) != shape:
+            raise corrupt(path, f"{name} has shape {found}", expected=f"{shape}, by its manifest")
+
+
+def corrupt(
+    path: Path, found: str, expected: str = "an unaltered memory package"
+) -> PackageCorrupt:
+    return PackageCorrupt(
+        f"memory package {path.name} cannot be used",
+        found=found,
+        expected=expected,
+        remedy="capture the memory again, or restore the file from where it came",
     )

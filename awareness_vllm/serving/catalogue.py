@@ -27,8 +27,7 @@ from awareness_vllm.errors import (
     UnsupportedRequest,
 )
 from awareness_vllm.geometry import Strict
-from awareness_vllm.packages.file import checked_manifest, read_manifest
-from awareness_vllm.packages.manifest import Manifest, check_id
+from awareness_vllm.packages.manifest import Manifest, check_id, checked_manifest, read_manifest
 from awareness_vllm.serving.asked import Asked
 from awareness_vllm.serving.http import client_error, memories_of, tenant_of
 from awareness_vllm.serving.memories import Memories, Prompt, check_fits

@@ -6,9 +6,9 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from awareness_vllm.align.aligner import TAIL
 from awareness_vllm.errors import BadInput
 from awareness_vllm.geometry import Strict
+from awareness_vllm.wmatrix.certificate import TAIL
 
 CONNECTOR = "AwarenessConnector"
 CONNECTOR_MODULE = "awareness_vllm.serving.connector"

@@ -19,7 +19,8 @@ from awareness_vllm.errors import (
     UnsupportedRequest,
 )
 from awareness_vllm.geometry import Geometry, resolve_folder
-from awareness_vllm.packages.file import read_manifest, read_text, read_tokens
+from awareness_vllm.packages.file import read_text, read_tokens
+from awareness_vllm.packages.manifest import read_manifest
 from awareness_vllm.serving.asked import Asked
 from awareness_vllm.serving.config import ServingConfig
 from awareness_vllm.serving.params import LoadParams, Part

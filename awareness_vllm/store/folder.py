@@ -8,8 +8,7 @@ from pathlib import Path
 
 from awareness_vllm.errors import MemoryNotFound
 from awareness_vllm.home import default_store
-from awareness_vllm.packages.file import check_bytes
-from awareness_vllm.packages.manifest import MEMORY_ID, check_id
+from awareness_vllm.packages.manifest import MEMORY_ID, check_bytes, check_id
 
 
 @dataclass

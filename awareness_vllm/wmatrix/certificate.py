@@ -6,11 +6,16 @@ import datetime
 
 from awareness_vllm.errors import QualityUnreachable
 from awareness_vllm.geometry import Strict
-from awareness_vllm.wmatrix.metrics import Metrics
 
 TIERS = ((0.90, 0.85), (0.82, 0.60), (0.75, 0.30), (0.60, 0.0))
 """Lowest retention and lowest share of facts of tiers 1 to 4. The retentions are the lower ends of
 the ranges published with the tiers; the facts are ours: retention alone hides their loss."""
+TAIL = 16
+"""Last tokens of a realigned memory that the target reads itself, by default, after the rest: what
+is asked follows them at once, and they bring more retention than anything else at their price
+(docs/fidelity-log.md). More of them bring more, and take longer (`awareness serve --tail`)."""
+LENGTH_TEXTS = 16
+"""Texts for each further length of context: a long one costs many short ones."""
 
 
 class Interval(Strict):
@@ -50,6 +55,23 @@ class Plan(Strict):
     top1: float
     tokens_only: Interval
     facts: Interval | None = None
+
+
+class Metrics(Strict):
+    """Means over texts.
+
+    `semantic_preservation` [layers] is the cosine of a token's aligned keys and values of a layer
+    to the target's own; `attention_fidelity` [layers] the overlap of the attention distributions,
+    from 0 to 1; `gradient_ratio` the norm of the gradient of the continuation's loss in the
+    memory's states, as a share of native, `gradient_stability` whether all texts' are finite and
+    within ten times either way.
+    """
+
+    semantic_preservation: tuple[float, ...]
+    attention_fidelity: tuple[float, ...]
+    gradient_ratio: float
+    gradient_stability: bool
+    n: int
 
 
 class Certificate(Strict):

@@ -9,12 +9,20 @@ from pathlib import Path
 
 import numpy as np
 
-from awareness_vllm.align.aligner import TAIL
 from awareness_vllm.anchors.corpus import Document, digest
 from awareness_vllm.provenance import hardware, versions
 from awareness_vllm.wmatrix.bench import Bench, tail_arm
 from awareness_vllm.wmatrix.bootstrap import mean
-from awareness_vllm.wmatrix.certificate import Certificate, Interval, Plan, Protocol, tier
+from awareness_vllm.wmatrix.certificate import (
+    LENGTH_TEXTS,
+    TAIL,
+    Certificate,
+    Interval,
+    Metrics,
+    Plan,
+    Protocol,
+    tier,
+)
 from awareness_vllm.wmatrix.cost import map_flop, prefill_flop, share_of_prefill
 from awareness_vllm.wmatrix.evaluate import (
     CaseFigures,
@@ -25,7 +33,7 @@ from awareness_vllm.wmatrix.evaluate import (
     joined,
 )
 from awareness_vllm.wmatrix.file import WMatrix
-from awareness_vllm.wmatrix.metrics import Metrics, measure
+from awareness_vllm.wmatrix.metrics import measure
 
 TAIL_SHARES = (0.16, 0.4)
 """Shares of a context that the measured plans read natively, beside none and a server's tail."""
@@ -33,8 +41,6 @@ TAIL_STEP = 16
 """Tails are whole blocks of vLLM's cache."""
 DISTANCES = (0, 64, 128)
 """Where the ranges begin in which recall is reported by distance, in tokens."""
-LENGTH_TEXTS = 16
-"""Texts for each further length of context: a long one costs many short ones."""
 METRIC_TEXTS = 6
 """Texts that the metrics of `metrics.py` are taken on, evenly from all of them."""
 

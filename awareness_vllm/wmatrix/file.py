@@ -2,120 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from awareness_vllm.align.features import split_states
-from awareness_vllm.errors import BadInput, WMatrixCorrupt
+from awareness_vllm.errors import BadInput
 from awareness_vllm.files import private_copy
-from awareness_vllm.geometry import Geometry, Strict, file_digest
+from awareness_vllm.geometry import file_digest
 from awareness_vllm.home import wmatrices_dir
 from awareness_vllm.kernels import decode, encode
-from awareness_vllm.packages.file import METADATA_KEY
+from awareness_vllm.packages.manifest import METADATA_KEY
 from awareness_vllm.packages.payload import payload_digest
-
-if TYPE_CHECKING:
-    from awareness_vllm.wmatrix.certificate import Certificate
+from awareness_vllm.wmatrix.manifest import WMatrixManifest, corrupt, read_manifest
 
 REGISTERED = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-
-
-class Anchors(Strict):
-    """What the map was learned from."""
-
-    digest: str
-    documents: int
-    tokens: int
-
-
-class WMatrixManifest(Strict):
-    """The JSON document in a W-Matrix's safetensors metadata.
-
-    `layers` are the source layers that the map reads; with `residual` the map gives what is to be
-    added to the source's own states (variants of one model); without `predecessors` it reads the
-    source's states alone, for packages without text; `places` are the sides whose learned position
-    embeddings it reads; `sink` are the target's fixed first tokens; `r2` is the share of variance
-    explained on held-out documents of the anchors' sources, `reconstruction_error` the share of the
-    features' variance that the latent loses (None where nobody measured it); without `certificate`
-    the map is not certified.
-    `fit` is the configuration of the fit; `payload` is the sha256 over the other fields and the
-    tensors; `composed` are the payloads of the maps that this one was folded from, in order.
-    """
-
-    format: Literal["awareness-wmatrix/1"] = "awareness-wmatrix/1"
-    source: Geometry
-    target: Geometry
-    layers: tuple[int, ...]
-    rank: int
-    predecessors: int | None
-    residual: bool = False
-    places: tuple[Literal["source", "target"], ...] = ()
-    sink: tuple[int, ...]
-    anchors: Anchors
-    fit: dict[str, float | int | str | None]
-    r2: dict[str, float]
-    reconstruction_error: float | None = None
-    composed: tuple[str, ...] = ()
-    versions: dict[str, str]
-    certificate: dict[str, Any] | None = None
-    payload: str = ""
-
-    @property
-    def source_width(self) -> int:
-        """Numbers of source state that the map reads for one token."""
-        return self.source.width_of(self.layers)
-
-    @property
-    def reads_tokens(self) -> bool:
-        """Whether the map reads the target's tokens of the text, beside the source's states."""
-        return self.predecessors is not None
-
-    @property
-    def token_width(self) -> int:
-        """Numbers of the target's embeddings that the map reads for one token."""
-        return 0 if self.predecessors is None else (1 + self.predecessors) * self.target.hidden_size
-
-    @property
-    def embedding_width(self) -> int:
-        """The same, with the position embeddings."""
-        return self.token_width + sum(width for _, width in self.place_shapes.values())
-
-    @property
-    def place_shapes(self) -> dict[str, tuple[int, int]]:
-        """The shapes [P, E] of the tables of position embeddings."""
-        sides = {"source": self.source, "target": self.target}
-        return {s: (sides[s].max_positions, sides[s].hidden_size) for s in sorted(self.places)}
-
-    @property
-    def measured(self) -> Certificate | None:
-        """The certificate, None where nobody measured the map. What is none as a whole (an older
-        version's, or published figures that somebody filled in) certifies nothing."""
-        from awareness_vllm.wmatrix.certificate import Certificate  # late: it needs this module
-
-        try:
-            return Certificate.model_validate(self.certificate)
-        except ValidationError:
-            return None
-
-    @property
-    def standing(self) -> str:
-        """What is known of the map's worth, in a few words."""
-        if (found := self.measured) is None:
-            return "not certified"
-        return (
-            f"certified: retention {found.retention.mean:.3f}, "
-            f"facts {found.facts.mean:.2f} of native"
-        )
 
 
 @dataclass(frozen=True)
@@ -244,13 +151,13 @@ def load(path: str | Path) -> WMatrix:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             document = file.metadata()[METADATA_KEY]
     except (SafetensorError, OSError) as error:
-        raise _corrupt(path, str(error)) from error
+        raise corrupt(path, str(error)) from error
     if (payload := payload_digest(document, sorted(tensors.items()))) != manifest.payload:
-        raise _corrupt(path, f"payload {payload}", manifest.payload)
+        raise corrupt(path, f"payload {payload}", manifest.payload)
     if not set(manifest.layers) <= set(range(len(source.layers))):
-        raise _corrupt(path, f"source layers {manifest.layers}", f"0 … {len(source.layers) - 1}")
+        raise corrupt(path, f"source layers {manifest.layers}", f"0 … {len(source.layers) - 1}")
     if manifest.residual and manifest.source_width != target.width:
-        raise _corrupt(path, f"a residual map of {manifest.source_width} states", target.width)
+        raise corrupt(path, f"a residual map of {manifest.source_width} states", target.width)
     features = manifest.source_width + manifest.embedding_width
     shapes = {
         "mean": (features,),
@@ -266,7 +173,7 @@ def load(path: str | Path) -> WMatrix:
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if found != shapes:
         wrong = sorted(set(found.items()) ^ set(shapes.items()))
-        raise _corrupt(path, f"tensors {wrong[:4]}", "the shapes of its geometries")
+        raise corrupt(path, f"tensors {wrong[:4]}", "the shapes of its geometries")
     count = len(target.layers)
     return WMatrix(
         manifest,
@@ -281,36 +188,6 @@ def load(path: str | Path) -> WMatrix:
     )
 
 
-def read_manifest(path: Path) -> WMatrixManifest:
-    """A W-Matrix's manifest alone. Raises WMatrixCorrupt."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-        return WMatrixManifest.model_validate_json(metadata.get(METADATA_KEY, ""))
-    except (SafetensorError, OSError, ValidationError, json.JSONDecodeError) as error:
-        raise _corrupt(path, str(error)) from error
-
-
-def is_readable(path: Path) -> bool:
-    """Whether there is a W-Matrix that this version reads; an older version's is none."""
-    try:
-        read_manifest(path)
-    except WMatrixCorrupt:
-        return False
-    return True
-
-
 def digest_of(path: Path) -> str:
     """sha256 of the file: what aligned memories and cache salts are keyed by."""
     return file_digest(path)
-
-
-def _corrupt(
-    path: Path, found: str, expected: str | int = "a W-Matrix as `awareness fit` writes it"
-) -> WMatrixCorrupt:
-    return WMatrixCorrupt(
-        f"W-Matrix {path.name} cannot be used",
-        found=found,
-        expected=expected,
-        remedy="fit it again, or restore the file from where it came",
-    )

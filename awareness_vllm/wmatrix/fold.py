@@ -41,7 +41,8 @@ from awareness_vllm.anchors.spans import Spans, align, load_tokenizer, tokenize
 from awareness_vllm.errors import BadInput, NoWMatrix, UnsupportedModel
 from awareness_vllm.packages.capture import read_tokens, states
 from awareness_vllm.provenance import versions
-from awareness_vllm.wmatrix.file import Anchors, WMatrix, WMatrixManifest
+from awareness_vllm.wmatrix.file import WMatrix
+from awareness_vllm.wmatrix.manifest import Anchors, WMatrixManifest
 from awareness_vllm.wmatrix.solve import leading_right_vectors, reduced_rank_ridge
 from awareness_vllm.wmatrix.statistics import Statistics
 from awareness_vllm.wmatrix.texts import shuffled_windows

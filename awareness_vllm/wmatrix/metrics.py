@@ -15,31 +15,14 @@ import torch
 from torch import Tensor
 
 from awareness_vllm.align.aligner import AlignedMemory
-from awareness_vllm.geometry import Strict
 from awareness_vllm.wmatrix.bench import Bench, after
+from awareness_vllm.wmatrix.certificate import Metrics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 STABLE = 10.0
 """Gradients are stable while their norm is within this factor of the native ones'."""
-
-
-class Metrics(Strict):
-    """Means over texts.
-
-    `semantic_preservation` [layers] is the cosine of a token's aligned keys and values of a layer
-    to the target's own; `attention_fidelity` [layers] the overlap of the attention distributions,
-    from 0 to 1; `gradient_ratio` the norm of the gradient of the continuation's loss in the
-    memory's states, as a share of native, `gradient_stability` whether all texts' are finite and
-    within ten times either way.
-    """
-
-    semantic_preservation: tuple[float, ...]
-    attention_fidelity: tuple[float, ...]
-    gradient_ratio: float
-    gradient_stability: bool
-    n: int
 
 
 def measure(bench: Bench, cuts: Sequence[tuple[str, list[int]]]) -> Metrics:

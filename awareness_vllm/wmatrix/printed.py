@@ -5,8 +5,7 @@ from __future__ import annotations
 from statistics import fmean
 from typing import Any
 
-from awareness_vllm.wmatrix.certificate import Certificate, Interval, Plan
-from awareness_vllm.wmatrix.metrics import Metrics
+from awareness_vllm.wmatrix.certificate import Certificate, Interval, Metrics, Plan
 
 
 def lines(document: dict[str, Any]) -> list[str]:

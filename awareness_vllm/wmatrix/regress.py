@@ -10,10 +10,11 @@ from torch import Tensor
 from awareness_vllm.anchors.corpus import Document, digest
 from awareness_vllm.provenance import versions
 from awareness_vllm.wmatrix.config import FitConfig
-from awareness_vllm.wmatrix.file import Anchors, WMatrix, WMatrixManifest
+from awareness_vllm.wmatrix.file import WMatrix
 from awareness_vllm.wmatrix.gather import gather, held_out_rows
 from awareness_vllm.wmatrix.importance import importance, output_weight
 from awareness_vllm.wmatrix.layers import Elimination
+from awareness_vllm.wmatrix.manifest import Anchors, WMatrixManifest
 from awareness_vllm.wmatrix.progress import say
 from awareness_vllm.wmatrix.reader import Reader, sink_states
 from awareness_vllm.wmatrix.solve import choose_ridge, reduced_rank_ridge, round_trip_error

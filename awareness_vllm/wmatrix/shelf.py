@@ -9,17 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from awareness_vllm.errors import NoWMatrix, WMatrixCorrupt
-from awareness_vllm.geometry import Geometry
+from awareness_vllm.geometry import Geometry, file_digest
 from awareness_vllm.home import wmatrices_dir
 from awareness_vllm.wmatrix.certificate import Certificate
-from awareness_vllm.wmatrix.file import WMatrixManifest, digest_of, read_manifest
+from awareness_vllm.wmatrix.manifest import WMatrixManifest, read_manifest
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class WMatrixEntry:
-    """A W-Matrix file."""
+    """A W-Matrix file; by its `digest` aligned memories and cache salts are keyed."""
 
     path: Path
     manifest: WMatrixManifest
@@ -28,7 +28,7 @@ class WMatrixEntry:
     @classmethod
     def read(cls, path: Path) -> WMatrixEntry:
         """Raises WMatrixCorrupt."""
-        return cls(path, read_manifest(path), digest_of(path))
+        return cls(path, read_manifest(path), file_digest(path))
 
     @functools.cached_property
     def certificate(self) -> Certificate | None:

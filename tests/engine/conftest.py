@@ -14,7 +14,7 @@ from awareness_vllm.anchors.install import held_out_dir, install
 from awareness_vllm.anchors.spans import load_tokenizer, tokenize
 from awareness_vllm.home import anchors_dir, wmatrices_dir
 from awareness_vllm.models import prepare
-from awareness_vllm.wmatrix.file import is_readable
+from awareness_vllm.wmatrix.manifest import is_readable
 
 
 @pytest.fixture(scope="session")

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from harness import awareness
 
-from awareness_vllm.align.aligner import TAIL
 from awareness_vllm.anchors.corpus import load
 from awareness_vllm.anchors.install import held_out_dir
+from awareness_vllm.wmatrix.certificate import TAIL
 from awareness_vllm.wmatrix.file import load as load_wmatrix
 from awareness_vllm.wmatrix.monitor import WMatrixMonitor
 

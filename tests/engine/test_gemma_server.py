@@ -15,9 +15,9 @@ import openai
 import pytest
 from harness import NEAR_TIE, Server, captured, serving
 
-from awareness_vllm.align.aligner import TAIL
 from awareness_vllm.anchors.facts import fact_cases
 from awareness_vllm.compatibility.estimate import predict
+from awareness_vllm.wmatrix.certificate import TAIL
 from awareness_vllm.wmatrix.shelf import WMatrixEntry
 
 pytestmark = pytest.mark.engine

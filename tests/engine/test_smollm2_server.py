@@ -14,7 +14,8 @@ import openai
 import pytest
 from harness import NEAR_TIE, Server, awareness, captured, serving
 
-from awareness_vllm.wmatrix.file import load, read_manifest
+from awareness_vllm.wmatrix.file import load
+from awareness_vllm.wmatrix.manifest import read_manifest
 
 pytestmark = pytest.mark.engine
 

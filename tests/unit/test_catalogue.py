@@ -30,7 +30,8 @@ from awareness_vllm.compatibility.estimate import predict
 from awareness_vllm.compatibility.target import TargetConfig
 from awareness_vllm.errors import PackageCorrupt
 from awareness_vllm.packages.capture import capture
-from awareness_vllm.packages.file import Package, publish, read_manifest, without_text
+from awareness_vllm.packages.file import Package, publish, without_text
+from awareness_vllm.packages.manifest import read_manifest
 from awareness_vllm.serving.backstage import Backstage
 from awareness_vllm.serving.catalogue import router
 from awareness_vllm.serving.config import ServingConfig

@@ -18,6 +18,7 @@ from awareness_vllm.wmatrix import fit, gather, monitor
 from awareness_vllm.wmatrix.certificate import (
     Certificate,
     Interval,
+    Metrics,
     Plan,
     Protocol,
     cheapest,
@@ -26,7 +27,6 @@ from awareness_vllm.wmatrix.certificate import (
 from awareness_vllm.wmatrix.certify import certificate, certify, plan
 from awareness_vllm.wmatrix.evaluate import CaseFigures, TextFigures
 from awareness_vllm.wmatrix.file import WMatrix, load
-from awareness_vllm.wmatrix.metrics import Metrics
 from awareness_vllm.wmatrix.monitor import WMatrixMonitor
 from awareness_vllm.wmatrix.printed import lines
 

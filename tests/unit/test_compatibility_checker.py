@@ -21,9 +21,8 @@ from awareness_vllm.compatibility.tables import tables
 from awareness_vllm.compatibility.wmatrices import CompatibilityChecker
 from awareness_vllm.errors import BadInput
 from awareness_vllm.geometry import Geometry, LayerGeometry, Positions
-from awareness_vllm.wmatrix.certificate import Certificate, Interval, Protocol
+from awareness_vllm.wmatrix.certificate import Certificate, Interval, Metrics, Protocol
 from awareness_vllm.wmatrix.file import WMatrix
-from awareness_vllm.wmatrix.metrics import Metrics
 from awareness_vllm.wmatrix.shelf import WMatrixEntry
 
 pytestmark = pytest.mark.unit

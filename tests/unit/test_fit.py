@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from awareness_vllm.anchors.corpus import Document
 from awareness_vllm.wmatrix import calibrate, fit, gather, regress
 from awareness_vllm.wmatrix.config import FitConfig
-from awareness_vllm.wmatrix.file import WMatrix, load, read_manifest
+from awareness_vllm.wmatrix.file import WMatrix, load
+from awareness_vllm.wmatrix.manifest import read_manifest
 from awareness_vllm.wmatrix.texts import (
     CONTEXT_CHARACTERS,
     LONG,

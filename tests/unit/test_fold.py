@@ -24,9 +24,10 @@ from awareness_vllm.wmatrix import fold as folding
 from awareness_vllm.wmatrix import gather
 from awareness_vllm.wmatrix.config import FitConfig
 from awareness_vllm.wmatrix.cost import map_flop
-from awareness_vllm.wmatrix.file import Anchors, WMatrix, WMatrixManifest, load
+from awareness_vllm.wmatrix.file import WMatrix, load
 from awareness_vllm.wmatrix.fit import fit
 from awareness_vllm.wmatrix.fold import Hop, columns_of, fold, learn_bridge
+from awareness_vllm.wmatrix.manifest import Anchors, WMatrixManifest
 
 pytestmark = pytest.mark.unit
 

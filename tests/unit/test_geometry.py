@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import save_file
 
+from awareness_vllm import geometry as module
 from awareness_vllm.errors import UnsupportedModel
 from awareness_vllm.geometry import Geometry, Positions, from_config
 
@@ -248,3 +250,76 @@ def test_fingerprint_sees_a_change_in_any_tensor(tmp_path: Path) -> None:
     assert first.same_model(same)
     assert len({g.weights for g in (first, other, another)}) == 3
     assert not first.same_model(other)
+
+
+@pytest.fixture
+def reading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[Geometry, bool]]:
+    """Reads a config from a folder as a new process would: the geometry, and whether it was read
+    with transformers."""
+    monkeypatch.setenv("AWARENESS_HOME", str(tmp_path / "home"))
+
+    read = []
+
+    def counted(*given: Any, **more: Any) -> Geometry:
+        read.append(given)
+        return from_config(*given, **more)
+
+    monkeypatch.setattr(module, "from_config", counted)
+
+    def of(
+        config: dict[str, Any], folder: str = "model", tokens: int | None = None
+    ) -> tuple[Geometry, bool]:
+        path = tmp_path / folder
+        path.mkdir(exist_ok=True)
+        save_file({"x": torch.tensor([*folder.encode()])}, path / "model.safetensors")
+        (path / "config.json").write_text(json.dumps(config))
+        (path / "tokenizer.json").write_text("{}")
+        read.clear()
+        module._from_folder.cache_clear()
+        module._fingerprints.cache_clear()
+        return Geometry.from_folder(path, tokens), bool(read)
+
+    return of
+
+
+def test_what_a_config_says_is_kept(reading: Callable[..., tuple[Geometry, bool]]) -> None:
+    first, read = reading(GEMMA)
+    assert read
+    assert reading(GEMMA) == (first, False)
+    assert reading(GEMMA | {"head_dim": 128})[0].layers[0].head_dim == 128
+    assert reading(GEMMA, tokens=9) == (first, True)
+    other, read = reading(GEMMA, "other")
+    assert not read
+    assert (other.name, other.layers) == ("other", first.layers)
+    assert not other.same_model(first)
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", b"\xff\xfe"])
+def test_a_damaged_keeping_is_read_again(
+    reading: Callable[..., tuple[Geometry, bool]], tmp_path: Path, damage: bytes
+) -> None:
+    first, _ = reading(LLAMA)
+    (kept,) = (tmp_path / "home" / "geometries").iterdir()
+    kept.write_bytes(damage)
+    assert reading(LLAMA) == (first, True)
+    assert reading(LLAMA) == (first, False)
+
+
+def test_what_reads_configs_is_part_of_what_is_kept(
+    reading: Callable[..., tuple[Geometry, bool]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading(LLAMA)
+    monkeypatch.setattr(module.importlib.metadata, "version", lambda _: "another")
+    assert reading(LLAMA)[1]
+    assert not reading(LLAMA)[1]
+    monkeypatch.setattr(module, "file_digest", lambda _: "other code")
+    assert reading(LLAMA)[1]
+
+
+def test_a_home_that_cannot_be_written_to_keeps_nothing(
+    reading: Callable[..., tuple[Geometry, bool]], tmp_path: Path
+) -> None:
+    (tmp_path / "home").write_text("a file, not a folder")
+    assert [reading(LLAMA)[1] for _ in range(2)] == [True, True]

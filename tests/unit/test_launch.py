@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from awareness_vllm.align.aligner import TAIL
 from awareness_vllm.errors import BadInput, InvalidMemoryId
 from awareness_vllm.serving import launch, register
 from awareness_vllm.serving.config import ServingConfig
+from awareness_vllm.wmatrix.certificate import TAIL
 
 pytestmark = pytest.mark.unit
 

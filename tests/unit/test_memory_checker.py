@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,10 +14,10 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from awareness_vllm import MemoryCompatibilityChecker
+from awareness_vllm import MemoryCompatibilityChecker, geometry
 from awareness_vllm.anchors.corpus import Document
 from awareness_vllm.cli.main import main
-from awareness_vllm.compatibility import appraisal
+from awareness_vllm.compatibility import appraisal, on_the_spot
 from awareness_vllm.compatibility.estimate import predict
 from awareness_vllm.compatibility.on_the_spot import OnTheSpot
 from awareness_vllm.compatibility.report import CompatibilityReport, level_of
@@ -275,15 +277,13 @@ def test_tensors_that_contradict_the_geometry(
 def test_a_measurement_on_the_memory_stands_beside_the_certificates_word(
     certify: Any, memory: Package, tiny_models: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from awareness_vllm.compatibility import checker as module
-
     asked: list[tuple[Any, ...]] = []
 
     def measured(*given: Any) -> OnTheSpot:
         asked.append(given)
         return OnTheSpot({"native": 1.0}, Interval(mean=0.5, ci_low=0.45, ci_high=0.55), 90, 30)
 
-    monkeypatch.setattr(module, "measure_on_itself", measured)
+    monkeypatch.setattr(on_the_spot, "measure", measured)
     expected = certify().check(package=memory, target_model=tiny_models[1])
     report = certify().check(package=memory, target_model=tiny_models[1], measure=True)
     assert (report.estimated_retention, report.basis) == (
@@ -349,3 +349,28 @@ def test_the_command(
     assert path.stem in (tmp_path / "page.html").read_text()
     assert main(["check", "--source", "gpt-4", "--target", "gpt-4o"]) == 1
     assert "too little" in capsys.readouterr().err
+
+
+def test_the_command_loads_no_model_library_for_a_config_that_was_read_before(
+    certify: Any,
+    memory: Package,
+    tiny_models: Models,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("AWARENESS_HOME", str(tmp_path / "home"))
+    geometry._from_folder.cache_clear()
+    certify().check(package=memory, target_model=tiny_models[1])
+    script = """
+import sys
+from awareness_vllm.cli.main import main
+status = main(sys.argv[1:])
+print(sorted({"torch", "transformers", "tokenizers", "vllm"} & set(sys.modules)), file=sys.stderr)
+sys.exit(status)
+"""
+    given = ["check", str(publish(memory, tmp_path)), "--target", str(tiny_models[1]), "--json"]
+    given += ["--wmatrix", str(tmp_path / "pair.wmatrix")]
+    done = subprocess.run([sys.executable, "-c", script, *given], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[-1] == "[]"
+    assert json.loads(done.stdout)["basis"]["kind"] == "measured"

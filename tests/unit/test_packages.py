@@ -16,16 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from awareness_vllm.errors import PackageCorrupt
-from awareness_vllm.packages.file import (
-    METADATA_KEY,
-    Package,
-    check_bytes,
-    id_of,
-    publish,
-    read,
-    read_manifest,
-    verify,
-)
+from awareness_vllm.packages.file import Package, publish, read, verify
+from awareness_vllm.packages.manifest import METADATA_KEY, check_bytes, id_of, read_manifest
 
 pytestmark = pytest.mark.unit
 

@@ -18,7 +18,6 @@ from awareness_vllm.align.strategies import (
     Figure,
     TrainingFree,
     TrainingFreeWarning,
-    by_depth,
     resized,
     training_free,
     turns,
@@ -26,7 +25,7 @@ from awareness_vllm.align.strategies import (
     warn,
 )
 from awareness_vllm.errors import BadInput, UnsupportedModel
-from awareness_vllm.geometry import Geometry, LayerGeometry, Positions
+from awareness_vllm.geometry import Geometry, LayerGeometry, Positions, by_depth
 from awareness_vllm.wmatrix.certificate import Interval
 
 pytestmark = pytest.mark.unit

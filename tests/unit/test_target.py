@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from awareness_vllm.align.aligner import TAIL
 from awareness_vllm.cli import check_
 from awareness_vllm.compatibility.findings import findings
 from awareness_vllm.compatibility.target import (
@@ -20,6 +19,7 @@ from awareness_vllm.compatibility.target import (
 from awareness_vllm.errors import BadInput
 from awareness_vllm.geometry import Geometry, LayerGeometry, Positions
 from awareness_vllm.serving.config import ServingConfig
+from awareness_vllm.wmatrix.certificate import TAIL
 
 pytestmark = pytest.mark.unit
 

@@ -16,9 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from awareness_vllm.errors import WMatrixCorrupt
-from awareness_vllm.packages.file import METADATA_KEY
+from awareness_vllm.packages.manifest import METADATA_KEY
 from awareness_vllm.packages.payload import payload_digest
-from awareness_vllm.wmatrix.file import WMatrix, digest_of, is_readable, load, read_manifest
+from awareness_vllm.wmatrix.file import WMatrix, digest_of, load
+from awareness_vllm.wmatrix.manifest import is_readable, read_manifest
 
 pytestmark = pytest.mark.unit
 
