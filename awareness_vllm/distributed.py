@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 
 import torch.distributed as dist
@@ -13,4 +14,6 @@ def join() -> tuple[int, int]:
         return 0, 1
     if not dist.is_initialized():
         dist.init_process_group("gloo")
+        # Its threads would end the process with SIGABRT now and then.
+        atexit.register(dist.destroy_process_group)
     return dist.get_rank(), dist.get_world_size()

@@ -40,9 +40,10 @@ from awareness_vllm.wmatrix.bootstrap import mean, resamples
 from awareness_vllm.wmatrix.config import FitConfig
 from awareness_vllm.wmatrix.cost import map_flop, prefill_flop, share_of_prefill
 from awareness_vllm.wmatrix.evaluate import TextFigures, cut_evenly, evaluate_texts
-from awareness_vllm.wmatrix.file import WMatrix, is_readable
+from awareness_vllm.wmatrix.file import WMatrix
 from awareness_vllm.wmatrix.file import load as load_wmatrix
 from awareness_vllm.wmatrix.fit import fit
+from awareness_vllm.wmatrix.manifest import is_readable
 
 HELD_OUT = ("crawl", "debian-history", "wordnet")
 CONTEXT, CONTINUATION = 300, 60
