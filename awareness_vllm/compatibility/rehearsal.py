@@ -178,8 +178,7 @@ def writing(target: Geometry, count: int) -> Callable[[], None]:
         begin = next(places)
         slots = torch.tensor(list(range(begin, begin + count)), dtype=torch.int64)
         for key, value, page in zip(keys, values, pages, strict=True):
-            real = slots >= 0
-            write(key[:count][real].contiguous(), value[:count][real].contiguous(), page, slots)
+            write(key, value, page, slots)
 
     return run
 

@@ -236,11 +236,11 @@ class WorkerHalf:
 
     def bytes_in(self, slots: list[Tensor]) -> int:
         """Bytes of cache that each KV cache group's slots stand for, in all of its layers."""
+        written = [int((group != SKIP).sum()) for group in slots]
         total = 0
         for name, group in self.groups.items():
             cache = self.layers[name].kv_cache  # [B, H, N, K|V]
-            slot = cache[0].numel() * cache.element_size() // cache.shape[2]
-            total += slot * int((slots[group] != SKIP).sum())
+            total += cache[0].numel() * cache.element_size() // cache.shape[2] * written[group]
         return total
 
     def place(self, memory: Memory, stretch: Stretch, slots: list[Tensor]) -> None:
@@ -253,12 +253,12 @@ class WorkerHalf:
             paged = self.supply.paged[stretch.part.wmatrix]
             paged.write(memory, self.pages(), by_layer, begin, offset)
             return
+        end, held = begin + len(slots[0]), [with_slots(group) for group in slots]
         for name, group in self.groups.items():
-            real = slots[group] != SKIP
-            index, end = layer_index(name), begin + len(real)
-            key, value = (states[index][begin:end][real] for states in (memory.keys, memory.values))
+            index, (where, real) = layer_index(name), held[group]
+            key, value = (s[index][begin:end][where] for s in (memory.keys, memory.values))
             positions = self.memories.geometry.layers[index].positions
-            self.write(name, shift(key, offset, positions), value, slots[group][real])
+            self.write(name, shift(key, offset, positions), value, real)
 
     def write(self, name: str, key: Tensor, value: Tensor, slots: Tensor) -> None:
         """Scatter one layer's key and value [N, H, D] into slots [N], by vLLM's own operator."""
@@ -290,6 +290,12 @@ class WorkerHalf:
         except AwarenessError as error:
             return str(error)
         return ""
+
+
+def with_slots(slots: Tensor) -> tuple[slice | Tensor, Tensor]:
+    """Which of a stretch's tokens have a slot, and the slots; all of them are no copy."""
+    real = slots != SKIP
+    return (slice(None), slots) if real.all() else (real, slots[real])
 
 
 def stretches(load: Load) -> Iterator[Stretch]:
