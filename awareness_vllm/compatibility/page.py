@@ -268,14 +268,15 @@ def degradation(found: Sequence[Share]) -> Html:
         published = UNKNOWN_SHARE
         if share.prior is not None:
             published = el("span", percent(share.prior, PUBLISHED), class_="figure prior")
-        rows.append((name, (charts.signed(share, low, high), told(share.share), published)))
+        drawn = joined([name, charts.signed(share, low, high)])
+        rows.append((drawn, (told(share.share), published)))
     caption = (
         "Of what a naive conversion loses, which all of these bind: the part that goes when each "
-        "is lifted. Left of the line lifting it does harm; all add up to 100 %. Dashed: the "
+        "is lifted. Left of the line lifting it does harm; all add up to 100 %. Dotted: the "
         "published share."
     )
     name = "Where the loss comes from"
-    shown = table(name, ("source", "", "measured", "prior"), rows, "shares")
+    shown = table(name, ("source", "measured", "prior"), rows, "shares")
     return card(name, el("figure", shown, el("figcaption", caption)))
 
 
