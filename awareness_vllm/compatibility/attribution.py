@@ -41,7 +41,7 @@ from awareness_vllm.wmatrix.file import WMatrix, digest_of, load
 from awareness_vllm.wmatrix.gather import gather, held_out_rows
 from awareness_vllm.wmatrix.mapping import heads
 from awareness_vllm.wmatrix.progress import say
-from awareness_vllm.wmatrix.reader import Reader
+from awareness_vllm.wmatrix.reader import Reader, Row
 from awareness_vllm.wmatrix.regress import fisher_weight
 from awareness_vllm.wmatrix.workspace import Workspace, workspace
 
@@ -210,28 +210,22 @@ def losses(
     divergence from native reading, of the W-Matrix itself and of the 32 maps, [1 + 32, 2]."""
     text = as_read(bench, wmatrix, context)
     native = said(bench, placed(wmatrix, text.ids, text.truth), ids)
-    row = reader.read(context)
-    full = {way: one.states(row.features, row.blank, reader.width) for way, one in maps.items()}
-    memories = (text.served, *arms(wmatrix, text, maps, full))
     found = []
-    for memory in memories:
+    for memory in (text.served, *arms(wmatrix, text, reader.read(context), maps)):
         logprobs = said(bench, memory, ids)
         surprised = surprise(logprobs, ids) - surprise(native, ids)
         found.append((surprised.mean().item(), divergence(native, logprobs).mean().item()))
     return np.array(found)
 
 
-def arms(
-    wmatrix: WMatrix, text: Text, maps: Maps, full: dict[Lifted, Tensor]
-) -> Iterator[AlignedMemory]:
-    """A text's memory by each of the 32 maps, in the order of `subset`.
-
-    Args:
-        full: its states by each regression at full rank, [T, O].
-    """
+def arms(wmatrix: WMatrix, text: Text, row: Row, maps: Maps) -> Iterator[AlignedMemory]:
+    """A text's memory by each of the 32 maps, in the order of `subset`."""
+    width = wmatrix.manifest.source_width
+    full = {way: one.states(row.features, row.blank, width) for way, one in maps.items()}
+    reduced = {way: one.reduced(full[way]) for way, one in maps.items()}
     for lifted in map(subset, range(2 ** len(SOURCES))):
         way = lifted & {HEADS, LAYERS}
-        states = full[way] if RANK in lifted else maps[way].reduced(full[way])
+        states = full[way] if RANK in lifted else reduced[way]
         if NORMS in lifted:
             states = with_norms(wmatrix.manifest.target, states, text.truth)
         yield placed(wmatrix, text.ids, states, None if POSITIONS in lifted else text.counted)

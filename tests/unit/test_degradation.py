@@ -427,9 +427,7 @@ def test_the_truth_loses_nothing_and_each_arm_something_else(
     native = said(bench, bench.native(text.ids), follow)
     given = said(bench, placed(wmatrix, text.ids, text.truth), follow)
     torch.testing.assert_close(given, native, atol=1e-5, rtol=0)
-    row = reader.read(context)
-    full = {way: one.states(row.features, row.blank, reader.width) for way, one in found.items()}
-    memories = list(arms(wmatrix, text, found, full))
+    memories = list(arms(wmatrix, text, reader.read(context), found))
     keys = [torch.cat([k.flatten() for k in memory.keys]) for memory in memories]
     values = [torch.cat([v.flatten() for v in memory.values]) for memory in memories]
     for number in range(32):
