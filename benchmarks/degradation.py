@@ -1,7 +1,8 @@
 """What a pair's loss comes from, measured by maps with and without constraints, beside the table.
 
     python benchmarks/degradation.py --source S --target T --wmatrix pair.wmatrix \
-        --texts HELD_OUT… --limit 16 --contexts 150 300 600 --out FILE.json --plot FILE.png --record
+        --texts HELD_OUT… --contexts 150 300 600 --limit 8 16 8 --out FILE.json --plot FILE.png \
+        --record
 
 Five constraints, one for each published source of degradation, make a naive conversion of a map;
 all 32 maps in between are fitted on the same anchors and measured on the same texts (definitions:
@@ -16,6 +17,7 @@ beside the W-Matrix, where `load_for` finds them; the plot needs matplotlib.
 from __future__ import annotations
 
 import argparse
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +38,8 @@ def main() -> None:
         args.target,
         load(args.texts),
         load(args.anchors or [anchors_dir()]),
-        contexts=args.contexts,
+        contexts=dict(zip(args.contexts, itertools.cycle(args.limit))),
         continuation=args.continuation,
-        limit=args.limit,
         tokens=args.tokens,
         folder=args.work,
     )
@@ -58,7 +59,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--target", required=True)
     parser.add_argument("--wmatrix", type=Path, required=True)
     parser.add_argument("--texts", nargs="+", required=True, type=Path)
-    parser.add_argument("--limit", type=int, default=16, help="texts for each length of context")
+    parser.add_argument(
+        "--limit", nargs="+", type=int, default=[16], help="texts: for all lengths, or for each"
+    )
     parser.add_argument("--contexts", nargs="+", type=int, default=[300])
     parser.add_argument("--continuation", type=int, default=60)
     parser.add_argument("--anchors", nargs="+", type=Path, help="by default the installed ones")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,9 +70,8 @@ def attribute(
     texts: Sequence[Document],
     anchors: Sequence[Document],
     *,
-    contexts: Sequence[int] = (300,),
+    contexts: Mapping[int, int],
     continuation: int = 60,
-    limit: int = 16,
     tokens: int = 100_000,
     folder: Path | None = None,
     progress: bool = True,
@@ -84,9 +83,8 @@ def attribute(
             loses itself is measured beside.
         texts: from sources that no anchor came from.
         anchors: what the maps are fitted on, `tokens` of them.
-        contexts: tokens of context to measure at; where too few texts are long enough for one,
-            short ones are read in a row.
-        limit: at most so many texts for each of them.
+        contexts: tokens of context to measure at, and how many texts at most for each; where too
+            few are long enough, short ones are read in a row.
         folder: for the unfinished work, so that what was gathered is not lost with a killed run.
 
     Raises:
@@ -101,7 +99,10 @@ def attribute(
             expected="one that reads the target's tokens: only these have true states",
         )
     bench = Bench(Path(source), Path(target), found)
-    by_length = {n: cut(bench, texts, n, continuation, limit) for n in sorted(set(contexts))}
+    by_length = {
+        length: cut(bench, texts, length, continuation, limit)
+        for length, limit in sorted(contexts.items())
+    }
     reader = Reader(resolve_folder(source), bench.target, manifest.predecessors)
     reader.residual = False  # of a variant, too, everything is learned
     reader.choose(manifest.layers)
@@ -117,7 +118,6 @@ def attribute(
         wmatrix=digest_of(wmatrix),
         contexts=lost_at,
         texts=digest(texts),
-        limit=limit,
         continuation=continuation,
         anchor_tokens=rows,
         rank=manifest.rank,

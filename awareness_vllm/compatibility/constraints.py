@@ -102,12 +102,12 @@ def at_place(
     return tuple((Head(head.part, layer, i), share) for i, share in enumerate(shares) if share)
 
 
-def merge(source: Geometry, read: Sequence[int], scale: Tensor, found: Reading) -> Tensor:
+def merge(source: Geometry, read: Sequence[int], scale: Tensor, wanted: Reading) -> Tensor:
     """From standardised features to those that are read, [F, M] sparse: source heads merged in
     their own units, then all features that are not the source's states as they are."""
     where = dict(heads(source, tuple(read)))
     rows, columns, weights, width = [], [], [], 0
-    for merged in found:
+    for merged in wanted:
         dim = source.layers[merged[0][0].layer].head_dim
         for head, share in merged:
             rows.append(torch.arange(where[head].start, where[head].stop))

@@ -70,14 +70,13 @@ class Lost(Strict):
 class Degradation(Strict):
     """What a W-Matrix's loss comes from, at each length of context in tokens.
 
-    `wmatrix` is the digest of its file; `texts` that of the documents of which `limit` were taken
-    evenly for each length. The maps were fitted on `anchor_tokens`, the limited ones to `rank`.
+    `wmatrix` is the digest of its file; `texts` that of the documents of which some were taken for
+    each length, evenly. The maps were fitted on `anchor_tokens`, the limited ones to `rank`.
     """
 
     wmatrix: str
     contexts: dict[int, Lost]
     texts: str
-    limit: int
     continuation: int
     anchor_tokens: int
     rank: int

@@ -481,15 +481,15 @@ def test_a_pair_is_measured_kept_and_found_again(
         *tiny_models,
         texts,
         anchors,
-        contexts=(40, 20),
+        contexts={40: 3, 20: 4},
         continuation=5,
-        limit=4,
         tokens=1500,
         folder=tmp_path / "work",
         progress=False,
     )
     assert not (tmp_path / "work").exists()
     assert list(found.contexts) == [20, 40]
+    assert found.contexts[40].all.kl.n == 3
     lost = found.contexts[20]
     assert lost.all.nll.n == lost.all.kl.n == 4
     assert {kind: m.nll.n for kind, m in lost.kinds.items()} == {"a": 2, "b": 2}
@@ -523,7 +523,7 @@ def test_a_map_without_text_is_refused(
         encode=wmatrix.encode[:features],
     ).save(path)
     with pytest.raises(BadInput, match="without text"):
-        attribute(path, *tiny_models, [], [], progress=False)
+        attribute(path, *tiny_models, [], [], contexts={300: 2}, progress=False)
 
 
 @pytest.fixture
@@ -543,7 +543,6 @@ def measured() -> Callable[[str], Degradation]:
             wmatrix=digest,
             contexts={300: Lost(all=both, kinds={"a": both})},
             texts="t" * 64,
-            limit=16,
             continuation=60,
             anchor_tokens=2000,
             rank=4,
