@@ -114,8 +114,16 @@ def load_for(entry: WMatrixEntry) -> Degradation | None:
         return None
     try:
         found = Degradation.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
+    except OSError as error:
         logger.warning("%s is not used: %s", path.name, error)
+        return None
+    except ValidationError as error:
+        logger.warning(
+            "%s is not used: it is not of this version's form (%d fields); measure again with "
+            "benchmarks/degradation.py",
+            path.name,
+            error.error_count(),
+        )
         return None
     if found.wmatrix != entry.digest:
         logger.warning(
