@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -377,7 +378,9 @@ def test_norms_are_given_and_directions_are_not(wmatrix: WMatrix) -> None:
     assert torch.equal(states, before)
 
 
-CONFIG = FitConfig(tokens=2000, rank=4, predecessors=1, calibration=0, held_out=0.0, ridge=0.02)
+CONFIG = FitConfig(
+    layers=3, tokens=2000, rank=4, predecessors=1, calibration=0, held_out=0.0, ridge=0.02
+)
 
 
 @pytest.fixture(scope="module")
@@ -474,7 +477,15 @@ def test_a_pair_is_measured_kept_and_found_again(
     tmp_path: Path,
 ) -> None:
     monkeypatch.setattr(gather, "CHUNK_ROWS", 256)
-    _, path = fitted
+    wmatrix, path = fitted
+    read = []
+    whole = attribution.fitted
+
+    def seen(reader: Reader, *args: Any, **kwargs: Any) -> Any:
+        read.append(reader.layers)
+        return whole(reader, *args, **kwargs)
+
+    monkeypatch.setattr(attribution, "fitted", seen)
     texts = [Document(f"{'ab'[i % 2]}/{i}", d.text) for i, d in enumerate(anchors)]
     found = attribute(
         path,
@@ -487,6 +498,7 @@ def test_a_pair_is_measured_kept_and_found_again(
         folder=tmp_path / "work",
         progress=False,
     )
+    assert read == [wmatrix.manifest.layers]
     assert not (tmp_path / "work").exists()
     assert list(found.contexts) == [20, 40]
     assert found.contexts[40].all.kl.n == 3
