@@ -149,7 +149,7 @@ def fitted(
     maps: Maps = {}
     for lifted in map(frozenset, ((), (HEADS,), (LAYERS,), (HEADS, LAYERS))):
         maps[lifted] = regression.solve(blocks(*ends, scale, lifted), rank, config.seed)
-        say(f"without {sorted(lifted) or 'anything'} lifted: {maps[lifted].ridge}", progress)
+        say(f"lifted: {sorted(lifted) or 'nothing'}, ridge: {maps[lifted].ridge}", progress)
     return maps, rows
 
 
