@@ -114,7 +114,9 @@ def plot(found: Degradation, title: str, path: Path) -> None:
 
     length = 300 if 300 in found.contexts else min(found.contexts)
     lost = found.contexts[length]
-    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
+    figure, (left, middle, right) = pyplot.subplots(
+        1, 3, figsize=(17, 4.5), layout="constrained", width_ratios=(1, 1.3, 1)
+    )
     shares = {"by KL": lost.all.kl.shares, "by NLL": lost.all.nll.shares}
     names = [*SOURCES, REMAINDER]
     bars(left, names, {by: [s.share for s in some] for by, some in shares.items() if some})

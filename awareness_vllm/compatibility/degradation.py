@@ -36,7 +36,9 @@ class Part(Strict):
     there are none where nothing was lost.
 
     `served` is what the W-Matrix itself loses, `uncalibrated` the regression that it began as;
-    `alone` what that one loses more with a constraint than without it, all else as it is.
+    `alone` what that one loses more with a constraint than without it, all else as it is. `arms`
+    are the mean losses of the 32 maps, in the order of `subset`: from them Shapley values follow
+    for any part of the constraints, the others lifted.
     """
 
     n: int
@@ -47,6 +49,7 @@ class Part(Strict):
     served: Interval
     uncalibrated: Interval
     alone: dict[str, Interval]
+    arms: tuple[float, ...]
 
 
 class Measures(Strict):
@@ -155,6 +158,7 @@ def part(losses: np.ndarray, served: np.ndarray) -> Part:
             name: Interval(**mean(losses[own & ~bit] - losses[own | bit]))
             for name, bit in ((name, mask(frozenset({name}))) for name in SOURCES)
         },
+        arms=tuple(losses.mean(1).tolist()),
     )
 
 

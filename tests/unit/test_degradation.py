@@ -507,6 +507,8 @@ def test_a_pair_is_measured_kept_and_found_again(
     assert {kind: m.nll.n for kind, m in lost.kinds.items()} == {"a": 2, "b": 2}
     for measure in (lost.all.nll, lost.all.kl, lost.kinds["a"].kl):
         assert measure.recovered.keys() == measure.alone.keys() == PUBLISHED.keys()
+        taken = shapley(np.array(measure.arms)[:, None])[:, 0]
+        assert [i.mean for i in measure.recovered.values()] == pytest.approx(taken.tolist())
         whole = sum(i.mean for i in measure.recovered.values()) + measure.remainder.mean
         assert measure.loss.mean == pytest.approx(whole)
     assert lost.all.kl.loss.mean > 0
@@ -603,7 +605,7 @@ def test_a_measurement_of_the_old_form_is_not_used(
     kept = json.loads(measured(entry.digest).model_dump_json())
     del kept["rank"]
     for measure in kept["contexts"]["300"]["all"].values():
-        for field in ("remainder", "served", "uncalibrated", "alone"):
+        for field in ("remainder", "served", "uncalibrated", "alone", "arms"):
             del measure[field]
         measure["unattributed"] = {"mean": 0.1, "ci_low": 0.0, "ci_high": 0.2}
     beside(entry.path).write_text(json.dumps(kept))
