@@ -86,6 +86,7 @@ def lines(found: Degradation) -> list[str]:
 
 def part_lines(part: Part) -> list[str]:
     shares = {share.source: share for share in part.shares}
+    placed = {share.source: share.share.mean for share in part.placed_shares}
     rows = [f"  {'all constraints':24}{nats(part.loss)}"]
     for name, found in {**part.recovered, REMAINDER: part.remainder}.items():
         said = f"  {name:24}{nats(found)}"
@@ -93,6 +94,8 @@ def part_lines(part: Part) -> list[str]:
             said += f"   share {share.share.mean:4.0%} ({share.share.ci_low:.0%} … "
             said += f"{share.share.ci_high:.0%})"
             said += f", published {share.prior:.0%}" if share.prior is not None else ""
+        if name in placed:
+            said += f"   with true positions {placed[name]:4.0%}"
         if alone := part.alone.get(name):
             said += f"   alone {nats(alone)}"
         rows.append(said)

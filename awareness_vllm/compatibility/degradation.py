@@ -6,14 +6,14 @@ import datetime
 import itertools
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from pydantic import ValidationError
 
-from awareness_vllm.compatibility.constraints import SOURCES, WMATRIX, mask
+from awareness_vllm.compatibility.constraints import POSITIONS, SOURCES, WMATRIX, mask, subset
 from awareness_vllm.compatibility.report import REMAINDER, Share
 from awareness_vllm.files import write_whole
 from awareness_vllm.geometry import Strict
@@ -36,9 +36,9 @@ class Part(Strict):
     there are none where nothing was lost.
 
     `served` is what the W-Matrix itself loses, `uncalibrated` the regression that it began as;
-    `alone` what that one loses more with a constraint than without it, all else as it is. `arms`
-    are the mean losses of the 32 maps, in the order of `subset`: from them Shapley values follow
-    for any part of the constraints, the others lifted.
+    `alone` what that one loses more with a constraint than without it, all else as it is. `placed`
+    is what is lost with true positions and all other constraints, `placed_shares` what these four
+    and the remainder are of that.
     """
 
     n: int
@@ -49,7 +49,8 @@ class Part(Strict):
     served: Interval
     uncalibrated: Interval
     alone: dict[str, Interval]
-    arms: tuple[float, ...]
+    placed: Interval
+    placed_shares: tuple[Share, ...]
 
 
 class Measures(Strict):
@@ -143,22 +144,25 @@ def load_for(entry: WMatrixEntry) -> Degradation | None:
 def part(losses: np.ndarray, served: np.ndarray) -> Part:
     """What the losses of some texts say: [32, n] of the maps in the order of `subset`, [n] of the
     W-Matrix itself."""
-    found = dict(zip(SOURCES, shapley(losses), strict=True))
-    total, rest = losses[0], losses[-1]
     own = mask(WMATRIX)
+    placed = losses[[POSITIONS in subset(i) for i in range(len(losses))]]
     return Part(
         n=len(served),
-        loss=Interval(**mean(total)),
-        recovered={name: Interval(**mean(nats)) for name, nats in found.items()},
-        remainder=Interval(**mean(rest)),
-        shares=shares({**found, REMAINDER: rest}, total),
+        loss=Interval(**mean(losses[0])),
+        recovered={
+            name: Interval(**mean(nats))
+            for name, nats in zip(SOURCES, shapley(losses), strict=True)
+        },
+        remainder=Interval(**mean(losses[-1])),
+        shares=shares(losses, [*SOURCES]),
         served=Interval(**mean(served)),
         uncalibrated=Interval(**mean(losses[own])),
         alone={
             name: Interval(**mean(losses[own & ~bit] - losses[own | bit]))
             for name, bit in ((name, mask(frozenset({name}))) for name in SOURCES)
         },
-        arms=tuple(losses.mean(1).tolist()),
+        placed=Interval(**mean(placed[0])),
+        placed_shares=shares(placed, [name for name in SOURCES if name != POSITIONS]),
     )
 
 
@@ -179,12 +183,14 @@ def shapley(losses: np.ndarray) -> np.ndarray:
     return found
 
 
-def shares(nats: Mapping[str, np.ndarray], total: np.ndarray) -> tuple[Share, ...]:
-    """The shares of the nats [n] in their total, with intervals over documents, each beside the
-    published one."""
+def shares(losses: np.ndarray, names: Sequence[str]) -> tuple[Share, ...]:
+    """The shares of constraints and of the remainder in what is lost with all of them, [2**K, n] as
+    for `shapley`, with intervals over documents, each beside the published one."""
+    total = losses[0]
     if total.mean() <= 0:
         return ()
+    nats = zip([*names, REMAINDER], [*shapley(losses), losses[-1]], strict=True)
     return tuple(
         Share(source=name, share=Interval(**share(found, total)), prior=SOURCES.get(name))
-        for name, found in nats.items()
+        for name, found in nats
     )

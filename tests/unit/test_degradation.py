@@ -343,6 +343,11 @@ def test_shares_are_of_the_naive_loss_with_their_signs() -> None:
     assert sum(shares.values()) == pytest.approx(1)
     assert [share.prior for share in found.shares] == [*PUBLISHED.values(), None]
     assert found.served.mean == pytest.approx(0.2)
+    # With true positions the others share what is left of the loss.
+    assert found.placed.mean == pytest.approx(3.0 - 1.35)
+    placed = {share.source: share.share.mean for share in found.placed_shares}
+    others = {name: cost / 1.1 for name, cost in COSTS.items() if name != POSITIONS}
+    assert placed == pytest.approx({**others, REMAINDER: 0.4 / 1.1})
     # At the W-Matrix's structure: limited rank, its own norms, nothing else.
     assert found.uncalibrated.mean == pytest.approx(1.5 * (0.4 - 0.2 + 0.1))
     assert {name: i.mean for name, i in found.alone.items()} == pytest.approx(
@@ -507,8 +512,6 @@ def test_a_pair_is_measured_kept_and_found_again(
     assert {kind: m.nll.n for kind, m in lost.kinds.items()} == {"a": 2, "b": 2}
     for measure in (lost.all.nll, lost.all.kl, lost.kinds["a"].kl):
         assert measure.recovered.keys() == measure.alone.keys() == PUBLISHED.keys()
-        taken = shapley(np.array(measure.arms)[:, None])[:, 0]
-        assert [i.mean for i in measure.recovered.values()] == pytest.approx(taken.tolist())
         whole = sum(i.mean for i in measure.recovered.values()) + measure.remainder.mean
         assert measure.loss.mean == pytest.approx(whole)
     assert lost.all.kl.loss.mean > 0
@@ -605,7 +608,7 @@ def test_a_measurement_of_the_old_form_is_not_used(
     kept = json.loads(measured(entry.digest).model_dump_json())
     del kept["rank"]
     for measure in kept["contexts"]["300"]["all"].values():
-        for field in ("remainder", "served", "uncalibrated", "alone", "arms"):
+        for field in ("remainder", "served", "uncalibrated", "alone", "placed", "placed_shares"):
             del measure[field]
         measure["unattributed"] = {"mean": 0.1, "ci_low": 0.0, "ci_high": 0.2}
     beside(entry.path).write_text(json.dumps(kept))
@@ -637,9 +640,9 @@ def test_the_table_has_signs_and_the_remainder() -> None:
         "10%",
         "5%",
     ]
-    assert "published 30%   alone  -0.3000" in sources[0]
+    assert "published 30%   with true positions -18%   alone  -0.3000" in sources[0]
     assert rest.startswith("  remainder ")
-    assert rest.endswith("share  20% (20% … 20%)")
+    assert rest.endswith("share  20% (20% … 20%)   with true positions  36%")
     assert regression_.split()[-4] == "0.4500"
     assert served.split()[3] == "0.2000"
 
