@@ -228,13 +228,13 @@ def test_with_constraints_it_is_the_ridge_on_what_may_be_read() -> None:
     found, sums = regression(X, Y)
     x, y = standardised(sums, X, Y)
     raw, free = x * sums.x_scale, x[:, WIDTH:]
-    for lifted, layers in ((frozenset({LAYERS}), (0, 1)), (NAIVE, (None,))):
+    for lifted in (frozenset({LAYERS}), NAIVE):
         bound = blocks(SOURCE, READ, TARGET, sums.x_scale, lifted)
         fitted = x.float() @ found.solution(bound, 0.02)
         for part_, layer, head in np.ndindex(2, 2, 2):
             merged = []
             # Target layer 0 stands at source layer 0's depth, 1 at 2's: places 0 and 1 of READ.
-            for place in layers if layers[0] is not None else (layer,):
+            for place in (0, 1) if lifted else (layer,):
                 begin = part_ * 16 + place * 8 + head * 4
                 pair = [slice(begin, begin + 2), slice(begin + 2, begin + 4)]
                 spread = torch.stack([sums.x_scale[p] for p in pair]).square().sum(0).sqrt()
@@ -244,6 +244,20 @@ def test_with_constraints_it_is_the_ridge_on_what_may_be_read() -> None:
             )
             direct = ridge_fit(torch.cat([*merged, free], dim=1), y[:, columns], 0.02)
             torch.testing.assert_close(fitted[:, columns], direct.float(), atol=1e-2, rtol=0)
+
+
+def test_dense_from_one_layer_it_is_the_ridge_on_that_layer() -> None:
+    found, sums = regression(X, Y)
+    x, y = standardised(sums, X, Y)
+    bound = blocks(SOURCE, READ, TARGET, sums.x_scale, frozenset({HEADS}))
+    fitted = x.float() @ found.solution(bound, 0.02)
+    for layer in range(2):
+        source, target = (
+            [*range(layer * n, layer * n + n), *range(2 * n + layer * n, 3 * n + layer * n)]
+            for n in (8, 6)
+        )
+        direct = ridge_fit(torch.cat((x[:, source], x[:, WIDTH:]), dim=1), y[:, target], 0.02)
+        torch.testing.assert_close(fitted[:, target], direct.float(), atol=1e-2, rtol=0)
 
 
 @pytest.mark.parametrize("rank", [1, 4, 30])
