@@ -1,26 +1,31 @@
-"""What a pair's loss comes from, measured by ablations, beside the published table.
+"""What a pair's loss comes from, measured by maps with and without constraints, beside the table.
 
     python benchmarks/degradation.py --source S --target T --wmatrix pair.wmatrix \
-        --texts HELD_OUT… --limit 16 --contexts 150 300 600 --out FILE.json --plot FILE.png --record
+        --texts HELD_OUT… --contexts 150 300 600 --limit 8 16 8 --out FILE.json --plot FILE.png \
+        --record
 
-The loss is by how much the target's predictions are worse after the memory than after native
-reading, in nats: of the tokens that came (NLL), and as the divergence from native predictions (KL).
-For each published source of degradation one part of the truth is given to the map (the definitions:
-`awareness_vllm/compatibility/ablations.py`); the shares are those of what each alone recovers. By
-kind of text and by length of context. `--record` keeps the figures beside the W-Matrix, where
-`load_for` finds them; the plot needs matplotlib.
+Five constraints, one for each published source of degradation, make a naive conversion of a map;
+all 32 maps in between are fitted on the same anchors and measured on the same texts (definitions:
+`awareness_vllm/compatibility/constraints.py`). The loss is by how much the target's predictions are
+worse after the memory than after native reading, in nats: of the tokens that came (NLL), and as the
+divergence from native predictions (KL). What a constraint is said to cost is what lifting it takes
+away, a mean over all orders to lift them in (Shapley values): with what is left when all are lifted
+these add up to the loss. By kind of text and by length of context. `--record` keeps the figures
+beside the W-Matrix, where `load_for` finds them; the plot needs matplotlib.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 from pathlib import Path
 from typing import Any
 
 from awareness_vllm.anchors.corpus import load
-from awareness_vllm.compatibility.ablations import SOURCES
 from awareness_vllm.compatibility.attribution import attribute
 from awareness_vllm.compatibility.degradation import Degradation, Part
+from awareness_vllm.compatibility.report import REMAINDER
+from awareness_vllm.compatibility.sources import SOURCES
 from awareness_vllm.home import anchors_dir
 from awareness_vllm.wmatrix.certificate import Interval
 
@@ -33,10 +38,10 @@ def main() -> None:
         args.target,
         load(args.texts),
         load(args.anchors or [anchors_dir()]),
-        contexts=args.contexts,
+        contexts=dict(zip(args.contexts, itertools.cycle(args.limit))),
         continuation=args.continuation,
-        limit=args.limit,
         tokens=args.tokens,
+        folder=args.work,
     )
     print("\n".join(lines(found)))
     if args.out:
@@ -54,13 +59,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--target", required=True)
     parser.add_argument("--wmatrix", type=Path, required=True)
     parser.add_argument("--texts", nargs="+", required=True, type=Path)
-    parser.add_argument("--limit", type=int, default=16, help="texts for each length of context")
+    parser.add_argument(
+        "--limit", nargs="+", type=int, default=[16], help="texts: for all lengths, or for each"
+    )
     parser.add_argument("--contexts", nargs="+", type=int, default=[300])
     parser.add_argument("--continuation", type=int, default=60)
     parser.add_argument("--anchors", nargs="+", type=Path, help="by default the installed ones")
-    parser.add_argument(
-        "--tokens", type=int, default=30_000, help="of anchors, for the map without a latent"
-    )
+    parser.add_argument("--tokens", type=int, default=100_000, help="of anchors")
+    parser.add_argument("--work", type=Path, help="keep unfinished work here, to go on with it")
     parser.add_argument("--out", type=Path, help="write the JSON here")
     parser.add_argument("--record", action="store_true", help="keep the JSON beside the W-Matrix")
     parser.add_argument("--plot", type=Path, help="write a plot here; needs matplotlib")
@@ -80,14 +86,21 @@ def lines(found: Degradation) -> list[str]:
 
 def part_lines(part: Part) -> list[str]:
     shares = {share.source: share for share in part.shares}
-    rows = [f"  {'loss, nats':32}{nats(part.loss)}"]
-    for name, recovered in part.recovered.items():
-        said = f"  {name:32}{nats(recovered)}"
+    placed = {share.source: share.share.mean for share in part.placed_shares}
+    rows = [f"  {'all constraints':24}{nats(part.loss)}"]
+    for name, found in {**part.recovered, REMAINDER: part.remainder}.items():
+        said = f"  {name:24}{nats(found)}"
         if share := shares.get(name):
             said += f"   share {share.share.mean:4.0%} ({share.share.ci_low:.0%} … "
-            said += f"{share.share.ci_high:.0%}), published {share.prior:.0%}"
-        rows.append(said + (" (harm, counted as 0)" if name in part.clamped else ""))
-    return [*rows, f"  {'unattributed':32}{nats(part.unattributed)}"]
+            said += f"{share.share.ci_high:.0%})"
+            said += f", published {share.prior:.0%}" if share.prior is not None else ""
+        if name in placed:
+            said += f"   with true positions {placed[name]:4.0%}"
+        if alone := part.alone.get(name):
+            said += f"   alone {nats(alone)}"
+        rows.append(said)
+    rows.append(f"  {'regression of the rank':24}{nats(part.uncalibrated)}")
+    return [*rows, f"  {'the W-Matrix itself':24}{nats(part.served)}"]
 
 
 def nats(i: Interval) -> str:
@@ -104,12 +117,14 @@ def plot(found: Degradation, title: str, path: Path) -> None:
 
     length = 300 if 300 in found.contexts else min(found.contexts)
     lost = found.contexts[length]
-    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
-    priors = dict(sorted(((n, one.prior) for n, one in SOURCES.items()), key=lambda p: -p[1]))
+    figure, (left, middle, right) = pyplot.subplots(
+        1, 3, figsize=(17, 4.5), layout="constrained", width_ratios=(1, 1.3, 1)
+    )
     shares = {"by KL": lost.all.kl.shares, "by NLL": lost.all.nll.shares}
-    bars(left, list(priors), {by: [s.share for s in some] for by, some in shares.items() if some})
-    left.plot(range(len(priors)), list(priors.values()), "kx", label="published (prior)")
-    left.set_ylabel("share of what each alone recovers")
+    names = [*SOURCES, REMAINDER]
+    bars(left, names, {by: [s.share for s in some] for by, some in shares.items() if some})
+    left.plot(range(len(SOURCES)), list(SOURCES.values()), "kx", label="published (prior)")
+    left.set_ylabel("share of a naive conversion's loss")
     left.set_title(f"{title}, {length} tokens, {lost.all.kl.n} texts")
     kinds = {f"{kind} ({m.kl.n})": [*drawn(m.kl).values()] for kind, m in lost.kinds.items()}
     bars(middle, list(drawn(lost.all.kl)), kinds)
@@ -132,7 +147,7 @@ def plot(found: Degradation, title: str, path: Path) -> None:
 
 def drawn(part: Part) -> dict[str, Interval]:
     """What is drawn of some texts."""
-    return {"loss": part.loss, **part.recovered, "unattributed": part.unattributed}
+    return {"all constraints": part.loss, **part.recovered, REMAINDER: part.remainder}
 
 
 def bars(axes: Any, names: list[str], groups: dict[str, list[Interval]]) -> None:

@@ -76,7 +76,7 @@ def better_map(case: Case, retention: float | None) -> Iterator[Action]:
     """A map of more rank, or a calibrated one."""
     if case.entry is None or retention is None:
         return
-    # What the ablation of the rank recovers says nothing of it (docs/fidelity-log.md).
+    # What is lost to a rank without calibration says nothing of it (docs/fidelity-log.md).
     says = f"fit with a higher rank than {case.entry.manifest.rank} (`awareness fit --rank`)"
     yield Action(description=says, gain=None, basis="estimated")
     if not case.entry.manifest.fit.get("calibration"):

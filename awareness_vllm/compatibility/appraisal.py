@@ -31,7 +31,6 @@ from awareness_vllm.geometry import Geometry
 from awareness_vllm.wmatrix.certificate import TIERS, Certificate, Interval
 
 Known = tuple[Interval, Basis]
-POSITIONS = "positional re-encoding"
 
 
 def report(case: Case) -> CompatibilityReport:
@@ -46,7 +45,7 @@ def report(case: Case) -> CompatibilityReport:
     level, recommendation = level_of(capped(score, facts(case)))
     if basis is not None and basis.kind == "prior":
         recommendation += ", going by published figures that nobody here measured"
-    positional, positional_basis = positions(case, interval) or (None, None)
+    positional, positional_basis = positions(case) or (None, None)
     times = load_times(case)
     return CompatibilityReport(
         memory=case.subject.name,
@@ -130,16 +129,11 @@ def head_mapping(case: Case) -> float | None:
     return fmean(case.certificate.metrics.attention_fidelity)
 
 
-def positions(case: Case, retention: Interval | None) -> tuple[float, Basis] | None:
-    """What is left after the conversion of positions: less what it was measured to take of this
-    pair's loss, else as published for such encodings."""
+def positions(case: Case) -> tuple[float, Basis] | None:
+    """What is left after the conversion of positions, as published for such encodings. Of a map
+    here it takes nothing by itself: positions are taken off and put on exactly."""
     if case.exact:
         return 1.0, Basis(kind="exact", source="positions stay as they are")
-    measured = next((s for s in shares(case) if s.source == POSITIONS), None)
-    if measured and retention and case.entry:
-        lost = measured.share.mean * max(0.0, 1 - retention.mean)
-        basis = Basis(kind="measured", source="its degradation", digest=case.entry.digest)
-        return 1 - lost, basis
     source, target = case.subject.source.geometry, case.target.geometry
     if source is None or target is None:
         return None
@@ -206,6 +200,6 @@ def curves(certificate: Certificate) -> tuple[Curve, ...]:
 
 
 def shares(case: Case) -> tuple[Share, ...]:
-    """What the loss was measured to come from. By the divergence from native predictions, which
-    needs fewer texts than the surprise at what came."""
+    """What a naive conversion was measured to lose by. By the divergence from native predictions,
+    which needs fewer texts than the surprise at what came."""
     return case.degradation.shares(case.tokens, "kl") if case.degradation else ()

@@ -11,7 +11,7 @@ import numpy as np
 
 from awareness_vllm.compatibility.figures import is_prior, look
 from awareness_vllm.compatibility.markup import Html, el
-from awareness_vllm.compatibility.report import LEVELS, Basis, Curve
+from awareness_vllm.compatibility.report import LEVELS, Basis, Curve, Share
 from awareness_vllm.wmatrix.certificate import Interval
 
 if TYPE_CHECKING:
@@ -188,11 +188,20 @@ def bar(share: float) -> Html:
     return el("div", inner, class_="bar", aria_hidden="true")
 
 
-def stack(shares: Sequence[float], class_: str) -> Html:
-    """Shares side by side; those below nothing have no place in it."""
-    total = max(1.0, sum(max(s, 0.0) for s in shares))
+def signed(share: Share, low: float, high: float) -> Html:
+    """A share between `low` and `high`, from nothing to the right, or to the left where it is
+    below: with its interval, and a mark where the published one would be."""
+
+    def box(begin: float, end: float, class_: str) -> Html:
+        left, right = (100 * (min(max(x, low), high) - low) / (high - low) for x in (begin, end))
+        return el("i", style=f"left:{left:.2f}%;width:{right - left:.2f}%", class_=class_)
+
+    kept = share.share
     boxes = [
-        el("i", style=f"width:{100 * max(share, 0.0) / total:.2f}%", class_=f"c{i % COLOURS}")
-        for i, share in enumerate(shares)
+        box(min(kept.mean, 0.0), max(kept.mean, 0.0), "below" if kept.mean < 0 else "above"),
+        box(kept.ci_low, kept.ci_high, "whisker"),
+        box(0.0, 0.0, "zero"),
     ]
-    return el("div", *boxes, class_=f"stack {class_}", aria_hidden="true")
+    if share.prior is not None:
+        boxes.append(box(share.prior, share.prior, "mark"))
+    return el("div", *boxes, class_="signed", aria_hidden="true")

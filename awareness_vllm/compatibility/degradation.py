@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from pydantic import ValidationError
 
-from awareness_vllm.compatibility.report import Share
+from awareness_vllm.compatibility.report import REMAINDER, Share
+from awareness_vllm.compatibility.sources import POSITIONS, SOURCES, WMATRIX, mask, subset
 from awareness_vllm.files import write_whole
 from awareness_vllm.geometry import Strict
-from awareness_vllm.wmatrix.bootstrap import mean, resamples
+from awareness_vllm.wmatrix.bootstrap import mean, share
 from awareness_vllm.wmatrix.certificate import Interval
 from awareness_vllm.wmatrix.shelf import WMatrixEntry
 
@@ -26,22 +29,28 @@ SUFFIX = ".degradation.json"
 class Part(Strict):
     """What was lost on some texts by one measure, in nats for each token scored.
 
-    `loss` is the memory's more than native reading's; `recovered` what each ablation alone takes
-    away of it, negative where it does harm; `unattributed` what is left with all of them at once,
-    the harmful ones too. `shares` are those of what is recovered by each ablation alone: harm
-    counts as nothing, and they add up to 1. They are empty where nothing was recovered.
+    `loss` is that of the map with all constraints, a naive conversion: by how much it is worse
+    than native reading. `recovered` is what lifting each of them takes away of it, a mean over all
+    orders to lift them in (Shapley values), negative where it does harm; `remainder` is lost with
+    all of them lifted. These six add up to `loss` exactly, and `shares` are theirs of it, signed;
+    there are none where nothing was lost.
+
+    `served` is what the W-Matrix itself loses, `uncalibrated` the regression that it began as;
+    `alone` what that one loses more with a constraint than without it, all else as it is. `placed`
+    is what is lost with true positions and all other constraints, `placed_shares` what these four
+    and the remainder are of that.
     """
 
     n: int
     loss: Interval
     recovered: dict[str, Interval]
-    unattributed: Interval
+    remainder: Interval
     shares: tuple[Share, ...]
-
-    @property
-    def clamped(self) -> tuple[str, ...]:
-        """The sources whose ablation did harm, so that they count as nothing in the shares."""
-        return tuple(name for name, nats in self.recovered.items() if nats.mean < 0)
+    served: Interval
+    uncalibrated: Interval
+    alone: dict[str, Interval]
+    placed: Interval
+    placed_shares: tuple[Share, ...]
 
 
 class Measures(Strict):
@@ -65,16 +74,16 @@ class Lost(Strict):
 class Degradation(Strict):
     """What a W-Matrix's loss comes from, at each length of context in tokens.
 
-    `wmatrix` is the digest of its file; `texts` that of the documents of which `limit` were taken
-    evenly for each length; `anchor_tokens` were read for the regression without a latent.
+    `wmatrix` is the digest of its file; `texts` that of the documents of which some were taken for
+    each length, evenly. The maps were fitted on `anchor_tokens`, the limited ones to `rank`.
     """
 
     wmatrix: str
     contexts: dict[int, Lost]
     texts: str
-    limit: int
     continuation: int
     anchor_tokens: int
+    rank: int
     measured: datetime.date
     hardware: str
     versions: dict[str, str]
@@ -109,8 +118,16 @@ def load_for(entry: WMatrixEntry) -> Degradation | None:
         return None
     try:
         found = Degradation.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
+    except OSError as error:
         logger.warning("%s is not used: %s", path.name, error)
+        return None
+    except ValidationError as error:
+        logger.warning(
+            "%s is not used: it is not of this version's form (%d fields); measure again with "
+            "benchmarks/degradation.py",
+            path.name,
+            error.error_count(),
+        )
         return None
     if found.wmatrix != entry.digest:
         logger.warning(
@@ -124,37 +141,56 @@ def load_for(entry: WMatrixEntry) -> Degradation | None:
     return found
 
 
-def part(
-    native: np.ndarray,
-    memory: np.ndarray,
-    ablated: Mapping[str, np.ndarray],
-    together: np.ndarray,
-    priors: Mapping[str, float],
-) -> Part:
-    """What the nats [n] of texts in each arm say."""
-    recovered = {name: memory - nats for name, nats in ablated.items()}
+def part(losses: np.ndarray, served: np.ndarray) -> Part:
+    """What the losses of some texts say: [32, n] of the maps in the order of `subset`, [n] of the
+    W-Matrix itself."""
+    own = mask(WMATRIX)
+    placed = losses[[POSITIONS in subset(i) for i in range(len(losses))]]
     return Part(
-        n=len(native),
-        loss=Interval(**mean(memory - native)),
-        recovered={name: Interval(**mean(nats)) for name, nats in recovered.items()},
-        unattributed=Interval(**mean(together - native)),
-        shares=shares(recovered, priors),
+        n=len(served),
+        loss=Interval(**mean(losses[0])),
+        recovered={
+            name: Interval(**mean(nats))
+            for name, nats in zip(SOURCES, shapley(losses), strict=True)
+        },
+        remainder=Interval(**mean(losses[-1])),
+        shares=shares(losses, [*SOURCES]),
+        served=Interval(**mean(served)),
+        uncalibrated=Interval(**mean(losses[own])),
+        alone={
+            name: Interval(**mean(losses[own & ~bit] - losses[own | bit]))
+            for name, bit in ((name, mask(frozenset({name}))) for name in SOURCES)
+        },
+        placed=Interval(**mean(placed[0])),
+        placed_shares=shares(placed, [name for name in SOURCES if name != POSITIONS]),
     )
 
 
-def shares(recovered: Mapping[str, np.ndarray], priors: Mapping[str, float]) -> tuple[Share, ...]:
-    """Each source's share of what was recovered, with its interval over documents, beside the
-    published one; the largest published first."""
-    nats = np.stack([*recovered.values()], axis=1)
-    clamped = nats.mean(0).clip(0)
-    if not clamped.any():
+def shapley(losses: np.ndarray) -> np.ndarray:
+    """What each of K constraints takes away when it is lifted, a mean over all orders, [K, n].
+
+    With the loss that is left when all are lifted these add up to the loss when none is.
+
+    Args:
+        losses: [2**K, n] by what is lifted, a bit for each constraint.
+    """
+    count = len(losses).bit_length() - 1
+    found = np.zeros((count, losses.shape[1]))
+    for lifted, bit in itertools.product(range(len(losses)), range(count)):
+        if not lifted >> bit & 1:
+            orders = count * math.comb(count - 1, lifted.bit_count())
+            found[bit] += (losses[lifted] - losses[lifted | 1 << bit]) / orders
+    return found
+
+
+def shares(losses: np.ndarray, names: Sequence[str]) -> tuple[Share, ...]:
+    """The shares of constraints and of the remainder in what is lost with all of them, [2**K, n] as
+    for `shapley`, with intervals over documents, each beside the published one."""
+    total = losses[0]
+    if total.mean() <= 0:
         return ()
-    draws = nats[resamples(len(nats))].mean(1).clip(0)
-    draws = draws[draws.any(1)]
-    draws /= draws.sum(1, keepdims=True)
-    low, high = np.quantile(draws, (0.025, 0.975), axis=0)
-    found = [
-        Share(source=name, share=Interval(mean=m, ci_low=a, ci_high=b), prior=priors[name])
-        for name, m, a, b in zip(recovered, clamped / clamped.sum(), low, high, strict=True)
-    ]
-    return tuple(sorted(found, key=lambda share: -share.prior))
+    nats = zip([*names, REMAINDER], [*shapley(losses), losses[-1]], strict=True)
+    return tuple(
+        Share(source=name, share=Interval(**share(found, total)), prior=SOURCES.get(name))
+        for name, found in nats
+    )

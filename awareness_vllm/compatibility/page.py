@@ -11,6 +11,7 @@ from awareness_vllm.compatibility.figures import is_prior, look, percent, second
 from awareness_vllm.compatibility.markup import Html, el, joined, table
 from awareness_vllm.compatibility.report import (
     LEVELS,
+    REMAINDER,
     Action,
     Basis,
     Cell,
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 UNKNOWN = el("span", "nobody knows", class_="unknown")
 PUBLISHED = Basis(kind="prior", source="")
+UNKNOWN_SHARE = el("span", "none", class_="unknown")
+WITHOUT = "left with all of them lifted"
 ARMS = {
     "native": "native: the target reads the text",
     "memory": "memory: the map alone",
@@ -257,20 +260,24 @@ def kinds(report: CompatibilityReport) -> Html:
 
 def degradation(found: Sequence[Share]) -> Html:
     """Where the loss comes from: measured shares beside published ones."""
-    bars: list[Html] = []
-    for kind, shares in (
-        ("measured", [share.share.mean for share in found]),
-        ("prior", [share.prior for share in found]),
-    ):
-        bars += [el("p", el("span", kind, class_=f"badge {kind}")), charts.stack(shares, kind)]
+    low = min(0.0, *(share.share.ci_low for share in found))
+    high = max(max(share.share.ci_high, share.prior or 0.0) for share in found)
     rows = []
-    for i, share in enumerate(found):
-        mark = el("span", class_=f"dot c{i % charts.COLOURS}", aria_hidden="true")
-        published = el("span", percent(share.prior, PUBLISHED), class_="figure prior")
-        rows.append((joined([mark, share.source]), (told(share.share), published)))
-    columns = ("share of what is attributed", "measured", "prior")
+    for share in found:
+        name = WITHOUT if share.source == REMAINDER else share.source
+        published = UNKNOWN_SHARE
+        if share.prior is not None:
+            published = el("span", percent(share.prior, PUBLISHED), class_="figure prior")
+        drawn = joined([name, charts.signed(share, low, high)])
+        rows.append((drawn, (told(share.share), published)))
+    caption = (
+        "Of what a naive conversion loses, which all of these bind: the part that goes when each "
+        "is lifted. Left of the line lifting it does harm; all add up to 100 %. Dotted: the "
+        "published share."
+    )
     name = "Where the loss comes from"
-    return card(name, el("figure", *bars), table(name, columns, rows, "shares"))
+    shown = table(name, ("source", "measured", "prior"), rows, "shares")
+    return card(name, el("figure", shown, el("figcaption", caption)))
 
 
 def arms(found: dict[str, dict[str, float]]) -> Html:

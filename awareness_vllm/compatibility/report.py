@@ -27,6 +27,8 @@ LEVELS: tuple[tuple[float, Level, str], ...] = (
 
 COPIED = Interval(mean=1, ci_low=1, ci_high=1)
 """What a model keeps of its own memory."""
+REMAINDER = "remainder"
+"""The share of a loss that is left with all constraints lifted."""
 UNUSABLE = "it cannot be loaded"
 """What a risk says that leaves nothing to estimate."""
 
@@ -60,12 +62,13 @@ class Action(Strict):
 
 
 class Share(Strict):
-    """One source of degradation: its share of the loss that could be attributed, beside the
-    published one (a prior)."""
+    """One source of degradation: its share of what a naive conversion loses, negative where lifting
+    that constraint does harm, beside the published one (a prior). The REMAINDER, which no
+    constraint explains, has none; with it the shares add up to 1."""
 
     source: str
     share: Interval
-    prior: float
+    prior: float | None
 
 
 class Curve(Strict):

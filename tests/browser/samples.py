@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from awareness_vllm.compatibility.report import (
+    REMAINDER,
     Action,
     Basis,
     Cell,
@@ -93,11 +94,12 @@ def full(basis: Basis | None = MEASURED, name: str = "smollm2-135m") -> Compatib
             HOSTILE: interval(0.62, 0.1),
         },
         degradation=(
-            Share(source="Dimensional projection", share=interval(0.52, 0.06), prior=0.30),
-            Share(source="Head redistribution", share=interval(0.21, 0.05), prior=0.25),
-            Share(source="Positional re-encoding", share=interval(0.02, 0.01), prior=0.20),
-            Share(source="Layer depth", share=interval(0.19, 0.05), prior=0.15),
-            Share(source="Activation functions", share=interval(0.06, 0.08), prior=0.10),
+            Share(source="dimensional projection", share=interval(0.08, 0.03), prior=0.30),
+            Share(source="head redistribution", share=interval(0.21, 0.05), prior=0.25),
+            Share(source="positional re-encoding", share=interval(0.62, 0.08), prior=0.20),
+            Share(source="layer depth mismatch", share=interval(0.13, 0.05), prior=0.15),
+            Share(source="activation mismatch", share=interval(-0.09, 0.04), prior=0.10),
+            Share(source=REMAINDER, share=interval(0.05, 0.02), prior=None),
         ),
     )
 

@@ -1,31 +1,36 @@
-"""Attribution of a loss: every ablation gives the truth for its part, and for no other."""
+"""Attribution of a loss: a constraint binds what it says, and the shares add up."""
 
 from __future__ import annotations
 
 import datetime
 import importlib.util
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from awareness_vllm.anchors.corpus import Document
 from awareness_vllm.compatibility import attribution
-from awareness_vllm.compatibility.ablations import (
-    SOURCES,
-    Aligned,
-    bands,
-    drifts,
-    together,
-    unmatched,
+from awareness_vllm.compatibility.attribution import (
+    arms,
+    as_read,
+    attribute,
+    placed,
+    said,
+    with_norms,
 )
-from awareness_vllm.compatibility.attribution import arms, attribute, placed, said
+from awareness_vllm.compatibility.constrained import ConstrainedMap, Regression
+from awareness_vllm.compatibility.constraints import at_depth, at_place, blocks, reading
 from awareness_vllm.compatibility.degradation import (
     Degradation,
     Lost,
@@ -33,17 +38,32 @@ from awareness_vllm.compatibility.degradation import (
     beside,
     load_for,
     part,
+    shapley,
 )
-from awareness_vllm.compatibility.unreduced import outside, unreduced
+from awareness_vllm.compatibility.report import REMAINDER
+from awareness_vllm.compatibility.sources import (
+    HEADS,
+    LAYERS,
+    NORMS,
+    POSITIONS,
+    RANK,
+    SOURCES,
+    WMATRIX,
+    Lifted,
+    mask,
+    subset,
+)
 from awareness_vllm.errors import BadInput
+from awareness_vllm.geometry import Geometry, LayerGeometry, Positions
 from awareness_vllm.wmatrix import gather
-from awareness_vllm.wmatrix.bench import Bench, divergence, surprise
+from awareness_vllm.wmatrix.bench import Bench, divergence
 from awareness_vllm.wmatrix.config import FitConfig
 from awareness_vllm.wmatrix.file import WMatrix
 from awareness_vllm.wmatrix.fit import fit
-from awareness_vllm.wmatrix.layers import columns
+from awareness_vllm.wmatrix.mapping import Head
 from awareness_vllm.wmatrix.reader import Reader
 from awareness_vllm.wmatrix.shelf import WMatrixEntry
+from awareness_vllm.wmatrix.solve import RIDGES, reduced_rank_ridge
 from awareness_vllm.wmatrix.statistics import Statistics
 
 pytestmark = pytest.mark.unit
@@ -55,163 +75,328 @@ PUBLISHED = {
     "layer depth mismatch": 0.15,
     "activation mismatch": 0.10,
 }
-PRIORS = {name: one.prior for name, one in SOURCES.items()}
+NAIVE: Lifted = frozenset()
+ALL = frozenset(SOURCES)
+FREE = 3
+"""Features of the tiny regressions that are the target's own."""
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture
-def text(wmatrix: WMatrix) -> Aligned:
-    """Twenty tokens whose states are mapped with some error."""
-    geometry = wmatrix.manifest.target
-    truth = random(20, geometry.width)
-    return Aligned(
-        geometry=geometry,
-        mapped=truth + 0.5 * random(20, geometry.width, seed=1),
-        truth=truth,
-        beyond_rank=random(20, geometry.width, seed=2),
-        drift=random(2, geometry.width, seed=3),
-        unmatched=(1,),
+def model(*layers: tuple[int, int]) -> Geometry:
+    """A model whose layers have so many heads of so many dims."""
+    return Geometry(
+        name="tiny",
+        model_type="llama",
+        dtype="bfloat16",
+        hidden_size=8,
+        vocab_size=10,
+        max_positions=64,
+        layers=tuple(
+            LayerGeometry(heads=h, head_dim=d, positions=Positions(scheme="none"))
+            for h, d in layers
+        ),
+        weights="w" * 64,
+        tokenizer="t" * 64,
     )
 
 
-def test_the_registry_has_the_published_sources() -> None:
-    assert PRIORS == PUBLISHED
+SOURCE = model((4, 2), (4, 2), (4, 2))
+TARGET = model((2, 3), (2, 3))
+READ = (0, 2)
+WIDTH = SOURCE.width_of(READ)
+"""Keys of layers 0 and 2, 8 dims each, then their values."""
 
 
-def test_keys_are_given_and_values_are_not(text: Aligned) -> None:
-    found = SOURCES["head redistribution"].ablate(text.mapped, text)
-    half = text.geometry.key_width
-    assert torch.equal(found[:, :half], text.truth[:, :half])
-    assert torch.equal(found[:, half:], text.mapped[:, half:])
+def regression(x: Tensor, y: Tensor, weight: Tensor | None = None) -> tuple[Regression, Statistics]:
+    """Of rows, the last fifth of them held out; and the same sums once more."""
+    split = len(x) * 4 // 5
+    found = []
+    for _ in range(2):
+        sums = Statistics.start(x[:split], y[:split])
+        sums.add(x[:split], y[:split])
+        found.append(sums)
+    weight = torch.ones(y.shape[1]) if weight is None else weight
+    return Regression.of(found[0], (x[split:], y[split:]), weight), found[1]
 
 
-def test_unmatched_layers_are_given_and_others_are_not(text: Aligned) -> None:
-    before = text.mapped.clone()
-    found = SOURCES["layer depth mismatch"].ablate(text.mapped, text)
-    for layer in range(3):
-        part_of, whose = columns(text.geometry, layer), text.truth if layer == 1 else before
-        assert torch.equal(found[:, part_of], whose[:, part_of])
-    assert torch.equal(text.mapped, before)
+def standardised(sums: Statistics, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows that were summed, centred and divided by their scales, in float64."""
+    split = len(x) * 4 // 5
+    rows = []
+    for values, scale in ((x, sums.x_scale), (y, sums.y_scale)):
+        some = values[:split].double()
+        rows.append((some - some.mean(0)) / scale)
+    return rows[0], rows[1]
 
 
-def test_norms_are_given_and_directions_are_not(text: Aligned) -> None:
-    before = text.mapped.clone()
-    found = SOURCES["activation mismatch"].ablate(text.mapped, text)
-    # Every head of this target is 4 wide.
-    ours, theirs, mapped = (s.view(20, -1, 4) for s in (found, text.truth, text.mapped))
-    torch.testing.assert_close(ours.norm(dim=2).mean(0), theirs.norm(dim=2).mean(0))
-    cosines = torch.nn.functional.cosine_similarity(ours, mapped, dim=2)
-    torch.testing.assert_close(cosines, torch.ones(20, 6))
-    assert torch.equal(text.mapped, before)
+def ridge_fit(x: Tensor, y: Tensor, ridge: float) -> Tensor:
+    """What the ordinary ridge gives for the rows that it was fitted on."""
+    gram = x.T @ x / len(x) + ridge * torch.eye(x.shape[1], dtype=x.dtype)
+    return x @ torch.linalg.solve(gram, x.T @ y / len(x))
 
 
-def test_corrections_are_added_where_they_belong(text: Aligned) -> None:
-    found = SOURCES["dimensional projection"].ablate(text.mapped, text)
-    torch.testing.assert_close(found - text.mapped, text.beyond_rank)
-    found = SOURCES["positional re-encoding"].ablate(text.mapped, text)
-    torch.testing.assert_close((found - text.mapped)[:8], text.drift[:1].expand(8, -1))
-    torch.testing.assert_close((found - text.mapped)[8:], text.drift[1:].expand(12, -1))
+def test_the_sources_are_the_published_ones() -> None:
+    assert SOURCES == PUBLISHED
 
 
-def test_given_together_truths_are_not_corrected_away(text: Aligned) -> None:
-    found = together(text.mapped, text)
-    half = text.geometry.key_width
-    assert torch.equal(found[:, :half], text.truth[:, :half])
-    part_of = columns(text.geometry, 1)
-    assert torch.equal(found[:, part_of], text.truth[:, part_of])
-    assert not torch.equal(found, text.truth)
-
-
-def test_bands_double() -> None:
-    assert bands(130).bincount().tolist() == [8, 16, 32, 64, 10]
-
-
-def test_a_drift_with_the_position_is_found_in_the_other_texts() -> None:
-    by_band = torch.tensor([[1.0, 0.0], [0.0, -2.0]])
-    constant = torch.tensor([5.0, 7.0])
-    errors = [by_band[bands(24)] + constant for _ in range(3)]
-    # Of its own error a text must learn nothing.
-    errors[2] = errors[2] + 100 * random(24, 2)
-    mean = (by_band[0] * 8 + by_band[1] * 16) / 24
-    torch.testing.assert_close(drifts(errors)[2], by_band - mean)
-
-
-def test_what_is_the_same_everywhere_is_no_drift() -> None:
-    for drift in drifts([torch.full((count, 3), 2.0) for count in (9, 20, 60)]):
-        torch.testing.assert_close(drift, torch.zeros(4, 3))
-
-
-def test_a_text_alone_has_no_drift() -> None:
-    assert not drifts([random(20, 3)])[0].any()
+def test_every_subset_has_its_number() -> None:
+    assert [mask(subset(i)) for i in range(32)] == [*range(32)]
+    assert subset(0) == NAIVE
+    assert subset(31) == ALL
+    assert {RANK, NORMS} == ALL - WMATRIX
 
 
 @pytest.mark.parametrize(
     ("read", "source", "target", "found"),
     [
-        (range(4), 4, 4, ()),
-        (range(30), 30, 18, ()),
-        (range(2), 2, 4, (1, 2)),
-        ([3], 4, 3, (0, 1)),
-        ([0, 2], 3, 3, (1,)),
+        (range(4), 4, 4, [0, 1, 2, 3]),
+        ([1, 3, 5], 6, 3, [1, 3, 5]),
+        ([0, 2], 3, 5, [0, 0, 0, 2, 2]),
+        ([3], 4, 2, [3, 3]),
     ],
-    ids=["same depth", "deeper source", "half the depth", "last one read", "every other read"],
+    ids=["same depth", "every other read", "deeper target", "one read"],
 )
-def test_layers_that_share_a_source_layer_are_unmatched(
-    read: list[int], source: int, target: int, found: tuple[int, ...]
+def test_a_layer_reads_the_nearest_in_depth(
+    read: list[int], source: int, target: int, found: list[int]
 ) -> None:
-    assert unmatched(read, source, target) == found
+    ends = model(*[(1, 2)] * source), model(*[(1, 2)] * target)
+    assert [at_depth(ends[0], read, ends[1], layer) for layer in range(target)] == found
 
 
-def test_the_unreduced_solution_is_what_the_latent_cannot_express() -> None:
-    x, mixing = random(4000, 6), random(6, 5, seed=1)
-    y = 3 + (x @ mixing) * torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
-    statistics = Statistics.start(x, y)
-    statistics.add(x, y)
-    decode, weight = random(2, 5, seed=2), torch.tensor([1.0, 2.0, 0.5, 1.0, 3.0])
-    scale = statistics.y_scale
-    full = outside(statistics, decode, weight, 1e-6)
-    assert full.rows == 4000
-    metric = weight / scale
-    added = ((x - full.mean) * full.scale) @ full.solution
-    # Nothing of it lies in the span, and with the best latent it makes the states whole.
-    assert ((added * metric) @ (decode * metric).T).abs().max() < 1e-2
-    rest = (y - y.mean(0) - added) * metric
-    latent = torch.linalg.lstsq((decode * metric).T, rest.T).solution
-    torch.testing.assert_close((decode * metric).T @ latent, rest.T, atol=0.03, rtol=0)
-    assert rest.std() < ((y - y.mean(0)) * metric).std()
+def test_a_head_reads_what_stands_at_its_place() -> None:
+    source = model((4, 2), (3, 2))
+    target = model((2, 3))
+    assert at_place(source, 0, target, Head("key", 0, 1)) == (
+        (Head("key", 0, 2), 0.5),
+        (Head("key", 0, 3), 0.5),
+    )
+    found = at_place(source, 1, target, Head("value", 0, 0))
+    assert [head for head, _ in found] == [Head("value", 1, 0), Head("value", 1, 1)]
+    assert [share for _, share in found] == pytest.approx([2 / 3, 1 / 3])
 
 
-def figures(**recovered: list[float]) -> dict[str, np.ndarray]:
-    return {name: 5 - np.array(nats) for name, nats in recovered.items()}
+def test_a_lifted_constraint_lets_more_be_read() -> None:
+    def heads_of(lifted: Lifted) -> set[Head]:
+        found = reading(SOURCE, READ, TARGET, Head("value", 1, 0), lifted)
+        return {head for merged in found for head, _ in merged}
+
+    place = {Head("value", 2, 0), Head("value", 2, 1)}
+    assert heads_of(NAIVE) == place
+    assert heads_of(frozenset({LAYERS})) == place | {Head("value", 0, i) for i in range(2)}
+    whole = {Head(part, layer, i) for part in ("key", "value") for layer in READ for i in range(4)}
+    assert heads_of(frozenset({HEADS})) == {head for head in whole if head.layer == 2}
+    assert heads_of(frozenset({HEADS, LAYERS})) == whole
+    assert heads_of(frozenset({RANK, POSITIONS, NORMS})) == place
 
 
-def test_shares_are_of_what_each_recovers_alone() -> None:
-    native, memory = np.array([3.0, 3.5]), np.array([5.0, 5.0])
-    ablated = figures(a=[0.3, 0.1], b=[0.5, 0.7], c=[0.1, -0.5])
-    found = part(native, memory, ablated, np.array([4.0, 4.0]), {"a": 0.2, "b": 0.1, "c": 0.7})
+@given(mask=st.integers(0, 31), heads=st.tuples(*[st.integers(1, 5)] * 2), seed=st.integers(0, 9))
+def test_blocks_hold_each_target_once_and_merge_orthonormally(
+    mask: int, heads: tuple[int, int], seed: int
+) -> None:
+    source, target = model((heads[0], 2), (3, 4)), model((heads[1], 3), (2, 2))
+    scale = random(source.width + FREE, seed=seed).abs() + 0.1
+    found = blocks(source, (0, 1), target, scale, subset(mask))
+    columns = torch.cat([block.columns for block in found])
+    assert columns.sort().values.tolist() == [*range(target.width)]
+    for block in found:
+        merge = block.merge.to_dense()
+        torch.testing.assert_close(merge.T @ merge, torch.eye(merge.shape[1]))
+        # The target's own features are read as they are.
+        torch.testing.assert_close(merge[-FREE:, -FREE:], torch.eye(FREE))
+
+
+X = random(500, WIDTH + FREE) * torch.linspace(0.5, 3, WIDTH + FREE)
+Y = X @ random(WIDTH + FREE, TARGET.width, seed=1) + 3 + random(500, TARGET.width, seed=2)
+
+
+def test_without_constraints_it_is_the_plain_ridge() -> None:
+    found, sums = regression(X, Y)
+    x, y = standardised(sums, X, Y)
+    every = blocks(SOURCE, READ, TARGET, sums.x_scale, frozenset({HEADS, LAYERS}))
+    assert len(every) == 1
+    fitted = x.float() @ found.solution(every, 0.02)
+    torch.testing.assert_close(fitted, ridge_fit(x, y, 0.02).float(), atol=1e-2, rtol=0)
+
+
+def test_with_constraints_it_is_the_ridge_on_what_may_be_read() -> None:
+    found, sums = regression(X, Y)
+    x, y = standardised(sums, X, Y)
+    raw, free = x * sums.x_scale, x[:, WIDTH:]
+    for lifted in (frozenset({LAYERS}), NAIVE):
+        bound = blocks(SOURCE, READ, TARGET, sums.x_scale, lifted)
+        fitted = x.float() @ found.solution(bound, 0.02)
+        for part_, layer, head in np.ndindex(2, 2, 2):
+            merged = []
+            # Target layer 0 stands at source layer 0's depth, 1 at 2's: places 0 and 1 of READ.
+            for place in (0, 1) if lifted else (layer,):
+                begin = part_ * 16 + place * 8 + head * 4
+                pair = [slice(begin, begin + 2), slice(begin + 2, begin + 4)]
+                spread = torch.stack([sums.x_scale[p] for p in pair]).square().sum(0).sqrt()
+                merged.append(sum(raw[:, p] for p in pair) / spread)
+            columns = slice(
+                part_ * 12 + layer * 6 + head * 3, part_ * 12 + layer * 6 + head * 3 + 3
+            )
+            direct = ridge_fit(torch.cat([*merged, free], dim=1), y[:, columns], 0.02)
+            torch.testing.assert_close(fitted[:, columns], direct.float(), atol=1e-2, rtol=0)
+
+
+def test_dense_from_one_layer_it_is_the_ridge_on_that_layer() -> None:
+    found, sums = regression(X, Y)
+    x, y = standardised(sums, X, Y)
+    bound = blocks(SOURCE, READ, TARGET, sums.x_scale, frozenset({HEADS}))
+    fitted = x.float() @ found.solution(bound, 0.02)
+    for layer in range(2):
+        source, target = (
+            [*range(layer * n, layer * n + n), *range(2 * n + layer * n, 3 * n + layer * n)]
+            for n in (8, 6)
+        )
+        direct = ridge_fit(torch.cat((x[:, source], x[:, WIDTH:]), dim=1), y[:, target], 0.02)
+        torch.testing.assert_close(fitted[:, target], direct.float(), atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize("rank", [1, 4, 30])
+def test_the_reduced_map_is_that_of_reduced_rank_ridge(rank: int) -> None:
+    weight = random(TARGET.width, seed=3).abs() + 0.1
+    found, sums = regression(X, Y, weight)
+    every = blocks(SOURCE, READ, TARGET, sums.x_scale, frozenset({HEADS, LAYERS}))
+    whole = found.solve(every, rank)
+    x_mean, x_scale = sums.x_mean.clone(), sums.x_scale.clone()
+    encode, decode, bias = reduced_rank_ridge(sums, rank, whole.ridge, weight)
+    direct = (X - x_mean) / x_scale @ encode @ decode + bias
+    states = whole.states(X, torch.zeros(len(X), dtype=torch.bool), WIDTH)
+    torch.testing.assert_close(whole.reduced(states), direct, atol=2e-2, rtol=0)
+    if rank >= TARGET.width:
+        torch.testing.assert_close(whole.reduced(states), states, atol=1e-3, rtol=0)
+
+
+def test_what_says_nothing_is_taken_for_the_mean() -> None:
+    found, sums = regression(X, Y)
+    every = blocks(SOURCE, READ, TARGET, sums.x_scale, frozenset({HEADS, LAYERS}))
+    whole = found.solve(every, 4)
+    blank = torch.tensor([False, True])
+    mean = X[:2].clone()
+    mean[1, :WIDTH] = found.x_mean[:WIDTH]
+    nothing = torch.zeros(2, dtype=torch.bool)
+    torch.testing.assert_close(
+        whole.states(X[:2], blank, WIDTH), whole.states(mean, nothing, WIDTH)
+    )
+
+
+def test_the_ridge_is_chosen_on_held_out_rows() -> None:
+    few = X[:60]
+    noise, _ = regression(few, random(60, TARGET.width, seed=5))
+    plain, _ = regression(X, X @ random(WIDTH + FREE, TARGET.width, seed=1))
+    for found, ridge in ((noise, RIDGES[-1]), (plain, RIDGES[0])):
+        bound = blocks(SOURCE, READ, TARGET, found.x_scale, frozenset({HEADS, LAYERS}))
+        assert found.choose_ridge(bound) == ridge
+
+
+def explained(truth: Tensor, lifted: Lifted) -> float:
+    """The share of the variance of held-out rows that the map explains at full rank."""
+    found, sums = regression(X, truth)
+    whole = found.solve(blocks(SOURCE, READ, TARGET, sums.x_scale, lifted), 4)
+    rows = slice(len(X) * 4 // 5, None)
+    states = whole.states(X[rows], torch.zeros(len(X[rows]), dtype=torch.bool), WIDTH)
+    return 1 - ((truth[rows] - states).var() / truth[rows].var()).item()
+
+
+def test_heads_cost_nothing_where_the_truth_is_head_by_head() -> None:
+    # Each target head is the mean of its two source heads at its layer's place, projected.
+    halves = X[:, :WIDTH].view(-1, 2, 2, 2, 2, 2).mean(4)
+    by_head = torch.einsum("nplhd,plhde->nplhe", halves, random(2, 2, 2, 2, 3, seed=6)).flatten(1)
+    by_head = by_head + 0.1 * random(*by_head.shape, seed=8)
+    dense = X[:, :WIDTH] @ random(WIDTH, TARGET.width, seed=7)
+    for lifted in (NAIVE, frozenset({HEADS}), frozenset({LAYERS}), frozenset({HEADS, LAYERS})):
+        assert explained(by_head, lifted) > 0.99
+    assert explained(dense, frozenset({HEADS, LAYERS})) > 0.99
+    assert explained(dense, frozenset({LAYERS})) < 0.7
+    assert explained(dense, frozenset({HEADS})) < 0.7
+
+
+@given(st.integers(1, 5).flatmap(lambda k: st.tuples(st.just(k), st.integers(0, 99))))
+def test_what_is_taken_away_adds_up(drawn: tuple[int, int]) -> None:
+    count, seed = drawn
+    losses = np.random.default_rng(seed).normal(size=(2**count, 3))
+    found = shapley(losses)
+    np.testing.assert_allclose(found.sum(0) + losses[-1], losses[0])
+    # Whoever changes nothing gets nothing, and who adds the same to all gets just that.
+    with_one = np.concatenate((losses + 2, losses))
+    np.testing.assert_allclose(shapley(with_one), [*found, [2, 2, 2]])
+
+
+def test_two_that_only_work_together_share() -> None:
+    found = shapley(np.array([[4.0], [4.0], [4.0], [1.0]]))
+    np.testing.assert_allclose(found, [[1.5], [1.5]])
+
+
+def losses_of(cost: dict[str, float], rest: float, n: int = 2) -> np.ndarray:
+    """Losses [32, n] that add up, with a little more in each text."""
+    bound = [rest + sum(c for name, c in cost.items() if name not in subset(i)) for i in range(32)]
+    return np.array(bound)[:, None] * np.arange(1, n + 1)
+
+
+COSTS = {RANK: -0.2, HEADS: 0.6, POSITIONS: 0.9, LAYERS: 0.2, NORMS: 0.1}
+
+
+def test_shares_are_of_the_naive_loss_with_their_signs() -> None:
+    found = part(losses_of(COSTS, 0.4), np.array([0.1, 0.3]))
     assert found.n == 2
-    assert found.loss.mean == pytest.approx(1.75)
-    assert found.recovered["a"].mean == pytest.approx(0.2)
-    assert found.recovered["c"].mean == pytest.approx(-0.2)
-    assert found.clamped == ("c",)
-    assert found.unattributed.mean == pytest.approx(0.75)
-    assert [share.source for share in found.shares] == ["c", "a", "b"]
-    assert [share.share.mean for share in found.shares] == pytest.approx([0, 0.25, 0.75])
-    assert sum(share.share.mean for share in found.shares) == pytest.approx(1)
-    for share in found.shares:
-        assert share.share.ci_low <= share.share.mean <= share.share.ci_high
+    assert found.loss.mean == pytest.approx(3.0)
+    assert {name: i.mean for name, i in found.recovered.items()} == pytest.approx(
+        {name: 1.5 * cost for name, cost in COSTS.items()}
+    )
+    assert found.remainder.mean == pytest.approx(0.6)
+    shares = {share.source: share.share.mean for share in found.shares}
+    assert shares == pytest.approx({**{n: c / 2 for n, c in COSTS.items()}, REMAINDER: 0.2})
+    assert sum(shares.values()) == pytest.approx(1)
+    assert [share.prior for share in found.shares] == [*PUBLISHED.values(), None]
+    assert found.served.mean == pytest.approx(0.2)
+    # With true positions the others share what is left of the loss.
+    assert found.placed.mean == pytest.approx(3.0 - 1.35)
+    placed = {share.source: share.share.mean for share in found.placed_shares}
+    others = {name: cost / 1.1 for name, cost in COSTS.items() if name != POSITIONS}
+    assert placed == pytest.approx({**others, REMAINDER: 0.4 / 1.1})
+    # At the W-Matrix's structure: limited rank, its own norms, nothing else.
+    assert found.uncalibrated.mean == pytest.approx(1.5 * (0.4 - 0.2 + 0.1))
+    assert {name: i.mean for name, i in found.alone.items()} == pytest.approx(
+        {name: 1.5 * cost for name, cost in COSTS.items()}
+    )
 
 
-def test_nothing_recovered_has_no_shares() -> None:
-    native = np.array([5.0, 5.0])
-    found = part(native, native, figures(a=[0.0, 0.0], b=[-1.0, 0.0]), native, {"a": 1, "b": 0})
-    assert found.shares == ()
+def test_alone_is_at_the_structure_of_the_wmatrix() -> None:
+    losses = np.zeros((32, 2))
+    losses[mask(WMATRIX)] = 1
+    losses[mask(WMATRIX | {RANK})] = 0.25
+    losses[mask(WMATRIX - {HEADS})] = 5
+    found = part(losses, np.zeros(2)).alone
+    assert found[RANK].mean == pytest.approx(0.75)
+    assert found[HEADS].mean == pytest.approx(4)
+    assert found[LAYERS].mean == pytest.approx(-1)
 
 
-CONFIG = FitConfig(tokens=2000, rank=4, predecessors=1, calibration=0, held_out=0.0, ridge=0.02)
+def test_nothing_lost_has_no_shares() -> None:
+    assert part(np.zeros((32, 2)), np.zeros(2)).shares == ()
+
+
+def test_norms_are_given_and_directions_are_not(wmatrix: WMatrix) -> None:
+    geometry = wmatrix.manifest.target
+    states, truth = random(20, geometry.width), random(20, geometry.width, seed=1)
+    before = states.clone()
+    found = with_norms(geometry, states, truth)
+    # Every head of this target is 4 wide.
+    ours, theirs, mapped = (s.view(20, -1, 4) for s in (found, truth, states))
+    torch.testing.assert_close(ours.norm(dim=2).mean(0), theirs.norm(dim=2).mean(0))
+    cosines = torch.nn.functional.cosine_similarity(ours, mapped, dim=2)
+    torch.testing.assert_close(cosines, torch.ones(20, 6))
+    assert torch.equal(states, before)
+
+
+CONFIG = FitConfig(
+    layers=3, tokens=2000, rank=4, predecessors=1, calibration=0, held_out=0.0, ridge=0.02
+)
 
 
 @pytest.fixture(scope="module")
@@ -229,38 +414,75 @@ def fitted(
     return wmatrix, path
 
 
-def test_all_of_the_truth_loses_nothing(
+@pytest.fixture
+def maps(
     tiny_models: tuple[Path, Path],
     fitted: tuple[WMatrix, Path],
     anchors: list[Document],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    tmp_path: Path,
+) -> tuple[Bench, Reader, dict[Lifted, ConstrainedMap]]:
+    """The tiny models with the maps between them."""
     monkeypatch.setattr(gather, "CHUNK_ROWS", 256)
     wmatrix, _ = fitted
-    bench = Bench(*tiny_models, wmatrix)
     reader = Reader(*tiny_models, wmatrix.manifest.predecessors)
     reader.choose(wmatrix.manifest.layers)
-    full = unreduced(reader, wmatrix, anchors, 2000, progress=False)
-    context = anchors[0].text[:200]
-    text = attribution.aligned(bench, wmatrix, reader, full, context)
-    ids, follow = bench.ids(context), [7, 20, 30, 40, 50]
-    native = said(bench, bench.native(ids), follow)
-    mapped = said(bench, bench.memory(bench.package(context)), follow)
-    text = replace(text, drift=torch.zeros(9, text.truth.shape[1]))
-    found = {arm: said(bench, placed(wmatrix, s, ids), follow) for arm, s in arms(text).items()}
-    assert found.keys() == {"native", "memory", "together", *PUBLISHED}
-    assert surprise(native, follow).mean().item() == pytest.approx(
-        -native[range(4), follow[1:]].mean().item()
-    )
-    torch.testing.assert_close(found["native"], native, atol=1e-5, rtol=0)
-    assert divergence(native, found["native"]).mean().item() == pytest.approx(0, abs=1e-6)
-    # The map's own memory is rounded to bfloat16.
-    torch.testing.assert_close(found["memory"], mapped, atol=1e-3, rtol=0)
-    assert divergence(native, found["memory"]).mean().item() > 1e-5
-    whole = replace(text, unmatched=(0, 1))
-    given = SOURCES["layer depth mismatch"].ablate(whole.mapped, whole)
-    given = said(bench, placed(wmatrix, given, ids), follow)
+    work = attribution.Workspace(tmp_path / "work", "")
+    documents = (anchors[1:], anchors[:1])
+    found, rows = attribution.fitted(reader, documents, 4, 1500, work, progress=False)
+    assert rows >= 1500
+    return Bench(*tiny_models, wmatrix), reader, found
+
+
+def test_the_truth_loses_nothing_and_each_arm_something_else(
+    maps: tuple[Bench, Reader, dict[Lifted, ConstrainedMap]], anchors: list[Document]
+) -> None:
+    bench, reader, found = maps
+    wmatrix = bench.wmatrix
+    assert wmatrix is not None
+    context, follow = anchors[0].text[:200], [7, 20, 30, 40, 50]
+    text = as_read(bench, wmatrix, context)
+    assert text.ids == bench.ids(context)
+    native = said(bench, bench.native(text.ids), follow)
+    given = said(bench, placed(wmatrix, text.ids, text.truth), follow)
     torch.testing.assert_close(given, native, atol=1e-5, rtol=0)
+    memories = list(arms(wmatrix, text, reader.read(context), found))
+    keys = [torch.cat([k.flatten() for k in memory.keys]) for memory in memories]
+    values = [torch.cat([v.flatten() for v in memory.values]) for memory in memories]
+    for number in range(32):
+        for name in SOURCES:
+            other = mask(subset(number) ^ {name})
+            assert not torch.equal(keys[number], keys[other]), name
+            # Positions are the keys' alone.
+            assert torch.equal(values[number], values[other]) == (name == POSITIONS)
+    losses = attribution.losses(bench, wmatrix, reader, found, context, follow)
+    assert losses.shape == (33, 2)
+    kl = divergence(native, said(bench, text.served, follow)).mean().item()
+    assert losses[0, 1] == pytest.approx(kl, abs=1e-6)
+    assert len(set(losses[1:, 1].tolist())) == 32
+
+
+def test_keys_stand_where_the_source_counted_them(
+    maps: tuple[Bench, Reader, dict[Lifted, ConstrainedMap]], anchors: list[Document]
+) -> None:
+    bench, _, _ = maps
+    assert bench.wmatrix is not None
+    text = as_read(bench, bench.wmatrix, anchors[0].text[:200])
+    sink = len(bench.wmatrix.manifest.sink)
+    true = torch.arange(sink, len(text.ids))
+    assert len(text.counted) == len(true)
+    assert text.counted[0] == sink
+    assert (text.counted.diff() >= 0).all()
+    # These tokenizers cut differently.
+    assert not torch.equal(text.counted, true)
+    there, elsewhere = (
+        placed(bench.wmatrix, text.ids, text.truth, positions) for positions in (true, text.counted)
+    )
+    default = placed(bench.wmatrix, text.ids, text.truth)
+    for i, key in enumerate(default.keys):
+        assert torch.equal(there.keys[i], key)
+        same = (elsewhere.keys[i] == key).flatten(1).all(1)
+        assert same[sink:].tolist() == (text.counted == true).tolist()
 
 
 def test_a_pair_is_measured_kept_and_found_again(
@@ -268,31 +490,45 @@ def test_a_pair_is_measured_kept_and_found_again(
     fitted: tuple[WMatrix, Path],
     anchors: list[Document],
     monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     monkeypatch.setattr(gather, "CHUNK_ROWS", 256)
-    _, path = fitted
+    wmatrix, path = fitted
+    read = []
+    whole = attribution.fitted
+
+    def seen(reader: Reader, *args: Any, **kwargs: Any) -> Any:
+        read.append(reader.layers)
+        return whole(reader, *args, **kwargs)
+
+    monkeypatch.setattr(attribution, "fitted", seen)
     texts = [Document(f"{'ab'[i % 2]}/{i}", d.text) for i, d in enumerate(anchors)]
     found = attribute(
         path,
         *tiny_models,
         texts,
         anchors,
-        contexts=(40, 20),
+        contexts={40: 3, 20: 4},
         continuation=5,
-        limit=4,
-        tokens=2000,
+        tokens=1500,
+        folder=tmp_path / "work",
         progress=False,
     )
+    assert read == [wmatrix.manifest.layers]
+    assert not (tmp_path / "work").exists()
     assert list(found.contexts) == [20, 40]
+    assert found.contexts[40].all.kl.n == 3
     lost = found.contexts[20]
     assert lost.all.nll.n == lost.all.kl.n == 4
     assert {kind: m.nll.n for kind, m in lost.kinds.items()} == {"a": 2, "b": 2}
-    assert lost.all.nll.recovered.keys() == lost.all.kl.recovered.keys() == PUBLISHED.keys()
-    # Half of the source's layers are read, as many as the target has: no layer is unmatched.
-    assert lost.all.kl.recovered["layer depth mismatch"].mean == 0
-    assert lost.all.kl.loss.mean > lost.all.kl.unattributed.mean > 0
+    for measure in (lost.all.nll, lost.all.kl, lost.kinds["a"].kl):
+        assert measure.recovered.keys() == measure.alone.keys() == PUBLISHED.keys()
+        whole = sum(i.mean for i in measure.recovered.values()) + measure.remainder.mean
+        assert measure.loss.mean == pytest.approx(whole)
+    assert lost.all.kl.loss.mean > 0
     assert lost.all.kl.loss != lost.all.nll.loss
-    assert found.anchor_tokens >= 2000
+    assert found.anchor_tokens >= 1500
+    assert found.rank == 4
     assert found.shares(10) == found.shares(20) == lost.all.nll.shares
     assert found.shares(21) == found.shares(99) == found.contexts[40].all.nll.shares
     assert found.shares(40, "kl") == found.contexts[40].all.kl.shares
@@ -315,7 +551,7 @@ def test_a_map_without_text_is_refused(
         encode=wmatrix.encode[:features],
     ).save(path)
     with pytest.raises(BadInput, match="without text"):
-        attribute(path, *tiny_models, [], [], progress=False)
+        attribute(path, *tiny_models, [], [], contexts={300: 2}, progress=False)
 
 
 @pytest.fixture
@@ -327,8 +563,7 @@ def entry(wmatrix: WMatrix, tmp_path: Path) -> WMatrixEntry:
 
 @pytest.fixture
 def measured() -> Callable[[str], Degradation]:
-    native = np.array([3.0, 3.5])
-    one = part(native, native + 1, {name: native + 0.5 for name in PRIORS}, native, PRIORS)
+    one = part(losses_of(COSTS, 0.4), np.array([0.1, 0.3]))
     both = Measures(nll=one, kl=one)
 
     def make(digest: str) -> Degradation:
@@ -336,9 +571,9 @@ def measured() -> Callable[[str], Degradation]:
             wmatrix=digest,
             contexts={300: Lost(all=both, kinds={"a": both})},
             texts="t" * 64,
-            limit=16,
             continuation=60,
             anchor_tokens=2000,
+            rank=4,
             measured=datetime.date(2026, 11, 23),
             hardware="",
             versions={},
@@ -375,6 +610,26 @@ def test_an_unreadable_measurement_is_not_used(
     assert "pair.wmatrix.degradation.json is not used" in caplog.text
 
 
+def test_a_measurement_of_the_old_form_is_not_used(
+    entry: WMatrixEntry,
+    measured: Callable[[str], Degradation],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As they were when truths were given: what is attributed, and no shares of the whole."""
+    kept = json.loads(measured(entry.digest).model_dump_json())
+    del kept["rank"]
+    for measure in kept["contexts"]["300"]["all"].values():
+        for field in ("remainder", "served", "uncalibrated", "alone", "placed", "placed_shares"):
+            del measure[field]
+        measure["unattributed"] = {"mean": 0.1, "ci_low": 0.0, "ci_high": 0.2}
+    beside(entry.path).write_text(json.dumps(kept))
+    with caplog.at_level(logging.WARNING):
+        assert load_for(entry) is None
+    (said,) = caplog.messages
+    assert said.startswith("pair.wmatrix.degradation.json is not used: it is not of this version's")
+    assert "\n" not in said
+
+
 def benchmark() -> ModuleType:
     path = Path(__file__).parents[2] / "benchmarks" / "degradation.py"
     spec = importlib.util.spec_from_file_location("benchmark_degradation", path)
@@ -385,17 +640,22 @@ def benchmark() -> ModuleType:
     return module
 
 
-def test_the_table_says_what_was_counted_as_nothing() -> None:
-    native, memory = np.array([3.0, 3.5]), np.array([5.0, 5.0])
-    ablated = figures(a=[0.3, 0.1], c=[0.1, -0.5])
-    found = part(native, memory, ablated, native, {"a": 0.25, "c": 0.5})
-    loss, a, c, rest = benchmark().part_lines(found)
-    assert loss.split()[:3] == ["loss,", "nats", "1.7500"]
-    assert a.startswith("  a ")
-    assert "share 100% (75% … 100%), published 25%" in a
-    assert "harm" not in a
-    assert c.endswith("published 50% (harm, counted as 0)")
-    assert rest.split()[:2] == ["unattributed", "0.0000"]
+def test_the_table_has_signs_and_the_remainder() -> None:
+    found = part(losses_of(COSTS, 0.4), np.array([0.1, 0.3]))
+    loss, *sources, rest, regression_, served = benchmark().part_lines(found)
+    assert loss.split()[:3] == ["all", "constraints", "3.0000"]
+    assert [line.split("share")[1].split("(")[0].strip() for line in sources] == [
+        "-10%",
+        "30%",
+        "45%",
+        "10%",
+        "5%",
+    ]
+    assert "published 30%   with true positions -18%   alone  -0.3000" in sources[0]
+    assert rest.startswith("  remainder ")
+    assert rest.endswith("share  20% (20% … 20%)   with true positions  36%")
+    assert regression_.split()[-4] == "0.4500"
+    assert served.split()[3] == "0.2000"
 
 
 @pytest.mark.slow

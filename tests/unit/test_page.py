@@ -14,7 +14,7 @@ from awareness_vllm.compatibility.charts import base_of, heat_map, runs
 from awareness_vllm.compatibility.figures import percent, spread
 from awareness_vllm.compatibility.markup import Html, el
 from awareness_vllm.compatibility.page import arm_name, page
-from awareness_vllm.compatibility.report import CompatibilityReport, Matrix
+from awareness_vllm.compatibility.report import Matrix
 from awareness_vllm.wmatrix.certificate import Interval
 
 pytestmark = pytest.mark.unit
@@ -162,10 +162,24 @@ def test_figures_and_arms_read_well() -> None:
     assert arm_name("another") == "another"
 
 
-def test_a_negative_share_of_the_loss_takes_no_place() -> None:
-    report: CompatibilityReport = samples.full()
-    first, *others = report.degradation
-    below = first.model_copy(update={"share": Interval(mean=-0.1, ci_low=-0.2, ci_high=0.1)})
-    html = page(report=report.model_copy(update={"degradation": (below, *others)}))
-    assert '<i style="width:0.00%" class="c0">' in html
-    assert "-10.0 %" in html
+def test_a_share_below_nothing_is_drawn_to_the_left() -> None:
+    html = page(report=samples.full())
+    section = html[html.index("Where the loss comes from") :].partition("</section>")[0]
+    # From -13 % to 70 %: nothing stands at 13 of 83.
+    below = re.search(r'<i style="left:([\d.]+)%;width:([\d.]+)%" class="below">', section)
+    assert below
+    assert [float(end) for end in below.groups()] == pytest.approx([4.82, 10.84], abs=0.01)
+    zeros = re.findall(r'<i style="left:([\d.]+)%;width:0.00%" class="zero">', section)
+    assert zeros == ["15.66"] * 6
+    assert section.count('class="above"') == 5
+    assert "-9.0 %" in section
+
+
+def test_the_remainder_is_named_and_has_no_prior() -> None:
+    html = page(report=samples.full())
+    section = html[html.index("Where the loss comes from") :].partition("</section>")[0]
+    *_, source, last = re.findall("<tr>.*?</tr>", section)
+    assert "left with all of them lifted" in last
+    assert "none" in last
+    assert 'class="mark"' not in last
+    assert 'class="mark"' in source
