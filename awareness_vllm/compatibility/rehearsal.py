@@ -19,6 +19,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -33,11 +35,13 @@ from awareness_vllm.geometry import Geometry, LayerGeometry, Positions
 from awareness_vllm.home import home
 from awareness_vllm.packages.file import Package, build, publish, read
 from awareness_vllm.provenance import hardware, versions
+from awareness_vllm.serving.writer import Writer
 from awareness_vllm.wmatrix.file import WMatrix
 from awareness_vllm.wmatrix.manifest import Anchors, WMatrixManifest
 
-Write = Callable[[Tensor, Tensor, Tensor, Tensor], None]
-"""Writes keys and values [T, H, D] into slots [T] of one layer's pages [B, H, N, K|V]."""
+Update = Callable[[Any, Tensor, Tensor, Tensor, Tensor], None]
+"""Writes a layer's keys and values [T, H, D] into slots [T] of its pages [B, H, N, K|V]: the
+arguments are the layer, key, value, pages, slots."""
 
 FEW, MANY = 128, 2048
 """Tokens of the memories that are rehearsed: of one fixed costs are most, of the other little."""
@@ -166,24 +170,30 @@ def aligning(memory: Memory, wmatrix: WMatrix) -> Callable[[], None]:
 
 
 def writing(target: Geometry, count: int) -> Callable[[], None]:
-    """Write a memory's states as serving/worker.py does."""
-    write = writer()
+    """Write a memory's states as a worker does."""
     shapes = [(layer.heads, layer.head_dim) for layer in target.layers]
     keys, values = ([torch.ones(count, *shape, dtype=DTYPE) for shape in shapes] for _ in range(2))
-    blocks = -(-count // BLOCK)
-    pages = [torch.ones(TURNS * blocks, h, BLOCK, 2 * d, dtype=DTYPE) for h, d in shapes]
+    blocks, update = -(-count // BLOCK), operator()
+    layers = {
+        f"layers.{i}.attn": SimpleNamespace(
+            kv_cache=torch.ones(TURNS * blocks, heads, BLOCK, 2 * dim, dtype=DTYPE),
+            num_kv_heads=heads,
+            impl=SimpleNamespace(do_kv_cache_update=update),
+        )
+        for i, (heads, dim) in enumerate(shapes)
+    }
+    writer = Writer(layers, dict.fromkeys(layers, 0), target, DTYPE)
     places = itertools.cycle(range(0, TURNS * blocks * BLOCK, blocks * BLOCK))
 
     def run() -> None:
         begin = next(places)
-        slots = torch.tensor(list(range(begin, begin + count)), dtype=torch.int64)
-        for key, value, page in zip(keys, values, pages, strict=True):
-            write(key, value, page, slots)
+        slots = [torch.tensor(list(range(begin, begin + count)), dtype=torch.int64)]
+        writer.place(keys, values, 0, 0, slots)
 
     return run
 
 
-def writer() -> Write:
+def operator() -> Update:
     """vLLM's own operator, if its CPU build is here, or what does the same in torch."""
     try:
         from vllm import _custom_ops as ops
@@ -195,15 +205,15 @@ def writer() -> Write:
     current_platform.import_kernels()
     layout = "amx" if torch.cpu._is_amx_tile_supported() else "vec"
 
-    def write(key: Tensor, value: Tensor, page: Tensor, slots: Tensor) -> None:
+    def update(layer: Any, key: Tensor, value: Tensor, page: Tensor, slots: Tensor) -> None:
         blocks, heads, size, _ = page.shape
         keys, values = page.view(blocks, heads, 2 * size, -1).chunk(2, dim=2)
         ops.cpu_attn_reshape_and_cache(key, value, keys, values, slots, layout)
 
-    return write
+    return update
 
 
-def scatter(key: Tensor, value: Tensor, page: Tensor, slots: Tensor) -> None:
+def scatter(layer: Any, key: Tensor, value: Tensor, page: Tensor, slots: Tensor) -> None:
     size = page.shape[2]
     page[slots // size, :, slots % size] = torch.cat((key, value), dim=-1)
 

@@ -15,7 +15,6 @@ from vllm.logger import init_logger
 
 from awareness_vllm.align.paged import Latent, PagedMap, Pages
 from awareness_vllm.errors import AwarenessError, LoadTimeout, PackageCorrupt
-from awareness_vllm.positions import shift
 from awareness_vllm.serving.captures import Captures, as_memory
 from awareness_vllm.serving.config import ServingConfig
 from awareness_vllm.serving.memories import Memories
@@ -28,7 +27,7 @@ from awareness_vllm.serving.pages import (
 )
 from awareness_vllm.serving.params import Part
 from awareness_vllm.serving.readback import read_back
-from awareness_vllm.serving.scheduler import SKIP, Load, Save
+from awareness_vllm.serving.scheduler import Load, Save
 from awareness_vllm.serving.supply import (
     A_MOMENT,
     AT_ONCE,
@@ -38,6 +37,7 @@ from awareness_vllm.serving.supply import (
     embedding_of,
 )
 from awareness_vllm.serving.warm import Memory
+from awareness_vllm.serving.writer import Writer
 from awareness_vllm.wmatrix.file import WMatrix
 from awareness_vllm.wmatrix.file import load as load_wmatrix
 
@@ -110,6 +110,7 @@ class WorkerHalf:
             model.get_vocab_size(),
             vllm_config.parallel_config.tensor_parallel_size,
         )
+        self.writer = Writer(self.layers, self.groups, self.memories.geometry, self.dtype)
         self.supply = Supply(config, self.memories, self.dtype)
         self.deadline = config.load_timeout
         self.waiting: dict[str, Waiting] = {}
@@ -222,7 +223,7 @@ class WorkerHalf:
             temperature,
             1e3 * seconds,
         )
-        return Loaded(temperature, tokens, self.bytes_in(slots), seconds)
+        return Loaded(temperature, tokens, self.writer.bytes_in(slots), seconds)
 
     def check(self, memory: Memory, stretch: Stretch, load: Load) -> None:
         """Refuse a prompt that is not the memory's text: its states would lie."""
@@ -234,15 +235,6 @@ class WorkerHalf:
                 expected=f"the {len(memory.ids) - part.skip} ids of {part.memory}",
             )
 
-    def bytes_in(self, slots: list[Tensor]) -> int:
-        """Bytes of cache that each KV cache group's slots stand for, in all of its layers."""
-        written = [int((group != SKIP).sum()) for group in slots]
-        total = 0
-        for name, group in self.groups.items():
-            cache = self.layers[name].kv_cache  # [B, H, N, K|V]
-            total += cache[0].numel() * cache.element_size() // cache.shape[2] * written[group]
-        return total
-
     def place(self, memory: Memory, stretch: Stretch, slots: list[Tensor]) -> None:
         """Write a stretch of a memory into each KV cache group's slots."""
         # The memory's token of position p stands at p + offset.
@@ -253,27 +245,7 @@ class WorkerHalf:
             paged = self.supply.paged[stretch.part.wmatrix]
             paged.write(memory, self.pages(), by_layer, begin, offset)
             return
-        end, held = begin + len(slots[0]), [with_slots(group) for group in slots]
-        for name, group in self.groups.items():
-            index, (where, real) = layer_index(name), held[group]
-            key, value = (s[index][begin:end][where] for s in (memory.keys, memory.values))
-            positions = self.memories.geometry.layers[index].positions
-            self.write(name, shift(key, offset, positions), value, real)
-
-    def write(self, name: str, key: Tensor, value: Tensor, slots: Tensor) -> None:
-        """Scatter one layer's key and value [N, H, D] into slots [N], by vLLM's own operator."""
-        if not len(slots):
-            return
-        layer = self.layers[name]
-        heads = slice_of_rank(key.shape[1], layer.num_kv_heads)
-        device = layer.kv_cache.device
-        layer.impl.do_kv_cache_update(
-            layer,
-            key[:, heads].to(device, self.dtype).contiguous(),
-            value[:, heads].to(device, self.dtype).contiguous(),
-            layer.kv_cache,
-            slots.to(device),
-        )
+        self.writer.place(memory.keys, memory.values, begin, offset, slots)
 
     def save(self, save: Save) -> None:
         """Read a request's states back, where that was announced."""
@@ -290,12 +262,6 @@ class WorkerHalf:
         except AwarenessError as error:
             return str(error)
         return ""
-
-
-def with_slots(slots: Tensor) -> tuple[slice | Tensor, Tensor]:
-    """Which of a stretch's tokens have a slot, and the slots; all of them are no copy."""
-    real = slots != SKIP
-    return (slice(None), slots) if real.all() else (real, slots[real])
 
 
 def stretches(load: Load) -> Iterator[Stretch]:

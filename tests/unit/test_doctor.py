@@ -263,7 +263,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("with_vllm", [True, False])
 def test_measuring_leaves_nothing_behind(with_vllm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not with_vllm:
-        monkeypatch.setattr(rehearsal, "writer", lambda: rehearsal.scatter)
+        monkeypatch.setattr(rehearsal, "operator", lambda: rehearsal.scatter)
     found = rehearsal.calibrate()
     assert found.here
     assert found.threads == torch.get_num_threads()
@@ -282,7 +282,7 @@ def test_a_memory_is_as_long_as_it_says() -> None:
 def test_the_scatter_writes_to_slots_and_nowhere_else() -> None:
     page = torch.zeros(3, 2, 4, 6)
     key, value = torch.full((2, 2, 3), 1.0), torch.full((2, 2, 3), 2.0)
-    rehearsal.scatter(key, value, page, torch.tensor([5, 11]))
+    rehearsal.scatter(None, key, value, page, torch.tensor([5, 11]))
     expected = torch.zeros(3, 2, 4, 6)
     for block, row in ((1, 1), (2, 3)):
         expected[block, :, row, :3], expected[block, :, row, 3:] = 1.0, 2.0

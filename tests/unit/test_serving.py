@@ -45,6 +45,7 @@ from awareness_vllm.serving.stats import Ledger, StepOutcomes
 from awareness_vllm.serving.supply import Found, Supply
 from awareness_vllm.serving.warm import WarmTier
 from awareness_vllm.serving.worker import Loaded, WorkerHalf
+from awareness_vllm.serving.writer import Writer
 
 pytestmark = pytest.mark.unit
 
@@ -526,6 +527,7 @@ def worker(cpu_operator: None) -> WorkerHalf:
         heads=2, head_dim=64, positions=Positions(scheme="rope", theta=1e4, rotary_dim=64)
     )
     half.memories = SimpleNamespace(geometry=SimpleNamespace(layers=(layer, layer)))
+    half.writer = Writer(half.layers, half.groups, half.memories.geometry, half.dtype)
     half.supply = Supply(ServingConfig(store="none"), half.memories, torch.bfloat16)
     states = [random_states(12, 64, torch.bfloat16, seed) for seed in range(4)]
     half.supply.warm.put((MEMORY, ""), AlignedMemory(list(range(12)), states[:2], states[2:]))
@@ -565,7 +567,9 @@ def test_null_blocks_are_never_handed_to_the_operator(
 ) -> None:
     # The CPU's operator passes over negative slots; that is not every operator's habit.
     written: list[int] = []
-    monkeypatch.setattr(worker, "write", lambda name, k, v, slots: written.extend(slots.tolist()))
+    monkeypatch.setattr(
+        Writer, "write", lambda self, _, k, v, slots: written.extend(slots.tolist())
+    )
     load_now(worker, load_of(([SKIP] * 4 + [4, 5, 6, 7], [SKIP] * 8)))
     assert written == [4, 5, 6, 7]
 
