@@ -27,6 +27,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from awareness_vllm.align.aligner import Realignment
+from awareness_vllm.align.writer import Writer
 from awareness_vllm.anchors.spans import Tokens, align, tokenize
 from awareness_vllm.compatibility.calibration import Calibration, line
 from awareness_vllm.compatibility.cost import map_work, written_bytes
@@ -35,7 +36,6 @@ from awareness_vllm.geometry import Geometry, LayerGeometry, Positions
 from awareness_vllm.home import home
 from awareness_vllm.packages.file import Package, build, publish, read
 from awareness_vllm.provenance import hardware, versions
-from awareness_vllm.serving.writer import Writer
 from awareness_vllm.wmatrix.file import WMatrix
 from awareness_vllm.wmatrix.manifest import Anchors, WMatrixManifest
 
@@ -175,14 +175,14 @@ def writing(target: Geometry, count: int) -> Callable[[], None]:
     keys, values = ([torch.ones(count, *shape, dtype=DTYPE) for shape in shapes] for _ in range(2))
     blocks, update = -(-count // BLOCK), operator()
     layers = {
-        f"layers.{i}.attn": SimpleNamespace(
+        i: SimpleNamespace(
             kv_cache=torch.ones(TURNS * blocks, heads, BLOCK, 2 * dim, dtype=DTYPE),
-            num_kv_heads=heads,
             impl=SimpleNamespace(do_kv_cache_update=update),
         )
         for i, (heads, dim) in enumerate(shapes)
     }
-    writer = Writer(layers, dict.fromkeys(layers, 0), target, DTYPE)
+    one_group, all_heads = dict.fromkeys(layers, 0), dict.fromkeys(layers, slice(None))
+    writer = Writer(layers, one_group, all_heads, target, DTYPE)
     places = itertools.cycle(range(0, TURNS * blocks * BLOCK, blocks * BLOCK))
 
     def run() -> None:

@@ -14,7 +14,9 @@ from torch import Tensor
 from vllm.logger import init_logger
 
 from awareness_vllm.align.paged import Latent, PagedMap, Pages
+from awareness_vllm.align.writer import Writer
 from awareness_vllm.errors import AwarenessError, LoadTimeout, PackageCorrupt
+from awareness_vllm.geometry import Geometry
 from awareness_vllm.serving.captures import Captures, as_memory
 from awareness_vllm.serving.config import ServingConfig
 from awareness_vllm.serving.memories import Memories
@@ -37,7 +39,6 @@ from awareness_vllm.serving.supply import (
     embedding_of,
 )
 from awareness_vllm.serving.warm import Memory
-from awareness_vllm.serving.writer import Writer
 from awareness_vllm.wmatrix.file import WMatrix
 from awareness_vllm.wmatrix.file import load as load_wmatrix
 
@@ -110,12 +111,26 @@ class WorkerHalf:
             model.get_vocab_size(),
             vllm_config.parallel_config.tensor_parallel_size,
         )
-        self.writer = Writer(self.layers, self.groups, self.memories.geometry, self.dtype)
+        check_layers(self.memories, self.groups)
+        self.writer = self.writer_of(self.memories.geometry)
         self.supply = Supply(config, self.memories, self.dtype)
         self.deadline = config.load_timeout
         self.waiting: dict[str, Waiting] = {}
         self.captures = Captures(everything=config.capture)
-        check_layers(self.memories, self.groups)
+
+    def writer_of(self, geometry: Geometry) -> Writer:
+        """What writes into this process's layers."""
+        found = {layer_index(name): self.layers[name] for name in self.groups}
+        return Writer(
+            layers=found,
+            groups={layer_index(name): group for name, group in self.groups.items()},
+            heads={
+                i: slice_of_rank(geometry.layers[i].heads, layer.num_kv_heads)
+                for i, layer in found.items()
+            },
+            geometry=geometry,
+            dtype=self.dtype,
+        )
 
     def bind_model(self, model: Any) -> None:
         """Take the running model, for its embedding, and load the W-Matrices that lead to it."""
@@ -143,14 +158,7 @@ class WorkerHalf:
         if device.type != "cuda" or wmatrix.manifest.residual:
             wmatrix.map(None, torch.zeros(WARM_UP_ROWS, wmatrix.manifest.embedding_width))
             return
-        heads = {
-            layer_index(name): slice_of_rank(
-                self.memories.geometry.layers[layer_index(name)].heads,
-                self.layers[name].num_kv_heads,
-            )
-            for name in self.groups
-        }
-        paged = PagedMap(wmatrix, heads, self.memories.max_model_len, device)
+        paged = PagedMap(wmatrix, self.writer.heads, self.memories.max_model_len, device)
         self.supply.paged[digest] = paged
         paged.warm_up(self.pages())
 

@@ -25,6 +25,7 @@ from vllm.entrypoints.generate.base.protocol import validate_cache_salt
 from vllm.v1.outputs import KVConnectorOutput
 
 from awareness_vllm.align.aligner import AlignedMemory
+from awareness_vllm.align.writer import Writer
 from awareness_vllm.errors import LoadTimeout, PackageCorrupt, UnsupportedModel
 from awareness_vllm.geometry import Geometry, LayerGeometry, Positions
 from awareness_vllm.positions import apply, strip
@@ -45,7 +46,6 @@ from awareness_vllm.serving.stats import Ledger, StepOutcomes
 from awareness_vllm.serving.supply import Found, Supply
 from awareness_vllm.serving.warm import WarmTier
 from awareness_vllm.serving.worker import Loaded, WorkerHalf
-from awareness_vllm.serving.writer import Writer
 
 pytestmark = pytest.mark.unit
 
@@ -524,10 +524,10 @@ def worker(cpu_operator: None) -> WorkerHalf:
     half.dtype = torch.bfloat16
     half.waiting, half.deadline = {}, 30.0
     layer = LayerGeometry(
-        heads=2, head_dim=64, positions=Positions(scheme="rope", theta=1e4, rotary_dim=64)
+        heads=HEADS, head_dim=64, positions=Positions(scheme="rope", theta=1e4, rotary_dim=64)
     )
     half.memories = SimpleNamespace(geometry=SimpleNamespace(layers=(layer, layer)))
-    half.writer = Writer(half.layers, half.groups, half.memories.geometry, half.dtype)
+    half.writer = half.writer_of(half.memories.geometry)
     half.supply = Supply(ServingConfig(store="none"), half.memories, torch.bfloat16)
     states = [random_states(12, 64, torch.bfloat16, seed) for seed in range(4)]
     half.supply.warm.put((MEMORY, ""), AlignedMemory(list(range(12)), states[:2], states[2:]))

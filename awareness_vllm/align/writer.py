@@ -11,16 +11,16 @@ from torch import Tensor
 
 from awareness_vllm.geometry import Geometry
 from awareness_vllm.positions import shift
-from awareness_vllm.serving.pages import layer_index, slice_of_rank
-from awareness_vllm.serving.scheduler import SKIP
 
 
 @dataclass(frozen=True)
 class Writer:
-    """vLLM's attention `layers` by their names, and each one's KV cache group."""
+    """vLLM's attention `layers`, their KV cache groups, and which `heads` this rank has of each, by
+    the layer's index in the model."""
 
-    layers: Mapping[str, Any]
-    groups: Mapping[str, int]
+    layers: Mapping[int, Any]
+    groups: Mapping[int, int]
+    heads: Mapping[int, slice]
     geometry: Geometry
     dtype: torch.dtype
 
@@ -37,20 +37,19 @@ class Writer:
         Args:
             keys, values: per layer [T, H, D], the whole memory's.
             offset: by how many positions they are moved.
-            slots: per KV cache group [N], SKIP where a token has none.
+            slots: per KV cache group [N], negative where a token has none.
         """
         end, held = begin + len(slots[0]), [with_slots(group) for group in slots]
-        for name, group in self.groups.items():
-            index, (where, real) = layer_index(name), held[group]
-            key, value = (states[index][begin:end][where] for states in (keys, values))
-            self.write(name, shift(key, offset, self.geometry.layers[index].positions), value, real)
+        for i, group in self.groups.items():
+            where, real = held[group]
+            key, value = (states[i][begin:end][where] for states in (keys, values))
+            self.write(i, shift(key, offset, self.geometry.layers[i].positions), value, real)
 
-    def write(self, name: str, key: Tensor, value: Tensor, slots: Tensor) -> None:
+    def write(self, index: int, key: Tensor, value: Tensor, slots: Tensor) -> None:
         """Scatter one layer's key and value [N, H, D] into slots [N]."""
         if not len(slots):
             return
-        layer = self.layers[name]
-        heads = slice_of_rank(key.shape[1], layer.num_kv_heads)
+        layer, heads = self.layers[index], self.heads[index]
         device = layer.kv_cache.device
         layer.impl.do_kv_cache_update(
             layer,
@@ -62,15 +61,15 @@ class Writer:
 
     def bytes_in(self, slots: Sequence[Tensor]) -> int:
         """Bytes of cache that each KV cache group's slots stand for, in all of its layers."""
-        written = [int((group != SKIP).sum()) for group in slots]
+        written = [int((group >= 0).sum()) for group in slots]
         total = 0
-        for name, group in self.groups.items():
-            cache = self.layers[name].kv_cache  # [B, H, N, K|V]
+        for i, group in self.groups.items():
+            cache = self.layers[i].kv_cache  # [B, H, N, K|V]
             total += cache[0].numel() * cache.element_size() // cache.shape[2] * written[group]
         return total
 
 
 def with_slots(slots: Tensor) -> tuple[slice | Tensor, Tensor]:
     """Which of some tokens have a slot, and the slots; all of them are no copy."""
-    real = slots != SKIP
+    real = slots >= 0
     return (slice(None), slots) if real.all() else (real, slots[real])
