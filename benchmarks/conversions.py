@@ -35,6 +35,7 @@ from awareness_vllm.anchors.spans import load_tokenizer, tokenize
 from awareness_vllm.geometry import Geometry
 from awareness_vllm.home import anchors_dir, wmatrices_dir
 from awareness_vllm.provenance import hardware, versions
+from awareness_vllm.serving.register import vllm_version
 from awareness_vllm.wmatrix.bench import Bench
 from awareness_vllm.wmatrix.bootstrap import mean, resamples
 from awareness_vllm.wmatrix.config import FitConfig
@@ -43,7 +44,7 @@ from awareness_vllm.wmatrix.evaluate import TextFigures, cut_evenly, evaluate_te
 from awareness_vllm.wmatrix.file import WMatrix
 from awareness_vllm.wmatrix.file import load as load_wmatrix
 from awareness_vllm.wmatrix.fit import fit
-from awareness_vllm.wmatrix.manifest import is_readable
+from awareness_vllm.wmatrix.manifest import WMatrixManifest, is_readable, read_manifest
 
 HELD_OUT = ("crawl", "debian-history", "wordnet")
 CONTEXT, CONTINUATION = 300, 60
@@ -129,16 +130,15 @@ def mapped(source: Path, target: Path, config: FitConfig) -> WMatrix:
     suffix = "" if config.predecessors is not None else "-without-text"
     name = f"{source.parent.name}-{source.name}--{target.name}{suffix}"
     path = wmatrices_dir() / f"{name}.wmatrix"
-    if is_readable(path) and is_of(load_wmatrix(path), source, target, config):
+    if is_readable(path) and is_of(read_manifest(path), source, target, config):
         return load_wmatrix(path)
     wmatrix = fit(source, target, anchor_pieces(target), config)
     wmatrix.register(name)
     return wmatrix
 
 
-def is_of(wmatrix: WMatrix, source: Path, target: Path, config: FitConfig) -> bool:
+def is_of(manifest: WMatrixManifest, source: Path, target: Path, config: FitConfig) -> bool:
     """Whether a W-Matrix is what a fit would give again."""
-    manifest = wmatrix.manifest
     ends = ((manifest.source, source), (manifest.target, target))
     if not all(geometry.same_model(Geometry.from_folder(folder)) for geometry, folder in ends):
         return False
@@ -220,12 +220,6 @@ def markdown(rows: dict[str, dict[str, Any]]) -> str:
         )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def vllm_version() -> str:
-    import vllm
-
-    return vllm.__version__
 
 
 def main() -> None:

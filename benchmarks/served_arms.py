@@ -15,13 +15,11 @@ from torch import Tensor
 from awareness_vllm.packages.file import publish
 from awareness_vllm.serving.offline import OfflineMemories
 from awareness_vllm.wmatrix.bench import ARMS, Bench
-from awareness_vllm.wmatrix.evaluate import TextFigures, measures, paired
+from awareness_vllm.wmatrix.evaluate import Cut, TextFigures, measures, paired
 from awareness_vllm.wmatrix.file import WMatrix
 
 PATIENCE = 86_400.0
 """Seconds: a memory that is late would be read natively, and nobody waits here."""
-Cut = tuple[str, str, list[int]]
-"""Name, context and the ids that follow it: the first is read, the others are scored."""
 
 
 def served_texts(bench: Bench, cuts: Sequence[Cut], **args: Any) -> TextFigures:

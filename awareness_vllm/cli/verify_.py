@@ -13,15 +13,16 @@ HELP = "prove that a memory package or a W-Matrix is whole and unaltered"
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    from awareness_vllm.geometry import file_digest
     from awareness_vllm.packages.file import verify
     from awareness_vllm.packages.manifest import MEMORY_ID, check_bytes, id_of
     from awareness_vllm.store.folder import locate
-    from awareness_vllm.wmatrix.file import digest_of, load
+    from awareness_vllm.wmatrix.file import load
 
     path = locate(args.what, args.store)
     if path.suffix == ".wmatrix":
         load(path)
-        return {"ok": True, "kind": "wmatrix", "path": str(path), "digest": digest_of(path)}
+        return {"ok": True, "kind": "wmatrix", "path": str(path), "digest": file_digest(path)}
     if MEMORY_ID.fullmatch(path.stem):
         check_bytes(path, path.stem)
     verify(path)

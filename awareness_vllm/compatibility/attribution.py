@@ -30,14 +30,14 @@ from awareness_vllm.compatibility.sources import (
     subset,
 )
 from awareness_vllm.errors import BadInput
-from awareness_vllm.geometry import Geometry, resolve_folder
+from awareness_vllm.geometry import Geometry, file_digest, resolve_folder
 from awareness_vllm.positions import apply
 from awareness_vllm.provenance import hardware, versions
 from awareness_vllm.wmatrix.bench import Bench, divergence, surprise
 from awareness_vllm.wmatrix.certify import rows_by
 from awareness_vllm.wmatrix.config import FitConfig
-from awareness_vllm.wmatrix.evaluate import cut_evenly, joined
-from awareness_vllm.wmatrix.file import WMatrix, digest_of, load
+from awareness_vllm.wmatrix.evaluate import Cut, cut_evenly, joined
+from awareness_vllm.wmatrix.file import WMatrix, load
 from awareness_vllm.wmatrix.gather import gather, held_out_rows
 from awareness_vllm.wmatrix.mapping import heads
 from awareness_vllm.wmatrix.progress import say
@@ -45,8 +45,6 @@ from awareness_vllm.wmatrix.reader import Reader, Row
 from awareness_vllm.wmatrix.regress import fisher_weight
 from awareness_vllm.wmatrix.workspace import Workspace, workspace
 
-Cut = tuple[str, str, list[int]]
-"""Name, context and the ids that follow it."""
 Maps = dict[Lifted, ConstrainedMap]
 """By which of HEADS and LAYERS are lifted: one regression each, at full rank and reduced."""
 
@@ -115,7 +113,7 @@ def attribute(
             for length, cuts in by_length.items()
         }
     return Degradation(
-        wmatrix=digest_of(wmatrix),
+        wmatrix=file_digest(wmatrix),
         contexts=lost_at,
         texts=digest(texts),
         continuation=continuation,

@@ -14,15 +14,22 @@ from awareness_vllm.wmatrix.statistics import Statistics
 
 
 @dataclass(frozen=True)
-class ConstrainedMap:
-    """One regression: `solution` [F, O] between features and targets that are centred by their
-    means and divided by their scales. `span` [O, R] is what the best map of a limited rank keeps of
-    its fitted values, in the metric of `weight` [O]."""
+class Scaling:
+    """What standardises features [F] and targets [O]: their means over the anchors, and scales."""
 
     x_mean: Tensor
     x_scale: Tensor
     y_mean: Tensor
     y_scale: Tensor
+
+
+@dataclass(frozen=True)
+class ConstrainedMap:
+    """One regression: `solution` [F, O] between standardised features and targets. `span` [O, R] is
+    what the best map of a limited rank keeps of its fitted values, in the metric of `weight` [O].
+    """
+
+    scaling: Scaling
     weight: Tensor
     solution: Tensor
     span: Tensor
@@ -35,15 +42,17 @@ class ConstrainedMap:
             features: [T, F], the source's `width` states first.
             blank: [T] bool, rows whose source states say nothing.
         """
-        x = (features - self.x_mean) / self.x_scale
+        by = self.scaling
+        x = (features - by.x_mean) / by.x_scale
         x[blank.nonzero()[:, 0], :width] = 0
-        return self.y_mean + x @ self.solution * self.y_scale
+        return by.y_mean + x @ self.solution * by.y_scale
 
     def reduced(self, states: Tensor) -> Tensor:
         """What the map of limited rank would give in place of its states at full rank, [T, O]."""
-        metric = self.weight / self.y_scale
-        fitted = (states - self.y_mean) * metric
-        return self.y_mean + fitted @ self.span @ self.span.T / metric
+        by = self.scaling
+        metric = self.weight / by.y_scale
+        fitted = (states - by.y_mean) * metric
+        return by.y_mean + fitted @ self.span @ self.span.T / metric
 
 
 @dataclass(frozen=True)
@@ -51,10 +60,7 @@ class Regression:
     """The sums over anchors, centred: `gram` [F, F] and `cross` [F, O] of standardised features and
     targets, with held-out rows `x` [N, F] and `y` [N, O], standardised alike."""
 
-    x_mean: Tensor
-    x_scale: Tensor
-    y_mean: Tensor
-    y_scale: Tensor
+    scaling: Scaling
     gram: Tensor
     cross: Tensor
     weight: Tensor
@@ -71,10 +77,7 @@ class Regression:
         gram = gram.triu_().add_(gram.triu(1).T)
         x, y = held_out
         return cls(
-            x_mean=x_mean,
-            x_scale=sums.x_scale,
-            y_mean=y_mean,
-            y_scale=sums.y_scale,
+            scaling=Scaling(x_mean, sums.x_scale, y_mean, sums.y_scale),
             gram=gram,
             cross=cross,
             weight=weight,
@@ -116,10 +119,7 @@ class Regression:
         gram.diagonal().add_(ridge)
         half = torch.linalg.cholesky(gram, upper=True) @ solution
         return ConstrainedMap(
-            x_mean=self.x_mean,
-            x_scale=self.x_scale,
-            y_mean=self.y_mean,
-            y_scale=self.y_scale,
+            scaling=self.scaling,
             weight=self.weight,
             solution=solution,
             span=leading_right_vectors(half.mul_(self.weight), rank, seed),

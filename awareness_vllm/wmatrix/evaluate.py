@@ -19,6 +19,8 @@ from awareness_vllm.wmatrix.bench import ARMS, Bench, divergence, surprise
 from awareness_vllm.wmatrix.bootstrap import retention, share
 
 Item = TypeVar("Item")
+Cut = tuple[str, str, list[int]]
+"""A text's name, its context, and the ids after it: the first is read, the others are scored."""
 CHARACTERS_PER_TOKEN = 6
 """More than English has: so many characters are enough for a context."""
 
@@ -103,8 +105,8 @@ def measures(native: Tensor, logprobs: Tensor, ids: Sequence[int]) -> tuple[floa
 
 def cut_evenly(
     bench: Bench, documents: Sequence[Document], context: int, continuation: int, limit: int | None
-) -> list[tuple[str, str, list[int]]]:
-    """Name, context and the ids that follow it, of at most `limit` documents long enough."""
+) -> list[Cut]:
+    """The cuts of at most `limit` documents that are long enough, spread evenly over them."""
     cuts = [
         (document.name, *cut)
         for document in documents

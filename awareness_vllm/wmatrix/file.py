@@ -15,7 +15,6 @@ from torch import Tensor
 from awareness_vllm.align.features import split_states
 from awareness_vllm.errors import BadInput
 from awareness_vllm.files import private_copy
-from awareness_vllm.geometry import file_digest
 from awareness_vllm.home import wmatrices_dir
 from awareness_vllm.kernels import decode, encode
 from awareness_vllm.packages.manifest import METADATA_KEY
@@ -186,8 +185,3 @@ def load(path: str | Path) -> WMatrix:
         sink_values=[tensors[f"sink.{i}.value"] for i in range(count)],
         places={side: tensors[f"places.{side}"] for side in manifest.place_shapes},
     )
-
-
-def digest_of(path: Path) -> str:
-    """sha256 of the file: what aligned memories and cache salts are keyed by."""
-    return file_digest(path)

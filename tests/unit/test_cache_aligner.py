@@ -18,13 +18,13 @@ from awareness_vllm.align import cache as cache_module
 from awareness_vllm.align.strategies import TrainingFreeWarning
 from awareness_vllm.anchors.corpus import Document
 from awareness_vllm.errors import NoWMatrix, QualityUnreachable, UnsupportedModel
+from awareness_vllm.geometry import file_digest
 from awareness_vllm.packages.capture import capture, load_model, states
 from awareness_vllm.packages.file import Package, publish
 from awareness_vllm.wmatrix import gather
 from awareness_vllm.wmatrix.certificate import Certificate
 from awareness_vllm.wmatrix.config import FitConfig
 from awareness_vllm.wmatrix.evaluate import TextFigures
-from awareness_vllm.wmatrix.file import digest_of
 from awareness_vllm.wmatrix.fit import fit
 
 pytestmark = pytest.mark.unit
@@ -116,7 +116,7 @@ def test_the_certificate_gives_quality_and_plan(
     aligner = KVCacheAligner(*tiny_models, wmatrix=maps[1], store=tmp_path)
     plain = aligner.align(memory)
     assert (plain.quality_score, plain.tail) == (0.8, 0)
-    assert plain.basis == cache_module.Basis("measured", digest_of(maps[1]), 100)
+    assert plain.basis == cache_module.Basis("measured", file_digest(maps[1]), 100)
     path = publish(memory, tmp_path)
     better = aligner.align(kv_cache=path.stem, quality_target=0.85)
     assert (better.quality_score, better.tail) == (0.9, 8)

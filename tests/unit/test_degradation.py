@@ -278,7 +278,7 @@ def test_what_says_nothing_is_taken_for_the_mean() -> None:
     whole = found.solve(every, 4)
     blank = torch.tensor([False, True])
     mean = X[:2].clone()
-    mean[1, :WIDTH] = found.x_mean[:WIDTH]
+    mean[1, :WIDTH] = found.scaling.x_mean[:WIDTH]
     nothing = torch.zeros(2, dtype=torch.bool)
     torch.testing.assert_close(
         whole.states(X[:2], blank, WIDTH), whole.states(mean, nothing, WIDTH)
@@ -290,7 +290,7 @@ def test_the_ridge_is_chosen_on_held_out_rows() -> None:
     noise, _ = regression(few, random(60, TARGET.width, seed=5))
     plain, _ = regression(X, X @ random(WIDTH + FREE, TARGET.width, seed=1))
     for found, ridge in ((noise, RIDGES[-1]), (plain, RIDGES[0])):
-        bound = blocks(SOURCE, READ, TARGET, found.x_scale, frozenset({HEADS, LAYERS}))
+        bound = blocks(SOURCE, READ, TARGET, found.scaling.x_scale, frozenset({HEADS, LAYERS}))
         assert found.choose_ridge(bound) == ridge
 
 

@@ -16,9 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from awareness_vllm.errors import WMatrixCorrupt
+from awareness_vllm.geometry import file_digest
 from awareness_vllm.packages.manifest import METADATA_KEY
 from awareness_vllm.packages.payload import payload_digest
-from awareness_vllm.wmatrix.file import WMatrix, digest_of, load
+from awareness_vllm.wmatrix.file import WMatrix, load
 from awareness_vllm.wmatrix.manifest import is_readable, read_manifest
 
 pytestmark = pytest.mark.unit
@@ -78,7 +79,7 @@ def test_round_trip(wmatrix: WMatrix, saved: Path) -> None:
 def test_the_digest_tells_maps_apart(wmatrix: WMatrix, saved: Path, tmp_path: Path) -> None:
     wmatrix.save(tmp_path / "same")
     replace(wmatrix, bias=wmatrix.bias + 1).save(tmp_path / "other")
-    assert digest_of(tmp_path / "same") == digest_of(saved) != digest_of(tmp_path / "other")
+    assert file_digest(tmp_path / "same") == file_digest(saved) != file_digest(tmp_path / "other")
 
 
 @settings(max_examples=300, deadline=None)
