@@ -13,14 +13,14 @@ STAMP := $(VENV)/.install-stamp
 help:
 	@echo "make demo | test | unit | engine | families | gpu | lint | install | models | anchors | browser | clean"
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml demo/pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not installed; set PYTHON to a Python 3.11"; exit 1; }
 	@echo "[install 1/5] virtual environment in $(VENV)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "[install 2/5] torch (a large download)"
 	@$(PIP) install torch==2.13.0
 	@echo "[install 3/5] this project, vLLM for CPU, transformers, test tools (some minutes)"
-	@$(PIP) install -e '.[cpu,demo,test]'
+	@$(PIP) install -e '.[cpu,test]' -e demo
 	@echo "[install 4/5] removing CUDA builds of torchvision, torchaudio and torchcodec"
 	@# On a CPU torch they break the import of transformers and vLLM; nothing here uses them.
 	@$(PIP) uninstall -y torchvision torchaudio torchcodec
@@ -33,11 +33,11 @@ install: $(STAMP)
 
 models: $(STAMP)
 	@echo "[models] about 90 s the first time"
-	@$(BIN)/python -m awareness_vllm.models
+	@$(BIN)/python -m awareness_demo.models
 
 anchors: $(STAMP)
 	@echo "[anchors] about 30 s the first time"
-	@$(BIN)/python -m awareness_vllm.anchors.install
+	@$(BIN)/python -m awareness_demo.anchors
 
 demo: $(STAMP) models anchors
 	@$(BIN)/python examples/quickstart.py

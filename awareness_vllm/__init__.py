@@ -9,8 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from awareness_vllm.align.cache import KVCacheAligner
-    from awareness_vllm.align.multihop import MultiHopAligner, MultiHopMemoryAligner
+    from awareness_vllm.aligners.aligner import KVCacheAligner
+    from awareness_vllm.aligners.multihop import MultiHopAligner, MultiHopMemoryAligner
     from awareness_vllm.compatibility.checker import MemoryCompatibilityChecker
     from awareness_vllm.compatibility.wmatrices import CompatibilityChecker
 
@@ -25,10 +25,10 @@ __version__ = "0.1.0"
 
 HOMES = {
     "CompatibilityChecker": "awareness_vllm.compatibility.wmatrices",
-    "KVCacheAligner": "awareness_vllm.align.cache",
+    "KVCacheAligner": "awareness_vllm.aligners.aligner",
     "MemoryCompatibilityChecker": "awareness_vllm.compatibility.checker",
-    "MultiHopAligner": "awareness_vllm.align.multihop",
-    "MultiHopMemoryAligner": "awareness_vllm.align.multihop",
+    "MultiHopAligner": "awareness_vllm.aligners.multihop",
+    "MultiHopMemoryAligner": "awareness_vllm.aligners.multihop",
 }
 
 

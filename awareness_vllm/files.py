@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+from awareness_vllm.errors import BadInput, UnsupportedModel
 
 
 @contextlib.contextmanager
@@ -41,3 +45,60 @@ def write_whole(path: Path, text: str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def home() -> Path:
+    """`$AWARENESS_HOME`, by default `~/.cache/awareness`."""
+    return Path(os.environ.get("AWARENESS_HOME") or Path.home() / ".cache" / "awareness")
+
+
+def models_dir() -> Path:
+    return home() / "models"
+
+
+def wmatrices_dir() -> Path:
+    return home() / "wmatrices"
+
+
+def geometries_dir() -> Path:
+    return home() / "geometries"
+
+
+def anchors_dir() -> Path:
+    return home() / "anchors"
+
+
+def default_store() -> Path:
+    return home() / "store"
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on a file (made when missing); waits for another holder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a whole file, in hex."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UnsupportedModel(f"cannot read {path}", found=str(error)) from error
+
+
+def read_text_file(path: Path) -> str:
+    """A file's text, line ends as they are.
+
+    Raises:
+        BadInput: missing, or not UTF-8.
+    """
+    try:
+        return path.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(
+            f"cannot read {path}", found=str(error), expected="a UTF-8 text file"
+        ) from error

@@ -17,21 +17,21 @@ from pathlib import Path
 
 import torch
 
-from awareness_vllm.align.aligner import BLOCK, realign
-from awareness_vllm.geometry import Geometry, resolve_folder
-from awareness_vllm.packages.capture import capture, load_model
+from awareness_vllm.align.realign import BLOCK, realign
+from awareness_vllm.fit.layers import evenly_spread
+from awareness_vllm.models.describe import geometry_of, resolve_folder
+from awareness_vllm.models.hf import load_model, sink_ids, sink_states
+from awareness_vllm.packages.capture import capture
 from awareness_vllm.provenance import hardware, versions
 from awareness_vllm.wmatrix.file import WMatrix
-from awareness_vllm.wmatrix.layers import evenly_spread
 from awareness_vllm.wmatrix.manifest import Anchors, WMatrixManifest
-from awareness_vllm.wmatrix.reader import sink_ids, sink_states
 
 CHARACTERS = 12_000
 
 
 def random_map(source: Path, target: Path, rank: int) -> WMatrix:
     """A map between two models, every weight drawn at random."""
-    geometries = Geometry.from_folder(source), Geometry.from_folder(target)
+    geometries = geometry_of(source), geometry_of(target)
     sink = sink_ids(target)
     manifest = WMatrixManifest(
         source=geometries[0],

@@ -27,23 +27,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from awareness_demo.anchors import held_out_dir
 from small_models import GENERATED, make
 
 from awareness_vllm.anchors.corpus import Document, load, windows
-from awareness_vllm.anchors.install import held_out_dir
-from awareness_vllm.anchors.spans import load_tokenizer, tokenize
-from awareness_vllm.geometry import Geometry
-from awareness_vllm.home import anchors_dir, wmatrices_dir
+from awareness_vllm.evaluate.bootstrap import mean, resamples
+from awareness_vllm.evaluate.conditions import Bench
+from awareness_vllm.evaluate.evaluate import TextFigures, cut_evenly, evaluate_texts
+from awareness_vllm.evaluate.flops import map_flop, prefill_flop, share_of_prefill
+from awareness_vllm.files import anchors_dir, wmatrices_dir
+from awareness_vllm.fit.config import FitConfig
+from awareness_vllm.fit.fit import fit
+from awareness_vllm.models.describe import geometry_of
+from awareness_vllm.models.tokens import load_tokenizer, tokenize
 from awareness_vllm.provenance import hardware, versions
-from awareness_vllm.serving.register import vllm_version
-from awareness_vllm.wmatrix.bench import Bench
-from awareness_vllm.wmatrix.bootstrap import mean, resamples
-from awareness_vllm.wmatrix.config import FitConfig
-from awareness_vllm.wmatrix.cost import map_flop, prefill_flop, share_of_prefill
-from awareness_vllm.wmatrix.evaluate import TextFigures, cut_evenly, evaluate_texts
+from awareness_vllm.serving.plugin import vllm_version
 from awareness_vllm.wmatrix.file import WMatrix
 from awareness_vllm.wmatrix.file import load as load_wmatrix
-from awareness_vllm.wmatrix.fit import fit
 from awareness_vllm.wmatrix.manifest import WMatrixManifest, is_readable, read_manifest
 
 HELD_OUT = ("crawl", "debian-history", "wordnet")
@@ -140,7 +140,7 @@ def mapped(source: Path, target: Path, config: FitConfig) -> WMatrix:
 def is_of(manifest: WMatrixManifest, source: Path, target: Path, config: FitConfig) -> bool:
     """Whether a W-Matrix is what a fit would give again."""
     ends = ((manifest.source, source), (manifest.target, target))
-    if not all(geometry.same_model(Geometry.from_folder(folder)) for geometry, folder in ends):
+    if not all(geometry.same_model(geometry_of(folder)) for geometry, folder in ends):
         return False
     fitted = manifest.fit if config.ridge else manifest.fit | {"ridge": None}  # it was chosen
     return fitted == asdict(config)

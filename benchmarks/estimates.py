@@ -20,21 +20,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from awareness_demo.debian import unpack
+from awareness_demo.sources import pages, texts
 from tqdm import tqdm
 
 from awareness_vllm.anchors.corpus import Document
-from awareness_vllm.anchors.debian import unpack
-from awareness_vllm.anchors.sources import pages, texts
 from awareness_vllm.compatibility.estimate import predict
 from awareness_vllm.compatibility.on_the_spot import measure_with
 from awareness_vllm.errors import BadInput
+from awareness_vllm.evaluate.bootstrap import retention
+from awareness_vllm.evaluate.conditions import Bench, cut_tail, surprise
+from awareness_vllm.evaluate.evaluate import cut_evenly, joined
 from awareness_vllm.provenance import hardware, versions
-from awareness_vllm.wmatrix.bench import Bench, cut_tail, surprise
-from awareness_vllm.wmatrix.bootstrap import retention
 from awareness_vllm.wmatrix.certificate import TAIL, Interval
-from awareness_vllm.wmatrix.evaluate import cut_evenly, joined
 from awareness_vllm.wmatrix.file import load
-from awareness_vllm.wmatrix.shelf import WMatrixEntry
+from awareness_vllm.wmatrix.registry import WMatrixEntry
 
 LENGTHS = (200, 600, 1200)
 DEBIAN = {

@@ -18,25 +18,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from awareness_demo.anchors import held_out_dir
 
 from awareness_vllm.anchors.corpus import load, split
-from awareness_vllm.anchors.install import held_out_dir
-from awareness_vllm.home import anchors_dir, models_dir
-from awareness_vllm.packages.capture import load_model
+from awareness_vllm.evaluate.bootstrap import retention
+from awareness_vllm.evaluate.conditions import Bench
+from awareness_vllm.evaluate.evaluate import cut_evenly
+from awareness_vllm.evaluate.flops import map_flop, prefill_flop
+from awareness_vllm.files import anchors_dir, models_dir
+from awareness_vllm.fit.checkpoint import Workspace
+from awareness_vllm.fit.config import FitConfig
+from awareness_vllm.fit.gather import gather
+from awareness_vllm.fit.reader import Reader
+from awareness_vllm.fit.regress import solved, weighting
+from awareness_vllm.models.hf import load_model
 from awareness_vllm.provenance import hardware, versions
-from awareness_vllm.wmatrix.bench import Bench
-from awareness_vllm.wmatrix.bootstrap import retention
 from awareness_vllm.wmatrix.certificate import Certificate
-from awareness_vllm.wmatrix.config import FitConfig
-from awareness_vllm.wmatrix.cost import map_flop, prefill_flop
-from awareness_vllm.wmatrix.evaluate import cut_evenly
 from awareness_vllm.wmatrix.file import WMatrix
 from awareness_vllm.wmatrix.file import load as load_wmatrix
-from awareness_vllm.wmatrix.gather import gather
 from awareness_vllm.wmatrix.manifest import read_manifest
-from awareness_vllm.wmatrix.reader import Reader
-from awareness_vllm.wmatrix.regress import solved, weighting
-from awareness_vllm.wmatrix.workspace import Workspace
 
 CONTEXT, CONTINUATION = 300, 60
 HELD_OUT = ("crawl", "debian-history", "wordnet")

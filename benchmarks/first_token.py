@@ -28,15 +28,15 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from awareness_demo.anchors import held_out_dir, install
+from awareness_demo.models import prepare
 from servers import AWARENESS, FLAGS, NAME, paired, running, smollm2, stop_on_terminate
 
 from awareness_vllm.anchors.corpus import load
-from awareness_vllm.anchors.install import held_out_dir, install
-from awareness_vllm.anchors.spans import load_tokenizer, tokenize
-from awareness_vllm.home import wmatrices_dir
-from awareness_vllm.models import prepare
+from awareness_vllm.files import wmatrices_dir
+from awareness_vllm.models.tokens import load_tokenizer, tokenize
 from awareness_vllm.provenance import hardware, versions
-from awareness_vllm.serving.register import vllm_version
+from awareness_vllm.serving.plugin import vllm_version
 
 TEXTS = 3
 QUESTION = "\n\nIn one sentence, this text is about"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
-from awareness_vllm.serving.scheduler import MIN_COMPUTED
+from awareness_vllm.serving.connector.scheduler import MIN_COMPUTED
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams

@@ -15,17 +15,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+from awareness_demo.anchors import held_out_dir
 from conversions import HELD_OUT, anchor_pieces, evaluation_texts
 from small_models import make
 
 from awareness_vllm import MultiHopAligner
 from awareness_vllm.anchors.corpus import Document, load
-from awareness_vllm.anchors.install import held_out_dir
+from awareness_vllm.evaluate.flops import map_flop
+from awareness_vllm.fit.config import FitConfig
+from awareness_vllm.fit.fit import fit
 from awareness_vllm.provenance import hardware, versions
-from awareness_vllm.wmatrix.config import FitConfig
-from awareness_vllm.wmatrix.cost import map_flop
 from awareness_vllm.wmatrix.file import load as load_wmatrix
-from awareness_vllm.wmatrix.fit import fit
 
 
 def fitted(source: Path, target: Path, anchors: list[Document], maps: Path) -> Path:

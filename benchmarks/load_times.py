@@ -27,19 +27,20 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from awareness_demo.anchors import held_out_dir, install
+from awareness_demo.models import prepare
 from servers import AWARENESS, NAME, running, stop_on_terminate
 
 from awareness_vllm.anchors.corpus import load
-from awareness_vllm.anchors.install import held_out_dir, install
-from awareness_vllm.anchors.spans import load_tokenizer, tokenize
-from awareness_vllm.compatibility.calibration import Calibration, calibrated
-from awareness_vllm.compatibility.cost import load_times_s
+from awareness_vllm.compatibility.load_time.cost import load_times_s
+from awareness_vllm.compatibility.load_time.speed import Calibration
 from awareness_vllm.compatibility.target import TargetConfig
-from awareness_vllm.geometry import Geometry
-from awareness_vllm.home import wmatrices_dir
-from awareness_vllm.models import prepare
+from awareness_vllm.files import wmatrices_dir
+from awareness_vllm.models.describe import geometry_of
+from awareness_vllm.models.tokens import load_tokenizer, tokenize
 from awareness_vllm.provenance import hardware, versions
-from awareness_vllm.serving.register import vllm_version
+from awareness_vllm.serving.load_benchmark import calibrated
+from awareness_vllm.serving.plugin import vllm_version
 from awareness_vllm.wmatrix.manifest import read_manifest
 
 TEMPERATURES = ("cold", "warm", "hot")
@@ -128,7 +129,7 @@ def cases(
     """One memory at all temperatures."""
     tokens = server.tokens(memory)
     predicted = load_times_s(
-        Geometry.from_folder(direction.target),
+        geometry_of(direction.target),
         tokens,
         TargetConfig(block_size=CPU_BLOCK),
         here,

@@ -21,8 +21,8 @@ import httpx
 import numpy as np
 from tqdm import tqdm
 
-from awareness_vllm.wmatrix.bootstrap import mean
-from awareness_vllm.wmatrix.evaluate import evenly
+from awareness_vllm.evaluate.bootstrap import mean
+from awareness_vllm.evaluate.evaluate import evenly
 
 MAX_TOKENS = 24
 

@@ -12,10 +12,10 @@ import numpy as np
 from forced import Prompt, engine, scored
 from torch import Tensor
 
+from awareness_vllm.evaluate.conditions import ARMS, Bench
+from awareness_vllm.evaluate.evaluate import Cut, TextFigures, measures, paired
 from awareness_vllm.packages.file import publish
 from awareness_vllm.serving.offline import OfflineMemories
-from awareness_vllm.wmatrix.bench import ARMS, Bench
-from awareness_vllm.wmatrix.evaluate import Cut, TextFigures, measures, paired
 from awareness_vllm.wmatrix.file import WMatrix
 
 PATIENCE = 86_400.0

@@ -16,8 +16,8 @@ from typing import Any
 
 import httpx
 import numpy as np
+from awareness_demo.models import prepare
 
-from awareness_vllm.models import prepare
 from awareness_vllm.serving.launch import PLUGIN, environment
 
 STOCK = (sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model")

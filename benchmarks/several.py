@@ -19,15 +19,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from awareness_vllm.align.aligner import AlignedMemory
+from awareness_vllm.align.realign import AlignedMemory
 from awareness_vllm.anchors.corpus import load
-from awareness_vllm.anchors.spans import load_tokenizer, tokenize
-from awareness_vllm.geometry import Geometry
-from awareness_vllm.positions import shift
+from awareness_vllm.evaluate.bootstrap import retention
+from awareness_vllm.evaluate.conditions import Bench, surprise
+from awareness_vllm.evaluate.evaluate import cut_evenly, joined
+from awareness_vllm.models.describe import geometry_of
+from awareness_vllm.models.geometry import Geometry
+from awareness_vllm.models.rope import shift
+from awareness_vllm.models.tokens import load_tokenizer, tokenize
 from awareness_vllm.provenance import hardware, versions
-from awareness_vllm.wmatrix.bench import Bench, surprise
-from awareness_vllm.wmatrix.bootstrap import retention
-from awareness_vllm.wmatrix.evaluate import cut_evenly, joined
 from awareness_vllm.wmatrix.file import load as load_wmatrix
 
 COUNTS = (1, 2, 4)
@@ -64,7 +65,7 @@ def following(memories: list[AlignedMemory], skip: int, target: Geometry) -> Ali
 
 def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
     """Retention with the context in 1, 2 and 4 memories."""
-    target, skip = Geometry.from_folder(bench.target), bench.sink()
+    target, skip = geometry_of(bench.target), bench.sink()
     long = joined(load([Path(p) for p in args.texts]), args.context + args.continuation)
     surprises: dict[str, list[float]] = {}
     cuts = cut_evenly(bench, long, args.context, args.continuation, args.limit)

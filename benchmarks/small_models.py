@@ -32,9 +32,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from awareness_vllm.anchors.corpus import load, windows
-from awareness_vllm.home import anchors_dir, models_dir
-from awareness_vllm.wmatrix.places import TABLES
-from awareness_vllm.wmatrix.workspace import Workspace
+from awareness_vllm.files import anchors_dir, models_dir
+from awareness_vllm.fit.checkpoint import Workspace
+from awareness_vllm.models.position_embeddings import TABLES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

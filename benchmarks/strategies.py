@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from awareness_vllm.align.strategies import (
+from awareness_vllm.aligners.training_free import (
     FIGURES,
     HEAD_MAPPINGS,
     MERGES,
@@ -32,14 +32,14 @@ from awareness_vllm.align.strategies import (
 )
 from awareness_vllm.anchors.corpus import digest, load
 from awareness_vllm.errors import UnsupportedModel
-from awareness_vllm.geometry import Geometry, resolve_folder
-from awareness_vllm.packages.capture import load_model, states
+from awareness_vllm.evaluate.conditions import Bench
+from awareness_vllm.evaluate.evaluate import evaluate_texts
+from awareness_vllm.models.describe import geometry_of, resolve_folder
+from awareness_vllm.models.geometry import Geometry
+from awareness_vllm.models.hf import load_model, sink_ids, states
 from awareness_vllm.provenance import hardware, versions
-from awareness_vllm.wmatrix.bench import Bench
-from awareness_vllm.wmatrix.evaluate import evaluate_texts
 from awareness_vllm.wmatrix.file import WMatrix
 from awareness_vllm.wmatrix.file import load as load_wmatrix
-from awareness_vllm.wmatrix.reader import sink_ids
 
 
 def same_between(source: Geometry, target: Geometry, configuration: Configuration) -> str:
@@ -77,7 +77,7 @@ def groups(source: Geometry, target: Geometry) -> tuple[list[list[Configuration]
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Every mapping in five arms, and the learned map."""
     source, target = resolve_folder(args.source), resolve_folder(args.target)
-    geometries = Geometry.from_folder(source), Geometry.from_folder(target)
+    geometries = geometry_of(source), geometry_of(target)
     texts = load(args.texts)
     sink = sink_ids(target)
     sink_states = states(load_model(target), sink)

@@ -25,16 +25,16 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from awareness_demo.anchors import held_out_dir
 from servers import AWARENESS, NAME, Running, running, smollm2, stop_on_terminate
 
 from awareness_vllm.anchors.corpus import load
-from awareness_vllm.anchors.install import held_out_dir
-from awareness_vllm.anchors.spans import load_tokenizer
-from awareness_vllm.geometry import Geometry
+from awareness_vllm.models.describe import geometry_of
+from awareness_vllm.models.tokens import load_tokenizer
 from awareness_vllm.packages.capture import capture
 from awareness_vllm.packages.file import publish
 from awareness_vllm.provenance import hardware, versions
-from awareness_vllm.serving.register import vllm_version
+from awareness_vllm.serving.plugin import vllm_version
 
 MEMORIES = 8
 BLOCK = 128
@@ -164,7 +164,7 @@ def asks(memories: list[str], plain: list[str], rng: random.Random) -> list[Ask]
 
 def flags(model: Path, streams: int, store: Path) -> list[object]:
     """A server in float32 that has less room than its streams want."""
-    token = 2 * Geometry.from_folder(model).width * 4
+    token = 2 * geometry_of(model).width * 4
     blocks = max(MAX_MODEL_LEN // BLOCK + 2, int(BLOCKS_PER_STREAM * streams))
     return [
         "--store", store, "--dtype", "float32", "--enforce-eager", "--block-size", BLOCK,

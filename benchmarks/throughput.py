@@ -29,13 +29,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from awareness_demo.anchors import held_out_dir, install
 from servers import AWARENESS, FLAGS, NAME, STOCK, paired, running, smollm2, stop_on_terminate
 
 from awareness_vllm.anchors.corpus import load
-from awareness_vllm.anchors.install import held_out_dir, install
-from awareness_vllm.anchors.spans import load_tokenizer
+from awareness_vllm.models.tokens import load_tokenizer
 from awareness_vllm.provenance import hardware, versions
-from awareness_vllm.serving.register import vllm_version
+from awareness_vllm.serving.plugin import vllm_version
 
 ANSWER_SECONDS = 120.0
 WARM_UP_SEED = 10**6

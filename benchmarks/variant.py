@@ -17,17 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from awareness_demo.anchors import held_out_dir
 
 from awareness_vllm.anchors.corpus import load, windows
-from awareness_vllm.anchors.install import held_out_dir
-from awareness_vllm.anchors.spans import load_tokenizer
-from awareness_vllm.home import anchors_dir, models_dir
-from awareness_vllm.packages.capture import load_model
-from awareness_vllm.wmatrix.bench import Bench
-from awareness_vllm.wmatrix.config import FitConfig
-from awareness_vllm.wmatrix.evaluate import evaluate_texts
+from awareness_vllm.evaluate.conditions import Bench
+from awareness_vllm.evaluate.evaluate import evaluate_texts
+from awareness_vllm.files import anchors_dir, models_dir
+from awareness_vllm.fit.config import FitConfig
+from awareness_vllm.fit.fit import fit
+from awareness_vllm.models.hf import load_model
+from awareness_vllm.models.tokens import load_tokenizer
 from awareness_vllm.wmatrix.file import WMatrix
-from awareness_vllm.wmatrix.fit import fit
 
 HELD_OUT = ("crawl", "debian-history", "wordnet")
 STEPS, RATE = 40, 1e-5

@@ -20,17 +20,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import openai
+from awareness_demo.anchors import held_out_dir, install
+from awareness_demo.models import prepare
 
 from awareness_vllm.anchors.corpus import load
 from awareness_vllm.anchors.facts import fact_cases
-from awareness_vllm.anchors.install import held_out_dir, install
-from awareness_vllm.anchors.spans import load_tokenizer, tokenize
-from awareness_vllm.home import anchors_dir, default_store, home, models_dir, wmatrices_dir
-from awareness_vllm.models import prepare
-from awareness_vllm.packages.capture import capture, load_model
+from awareness_vllm.cli.format import lines
+from awareness_vllm.files import anchors_dir, default_store, home, models_dir, wmatrices_dir
+from awareness_vllm.models.hf import load_model
+from awareness_vllm.models.tokens import load_tokenizer, tokenize
+from awareness_vllm.packages.capture import capture
 from awareness_vllm.packages.file import publish
 from awareness_vllm.wmatrix.manifest import is_readable, read_manifest
-from awareness_vllm.wmatrix.printed import lines
 
 MEMORY_TOKENS = 2000
 ROUNDS = 3

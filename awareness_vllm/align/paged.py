@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from awareness_vllm.align.features import Embed, blank_rows, split_states
-from awareness_vllm.geometry import Positions
 from awareness_vllm.kernels import ops
+from awareness_vllm.models.geometry import Positions
+from awareness_vllm.models.rope import table
 from awareness_vllm.packages.file import Package
-from awareness_vllm.positions import table
+from awareness_vllm.wmatrix.features import Embed, blank_rows, split_states
 from awareness_vllm.wmatrix.file import WMatrix
 
 WARM_UP_ROWS = 2048

@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
     )
     subparsers = top.add_subparsers(dest="subcommand", required=True, metavar="SUBCOMMAND")
     for name in SUBCOMMANDS:
-        module = importlib.import_module(f"awareness_vllm.cli.{name}_")
+        module = importlib.import_module(f"awareness_vllm.cli.{name}")
         sub = subparsers.add_parser(
             name, help=module.HELP, description=module.HELP, allow_abbrev=False
         )

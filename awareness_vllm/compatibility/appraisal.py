@@ -6,15 +6,11 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from awareness_vllm.compatibility.advice import advice
-from awareness_vllm.compatibility.calibration import saved
 from awareness_vllm.compatibility.case import Case
-from awareness_vllm.compatibility.cost import load_times_s, target_memory_gb
 from awareness_vllm.compatibility.estimate import at_tail, predict
-from awareness_vllm.compatibility.priors import (
-    find_name,
-    positional_impact,
-    published_retention,
-)
+from awareness_vllm.compatibility.load_time.cost import load_times_s, target_memory_gb
+from awareness_vllm.compatibility.load_time.speed import saved
+from awareness_vllm.compatibility.priors import find_name, positional_impact, published_retention
 from awareness_vllm.compatibility.report import (
     COPIED,
     LEVELS,
@@ -27,7 +23,7 @@ from awareness_vllm.compatibility.report import (
     level_of,
 )
 from awareness_vllm.compatibility.risks import risks
-from awareness_vllm.geometry import Geometry
+from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.wmatrix.certificate import TIERS, Certificate, Interval
 
 Known = tuple[Interval, Basis]

@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from awareness_vllm.compatibility.degradation import Degradation, load_for
-from awareness_vllm.compatibility.ends import Model, map_between, model, same
+from awareness_vllm.compatibility.models import Model, map_between, model, same
 from awareness_vllm.compatibility.target import TargetConfig
 from awareness_vllm.errors import BadInput
 from awareness_vllm.packages.manifest import Manifest, checked_manifest
-from awareness_vllm.store.folder import locate
-from awareness_vllm.wmatrix.certificate import Certificate
-from awareness_vllm.wmatrix.shelf import WMatrixEntry
+from awareness_vllm.packages.store import locate
+from awareness_vllm.wmatrix.certificate import Certificate, Interval
+from awareness_vllm.wmatrix.registry import WMatrixEntry
 
 if TYPE_CHECKING:
-    from awareness_vllm.compatibility.on_the_spot import OnTheSpot
     from awareness_vllm.packages.file import Package
 
 
@@ -117,3 +116,15 @@ def subject(
 def of_manifest(manifest: Manifest, name: str, path: Path | None = None) -> Subject:
     source = Model(manifest.geometry.name, manifest.geometry)
     return Subject(name, source, manifest.tokens, manifest, path)
+
+
+@dataclass(frozen=True)
+class OnTheSpot:
+    """What was found: each arm's mean NLL in nats, and retention with the interval that the same
+    of as much further text lies in: by chance alone, as it shows between stretches of the scored
+    text. `context` and `scored` are tokens of the target."""
+
+    arms: dict[str, float]
+    retention: Interval
+    context: int
+    scored: int

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from awareness_vllm.compatibility.appraisal import report
 from awareness_vllm.compatibility.case import Case, Listing, subject
-from awareness_vllm.compatibility.ends import model
+from awareness_vllm.compatibility.models import model
 from awareness_vllm.compatibility.report import CompatibilityReport
 from awareness_vllm.compatibility.target import TargetConfig
 from awareness_vllm.errors import BadInput
-from awareness_vllm.wmatrix.shelf import entries
+from awareness_vllm.wmatrix.registry import entries
 
 if TYPE_CHECKING:
     from awareness_vllm.packages.file import Package

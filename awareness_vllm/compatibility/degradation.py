@@ -13,13 +13,13 @@ from typing import Literal
 import numpy as np
 from pydantic import ValidationError
 
+from awareness_vllm.compatibility.priors import published_shares
 from awareness_vllm.compatibility.report import REMAINDER, Share
-from awareness_vllm.compatibility.sources import POSITIONS, SOURCES, WMATRIX, mask, subset
+from awareness_vllm.evaluate.bootstrap import mean, share
 from awareness_vllm.files import write_whole
-from awareness_vllm.geometry import Strict
-from awareness_vllm.wmatrix.bootstrap import mean, share
+from awareness_vllm.schema import Strict
 from awareness_vllm.wmatrix.certificate import Interval
-from awareness_vllm.wmatrix.shelf import WMatrixEntry
+from awareness_vllm.wmatrix.registry import WMatrixEntry
 
 logger = logging.getLogger(__name__)
 
@@ -194,3 +194,28 @@ def shares(losses: np.ndarray, names: Sequence[str]) -> tuple[Share, ...]:
         Share(source=name, share=Interval(**share(found, total)), prior=SOURCES.get(name))
         for name, found in nats
     )
+
+
+RANK = "dimensional projection"
+HEADS = "head redistribution"
+POSITIONS = "positional re-encoding"
+LAYERS = "layer depth mismatch"
+NORMS = "activation mismatch"
+_NAMES = (RANK, HEADS, POSITIONS, LAYERS, NORMS)
+SOURCES = dict(zip(_NAMES, published_shares().values(), strict=True))
+"""Each with its published share of the loss (a prior), the largest first."""
+
+Lifted = frozenset[str]
+"""The constraints that a map does not have."""
+WMATRIX: Lifted = frozenset((HEADS, POSITIONS, LAYERS))
+"""What a W-Matrix does not have: it is of limited rank, and its norms are its own."""
+
+
+def subset(mask: int) -> Lifted:
+    """The constraints that a number from 0 to 31 says are lifted, a bit for each of SOURCES."""
+    return frozenset(name for i, name in enumerate(SOURCES) if mask >> i & 1)
+
+
+def mask(lifted: Lifted) -> int:
+    """The number of a subset."""
+    return sum(1 << i for i, name in enumerate(SOURCES) if name in lifted)

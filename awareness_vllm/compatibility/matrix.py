@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from awareness_vllm.compatibility.report import Basis, Cell, Matrix
-from awareness_vllm.geometry import Geometry
-from awareness_vllm.wmatrix.shelf import WMatrixEntry, best, entries
+from awareness_vllm.models.geometry import Geometry
+from awareness_vllm.wmatrix.registry import WMatrixEntry, best, entries
 
 
 def matrix(paths: Sequence[Path] | None = None, *, priors: Iterable[Cell] = ()) -> Matrix:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from awareness_vllm.compatibility.figures import is_prior, look, percent, spread
+from awareness_vllm.compatibility.html.figures import is_prior, look, percent, spread
 from awareness_vllm.compatibility.report import Cell, Matrix
 from awareness_vllm.plotting import pyplot
 

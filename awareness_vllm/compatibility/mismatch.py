@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from awareness_vllm.geometry import Geometry, LayerGeometry, by_depth
+from awareness_vllm.models.geometry import Geometry, LayerGeometry, by_depth
 
 
 def structural_mismatch(source: Geometry, target: Geometry) -> float:

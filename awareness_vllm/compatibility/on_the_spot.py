@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from awareness_vllm.anchors.spans import load_tokenizer, tokenize
-from awareness_vllm.compatibility.case import Case, Subject
+from awareness_vllm.compatibility.case import Case, OnTheSpot, Subject
 from awareness_vllm.errors import BadInput, PackageCorrupt
-from awareness_vllm.geometry import resolve_folder
+from awareness_vllm.evaluate.bootstrap import retention
+from awareness_vllm.evaluate.conditions import Bench, surprise, tail_arm
+from awareness_vllm.models.describe import resolve_folder
+from awareness_vllm.models.tokens import load_tokenizer, tokenize
 from awareness_vllm.packages.file import Package, beginning, read, verify
 from awareness_vllm.packages.manifest import read_manifest
-from awareness_vllm.wmatrix.bench import Bench, surprise, tail_arm
-from awareness_vllm.wmatrix.bootstrap import retention
 from awareness_vllm.wmatrix.certificate import Interval
 from awareness_vllm.wmatrix.file import WMatrix, load
 
@@ -32,18 +32,6 @@ LEAST = 32
 """Fewer scored tokens than this say nothing."""
 STRETCH = 16
 """Tokens that are resampled together: neighbours are alike."""
-
-
-@dataclass(frozen=True)
-class OnTheSpot:
-    """What was found: each arm's mean NLL in nats, and retention with the interval that the same
-    of as much further text lies in: by chance alone, as it shows between stretches of the scored
-    text. `context` and `scored` are tokens of the target."""
-
-    arms: dict[str, float]
-    retention: Interval
-    context: int
-    scored: int
 
 
 def measured(case: Case, given: object, target: str | Path) -> Case:

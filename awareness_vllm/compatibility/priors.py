@@ -13,8 +13,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from awareness_vllm.compatibility.prior_tables import Architecture, Class, Range, tables
 from awareness_vllm.compatibility.report import Basis, Cell
-from awareness_vllm.compatibility.tables import Architecture, Class, Range, tables
 from awareness_vllm.errors import BadInput
 from awareness_vllm.wmatrix.certificate import Interval
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from awareness_vllm.geometry import Strict
+from awareness_vllm.schema import Strict
 from awareness_vllm.wmatrix.certificate import Interval
 
 Impact = Literal["low", "medium", "high"]

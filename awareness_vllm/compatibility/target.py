@@ -9,7 +9,8 @@ from typing import Any, Literal, get_args
 from pydantic import Field, StrictFloat, StrictInt, StrictStr, ValidationError
 
 from awareness_vllm.errors import BadInput
-from awareness_vllm.geometry import Geometry, Strict
+from awareness_vllm.models.geometry import Geometry
+from awareness_vllm.schema import Strict
 from awareness_vllm.wmatrix.certificate import TAIL
 
 CacheDtype = Literal["auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2"]

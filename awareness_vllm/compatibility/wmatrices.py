@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from awareness_vllm.compatibility.ends import Model, map_between, model, same
 from awareness_vllm.compatibility.mismatch import mean, structural_mismatch
+from awareness_vllm.compatibility.models import Model, map_between, model, same
 from awareness_vllm.compatibility.priors import (
     COLUMN,
     find_name,
@@ -20,7 +20,7 @@ from awareness_vllm.compatibility.report import COPIED, Basis, Estimate, level_o
 from awareness_vllm.compatibility.target import TargetConfig
 from awareness_vllm.errors import BadInput
 from awareness_vllm.wmatrix.certificate import TIERS, Certificate, Interval
-from awareness_vllm.wmatrix.shelf import WMatrixEntry, entries
+from awareness_vllm.wmatrix.registry import WMatrixEntry, entries
 
 Risk = Literal["Low", "Medium", "High"]
 

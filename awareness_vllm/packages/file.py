@@ -6,8 +6,11 @@ Tensors: `tokens` [T] int32, `spans` [T, 2] int64, `text` [B] uint8 (UTF-8), and
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,9 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from awareness_vllm.anchors.spans import Spans
 from awareness_vllm.files import private_copy
-from awareness_vllm.geometry import Geometry
+from awareness_vllm.models.geometry import Geometry
+from awareness_vllm.models.tokens import Spans
 from awareness_vllm.packages.manifest import (
     METADATA_KEY,
     Manifest,
@@ -30,7 +33,6 @@ from awareness_vllm.packages.manifest import (
     id_of,
     parsed,
 )
-from awareness_vllm.packages.payload import payload_digest
 
 
 @dataclass(frozen=True)
@@ -227,3 +229,20 @@ def _tensors(
         tensors[f"layers.{i}.key"] = key.contiguous()
         tensors[f"layers.{i}.value"] = value.contiguous()
     return tensors
+
+
+def payload_digest(document: str, tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """sha256 over a manifest's JSON document, its own `payload` left out, and named tensors.
+
+    The document, not the model parsed from it: a field that a later version adds with a default
+    must not change the digest of the files of today.
+
+    Args:
+        tensors: sorted by name.
+    """
+    fields = json.loads(document) | {"payload": ""}
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
+    for name, tensor in tensors:
+        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

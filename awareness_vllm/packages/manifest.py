@@ -16,7 +16,9 @@ from awareness_vllm.errors import (
     UnsupportedModel,
     UnsupportedRequest,
 )
-from awareness_vllm.geometry import Geometry, Strict, file_digest
+from awareness_vllm.files import file_digest
+from awareness_vllm.models.geometry import Geometry
+from awareness_vllm.schema import Strict
 
 METADATA_KEY = "awareness"
 MEMORY_ID = re.compile(r"mem_[0-9a-f]{32}")

@@ -7,12 +7,12 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from awareness_vllm.errors import BadInput
-from awareness_vllm.geometry import Strict
+from awareness_vllm.schema import Strict
 from awareness_vllm.wmatrix.certificate import TAIL
 
 CONNECTOR = "AwarenessConnector"
 CONNECTOR_MODULE = "awareness_vllm.serving.connector"
-WORKER_EXTENSION = "awareness_vllm.serving.extension.AwarenessWorkerExtension"
+WORKER_EXTENSION = "awareness_vllm.serving.connector.worker_extension.AwarenessWorkerExtension"
 PARAMS_KEY = "awareness"
 """Our key in a request's `kv_transfer_params`."""
 

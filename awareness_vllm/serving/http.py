@@ -13,9 +13,9 @@ from vllm.exceptions import (
 )
 
 from awareness_vllm.errors import AwarenessError, Unauthorized, UnsupportedRequest
-from awareness_vllm.serving.asked import SHORT
 from awareness_vllm.serving.config import CONNECTOR
-from awareness_vllm.serving.memories import Memories
+from awareness_vllm.serving.request import SHORT
+from awareness_vllm.serving.resolver import Memories
 
 
 def memories_of(raw_request: Request) -> Memories:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from awareness_vllm.errors import BadInput
-from awareness_vllm.home import default_store
+from awareness_vllm.files import default_store
 from awareness_vllm.packages.manifest import check_id
 from awareness_vllm.serving.config import WORKER_EXTENSION, ServingConfig, transfer_config
 from awareness_vllm.serving.tenants import Tenants

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from awareness_vllm.anchors.spans import load_tokenizer, tokenize
-from awareness_vllm.serving.asked import Asked
+from awareness_vllm.models.tokens import load_tokenizer, tokenize
 from awareness_vllm.serving.config import WORKER_EXTENSION, ServingConfig, transfer_config
-from awareness_vllm.serving.extension import BIND
-from awareness_vllm.serving.memories import Memories
+from awareness_vllm.serving.connector.worker_extension import BIND
 from awareness_vllm.serving.params import kv_transfer_params
+from awareness_vllm.serving.request import Asked
+from awareness_vllm.serving.resolver import Memories
 
 if TYPE_CHECKING:
     from vllm import LLM

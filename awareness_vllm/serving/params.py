@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from awareness_vllm.geometry import Strict
+from awareness_vllm.schema import Strict
 from awareness_vllm.serving.config import PARAMS_KEY
 from awareness_vllm.serving.secret import secret
 

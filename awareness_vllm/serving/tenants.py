@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import ConfigDict, Field, ValidationError
 
 from awareness_vllm.errors import BadInput, Unauthorized
-from awareness_vllm.geometry import Strict
+from awareness_vllm.schema import Strict
 
 TENANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 KEY = re.compile(r"[!-~]+")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 
 from awareness_vllm.errors import QualityUnreachable
-from awareness_vllm.geometry import Strict
+from awareness_vllm.schema import Strict
 
 TIERS = ((0.90, 0.85), (0.82, 0.60), (0.75, 0.30), (0.60, 0.0))
 """Lowest retention and lowest share of facts of tiers 1 to 4. The retentions are the lower ends of

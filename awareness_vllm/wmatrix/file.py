@@ -12,13 +12,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from awareness_vllm.align.features import split_states
 from awareness_vllm.errors import BadInput
-from awareness_vllm.files import private_copy
-from awareness_vllm.home import wmatrices_dir
+from awareness_vllm.files import private_copy, wmatrices_dir
 from awareness_vllm.kernels import decode, encode
+from awareness_vllm.packages.file import payload_digest
 from awareness_vllm.packages.manifest import METADATA_KEY
-from awareness_vllm.packages.payload import payload_digest
+from awareness_vllm.wmatrix.features import split_states
 from awareness_vllm.wmatrix.manifest import WMatrixManifest, corrupt, read_manifest
 
 REGISTERED = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")

@@ -9,7 +9,7 @@ import numpy as np
 
 from awareness_vllm.plotting import pyplot
 from awareness_vllm.wmatrix.file import WMatrix
-from awareness_vllm.wmatrix.mapping import Head, HeadSources, head_mapping_summary, heads
+from awareness_vllm.wmatrix.heads import Head, HeadSources, head_mapping_summary, heads
 
 LABELS = 40
 """No more labels on an axis than can be read."""

@@ -9,8 +9,9 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
 from awareness_vllm.errors import WMatrixCorrupt
-from awareness_vllm.geometry import Geometry, Strict
+from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.packages.manifest import METADATA_KEY
+from awareness_vllm.schema import Strict
 from awareness_vllm.wmatrix.certificate import Certificate
 
 

@@ -7,9 +7,9 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from awareness_vllm.geometry import Geometry
+from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.wmatrix.certificate import with_tail
-from awareness_vllm.wmatrix.shelf import WMatrixEntry
+from awareness_vllm.wmatrix.registry import WMatrixEntry
 
 Hops = tuple[WMatrixEntry, ...]
 SMALLEST = 1e-9

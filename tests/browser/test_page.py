@@ -11,7 +11,7 @@ import pytest
 import samples
 from playwright.sync_api import Browser, sync_playwright
 
-from awareness_vllm.compatibility.page import page
+from awareness_vllm.compatibility.html.page import page
 
 pytestmark = pytest.mark.browser
 

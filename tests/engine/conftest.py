@@ -7,13 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from awareness_demo.anchors import held_out_dir, install
+from awareness_demo.models import prepare
 from harness import CLI
 
 from awareness_vllm.anchors.corpus import load
-from awareness_vllm.anchors.install import held_out_dir, install
-from awareness_vllm.anchors.spans import load_tokenizer, tokenize
-from awareness_vllm.home import anchors_dir, wmatrices_dir
-from awareness_vllm.models import prepare
+from awareness_vllm.files import anchors_dir, wmatrices_dir
+from awareness_vllm.models.tokens import load_tokenizer, tokenize
 from awareness_vllm.wmatrix.manifest import is_readable
 
 

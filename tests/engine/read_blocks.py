@@ -11,8 +11,8 @@ from pathlib import Path
 from vllm import LLM, SamplingParams
 
 from awareness_vllm.packages.file import read_tokens
+from awareness_vllm.serving.connector.kv_reader import CAPTURE_KEY
 from awareness_vllm.serving.offline import OfflineMemories
-from awareness_vllm.serving.readback import CAPTURE_KEY
 
 QUESTION = " In a few words, the text above says that there was a"
 

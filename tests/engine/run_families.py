@@ -23,12 +23,12 @@ from safetensors.torch import load_file
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
-from awareness_vllm.anchors.spans import load_tokenizer, tokenize
+from awareness_vllm.models.tokens import load_tokenizer, tokenize
 from awareness_vllm.packages.capture import read_tokens
 from awareness_vllm.packages.file import publish
-from awareness_vllm.serving.capture import as_package
+from awareness_vllm.serving.connector.kv_reader import CAPTURE_KEY
 from awareness_vllm.serving.offline import OfflineMemories
-from awareness_vllm.serving.readback import CAPTURE_KEY
+from awareness_vllm.serving.offline_capture import as_package
 
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom; " * 4
 QUESTION = "What was it, then? It was"

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from awareness_demo.anchors import held_out_dir, install
 
-from awareness_vllm.anchors.install import held_out_dir, install
-from awareness_vllm.home import anchors_dir
+from awareness_vllm.files import anchors_dir
 
 pytestmark = pytest.mark.engine
 

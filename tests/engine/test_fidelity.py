@@ -7,13 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from awareness_demo.anchors import held_out_dir
 from harness import awareness
 
 from awareness_vllm.anchors.corpus import load
-from awareness_vllm.anchors.install import held_out_dir
+from awareness_vllm.evaluate.monitor import WMatrixMonitor
 from awareness_vllm.wmatrix.certificate import TAIL
 from awareness_vllm.wmatrix.file import load as load_wmatrix
-from awareness_vllm.wmatrix.monitor import WMatrixMonitor
 
 # The first test waits for the fit (eight minutes on two cores) and for the certificate.
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(2400)]

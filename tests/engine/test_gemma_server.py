@@ -18,7 +18,7 @@ from harness import NEAR_TIE, Server, captured, serving
 from awareness_vllm.anchors.facts import fact_cases
 from awareness_vllm.compatibility.estimate import predict
 from awareness_vllm.wmatrix.certificate import TAIL
-from awareness_vllm.wmatrix.shelf import WMatrixEntry
+from awareness_vllm.wmatrix.registry import WMatrixEntry
 
 pytestmark = pytest.mark.engine
 

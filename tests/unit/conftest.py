@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from awareness_vllm.anchors.corpus import Document
-from awareness_vllm.geometry import Geometry, LayerGeometry, Positions
+from awareness_vllm.models.geometry import Geometry, LayerGeometry, Positions
 from awareness_vllm.packages.file import Package, build
 from awareness_vllm.wmatrix.file import WMatrix
 from awareness_vllm.wmatrix.manifest import Anchors, WMatrixManifest

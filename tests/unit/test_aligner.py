@@ -11,11 +11,11 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from awareness_vllm.align.aligner import AlignedMemory, copy, prompt_ids, realign
-from awareness_vllm.align.features import embedding_features, flat_states
-from awareness_vllm.anchors.spans import align, tokenize
+from awareness_vllm.align.realign import AlignedMemory, copy, prompt_ids, realign
+from awareness_vllm.models.rope import strip
+from awareness_vllm.models.tokens import align, tokenize
 from awareness_vllm.packages.file import Package
-from awareness_vllm.positions import strip
+from awareness_vllm.wmatrix.features import embedding_features, flat_states
 from awareness_vllm.wmatrix.file import WMatrix
 
 pytestmark = pytest.mark.unit

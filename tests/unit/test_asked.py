@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from awareness_vllm.errors import UnsupportedRequest
-from awareness_vllm.serving.asked import MOST, Asked, asked_of
-from awareness_vllm.serving.placing import SEPARATOR, mark, split
+from awareness_vllm.serving.api.chat_template import SEPARATOR, mark, split
+from awareness_vllm.serving.request import MOST, Asked, asked_of
 
 pytestmark = pytest.mark.unit
 

@@ -14,18 +14,19 @@ import pytest
 import torch
 
 from awareness_vllm import KVCacheAligner
-from awareness_vllm.align import cache as cache_module
-from awareness_vllm.align.strategies import TrainingFreeWarning
+from awareness_vllm.aligners import aligner as cache_module
+from awareness_vllm.aligners.training_free import TrainingFreeWarning
 from awareness_vllm.anchors.corpus import Document
 from awareness_vllm.errors import NoWMatrix, QualityUnreachable, UnsupportedModel
-from awareness_vllm.geometry import file_digest
-from awareness_vllm.packages.capture import capture, load_model, states
+from awareness_vllm.evaluate.evaluate import TextFigures
+from awareness_vllm.files import file_digest
+from awareness_vllm.fit import gather
+from awareness_vllm.fit.config import FitConfig
+from awareness_vllm.fit.fit import fit
+from awareness_vllm.models.hf import load_model, states
+from awareness_vllm.packages.capture import capture
 from awareness_vllm.packages.file import Package, publish
-from awareness_vllm.wmatrix import gather
 from awareness_vllm.wmatrix.certificate import Certificate
-from awareness_vllm.wmatrix.config import FitConfig
-from awareness_vllm.wmatrix.evaluate import TextFigures
-from awareness_vllm.wmatrix.fit import fit
 
 pytestmark = pytest.mark.unit
 

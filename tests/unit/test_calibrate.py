@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from awareness_vllm.wmatrix.calibrate import only_tokens
-from awareness_vllm.wmatrix.layers import evenly_spread
-from awareness_vllm.wmatrix.reader import last_logits
+from awareness_vllm.fit.calibrate import only_tokens
+from awareness_vllm.fit.layers import evenly_spread
+from awareness_vllm.models.hf import last_logits
 
 pytestmark = pytest.mark.unit
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from awareness_vllm.align.aligner import AlignedMemory
+from awareness_vllm.align.realign import AlignedMemory
 from awareness_vllm.errors import AwarenessError
-from awareness_vllm.serving.captures import PENDING, Captures, States, as_memory
-from awareness_vllm.serving.warm import WarmTier
+from awareness_vllm.serving.connector.capture_queue import PENDING, Captures, States, as_memory
+from awareness_vllm.serving.tiers import WarmTier
 
 pytestmark = pytest.mark.unit
 

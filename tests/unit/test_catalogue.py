@@ -32,17 +32,21 @@ from awareness_vllm.errors import PackageCorrupt
 from awareness_vllm.packages.capture import capture
 from awareness_vllm.packages.file import Package, publish, without_text
 from awareness_vllm.packages.manifest import read_manifest
-from awareness_vllm.serving.backstage import Backstage
-from awareness_vllm.serving.catalogue import router
+from awareness_vllm.packages.store import Store
+from awareness_vllm.serving.api.engine_client import Backstage
+from awareness_vllm.serving.api.memories import router
 from awareness_vllm.serving.config import ServingConfig
-from awareness_vllm.serving.extension import EVICT, PREFETCH, AwarenessWorkerExtension
+from awareness_vllm.serving.connector.worker_extension import (
+    EVICT,
+    PREFETCH,
+    AwarenessWorkerExtension,
+)
 from awareness_vllm.serving.http import answer_unauthorized
-from awareness_vllm.serving.memories import Memories
 from awareness_vllm.serving.params import LoadParams
-from awareness_vllm.store.folder import Store
+from awareness_vllm.serving.resolver import Memories
 from awareness_vllm.wmatrix.certificate import Certificate
 from awareness_vllm.wmatrix.file import WMatrix
-from awareness_vllm.wmatrix.shelf import WMatrixEntry
+from awareness_vllm.wmatrix.registry import WMatrixEntry
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient

@@ -11,10 +11,15 @@ import numpy as np
 import pytest
 
 from awareness_vllm.anchors.corpus import Document
+from awareness_vllm.cli.format import lines
 from awareness_vllm.cli.main import main
 from awareness_vllm.errors import BadInput, QualityUnreachable, WMatrixCorrupt
-from awareness_vllm.wmatrix import certify as certifying
-from awareness_vllm.wmatrix import fit, gather, monitor
+from awareness_vllm.evaluate import certify as certifying
+from awareness_vllm.evaluate import monitor
+from awareness_vllm.evaluate.certify import certificate, certify, plan
+from awareness_vllm.evaluate.evaluate import CaseFigures, TextFigures
+from awareness_vllm.evaluate.monitor import WMatrixMonitor
+from awareness_vllm.fit import fit, gather
 from awareness_vllm.wmatrix.certificate import (
     Certificate,
     Interval,
@@ -24,11 +29,7 @@ from awareness_vllm.wmatrix.certificate import (
     cheapest,
     tier,
 )
-from awareness_vllm.wmatrix.certify import certificate, certify, plan
-from awareness_vllm.wmatrix.evaluate import CaseFigures, TextFigures
 from awareness_vllm.wmatrix.file import WMatrix, load
-from awareness_vllm.wmatrix.monitor import WMatrixMonitor
-from awareness_vllm.wmatrix.printed import lines
 
 pytestmark = pytest.mark.unit
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from awareness_vllm.cli.eval_ import read_cases
+from awareness_vllm.cli.eval import read_cases
 from awareness_vllm.cli.main import SUBCOMMANDS, main
 from awareness_vllm.errors import BadInput
 from awareness_vllm.packages.file import Package, publish
-from awareness_vllm.serving import register as register_module
+from awareness_vllm.serving import plugin as register_module
 from awareness_vllm.serving.config import WORKER_EXTENSION
 from awareness_vllm.wmatrix.file import WMatrix
 
@@ -125,7 +125,7 @@ def test_what_an_error_does_not_say_is_null(
 def test_what_libraries_print_stays_off_stdout() -> None:
     script = """
 import os, subprocess, sys
-from awareness_vllm.cli import list_, main
+from awareness_vllm.cli import list as list_, main
 
 def noisy(args):
     print("noise from Python")

@@ -17,13 +17,13 @@ from tokenizers import Tokenizer
 
 import awareness_vllm
 from awareness_vllm.compatibility.mismatch import structural_mismatch
-from awareness_vllm.compatibility.tables import tables
+from awareness_vllm.compatibility.prior_tables import tables
 from awareness_vllm.compatibility.wmatrices import CompatibilityChecker
 from awareness_vllm.errors import BadInput
-from awareness_vllm.geometry import Geometry, LayerGeometry, Positions
+from awareness_vllm.models.geometry import Geometry, LayerGeometry, Positions
 from awareness_vllm.wmatrix.certificate import Certificate, Interval, Metrics, Protocol
 from awareness_vllm.wmatrix.file import WMatrix
-from awareness_vllm.wmatrix.shelf import WMatrixEntry
+from awareness_vllm.wmatrix.registry import WMatrixEntry
 
 pytestmark = pytest.mark.unit
 

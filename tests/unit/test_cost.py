@@ -11,8 +11,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from awareness_vllm.compatibility.calibration import Calibration, line
-from awareness_vllm.compatibility.cost import (
+from awareness_vllm.compatibility.load_time.cost import (
     held_tokens,
     load_times_s,
     lost_tokens,
@@ -21,9 +20,11 @@ from awareness_vllm.compatibility.cost import (
     target_memory_gb,
     written_bytes,
 )
+from awareness_vllm.compatibility.load_time.speed import Calibration
 from awareness_vllm.compatibility.target import ITEM_BYTES, TargetConfig
-from awareness_vllm.geometry import Geometry, LayerGeometry, Positions
-from awareness_vllm.wmatrix.cost import map_flop
+from awareness_vllm.evaluate.flops import map_flop
+from awareness_vllm.models.geometry import Geometry, LayerGeometry, Positions
+from awareness_vllm.serving.load_benchmark import line
 from awareness_vllm.wmatrix.file import WMatrix
 
 pytestmark = pytest.mark.unit

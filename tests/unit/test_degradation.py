@@ -15,33 +15,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from attribution import attribution
+from attribution.attribution import arms, as_read, attribute, placed, said, with_norms
+from attribution.constrained import ConstrainedMap, Regression
+from attribution.constraints import at_depth, at_place, blocks, reading
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from awareness_vllm.anchors.corpus import Document
-from awareness_vllm.compatibility import attribution
-from awareness_vllm.compatibility.attribution import (
-    arms,
-    as_read,
-    attribute,
-    placed,
-    said,
-    with_norms,
-)
-from awareness_vllm.compatibility.constrained import ConstrainedMap, Regression
-from awareness_vllm.compatibility.constraints import at_depth, at_place, blocks, reading
 from awareness_vllm.compatibility.degradation import (
-    Degradation,
-    Lost,
-    Measures,
-    beside,
-    load_for,
-    part,
-    shapley,
-)
-from awareness_vllm.compatibility.report import REMAINDER
-from awareness_vllm.compatibility.sources import (
     HEADS,
     LAYERS,
     NORMS,
@@ -49,22 +32,30 @@ from awareness_vllm.compatibility.sources import (
     RANK,
     SOURCES,
     WMATRIX,
+    Degradation,
     Lifted,
+    Lost,
+    Measures,
+    beside,
+    load_for,
     mask,
+    part,
+    shapley,
     subset,
 )
+from awareness_vllm.compatibility.report import REMAINDER
 from awareness_vllm.errors import BadInput
-from awareness_vllm.geometry import Geometry, LayerGeometry, Positions
-from awareness_vllm.wmatrix import gather
-from awareness_vllm.wmatrix.bench import Bench, divergence
-from awareness_vllm.wmatrix.config import FitConfig
+from awareness_vllm.evaluate.conditions import Bench, divergence
+from awareness_vllm.fit import gather
+from awareness_vllm.fit.config import FitConfig
+from awareness_vllm.fit.fit import fit
+from awareness_vllm.fit.reader import Reader
+from awareness_vllm.fit.solve import RIDGES, reduced_rank_ridge
+from awareness_vllm.fit.statistics import Statistics
+from awareness_vllm.models.geometry import Geometry, LayerGeometry, Positions
 from awareness_vllm.wmatrix.file import WMatrix
-from awareness_vllm.wmatrix.fit import fit
-from awareness_vllm.wmatrix.mapping import Head
-from awareness_vllm.wmatrix.reader import Reader
-from awareness_vllm.wmatrix.shelf import WMatrixEntry
-from awareness_vllm.wmatrix.solve import RIDGES, reduced_rank_ridge
-from awareness_vllm.wmatrix.statistics import Statistics
+from awareness_vllm.wmatrix.heads import Head
+from awareness_vllm.wmatrix.registry import WMatrixEntry
 
 pytestmark = pytest.mark.unit
 

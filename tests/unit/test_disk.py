@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from awareness_vllm.align.aligner import AlignedMemory
-from awareness_vllm.serving.disk import DiskTier
+from awareness_vllm.align.realign import AlignedMemory
+from awareness_vllm.serving.tiers import DiskTier
 
 pytestmark = pytest.mark.unit
 

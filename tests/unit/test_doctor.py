@@ -11,19 +11,20 @@ from typing import Any
 import pytest
 import torch
 
-from awareness_vllm import doctor
 from awareness_vllm.cli.main import main
-from awareness_vllm.compatibility import calibration as calibration_module
-from awareness_vllm.compatibility import rehearsal
-from awareness_vllm.compatibility.calibration import FILE, Calibration, calibrated, saved
+from awareness_vllm.compatibility.load_time import speed as calibration_module
+from awareness_vllm.compatibility.load_time.speed import FILE, Calibration, saved
 from awareness_vllm.errors import BadInput
-from awareness_vllm.geometry import Geometry
-from awareness_vllm.home import home, wmatrices_dir
+from awareness_vllm.files import home, wmatrices_dir
+from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.provenance import hardware, versions
-from awareness_vllm.serving import register
+from awareness_vllm.serving import doctor
+from awareness_vllm.serving import load_benchmark as rehearsal
+from awareness_vllm.serving import plugin as register
+from awareness_vllm.serving.load_benchmark import calibrated
 from awareness_vllm.wmatrix.certificate import Certificate
 from awareness_vllm.wmatrix.file import WMatrix
-from awareness_vllm.wmatrix.shelf import WMatrixEntry
+from awareness_vllm.wmatrix.registry import WMatrixEntry
 
 pytestmark = pytest.mark.unit
 

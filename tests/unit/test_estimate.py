@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from awareness_vllm.compatibility.estimate import predict, quantile
 from awareness_vllm.compatibility.on_the_spot import further, measure, stretches
 from awareness_vllm.errors import BadInput
-from awareness_vllm.packages.capture import capture, load_model, read_tokens, states
+from awareness_vllm.models.hf import load_model, states
+from awareness_vllm.packages.capture import capture, read_tokens
 from awareness_vllm.packages.file import Package, beginning
 from awareness_vllm.wmatrix.certificate import Certificate, Interval, Plan, Protocol
 

@@ -11,9 +11,10 @@ from families import FAMILIES, SAID, VOCABULARY, build
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from awareness_vllm.geometry import Geometry, from_config
-from awareness_vllm.packages.capture import repeats, states
-from awareness_vllm.positions import apply, shift, strip
+from awareness_vllm.models.describe import from_config
+from awareness_vllm.models.geometry import Geometry
+from awareness_vllm.models.hf import repeats, states
+from awareness_vllm.models.rope import apply, shift, strip
 
 pytestmark = [pytest.mark.unit, pytest.mark.slow]
 

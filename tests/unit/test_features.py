@@ -8,15 +8,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from awareness_vllm.align.features import (
+from awareness_vllm.kernels import decode, encode, rms_normalise, with_predecessors
+from awareness_vllm.models.geometry import Geometry
+from awareness_vllm.models.rope import apply
+from awareness_vllm.wmatrix.features import (
     blank_rows,
     embedding_features,
     flat_states,
     split_states,
 )
-from awareness_vllm.geometry import Geometry
-from awareness_vllm.kernels import decode, encode, rms_normalise, with_predecessors
-from awareness_vllm.positions import apply
 
 pytestmark = pytest.mark.unit
 

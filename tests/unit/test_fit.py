@@ -12,18 +12,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from awareness_vllm.anchors.corpus import Document
-from awareness_vllm.wmatrix import calibrate, fit, gather, regress
-from awareness_vllm.wmatrix.config import FitConfig
-from awareness_vllm.wmatrix.file import WMatrix, load
-from awareness_vllm.wmatrix.manifest import read_manifest
-from awareness_vllm.wmatrix.texts import (
+from awareness_vllm.fit import calibrate, fit, gather, regress
+from awareness_vllm.fit.checkpoint import Workspace
+from awareness_vllm.fit.config import FitConfig
+from awareness_vllm.fit.texts import (
     CONTEXT_CHARACTERS,
     LONG,
     WINDOW_CHARACTERS,
     calibration_texts,
     shuffled_windows,
 )
-from awareness_vllm.wmatrix.workspace import Workspace
+from awareness_vllm.wmatrix.file import WMatrix, load
+from awareness_vllm.wmatrix.manifest import read_manifest
 
 pytestmark = pytest.mark.unit
 
@@ -182,7 +182,7 @@ def test_texts_with_nan_are_named_and_left_out(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    from awareness_vllm.wmatrix import reader
+    from awareness_vllm.fit import reader
 
     original = reader.states
 

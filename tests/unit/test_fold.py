@@ -12,21 +12,22 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from awareness_vllm.align.aligner import realign
-from awareness_vllm.align.features import flat_states
+from awareness_vllm.align.realign import realign
 from awareness_vllm.anchors.corpus import Document
-from awareness_vllm.anchors.spans import tokenize
 from awareness_vllm.errors import BadInput, NoWMatrix, UnsupportedModel
-from awareness_vllm.geometry import Geometry, LayerGeometry, Positions
-from awareness_vllm.packages.capture import capture, load_model, states
+from awareness_vllm.evaluate.flops import map_flop
+from awareness_vllm.fit import compose as folding
+from awareness_vllm.fit import gather
+from awareness_vllm.fit.compose import Hop, columns_of, fold, learn_bridge
+from awareness_vllm.fit.config import FitConfig
+from awareness_vllm.fit.fit import fit
+from awareness_vllm.models.geometry import Geometry, LayerGeometry, Positions
+from awareness_vllm.models.hf import load_model, states
+from awareness_vllm.models.tokens import tokenize
+from awareness_vllm.packages.capture import capture
 from awareness_vllm.packages.file import Package, build
-from awareness_vllm.wmatrix import fold as folding
-from awareness_vllm.wmatrix import gather
-from awareness_vllm.wmatrix.config import FitConfig
-from awareness_vllm.wmatrix.cost import map_flop
+from awareness_vllm.wmatrix.features import flat_states
 from awareness_vllm.wmatrix.file import WMatrix, load
-from awareness_vllm.wmatrix.fit import fit
-from awareness_vllm.wmatrix.fold import Hop, columns_of, fold, learn_bridge
 from awareness_vllm.wmatrix.manifest import Anchors, WMatrixManifest
 
 pytestmark = pytest.mark.unit

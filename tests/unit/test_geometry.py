@@ -13,9 +13,10 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import save_file
 
-from awareness_vllm import geometry as module
 from awareness_vllm.errors import UnsupportedModel
-from awareness_vllm.geometry import Geometry, Positions, from_config
+from awareness_vllm.models import describe as module
+from awareness_vllm.models.describe import from_config, geometry_of
+from awareness_vllm.models.geometry import Geometry, Positions
 
 pytestmark = pytest.mark.unit
 
@@ -231,7 +232,7 @@ def test_unknown_manifest_fields_are_refused() -> None:
 
 def test_no_folder_is_an_error_with_a_remedy(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModel, match="Remedy"):
-        Geometry.from_folder(tmp_path / "nothing")
+        geometry_of(tmp_path / "nothing")
 
 
 def test_fingerprint_sees_a_change_in_any_tensor(tmp_path: Path) -> None:
@@ -245,7 +246,7 @@ def test_fingerprint_sees_a_change_in_any_tensor(tmp_path: Path) -> None:
         save_file(tensors, folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps(LLAMA))
         (folder / "tokenizer.json").write_text("{}")
-        geometries.append(Geometry.from_folder(folder))
+        geometries.append(geometry_of(folder))
     first, same, other, another = geometries
     assert first.same_model(same)
     assert len({g.weights for g in (first, other, another)}) == 3
@@ -279,7 +280,7 @@ def reading(
         read.clear()
         module._from_folder.cache_clear()
         module._fingerprints.cache_clear()
-        return Geometry.from_folder(path, tokens), bool(read)
+        return geometry_of(path, tokens), bool(read)
 
     return of
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
 from awareness_vllm.errors import UnsupportedRequest
-from awareness_vllm.serving.guard import DEEPEST, IGNORANT, check_carried, refuse_memories
+from awareness_vllm.serving.api.validation import DEEPEST, IGNORANT, check_carried, refuse_memories
 
 pytestmark = pytest.mark.unit
 

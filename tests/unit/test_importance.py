@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from awareness_vllm.wmatrix.importance import SHRINKAGE, importance, output_weight
-from awareness_vllm.wmatrix.reader import Reader
+from awareness_vllm.fit.importance import SHRINKAGE, importance, output_weight
+from awareness_vllm.fit.reader import Reader
 
 pytestmark = pytest.mark.unit
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from awareness_demo import anchors as install
+from awareness_demo import debian, models, pypi, sources
+from awareness_demo.mathematics import EXERCISES, mathematics
+from awareness_demo.wikitext import wikitext_to_text
 
-from awareness_vllm import models
-from awareness_vllm.anchors import debian, install, pypi, sources
 from awareness_vllm.anchors.corpus import Document
-from awareness_vllm.anchors.mathematics import EXERCISES, mathematics
-from awareness_vllm.anchors.wikitext import wikitext_to_text
 from awareness_vllm.errors import BadInput
 
 pytestmark = pytest.mark.unit

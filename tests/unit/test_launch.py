@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from awareness_vllm.errors import BadInput, InvalidMemoryId
-from awareness_vllm.serving import launch, register
+from awareness_vllm.serving import launch
+from awareness_vllm.serving import plugin as register
 from awareness_vllm.serving.config import ServingConfig
 from awareness_vllm.wmatrix.certificate import TAIL
 

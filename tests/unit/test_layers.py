@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from awareness_vllm.geometry import Geometry
-from awareness_vllm.wmatrix.layers import Elimination, columns
-from awareness_vllm.wmatrix.statistics import Statistics
+from awareness_vllm.fit.layers import Elimination, columns
+from awareness_vllm.fit.statistics import Statistics
+from awareness_vllm.models.geometry import Geometry
 
 pytestmark = pytest.mark.unit
 

@@ -23,7 +23,7 @@ def test_kernels_is_a_folder_and_not_a_package() -> None:
 def test_the_wheel_holds_the_two_packages_and_nothing_else(tmp_path: Path) -> None:
     source = tmp_path / "source"
     ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    for name in ("awareness_vllm", "kernels", "tests", "benchmarks", "examples", "docs"):
+    for name in ("awareness_vllm", "kernels", "tests", "benchmarks", "demo", "examples", "docs"):
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, source / name, ignore=ignored)
     for name in ("pyproject.toml", "README.md"):
@@ -41,11 +41,11 @@ def test_the_wheel_holds_the_two_packages_and_nothing_else(tmp_path: Path) -> No
     assert wanted <= set(names)
     assert {"awareness_vllm/py.typed", "awareness_kernels/py.typed"} <= set(names)
     assert "awareness_vllm/compatibility/priors.json" in names
-    assert "awareness_vllm/compatibility/page.css" in names
+    assert "awareness_vllm/compatibility/html/page.css" in names
 
 
 @pytest.mark.parametrize(
-    "module", ["awareness_vllm", "awareness_vllm.errors", "awareness_vllm.home"]
+    "module", ["awareness_vllm", "awareness_vllm.errors", "awareness_vllm.files"]
 )
 def test_a_light_module_loads_neither_torch_nor_vllm(module: str) -> None:
     code = f"import sys, {module}; print({{'torch', 'vllm', 'transformers'}} & set(sys.modules))"

@@ -27,10 +27,8 @@ from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 
 from awareness_vllm.errors import PackageCorrupt
 from awareness_vllm.serving.config import ServingConfig, transfer_config
-from awareness_vllm.serving.connector import AwarenessConnector
-from awareness_vllm.serving.params import LoadParams, Part, kv_transfer_params
-from awareness_vllm.serving.scheduler import Load, SchedulerHalf
-from awareness_vllm.serving.stats import (
+from awareness_vllm.serving.connector.connector import AwarenessConnector
+from awareness_vllm.serving.connector.metrics import (
     RECOMPUTED,
     TEMPERATURES,
     Failed,
@@ -40,7 +38,9 @@ from awareness_vllm.serving.stats import (
     StepOutcomes,
     of_both_ranks,
 )
-from awareness_vllm.serving.worker import Loaded
+from awareness_vllm.serving.connector.scheduler import Load, SchedulerHalf
+from awareness_vllm.serving.connector.worker import Loaded
+from awareness_vllm.serving.params import LoadParams, Part, kv_transfer_params
 
 pytestmark = pytest.mark.unit
 

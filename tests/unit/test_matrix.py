@@ -18,7 +18,7 @@ from awareness_vllm.compatibility.report import Basis, Cell, Matrix
 from awareness_vllm.errors import WMatrixCorrupt
 from awareness_vllm.wmatrix.certificate import Certificate, Interval, Plan, Protocol
 from awareness_vllm.wmatrix.file import WMatrix
-from awareness_vllm.wmatrix.shelf import WMatrixEntry
+from awareness_vllm.wmatrix.registry import WMatrixEntry
 
 pytestmark = pytest.mark.unit
 

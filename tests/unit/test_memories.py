@@ -17,18 +17,18 @@ from awareness_vllm.errors import (
     QualityUnreachable,
     UnsupportedRequest,
 )
+from awareness_vllm.fit import gather
+from awareness_vllm.fit.config import FitConfig
+from awareness_vllm.fit.fit import fit
 from awareness_vllm.packages.capture import capture
 from awareness_vllm.packages.file import publish
-from awareness_vllm.serving.asked import Asked
 from awareness_vllm.serving.config import ServingConfig
-from awareness_vllm.serving.memories import Memories, head_name
 from awareness_vllm.serving.offline import OfflineMemories
 from awareness_vllm.serving.params import LoadParams
-from awareness_vllm.wmatrix import gather
+from awareness_vllm.serving.request import Asked
+from awareness_vllm.serving.resolver import Memories, head_name
 from awareness_vllm.wmatrix.certificate import Certificate, Interval, Plan, measured_for
-from awareness_vllm.wmatrix.config import FitConfig
-from awareness_vllm.wmatrix.fit import fit
-from awareness_vllm.wmatrix.shelf import WMatrixEntry
+from awareness_vllm.wmatrix.registry import WMatrixEntry
 
 pytestmark = pytest.mark.unit
 

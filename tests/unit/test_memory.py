@@ -13,7 +13,7 @@ pytestmark = pytest.mark.unit
 FAULTS = """
 import resource, sys
 import torch
-from awareness_vllm.memory import keep_freed_memory
+from awareness_vllm.models.malloc import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 torch.empty(16 << 20).fill_(1)

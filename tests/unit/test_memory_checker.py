@@ -14,21 +14,22 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from awareness_vllm import MemoryCompatibilityChecker, geometry
+from awareness_vllm import MemoryCompatibilityChecker
 from awareness_vllm.anchors.corpus import Document
 from awareness_vllm.cli.main import main
 from awareness_vllm.compatibility import appraisal, on_the_spot
+from awareness_vllm.compatibility.case import OnTheSpot
 from awareness_vllm.compatibility.estimate import predict
-from awareness_vllm.compatibility.on_the_spot import OnTheSpot
 from awareness_vllm.compatibility.report import CompatibilityReport, level_of
 from awareness_vllm.errors import BadInput, PackageCorrupt
+from awareness_vllm.fit import gather
+from awareness_vllm.fit.config import FitConfig
+from awareness_vllm.fit.fit import fit
+from awareness_vllm.models import describe
 from awareness_vllm.packages.capture import capture
 from awareness_vllm.packages.file import Package, publish
-from awareness_vllm.wmatrix import gather
 from awareness_vllm.wmatrix.certificate import Certificate, Interval
-from awareness_vllm.wmatrix.config import FitConfig
 from awareness_vllm.wmatrix.file import load
-from awareness_vllm.wmatrix.fit import fit
 
 pytestmark = pytest.mark.unit
 
@@ -359,7 +360,7 @@ def test_the_command_loads_no_model_library_for_a_config_that_was_read_before(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("AWARENESS_HOME", str(tmp_path / "home"))
-    geometry._from_folder.cache_clear()
+    describe._from_folder.cache_clear()
     certify().check(package=memory, target_model=tiny_models[1])
     script = """
 import sys

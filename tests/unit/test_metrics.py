@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from awareness_vllm.align.aligner import AlignedMemory
-from awareness_vllm.packages.capture import load_model, states
-from awareness_vllm.wmatrix.bench import Bench
-from awareness_vllm.wmatrix.metrics import attention, cosine, gradient_norm, measure, overlap
+from awareness_vllm.align.realign import AlignedMemory
+from awareness_vllm.evaluate.conditions import Bench
+from awareness_vllm.evaluate.metrics import attention, cosine, gradient_norm, measure, overlap
+from awareness_vllm.models.hf import load_model, states
 
 pytestmark = pytest.mark.unit
 

@@ -13,21 +13,21 @@ import pytest
 from tokenizers import Tokenizer
 
 import awareness_vllm
-from awareness_vllm.align import multihop
-from awareness_vllm.align.multihop import MultiHopAligner, MultiHopMemoryAligner
+from awareness_vllm.aligners import multihop
+from awareness_vllm.aligners.multihop import MultiHopAligner, MultiHopMemoryAligner
 from awareness_vllm.anchors.corpus import Document
 from awareness_vllm.cli.main import main
 from awareness_vllm.errors import BadInput, NoWMatrix, UnsupportedModel
-from awareness_vllm.geometry import Geometry
+from awareness_vllm.evaluate.evaluate import TextFigures
+from awareness_vllm.evaluate.flops import map_flop
+from awareness_vllm.fit import gather
+from awareness_vllm.fit.config import FitConfig
+from awareness_vllm.fit.fit import fit
+from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.packages.file import Package
-from awareness_vllm.wmatrix import gather
 from awareness_vllm.wmatrix.certificate import Certificate, Interval, Plan, Protocol
-from awareness_vllm.wmatrix.config import FitConfig
-from awareness_vllm.wmatrix.cost import map_flop
-from awareness_vllm.wmatrix.evaluate import TextFigures
 from awareness_vllm.wmatrix.file import WMatrix, load
-from awareness_vllm.wmatrix.fit import fit
-from awareness_vllm.wmatrix.shelf import WMatrixEntry
+from awareness_vllm.wmatrix.registry import WMatrixEntry
 
 pytestmark = pytest.mark.unit
 

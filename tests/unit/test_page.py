@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import samples
 
-from awareness_vllm.compatibility.charts import base_of, heat_map, runs
-from awareness_vllm.compatibility.figures import percent, spread
-from awareness_vllm.compatibility.markup import Html, el
-from awareness_vllm.compatibility.page import arm_name, page
+from awareness_vllm.compatibility.html.charts import base_of, heat_map, runs
+from awareness_vllm.compatibility.html.figures import percent, spread
+from awareness_vllm.compatibility.html.markup import Html, el
+from awareness_vllm.compatibility.html.page import arm_name, page
 from awareness_vllm.compatibility.report import Matrix
 from awareness_vllm.wmatrix.certificate import Interval
 

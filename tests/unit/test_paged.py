@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from awareness_vllm.align.aligner import AlignedMemory, realign, sources
 from awareness_vllm.align.paged import Latent, PagedMap, Pages
+from awareness_vllm.align.realign import AlignedMemory, realign, sources
 from awareness_vllm.packages.file import Package
 from awareness_vllm.wmatrix.file import WMatrix
 

@@ -11,14 +11,14 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from awareness_vllm.align.aligner import realign, sources
-from awareness_vllm.align.features import with_places
 from awareness_vllm.align.paged import PagedMap
+from awareness_vllm.align.realign import realign, sources
 from awareness_vllm.errors import UnsupportedModel, WMatrixCorrupt
+from awareness_vllm.fit.reader import Reader
+from awareness_vllm.models.position_embeddings import position_embeddings
 from awareness_vllm.packages.file import Package
+from awareness_vllm.wmatrix.features import with_places
 from awareness_vllm.wmatrix.file import WMatrix, load
-from awareness_vllm.wmatrix.places import position_embeddings
-from awareness_vllm.wmatrix.reader import Reader
 
 pytestmark = pytest.mark.unit
 

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from awareness_vllm.errors import UnsupportedModel
-from awareness_vllm.geometry import Positions, from_config
-from awareness_vllm.positions import SCHEMES, apply, shift, strip, table
+from awareness_vllm.models.describe import from_config
+from awareness_vllm.models.geometry import Positions
+from awareness_vllm.models.rope import SCHEMES, apply, shift, strip, table
 
 pytestmark = pytest.mark.unit
 

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from awareness_vllm.cli.main import main
 from awareness_vllm.compatibility import priors
+from awareness_vllm.compatibility.prior_tables import FILE, Tables, tables
 from awareness_vllm.compatibility.priors import (
     by_length,
     class_of,
@@ -28,13 +29,12 @@ from awareness_vllm.compatibility.priors import (
     published_vectors,
 )
 from awareness_vllm.compatibility.report import Basis, Matrix
-from awareness_vllm.compatibility.tables import FILE, Tables, tables
 from awareness_vllm.errors import BadInput, QualityUnreachable
-from awareness_vllm.positions import SCHEMES
-from awareness_vllm.serving.memories import Resolved
+from awareness_vllm.models.rope import SCHEMES
+from awareness_vllm.serving.resolver import Resolved
 from awareness_vllm.wmatrix.certificate import Certificate, Interval, Plan, cheapest
 from awareness_vllm.wmatrix.file import WMatrix
-from awareness_vllm.wmatrix.shelf import WMatrixEntry
+from awareness_vllm.wmatrix.registry import WMatrixEntry
 
 pytestmark = pytest.mark.unit
 

@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from awareness_vllm.align.aligner import AlignedMemory
+from awareness_vllm.align.realign import AlignedMemory
 from awareness_vllm.anchors.corpus import Document
-from awareness_vllm.anchors.spans import tokenize
-from awareness_vllm.wmatrix.bench import cut_tail
-from awareness_vllm.wmatrix.bootstrap import retention
-from awareness_vllm.wmatrix.evaluate import CHARACTERS_PER_TOKEN, distance, joined
+from awareness_vllm.evaluate.bootstrap import retention
+from awareness_vllm.evaluate.conditions import cut_tail
+from awareness_vllm.evaluate.evaluate import CHARACTERS_PER_TOKEN, distance, joined
+from awareness_vllm.models.tokens import tokenize
 
 pytestmark = pytest.mark.unit
 

@@ -24,17 +24,18 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.entrypoints.generate.base.protocol import validate_cache_salt
 from vllm.v1.outputs import KVConnectorOutput
 
-from awareness_vllm.align.aligner import AlignedMemory
-from awareness_vllm.align.writer import Writer
+from awareness_vllm.align.kv_writer import Writer
+from awareness_vllm.align.realign import AlignedMemory
 from awareness_vllm.errors import LoadTimeout, PackageCorrupt, UnsupportedModel
-from awareness_vllm.geometry import Geometry, LayerGeometry, Positions
-from awareness_vllm.positions import apply, strip
+from awareness_vllm.models.geometry import Geometry, LayerGeometry, Positions
+from awareness_vllm.models.rope import apply, strip
 from awareness_vllm.serving.config import PARAMS_KEY, ServingConfig
-from awareness_vllm.serving.connector import AwarenessConnector
-from awareness_vllm.serving.pages import check_layers, check_rotations, layer_index
-from awareness_vllm.serving.params import LoadParams, Part, kv_transfer_params
-from awareness_vllm.serving.readback import block_layout, read_slots
-from awareness_vllm.serving.scheduler import (
+from awareness_vllm.serving.connector.connector import AwarenessConnector
+from awareness_vllm.serving.connector.kv_layout import check_layers, check_rotations, layer_index
+from awareness_vllm.serving.connector.kv_reader import block_layout, read_slots
+from awareness_vllm.serving.connector.loader import Found, Supply
+from awareness_vllm.serving.connector.metrics import Ledger, StepOutcomes
+from awareness_vllm.serving.connector.scheduler import (
     MIN_COMPUTED,
     SKIP,
     Load,
@@ -42,10 +43,9 @@ from awareness_vllm.serving.scheduler import (
     SchedulerHalf,
     StepMetadata,
 )
-from awareness_vllm.serving.stats import Ledger, StepOutcomes
-from awareness_vllm.serving.supply import Found, Supply
-from awareness_vllm.serving.warm import WarmTier
-from awareness_vllm.serving.worker import Loaded, WorkerHalf
+from awareness_vllm.serving.connector.worker import Loaded, WorkerHalf
+from awareness_vllm.serving.params import LoadParams, Part, kv_transfer_params
+from awareness_vllm.serving.tiers import WarmTier
 
 pytestmark = pytest.mark.unit
 
@@ -698,7 +698,7 @@ def test_an_alignment_that_fails_fails_its_loads_alone(worker: WorkerHalf) -> No
 def test_a_step_writes_no_more_than_it_may_but_for_one_long_load(
     worker: WorkerHalf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("awareness_vllm.serving.worker.MOST_LOADED", 10)
+    monkeypatch.setattr("awareness_vllm.serving.connector.worker.MOST_LOADED", 10)
     for request, slots in (("long", 12), ("a", 5), ("b", 5), ("c", 1)):
         worker.begin(cold_load(request, MEMORY, slots))
     for expected in (["long"], ["a", "b"], ["c"], []):

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from awareness_vllm.anchors.spans import load_tokenizer, prefix_ids, tokenize
-from awareness_vllm.geometry import Geometry, from_config
-from awareness_vllm.wmatrix.evaluate import TextFigures
-from awareness_vllm.wmatrix.workspace import Workspace
+from awareness_vllm.evaluate.evaluate import TextFigures
+from awareness_vllm.fit.checkpoint import Workspace
+from awareness_vllm.models.describe import from_config
+from awareness_vllm.models.geometry import Geometry
+from awareness_vllm.models.tokens import load_tokenizer, prefix_ids, tokenize
 
 pytestmark = pytest.mark.unit
 

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from awareness_vllm.errors import BadInput
-from awareness_vllm.wmatrix.solve import RIDGES, choose_ridge, reduced_rank_ridge
-from awareness_vllm.wmatrix.statistics import Statistics
+from awareness_vllm.fit.solve import RIDGES, choose_ridge, reduced_rank_ridge
+from awareness_vllm.fit.statistics import Statistics
 
 pytestmark = pytest.mark.unit
 
@@ -76,8 +76,8 @@ REDUCE = """
 import sys
 import torch
 from safetensors.torch import load_file, save_file
-from awareness_vllm.distributed import join
-from awareness_vllm.wmatrix.statistics import Statistics
+from awareness_vllm.fit.distributed import join
+from awareness_vllm.fit.statistics import Statistics
 
 rank, processes = join()
 rows = load_file(sys.argv[1])

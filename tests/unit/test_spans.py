@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from awareness_demo.models import put_before_every_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from awareness_vllm.anchors.spans import Spans, align, load_tokenizer, prefix_ids, tokenize
 from awareness_vllm.errors import BadInput, UnsupportedModel
-from awareness_vllm.models import put_before_every_text
+from awareness_vllm.models.tokens import Spans, align, load_tokenizer, prefix_ids, tokenize
 
 pytestmark = pytest.mark.unit
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from awareness_vllm.errors import InvalidMemoryId, MemoryNotFound, PackageCorrupt
 from awareness_vllm.packages.file import Package, publish
-from awareness_vllm.store.folder import Store
+from awareness_vllm.packages.store import Store
 
 pytestmark = pytest.mark.unit
 
@@ -99,5 +99,5 @@ def test_a_checked_package_is_hashed_once(store: Store, monkeypatch: pytest.Monk
     def fail(*_: object) -> None:
         raise AssertionError("hashed again")
 
-    monkeypatch.setattr("awareness_vllm.store.folder.check_bytes", fail)
+    monkeypatch.setattr("awareness_vllm.packages.store.check_bytes", fail)
     store.checked_path(memory_id)

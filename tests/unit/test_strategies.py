@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from awareness_vllm.align import strategies
-from awareness_vllm.align.strategies import (
+from awareness_vllm.aligners import training_free as strategies
+from awareness_vllm.aligners.training_free import (
     MERGES,
     SPLITS,
     Configuration,
@@ -25,7 +25,7 @@ from awareness_vllm.align.strategies import (
     warn,
 )
 from awareness_vllm.errors import BadInput, UnsupportedModel
-from awareness_vllm.geometry import Geometry, LayerGeometry, Positions, by_depth
+from awareness_vllm.models.geometry import Geometry, LayerGeometry, Positions, by_depth
 from awareness_vllm.wmatrix.certificate import Interval
 
 pytestmark = pytest.mark.unit

@@ -15,14 +15,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from awareness_vllm.align.aligner import AlignedMemory, realign
+from awareness_vllm.align.realign import AlignedMemory, realign
 from awareness_vllm.errors import PackageCorrupt, UnsupportedModel
 from awareness_vllm.packages.file import Package, publish
-from awareness_vllm.serving.captures import PENDING
+from awareness_vllm.packages.store import Store
 from awareness_vllm.serving.config import ServingConfig
-from awareness_vllm.serving.disk import DiskTier
-from awareness_vllm.serving.params import LoadParams, Part
-from awareness_vllm.serving.supply import (
+from awareness_vllm.serving.connector.capture_queue import PENDING
+from awareness_vllm.serving.connector.loader import (
     A_MOMENT,
     HEADS,
     Alignment,
@@ -30,8 +29,8 @@ from awareness_vllm.serving.supply import (
     Supply,
     embedding_of,
 )
-from awareness_vllm.serving.warm import WarmTier
-from awareness_vllm.store.folder import Store
+from awareness_vllm.serving.params import LoadParams, Part
+from awareness_vllm.serving.tiers import DiskTier, WarmTier
 from awareness_vllm.wmatrix.file import WMatrix
 
 pytestmark = pytest.mark.unit
@@ -111,7 +110,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every look at the clock takes a moment."""
     clock = itertools.count()
     monkeypatch.setattr(
-        "awareness_vllm.serving.supply.time",
+        "awareness_vllm.serving.connector.loader.time",
         SimpleNamespace(perf_counter=lambda: next(clock) * A_MOMENT),
     )
 
@@ -228,7 +227,7 @@ def test_a_package_is_aligned_by_its_map(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("awareness_vllm.align.aligner.BLOCK", 7)
+    monkeypatch.setattr("awareness_vllm.align.realign.BLOCK", 7)
     package = make_package("the quick brown fox, naïve dogs")
     supply.memories.folder = folder
     supply.wmatrices["map"] = wmatrix

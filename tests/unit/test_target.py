@@ -8,16 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from awareness_vllm.cli import check_
-from awareness_vllm.compatibility.findings import findings
-from awareness_vllm.compatibility.target import (
-    ITEM_BYTES,
-    QUANTIZATIONS,
-    CacheDtype,
-    TargetConfig,
-)
+from awareness_vllm.cli import check as check_
+from awareness_vllm.compatibility.risks import findings
+from awareness_vllm.compatibility.target import ITEM_BYTES, QUANTIZATIONS, CacheDtype, TargetConfig
 from awareness_vllm.errors import BadInput
-from awareness_vllm.geometry import Geometry, LayerGeometry, Positions
+from awareness_vllm.models.geometry import Geometry, LayerGeometry, Positions
 from awareness_vllm.serving.config import ServingConfig
 from awareness_vllm.wmatrix.certificate import TAIL
 

@@ -9,20 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from awareness_demo.sources import ANCHORS, DOMAINS
 
-from awareness_vllm.anchors.sources import ANCHORS, DOMAINS
 from awareness_vllm.cli.main import main
 from awareness_vllm.errors import BadInput, UnsupportedModel
-from awareness_vllm.wmatrix import gather
+from awareness_vllm.fit import gather
+from awareness_vllm.fit.trainer import WMatrixTrainer, of_domains
 from awareness_vllm.wmatrix.file import WMatrix, load
+from awareness_vllm.wmatrix.heads import Head, head_mapping_summary, heads, layer_correspondence
 from awareness_vllm.wmatrix.heat_map import shares
-from awareness_vllm.wmatrix.mapping import (
-    Head,
-    head_mapping_summary,
-    heads,
-    layer_correspondence,
-)
-from awareness_vllm.wmatrix.trainer import WMatrixTrainer, of_domains
 
 pytestmark = pytest.mark.unit
 
@@ -64,14 +59,26 @@ def test_what_cannot_be_honoured_is_refused(tiny_models: tuple[Path, Path]) -> N
         WMatrixTrainer(*tiny_models).configure(optimization="adam")
     with pytest.raises(BadInput, match="exclude"):
         WMatrixTrainer(*tiny_models).configure(anchors=["x"], anchor_domains=["code"])
-    with pytest.raises(BadInput, match="code"):
+    with pytest.raises(BadInput, match="poetry"):
         WMatrixTrainer(*tiny_models).configure(anchor_domains=["poetry"]).documents()
 
 
 def test_every_source_belongs_to_one_domain() -> None:
-    sources = of_domains(list(DOMAINS))
+    sources = [source for domain in DOMAINS.values() for source in domain]
     assert len(sources) == len(set(sources))
     assert {source.name for source in ANCHORS} <= set(sources)
+
+
+def test_a_domain_is_a_row_of_the_table_or_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWARENESS_HOME", str(tmp_path))
+    (tmp_path / "anchors" / "ours").mkdir(parents=True)
+    (tmp_path / "anchors" / "domains.json").write_text('{"code": ["python", "perl"]}')
+    names = [folder.name for folder in of_domains(["ours", "code"])]
+    assert names == ["ours", "python", "perl"]
+    with pytest.raises(BadInput, match="code, ours"):
+        of_domains(["poetry"])
 
 
 def test_a_planted_head_is_found(wmatrix: WMatrix) -> None:

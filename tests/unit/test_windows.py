@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from awareness_vllm.align.aligner import copy, realign
+from awareness_vllm.align.realign import copy, realign
 from awareness_vllm.errors import PackageCorrupt, UnsupportedModel, UnsupportedRequest
-from awareness_vllm.geometry import Geometry
+from awareness_vllm.fit.layers import without_window
+from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.packages.file import Package, build, publish, read, verify
 from awareness_vllm.wmatrix.file import WMatrix
-from awareness_vllm.wmatrix.layers import without_window
 
 pytestmark = pytest.mark.unit
 

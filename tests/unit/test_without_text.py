@@ -11,25 +11,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from awareness_vllm.align.aligner import copy, realign
-from awareness_vllm.align.features import flat_states
+from awareness_vllm.align.realign import copy, realign
 from awareness_vllm.anchors.corpus import Document
-from awareness_vllm.anchors.spans import load_tokenizer, tokenize
 from awareness_vllm.cli.main import main
 from awareness_vllm.errors import BadInput, UnsupportedRequest
-from awareness_vllm.packages.capture import capture, states
+from awareness_vllm.evaluate import certify as certifying
+from awareness_vllm.evaluate.certify import certify
+from awareness_vllm.evaluate.evaluate import CaseFigures
+from awareness_vllm.fit import fit, gather
+from awareness_vllm.fit.config import FitConfig
+from awareness_vllm.fit.reader import Reader
+from awareness_vllm.models.hf import states
+from awareness_vllm.models.rope import strip
+from awareness_vllm.models.tokens import load_tokenizer, tokenize
+from awareness_vllm.packages.capture import capture
 from awareness_vllm.packages.file import Package, publish, read, verify, without_text
-from awareness_vllm.positions import strip
 from awareness_vllm.serving.config import ServingConfig
-from awareness_vllm.serving.memories import Memories
-from awareness_vllm.wmatrix import certify as certifying
-from awareness_vllm.wmatrix import fit, gather
+from awareness_vllm.serving.resolver import Memories
 from awareness_vllm.wmatrix.certificate import Certificate
-from awareness_vllm.wmatrix.certify import certify
-from awareness_vllm.wmatrix.config import FitConfig
-from awareness_vllm.wmatrix.evaluate import CaseFigures
+from awareness_vllm.wmatrix.features import flat_states
 from awareness_vllm.wmatrix.file import WMatrix, load
-from awareness_vllm.wmatrix.reader import Reader
 
 pytestmark = pytest.mark.unit
 

@@ -16,9 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from awareness_vllm.errors import WMatrixCorrupt
-from awareness_vllm.geometry import file_digest
+from awareness_vllm.files import file_digest
+from awareness_vllm.packages.file import payload_digest
 from awareness_vllm.packages.manifest import METADATA_KEY
-from awareness_vllm.packages.payload import payload_digest
 from awareness_vllm.wmatrix.file import WMatrix, load
 from awareness_vllm.wmatrix.manifest import is_readable, read_manifest
 

@@ -1,0 +1,99 @@
+"""`awareness eval`: measure a W-Matrix by the five-arm protocol."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+HELP = "measure retention (--texts) or fact recall (--cases) in five arms"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "wmatrix",
+        nargs="?",
+        type=Path,
+        metavar="FILE.wmatrix",
+        help="left out when source and target are the same model",
+    )
+    parser.add_argument("--source", required=True, help="folder of the source model")
+    parser.add_argument("--target", required=True, help="folder of the target model")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--texts", nargs="+", type=Path, metavar="PATH", help="files or folders")
+    what.add_argument("--cases", type=Path, metavar="FILE.jsonl")
+    parser.add_argument("--context", type=int, default=300, help="target tokens of memory")
+    parser.add_argument("--continuation", type=int, default=60, help="tokens scored after it")
+    parser.add_argument(
+        "--join", action="store_true", help="read successive short texts of a folder as one"
+    )
+    parser.add_argument(
+        "--tails",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="measure also with the memory's last N tokens read natively",
+    )
+    parser.add_argument("--limit", type=int, help="at most so many texts or cases")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    from awareness_vllm.evaluate.conditions import Bench
+    from awareness_vllm.evaluate.evaluate import evaluate_cases, evaluate_texts, joined
+    from awareness_vllm.wmatrix.file import load as load_wmatrix
+
+    cases = read_cases(args.cases) if args.cases else None
+    bench = Bench(args.source, args.target, load_wmatrix(args.wmatrix) if args.wmatrix else None)
+    if cases is not None:
+        return evaluate_cases(bench, cases, limit=args.limit, tails=args.tails).summary()
+    from awareness_vllm.anchors.corpus import load
+
+    texts = load(args.texts)
+    return evaluate_texts(
+        bench,
+        joined(texts, args.context + args.continuation) if args.join else texts,
+        context=args.context,
+        continuation=args.continuation,
+        limit=args.limit,
+        tails=args.tails,
+    ).summary()
+
+
+def read_cases(path: Path) -> list[dict[str, str]]:
+    """Lines of `{"context", "question", "answer"}`, and `"kind"` where it is known.
+
+    Raises:
+        BadInput: names the line.
+    """
+    from awareness_vllm.errors import BadInput
+    from awareness_vllm.files import read_text_file
+
+    cases = []
+    # Not splitlines(): a JSON text may hold U+2028 and other ends of lines as they are.
+    for number, line in enumerate(read_text_file(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            case = json.loads(line)
+            cases.append({field: case[field] for field in ("context", "question", "answer")})
+            cases[-1] |= {"kind": case["kind"]} if "kind" in case else {}
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadInput(
+                f"{path}, line {number} is not a case",
+                found=repr(error),
+                expected='{"context": …, "question": …, "answer": …}',
+            ) from error
+        if not all(isinstance(text, str) and text for text in cases[-1].values()):
+            raise BadInput(f"{path}, line {number} has a field that is not a non-empty text")
+    return cases
+
+
+def show(result: dict[str, Any]) -> None:
+    for arm, figures in result["arms"].items():
+        print(f"{arm:22}" + "".join(f"{name} {value:8.4f}   " for name, value in figures.items()))
+    shares = {"retention": result["retention"]} if "retention" in result else {}
+    for name, r in {**shares, **result["tails"]}.items():
+        print(f"{name:22}{r['mean']:.3f} (95 % CI {r['ci_low']:.3f} … {r['ci_high']:.3f})")
+    print(f"n = {result['n']}")

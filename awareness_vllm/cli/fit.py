@@ -1,0 +1,73 @@
+"""`awareness fit`: learn the W-Matrix from one model to another."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+HELP = "fit a W-Matrix from a source model to a target model"
+
+CONFIGURATION = {
+    "tokens": "anchor tokens to read",
+    "layers": "source layers to read, evenly spread (default: half of them)",
+    "rank": "width of the latent",
+    "calibration": "texts of calibration; 0 for none",
+    "batch": "texts of a step of calibration",
+    "epochs": "times these texts are gone through",
+    "seed": None,
+}
+"""Fields of FitConfig that have a flag, and its help."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--source", required=True, help="folder of the model that makes memories")
+    parser.add_argument("--target", required=True, help="folder of the model that is served")
+    parser.add_argument("--anchors", required=True, nargs="+", type=Path, metavar="PATH")
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE.wmatrix")
+    # No defaults here: FitConfig has them.
+    for name, help_text in CONFIGURATION.items():
+        parser.add_argument(f"--{name}", type=int, help=help_text)
+    parser.add_argument(
+        "--choice",
+        choices=("spread", "best", "full"),
+        help="which source layers to read: evenly spread, those that tell most, or those without "
+        "a sliding window",
+    )
+    parser.add_argument(
+        "--without-text",
+        action="store_true",
+        help="read the source's states alone: a map for packages captured without text",
+    )
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    from awareness_vllm.anchors.corpus import load
+    from awareness_vllm.fit.config import FitConfig
+    from awareness_vllm.fit.distributed import join
+    from awareness_vllm.fit.fit import fit
+
+    given = {name: getattr(args, name) for name in (*CONFIGURATION, "choice")}
+    config = FitConfig(**{name: value for name, value in given.items() if value is not None})
+    if args.without_text:
+        config = replace(config, predecessors=None)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    work = args.out.with_name(f".{args.out.name}.work")
+    wmatrix = fit(args.source, args.target, load(args.anchors), config, folder=work)
+    if join()[0] > 0:  # under torchrun all processes end with the same map; the first speaks
+        raise SystemExit(0)
+    wmatrix.save(args.out)
+    manifest = wmatrix.manifest
+    return {
+        "path": str(args.out),
+        "bytes": args.out.stat().st_size,
+        "rank": manifest.rank,
+        "r2": manifest.r2,
+        "anchors": manifest.anchors.model_dump(),
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    r2 = ", ".join(f"{name} {value:.3f}" for name, value in result["r2"].items())
+    print(f"{result['path']}: rank {result['rank']}, {result['anchors']['tokens']} tokens, R² {r2}")

@@ -1,0 +1,41 @@
+"""`awareness list`: the packages of a store."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+HELP = "list the memory packages of a store"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--store", type=Path, help="folder of packages")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    from awareness_vllm.errors import PackageCorrupt
+    from awareness_vllm.files import default_store
+    from awareness_vllm.packages.manifest import read_manifest
+    from awareness_vllm.packages.store import Store
+
+    store = Store(args.store or default_store())
+    memories: list[dict[str, Any]] = []
+    for memory_id in store.ids():
+        path = store.path(memory_id)
+        row: dict[str, Any] = {"id": memory_id, "bytes": path.stat().st_size}
+        try:
+            manifest = read_manifest(path)
+            row |= {"name": manifest.name, "tokens": manifest.tokens, "engine": manifest.engine}
+            row |= {"source": manifest.geometry.name, "error": None}
+        except PackageCorrupt as error:
+            row["error"] = str(error)
+        memories.append(row)
+    return {"store": str(store.folder), "memories": memories}
+
+
+def show(result: dict[str, Any]) -> None:
+    for row in result["memories"]:
+        what = row["error"] or f"{row['tokens']} tokens of {row['source']}  {row['name'] or ''}"
+        print(f"{row['id']}  {what}")
+    print(f"{len(result['memories'])} memories in {result['store']}")

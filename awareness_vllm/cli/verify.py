@@ -1,0 +1,33 @@
+"""`awareness verify`: prove that a package or a W-Matrix is whole and unaltered."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from awareness_vllm.cli.inspect import add_arguments
+
+__all__ = ["HELP", "add_arguments", "run", "show"]
+
+HELP = "prove that a memory package or a W-Matrix is whole and unaltered"
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    from awareness_vllm.files import file_digest
+    from awareness_vllm.packages.file import verify
+    from awareness_vllm.packages.manifest import MEMORY_ID, check_bytes, id_of
+    from awareness_vllm.packages.store import locate
+    from awareness_vllm.wmatrix.file import load
+
+    path = locate(args.what, args.store)
+    if path.suffix == ".wmatrix":
+        load(path)
+        return {"ok": True, "kind": "wmatrix", "path": str(path), "digest": file_digest(path)}
+    if MEMORY_ID.fullmatch(path.stem):
+        check_bytes(path, path.stem)
+    verify(path)
+    return {"ok": True, "kind": "memory", "path": str(path), "id": id_of(path)}
+
+
+def show(result: dict[str, Any]) -> None:
+    print(f"ok  {result.get('id') or result['digest']}  {result['path']}")

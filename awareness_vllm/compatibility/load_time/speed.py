@@ -1,0 +1,79 @@
+"""What this machine needs for each part of a load: measured once, kept in a file.
+
+`awareness doctor` measures it (rehearsal.py) and `cost.load_times_s` predicts with it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+
+from awareness_vllm.files import home, write_whole
+from awareness_vllm.provenance import hardware, versions
+from awareness_vllm.schema import Strict
+
+FILE = "doctor.json"
+
+
+class Calibration(Strict):
+    """Fixed seconds, and units per second, of the parts of a load on a CPU.
+
+    `read`: the package's bytes. `text`: tokenizing it, by token. `align`: the map, by numbers that
+    it reads and gives and by floating point operations. `write`: into the KV cache, by bytes, and
+    seconds for each layer. `load` is the machine's load average when it began.
+    """
+
+    format: Literal["awareness-doctor/1"] = "awareness-doctor/1"
+    measured: datetime.datetime
+    hardware: str
+    versions: dict[str, str]
+    threads: int = Field(gt=0)
+    load: float = Field(ge=0)
+    read_fixed_s: float = Field(ge=0)
+    read_bytes_per_s: float = Field(gt=0)
+    text_tokens_per_s: float = Field(gt=0)
+    align_fixed_s: float = Field(ge=0)
+    align_numbers_per_s: float = Field(gt=0)
+    align_flop_per_s: float = Field(gt=0)
+    write_layer_s: float = Field(ge=0)
+    write_bytes_per_s: float = Field(gt=0)
+
+    def read_s(self, size: int) -> float:
+        return self.read_fixed_s + size / self.read_bytes_per_s
+
+    def align_s(self, tokens: int, numbers: float, flop: float) -> float:
+        """Of a whole memory: its text's tokens, and what the map does for all of them."""
+        mapped = numbers / self.align_numbers_per_s + flop / self.align_flop_per_s
+        return self.align_fixed_s + tokens / self.text_tokens_per_s + mapped
+
+    def write_s(self, layers: int, size: int) -> float:
+        return layers * self.write_layer_s + size / self.write_bytes_per_s
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether other work was running on half of the cores or more."""
+        return self.load >= 0.5 * (os.cpu_count() or 1)
+
+    @property
+    def here(self) -> bool:
+        """Whether it was taken on such a machine, with these libraries."""
+        return (self.hardware, self.versions) == (hardware(), versions())
+
+    def save(self, path: Path | None = None) -> Path:
+        """Write it, by default to `$AWARENESS_HOME/doctor.json`; the file's path."""
+        path = path or home() / FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, self.model_dump_json(indent=2) + "\n")
+        return path
+
+
+def saved(path: Path | None = None) -> Calibration | None:
+    """What was measured before; None where nobody did, or another version of this program."""
+    try:
+        return Calibration.model_validate_json((path or home() / FILE).read_bytes())
+    except (OSError, ValidationError):
+        return None

@@ -1,0 +1,171 @@
+"""`priors.json`: the published tables, each with the document and heading that it was copied from.
+
+Nothing in them was measured by this project. What is made of them is in `priors.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, Field, model_validator
+
+from awareness_vllm.schema import Strict
+
+FILE = Path(__file__).with_name("priors.json")
+
+
+def _ordered(ends: tuple[float, float]) -> tuple[float, float]:
+    if ends[0] > ends[1]:
+        raise ValueError(f"the range {ends} ends before it begins")
+    return ends
+
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Range = Annotated[tuple[Fraction, Fraction], AfterValidator(_ordered)]
+"""A published range, lowest and highest: not a confidence interval, nobody says of what share."""
+Class = Literal["same", "similar", "different"]
+Scheme = Literal["rope", "learned", "alibi"]
+
+
+class Pairs(Strict):
+    """Retention by source (rows) and target (columns, in the order of `models`)."""
+
+    source: str
+    models: tuple[str, ...]
+    rows: dict[str, tuple[Fraction | None, ...]]
+
+    @model_validator(mode="after")
+    def _square(self) -> Self:
+        if set(self.rows) != set(self.models) or any(
+            len(row) != len(self.models) for row in self.rows.values()
+        ):
+            raise ValueError("rows and columns are not the same models")
+        return self
+
+    def at(self, source: str, target: str) -> float | None:
+        """The pair's figure; None where none was published."""
+        if source not in self.models or target not in self.models:
+            return None
+        return self.rows[source][self.models.index(target)]
+
+
+class Ranges(Strict):
+    """Published ranges by name."""
+
+    source: str
+    ranges: dict[str, Range]
+
+
+class Tiers(Strict):
+    """Retention that is expected of maps of tiers 1 to 4."""
+
+    source: str
+    ranges: tuple[Range, ...]
+
+
+class Lengths(Strict):
+    """Retention by tokens of context, for architectures of each class."""
+
+    source: str
+    tokens: tuple[int, ...]
+    same: tuple[Fraction, ...]
+    similar: tuple[Fraction, ...]
+    different: tuple[Fraction, ...]
+
+    @model_validator(mode="after")
+    def _aligned(self) -> Self:
+        if any(len(c) != len(self.tokens) for c in (self.same, self.similar, self.different)):
+            raise ValueError("a class has not one figure for each length")
+        return self
+
+    def of(self, architectures: Class) -> tuple[float, ...]:
+        """The figures of a class, one for each of `tokens`."""
+        return {"same": self.same, "similar": self.similar, "different": self.different}[
+            architectures
+        ]
+
+
+class Conversion(Strict):
+    """What is lost on the way from one positional scheme to another; `window` is the source's."""
+
+    source: Scheme
+    window: bool
+    target: Scheme
+    loss: Range
+    method: str
+
+
+class Conversions(Strict):
+    """The conversions that somebody published a figure for."""
+
+    source: str
+    rows: tuple[Conversion, ...]
+
+
+class Shares(Strict):
+    """Sources of degradation and their shares of the whole loss."""
+
+    source: str
+    shares: dict[str, Fraction]
+
+
+class Architecture(Strict):
+    """What is published of a model's shape; `estimated` names the fields that are a guess."""
+
+    hidden_size: int
+    heads: int
+    layers: int
+    vocabulary: int
+    activation: str
+    positions: Scheme
+    window: bool
+    estimated: tuple[Literal["hidden_size", "heads", "layers", "vocabulary"], ...]
+
+
+class Architectures(Strict):
+    """Shapes of models that are known by name."""
+
+    source: str
+    models: dict[str, Architecture]
+
+
+class Aliases(Strict):
+    """Other names of published models, to the names that the tables have."""
+
+    source: str
+    names: dict[str, str]
+
+
+class Tables(Strict):
+    """The whole file."""
+
+    memory: Pairs
+    vectors: Pairs
+    tiers: Tiers
+    partial: Ranges
+    context: Lengths
+    content: Ranges
+    positions: Conversions
+    shares: Shares
+    architectures: Architectures
+    aliases: Aliases
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Every model that something is published of."""
+        return (*self.memory.models, *self.partial.ranges)
+
+    @model_validator(mode="after")
+    def _one_set_of_names(self) -> Self:
+        named = {*self.vectors.models, *self.architectures.models, *self.aliases.names.values()}
+        if unknown := named - set(self.models):
+            raise ValueError(f"tables name models that have no retention: {sorted(unknown)}")
+        return self
+
+
+@functools.cache
+def tables() -> Tables:
+    """The published tables."""
+    return Tables.model_validate_json(FILE.read_text(encoding="utf-8"))

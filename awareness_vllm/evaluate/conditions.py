@@ -1,0 +1,190 @@
+"""One context in five arms: both models and the map between them, set up to be measured.
+
+Arms: *native* (the target reads the context), *memory* (aligned), *tokens_only* (the map with the
+source's states blanked), *wrong_memory* (another document's), *none*.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from awareness_vllm.align.realign import AlignedMemory, copy, prompt_ids, realign
+from awareness_vllm.errors import BadInput, UnsupportedModel
+from awareness_vllm.models.describe import geometry_of, resolve_folder
+from awareness_vllm.models.hf import last_logits, load_model, states
+from awareness_vllm.models.tokens import load_tokenizer, tokenize
+from awareness_vllm.packages.capture import capture, read_tokens
+from awareness_vllm.packages.file import Package
+from awareness_vllm.wmatrix.file import WMatrix
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ARMS = ("native", "memory", "tokens_only", "wrong_memory", "none")
+
+
+@dataclass
+class Bench:
+    """Both models and the map between them; without a map, source and target must be one model.
+    Without a source nothing is captured: packages are there already."""
+
+    source: Path | None
+    target: Path
+    wmatrix: WMatrix | None
+
+    def __post_init__(self) -> None:
+        self.target = resolve_folder(self.target)
+        target = source = geometry_of(self.target)
+        if self.source is not None:
+            self.source = resolve_folder(self.source)
+            source = geometry_of(self.source)
+        elif self.wmatrix is not None:
+            source = self.wmatrix.manifest.source
+        self.max_positions = target.max_positions
+        self.dtype = getattr(torch, target.dtype)
+        if self.wmatrix is None and not source.same_model(target):
+            raise BadInput(
+                f"{source.name} and {target.name} are different models",
+                found="no W-Matrix",
+                expected="the W-Matrix that leads from one to the other",
+                remedy="give FILE.wmatrix, or fit one with `awareness fit`",
+            )
+        if self.wmatrix is not None:
+            for role, model, wanted in (
+                ("source", source, self.wmatrix.manifest.source),
+                ("target", target, self.wmatrix.manifest.target),
+            ):
+                if not model.same_model(wanted):
+                    raise UnsupportedModel(
+                        f"the W-Matrix has another {role}",
+                        found=f"{model.name} (weights {model.weights[:12]})",
+                        expected=f"{wanted.name} (weights {wanted.weights[:12]})",
+                        remedy=f"give the {role} model that the W-Matrix was fitted for",
+                    )
+        self.recent: dict[str, Package] = {}
+        self.target_model = load_model(self.target)
+
+    @functools.cached_property
+    def source_model(self) -> PreTrainedModel:
+        """Raises BadInput: no source is at hand."""
+        if self.wmatrix is None:
+            return self.target_model
+        if self.source is None:
+            raise BadInput(
+                "nothing can be captured",
+                found="no source model",
+                expected="the folder of the model that makes the memories",
+            )
+        return load_model(self.source)
+
+    def package(self, text: str) -> Package:
+        """The source's capture of a text; the last two are kept, one serves as a wrong memory."""
+        if text not in self.recent:
+            self.recent = dict([*self.recent.items()][-1:])
+            folder = self.source or self.target
+            self.recent[text] = capture(folder, text, model=self.source_model)
+        return self.recent[text]
+
+    def memory(self, package: Package, *, blank: bool = False) -> AlignedMemory:
+        if self.wmatrix is None:
+            return copy(package)
+        embed = self.target_model.get_input_embeddings()
+        return realign(package, self.wmatrix, self.target, embed, dtype=self.dtype, blank=blank)
+
+    def ids(self, text: str) -> list[int]:
+        """The target's ids of a context: the sink (or its own prefix) and the text's tokens."""
+        if self.wmatrix is not None:
+            return prompt_ids(text, self.wmatrix.manifest.sink, self.target)
+        return read_tokens(self.target, text).ids
+
+    def sink(self) -> int:
+        """How many first ids stand before any text."""
+        return len(self.ids("x")) - len(tokenize(load_tokenizer(str(self.target)), "x").ids)
+
+    @torch.inference_mode()
+    def native(self, ids: list[int]) -> AlignedMemory:
+        """The target's own states of these ids."""
+        return AlignedMemory(ids, *states(self.target_model, ids))
+
+    @torch.inference_mode()
+    def logprobs(self, memory: AlignedMemory, ids: list[int], scored: int, tail: int = 0) -> Tensor:
+        """Log probabilities of the last `scored` ids, read after a memory, [scored, V].
+
+        The memory's last `tail` tokens are read natively after its others.
+        """
+        memory, recomputed = cut_tail(memory, tail)
+        ids = [*recomputed, *ids]
+        logits = last_logits(self.target_model, ids, scored + 1, **after(memory, ids))
+        return logits[:-1].float().log_softmax(-1)
+
+    def arms(
+        self,
+        package: Package,
+        other: Package | None,
+        ids: list[int],
+        scored: int,
+        tails: Sequence[int] = (),
+    ) -> dict[str, Tensor]:
+        """Log probabilities of all five arms after a memory, [scored, V] each; with each of the
+        `tails` read natively, of the memory and of what its tokens alone give. Without an `other`
+        memory there is no wrong one."""
+        context_ids, sink = self.ids(package.text), self.sink()
+        none = self.native(context_ids[:sink] or ids[:1])
+        if not sink:
+            # A target without a first token of its own starts with the prompt itself.
+            none = AlignedMemory([], [k[:0] for k in none.keys], [v[:0] for v in none.values])
+        memories = {
+            "native": self.native(context_ids),
+            "memory": self.memory(package),
+            "none": none,
+        }
+        if other is not None:
+            memories["wrong_memory"] = self.memory(other)
+        if self.wmatrix is not None:
+            memories["tokens_only"] = self.memory(package, blank=True)
+        found = {arm: self.logprobs(memory, ids, scored) for arm, memory in memories.items()}
+        for tail in tails:
+            for arm in {"memory", "tokens_only"} & memories.keys():
+                found[tail_arm(tail, arm)] = self.logprobs(memories[arm], ids, scored, tail)
+        return found
+
+
+def tail_arm(tail: int, arm: str = "memory") -> str:
+    """The name of an arm whose last `tail` tokens are read natively."""
+    return f"{arm}_tail_{tail}" if tail else arm
+
+
+def cut_tail(memory: AlignedMemory, tail: int) -> tuple[AlignedMemory, list[int]]:
+    """A memory without its last `tail` tokens, and their ids; the first token stays."""
+    end = max(min(1, len(memory.ids)), len(memory.ids) - tail)
+    keys, values = [k[:end] for k in memory.keys], [v[:end] for v in memory.values]
+    return AlignedMemory(memory.ids[:end], keys, values), memory.ids[end:]
+
+
+def after(memory: AlignedMemory, ids: Sequence[int]) -> dict[str, Any]:
+    """The model's inputs that make it read ids after a memory: a float32 cache, positions."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    for i, (key, value) in enumerate(zip(memory.keys, memory.values, strict=True)):
+        cache.update(key.float().transpose(0, 1)[None], value.float().transpose(0, 1)[None], i)
+    begin = len(memory.ids)
+    positions = torch.arange(begin, begin + len(ids))[None]
+    return {"past_key_values": cache, "position_ids": positions}
+
+
+def surprise(logprobs: Tensor, ids: Sequence[int]) -> Tensor:
+    """Nats of each id but the first, [T - 1], by `logprobs` [T - 1, V]."""
+    return -logprobs.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+
+
+def divergence(native: Tensor, logprobs: Tensor) -> Tensor:
+    """KL from native predictions [T, V] for each token, [T]."""
+    return (native.exp() * (native - logprobs)).sum(-1)

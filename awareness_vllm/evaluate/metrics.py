@@ -1,0 +1,102 @@
+"""The alignment metrics of the published interface, measured through the target on held-out texts.
+
+Beside these, the certificate has what counts: retention and fact recall ("task transfer accuracy").
+The reconstruction error comes from the fit (`solve.round_trip_error`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from awareness_vllm.align.realign import AlignedMemory
+from awareness_vllm.evaluate.conditions import Bench, after
+from awareness_vllm.wmatrix.certificate import Metrics
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+STABLE = 10.0
+"""Gradients are stable while their norm is within this factor of the native ones'."""
+
+
+def measure(bench: Bench, cuts: Sequence[tuple[str, list[int]]]) -> Metrics:
+    """Measure on pairs of a context and the ids that follow it."""
+    cosines, overlaps, ratios = [], [], []
+    for context, ids in cuts:
+        memory = bench.memory(bench.package(context))
+        native = bench.native(memory.ids)
+        sink = bench.sink()
+        cosines.append(cosine(memory, native, sink))
+        ours, theirs = (attention(bench.target_model, m, ids) for m in (memory, native))
+        overlaps.append(overlap(ours, theirs))
+        norms = [gradient_norm(bench.target_model, m, ids) for m in (memory, native)]
+        ratios.append(norms[0] / norms[1] if norms[1] else math.nan)
+    return Metrics(
+        semantic_preservation=tuple(torch.stack(cosines).mean(0).tolist()),
+        attention_fidelity=tuple(torch.stack(overlaps).mean(0).tolist()),
+        gradient_ratio=sum(ratios) / len(ratios),
+        gradient_stability=all(1 / STABLE <= ratio <= STABLE for ratio in ratios),
+        n=len(cuts),
+    )
+
+
+def cosine(memory: AlignedMemory, native: AlignedMemory, sink: int) -> Tensor:
+    """Per layer, the mean cosine of tokens' keys and values side by side, [layers]."""
+    rows = []
+    for ours, theirs in zip(_tokens(memory, sink), _tokens(native, sink), strict=True):
+        rows.append(torch.nn.functional.cosine_similarity(ours, theirs, dim=-1).mean())
+    return torch.stack(rows)
+
+
+def _tokens(memory: AlignedMemory, sink: int) -> Iterator[Tensor]:
+    """Per layer, each token's key and value in one row, the sink left out."""
+    for key, value in zip(memory.keys, memory.values, strict=True):
+        yield torch.cat((key[sink:].flatten(1), value[sink:].flatten(1)), dim=1).float()
+
+
+@torch.inference_mode()
+def attention(model: PreTrainedModel, memory: AlignedMemory, ids: list[int]) -> list[Tensor]:
+    """Per layer, how the ids read after a memory attend, [heads, ids, positions]."""
+    with eager(model):
+        out = model(
+            torch.tensor([ids]),
+            **after(memory, ids),
+            output_attentions=True,
+            logits_to_keep=1,
+        )
+    return [layer[0] for layer in out.attentions]
+
+
+def overlap(ours: list[Tensor], theirs: list[Tensor]) -> Tensor:
+    """Per layer, 1 − total variation between two sets of distributions, their mean, [layers]."""
+    return torch.stack(
+        [1 - 0.5 * (a - b).abs().sum(-1).mean() for a, b in zip(ours, theirs, strict=True)]
+    )
+
+
+def gradient_norm(model: PreTrainedModel, memory: AlignedMemory, ids: list[int]) -> float:
+    """Norm of the gradient of the next-token loss over the ids, in all states of the memory."""
+    leaves = [s.float().clone().requires_grad_() for s in (*memory.keys, *memory.values)]
+    half = len(memory.keys)
+    injected = AlignedMemory(memory.ids, leaves[:half], leaves[half:])
+    logits = model(torch.tensor([ids]), **after(injected, ids)).logits[0, :-1]
+    loss = torch.nn.functional.cross_entropy(logits.float(), torch.tensor(ids[1:]))
+    gradients = torch.autograd.grad(loss, leaves)
+    return math.sqrt(sum(g.square().sum().item() for g in gradients))
+
+
+@contextlib.contextmanager
+def eager(model: PreTrainedModel) -> Iterator[None]:
+    """Within, the model computes attention in the way that can show its weights."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)

@@ -1,0 +1,122 @@
+"""Both models reading the same text: the rows that a map is learned from."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from awareness_vllm.fit.layers import evenly_spread
+from awareness_vllm.models.describe import geometry_of
+from awareness_vllm.models.hf import last_logits, load_model, sink_ids, states
+from awareness_vllm.models.position_embeddings import position_embeddings
+from awareness_vllm.models.tokens import align, load_tokenizer, tokenize
+from awareness_vllm.packages.capture import read_tokens
+from awareness_vllm.wmatrix.features import blank_rows, embedding_features, flat_states, with_places
+
+if TYPE_CHECKING:
+    pass
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One text as the map sees it: the target's `ids` with the sink first, `features` [T, F]
+    float32, which rows have `blank` source states [T] bool, and at which of the ids after the sink
+    each row stands, `places` [T]."""
+
+    ids: list[int]
+    features: Tensor
+    blank: Tensor
+    places: Tensor
+
+
+@dataclass
+class Reader:
+    """A source and a target model, in bfloat16: sums and gradients average its rounding away.
+
+    Of the source, `count` layers are read, as `evenly_spread` says; of a variant of the target
+    (`residual`) all of them, since the map then learns what to add to them. Without `predecessors`
+    there is a row for each of the source's tokens but the first, otherwise for each of the
+    target's. Learned positions are features of their own, in `places`.
+    """
+
+    source: Path
+    target: Path
+    predecessors: int | None
+    count: int | None = None
+
+    def __post_init__(self) -> None:
+        self.source_model = load_model(self.source, torch.bfloat16).requires_grad_(False)
+        self.target_model = load_model(self.target, torch.bfloat16).requires_grad_(False)
+        self.source_geometry = geometry_of(self.source)
+        self.target_geometry = geometry_of(self.target)
+        self.sink = sink_ids(self.target)
+        self.residual = self.source_geometry.same_shape(self.target_geometry)
+        total = len(self.source_geometry.layers)
+        self.choose(evenly_spread(total if self.residual else self.count, total))
+        sides = {
+            "source": (self.source_geometry, self.source_model),
+            "target": (self.target_geometry, self.target_model),
+        }
+        self.places = {
+            side: position_embeddings(model)
+            for side, (geometry, model) in sides.items()
+            if geometry.additive
+        }
+
+    def choose(self, layers: tuple[int, ...]) -> None:
+        """Read these layers of the source from now on."""
+        self.layers = layers
+        self.width = self.source_geometry.width_of(layers)
+
+    @torch.no_grad()
+    def read(self, text: str) -> Row:
+        """The features of one text."""
+        source = read_tokens(self.source, text)
+        target = tokenize(load_tokenizer(str(self.target)), text)
+        ids = [*self.sink, *target.ids]
+        keys, values = states(self.source_model, source.ids)
+        flat = flat_states(self.source_geometry, keys, values, layers=self.layers)
+        if self.predecessors is None:
+            places = torch.from_numpy(align(target.spans, source.spans[1:]))
+            index = torch.arange(1, len(flat))
+            features = with_places(flat[1:], self.places, index, places + len(self.sink))
+            return Row(ids, features, torch.zeros(len(places), dtype=torch.bool), places)
+        index = torch.from_numpy(align(source.spans, target.spans))
+        embed = self.target_model.get_input_embeddings()
+        e = embedding_features(embed, ids, len(self.sink), self.predecessors)
+        places = torch.arange(len(index))
+        features = torch.cat((flat[index], e), dim=1)
+        features = with_places(features, self.places, index, places + len(self.sink))
+        return Row(ids, features, blank_rows(index), places)
+
+    @torch.no_grad()
+    def pairs(self, text: str) -> tuple[Tensor, Tensor]:
+        """Features [T, F] and position-free target states [T, O] of a text's usable tokens.
+
+        Of a variant: what the target's states are more than the source's.
+        """
+        row = self.read(text)
+        truth = flat_states(self.target_geometry, *states(self.target_model, row.ids))
+        y = truth[len(self.sink) :][row.places]
+        finite = row.features.isfinite().all(1) & y.isfinite().all(1)
+        if not finite.all():
+            logger.warning(
+                "left out %d tokens with NaN or infinite states, of the text that begins %r",
+                int((~finite).sum()),
+                text[:60],
+            )
+        usable = ~row.blank & finite
+        x, y = row.features[usable], y[usable]
+        return x, y - x[:, : self.width] if self.residual else y
+
+    @torch.no_grad()
+    def logits(self, ids: list[int], last: int) -> Tensor:
+        """The target's logits at the last so many of these ids, [last, V]."""
+        return last_logits(self.target_model, ids, last)

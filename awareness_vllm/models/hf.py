@@ -1,0 +1,81 @@
+"""A model as transformers runs it: its states, logits and first tokens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from awareness_vllm.models.describe import resolve_folder
+from awareness_vllm.models.malloc import keep_freed_memory
+from awareness_vllm.models.tokens import load_tokenizer, prefix_ids
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache, PreTrainedModel
+
+
+def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A causal language model for reading; eager errors for anything but a local folder."""
+    from transformers import AutoModelForCausalLM
+
+    path = resolve_folder(folder)
+    keep_freed_memory()
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True).eval()
+
+
+@torch.no_grad()
+def states(model: PreTrainedModel, ids: list[int]) -> tuple[list[Tensor], list[Tensor]]:
+    """Keys and values of all layers as cached, [T, H, D] each.
+
+    A plain `DynamicCache()`: transformers' default keeps only the window of sliding layers.
+    """
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    model.base_model(torch.tensor([ids]), past_key_values=cache, use_cache=True)
+    return cached(cache, repeats(model.config))
+
+
+def cached(cache: DynamicCache, every: int = 1) -> tuple[list[Tensor], list[Tensor]]:
+    """Keys and values of all layers of a cache after a prefill, [T, H, D] each; of heads that the
+    model repeats `every` so often, one."""
+    # Declared as layers that may hold nothing; after a prefill each of them holds its states.
+    layers: list[Any] = cache.layers
+    keys = [layer.keys[0, ::every].transpose(0, 1) for layer in layers]
+    values = [layer.values[0, ::every].transpose(0, 1) for layer in layers]
+    return keys, values
+
+
+def repeats(config: Any) -> int:
+    """How many times transformers caches each KV head: Falcon's new architecture, once for each
+    head that reads it; the engines, and all other models, once."""
+    if not getattr(config, "new_decoder_architecture", False):
+        return 1
+    return config.num_attention_heads // config.num_kv_heads
+
+
+def last_logits(model: PreTrainedModel, ids: list[int], last: int, **inputs: object) -> Tensor:
+    """Logits at the last so many ids, [last, V]; `inputs` as in the model's forward.
+
+    The positions are given as indices: a slice would make a batched product of it, for which torch
+    copies the whole embedding matrix.
+    """
+    keep = torch.arange(len(ids) - last, len(ids))
+    return model(torch.tensor([ids]), logits_to_keep=keep, **inputs).logits[0]
+
+
+def sink_ids(target: Path) -> list[int]:
+    """The target's fixed first tokens: its tokenizer's own prefix, else its BOS, else token 0."""
+    ids = prefix_ids(load_tokenizer(str(target)))
+    if ids:
+        return ids
+    bos = json.loads((target / "config.json").read_text()).get("bos_token_id")
+    return [bos if isinstance(bos, int) else 0]
+
+
+def sink_states(target: Path, sink: list[int]) -> tuple[list[Tensor], list[Tensor]]:
+    """The target's own states of its first tokens, exact, [S, H, D] float32."""
+    return states(load_model(target), sink)

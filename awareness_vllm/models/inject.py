@@ -1,0 +1,34 @@
+"""A target's cache made of given states, with gradients into them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from awareness_vllm.models.geometry import Geometry
+from awareness_vllm.models.rope import apply
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache
+
+States = Sequence[Sequence[Tensor]]
+"""Keys and values, each per layer [T, H, D]."""
+
+
+def inject(target: Geometry, states: States, sinks: States) -> DynamicCache:
+    """The cache of sinks, as cached, and of position-free states that follow them, in bfloat16."""
+    from transformers import DynamicCache
+
+    (keys, values), (sink_keys, sink_values) = states, sinks
+    sink = len(sink_keys[0])
+    positions = torch.arange(sink, sink + len(keys[0]))
+    cache = DynamicCache()
+    for i, layer in enumerate(target.layers):
+        key = torch.cat((sink_keys[i].float(), apply(keys[i], positions, layer.positions)))
+        value = torch.cat((sink_values[i].float(), values[i].float()))
+        key, value = (s.bfloat16().transpose(0, 1)[None] for s in (key, value))
+        cache.update(key, value, i)
+    return cache

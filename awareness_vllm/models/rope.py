@@ -1,0 +1,203 @@
+"""Put positions on keys and take them off: a registry, one small function per scheme.
+
+A scheme is a function `(positions [T] float32, descriptor) -> (cos, sin)`, float32 [T, C] each, for
+the C pairs of dims that it turns; C is 0 where keys hold no positions. The formulas are vLLM's,
+operation by operation, so the tables are its tables bit for bit.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from awareness_vllm.errors import UnsupportedModel
+from awareness_vllm.kernels import rotate, unrotate
+from awareness_vllm.models.geometry import Positions
+
+Scheme = Callable[[Tensor, Positions], tuple[Tensor, Tensor]]
+SCHEMES: dict[str, Scheme] = {}
+MIN_BITS = 11
+"""Tables are kept for powers of two, of at least so many bits: few of them ever exist."""
+
+
+def scheme(name: str) -> Callable[[Scheme], Scheme]:
+    """Register a positional scheme under the name that geometries use."""
+
+    def register(function: Scheme) -> Scheme:
+        SCHEMES[name] = function
+        return function
+
+    return register
+
+
+@scheme("rope")
+def rope(positions: Tensor, descriptor: Positions) -> tuple[Tensor, Tensor]:
+    """Rotary embedding with base `theta` over `rotary_dim` dims (Su et al., arXiv 2104.09864)."""
+    return turned(positions, 1.0 / wavelengths(descriptor))
+
+
+@scheme("linear")
+def linear(positions: Tensor, descriptor: Positions) -> tuple[Tensor, Tensor]:
+    """Position interpolation (arXiv 2306.15595). transformers divides the frequencies instead of
+    the positions: its angles differ in the last bits."""
+    (factor,) = numbers(descriptor, "factor")
+    return turned(positions / factor, 1.0 / wavelengths(descriptor))
+
+
+@scheme("dynamic")
+def dynamic(positions: Tensor, descriptor: Positions) -> tuple[Tensor, Tensor]:
+    """NTK-aware scaling: the base grows with the sequence, so that `length` positions fit.
+
+    A state is described by the length that its table was made for. vLLM makes one table for its
+    model's `max_position_embeddings`; transformers makes another for each longer sequence, and the
+    same one for all that are not longer.
+    """
+    theta, dim, factor, original, length = numbers(
+        descriptor, "theta", "rotary_dim", "factor", "original", "length"
+    )
+    stretch = (factor * length / original - (factor - 1)) ** (dim / (dim - 2))
+    stretched = descriptor.model_copy(update={"theta": theta * stretch})
+    return turned(positions, 1.0 / wavelengths(stretched))
+
+
+@scheme("llama3")
+def llama3(positions: Tensor, descriptor: Positions) -> tuple[Tensor, Tensor]:
+    """Llama 3.1's: slow pairs are stretched, fast ones left, and a ramp between, in turns."""
+    factor, original, low, high = numbers(descriptor, "factor", "original", "slow", "fast")
+    plain = 1.0 / wavelengths(descriptor)
+    waves = 2 * math.pi / plain
+    ramp = (original / waves - low) / (high - low)
+    between = (1 - ramp) * plain / factor + ramp * plain
+    slow = torch.where(waves > original / low, plain / factor, between)
+    return turned(positions, torch.where(waves < original / high, plain, slow))
+
+
+@scheme("yarn")
+def yarn(positions: Tensor, descriptor: Positions) -> tuple[Tensor, Tensor]:
+    """YaRN (arXiv 2309.00071): a ramp by the pair's index; `scale` makes attention sharper."""
+    waves = wavelengths(descriptor)
+    kept = 1 - yarn_ramp(descriptor, len(waves))
+    (factor,) = numbers(descriptor, "factor")
+    inverse = 1.0 / (factor * waves) * (1 - kept) + 1.0 / waves * kept
+    return turned(positions, inverse, descriptor.scale)
+
+
+def yarn_ramp(descriptor: Positions, pairs: int) -> Tensor:
+    """How far each pair is stretched, [C] from 0 to 1."""
+    theta, dim, original = numbers(descriptor, "theta", "rotary_dim", "original")
+    low, high = (
+        dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        for turns in numbers(descriptor, "fast", "slow")
+    )
+    if descriptor.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    high += 0.001 * (low == high)
+    return ((torch.arange(pairs).float() - low) / (high - low)).clamp(0, 1)
+
+
+@scheme("longrope")
+def longrope(positions: Tensor, descriptor: Positions) -> tuple[Tensor, Tensor]:
+    """LongRoPE (arXiv 2402.13753): each pair has been given a factor of its own."""
+    waves, factors = wavelengths(descriptor), descriptor.factors or ()
+    if len(factors) != len(waves):
+        raise UnsupportedModel(
+            "LongRoPE's factors are not those of the turned pairs",
+            found=f"{len(factors)} factors",
+            expected=f"{len(waves)}",
+        )
+    return turned(positions, 1.0 / (torch.tensor(factors) * waves), descriptor.scale)
+
+
+@scheme("none")
+@scheme("alibi")
+@scheme("learned")
+def unturned(positions: Tensor, descriptor: Positions) -> tuple[Tensor, Tensor]:
+    """Keys as they are: no positions at all, a bias on the scores that depends on distances alone
+    (ALiBi, arXiv 2108.12409), or positions that were added to the embeddings."""
+    return turned(positions, torch.empty(0))
+
+
+def wavelengths(descriptor: Positions) -> Tensor:
+    """theta^(2i / rotary_dim) of each turned pair i, [C]: positions per radian."""
+    theta, dim = numbers(descriptor, "theta", "rotary_dim")
+    return theta ** (torch.arange(0, int(dim), 2).float() / dim)
+
+
+def numbers(descriptor: Positions, *fields: str) -> list[float]:
+    """Fields of a descriptor that its scheme cannot do without.
+
+    Raises:
+        UnsupportedModel: one of them is not there.
+    """
+    if missing := [field for field in fields if not getattr(descriptor, field)]:
+        raise UnsupportedModel(
+            f"positions of scheme {descriptor.scheme!r} are not described",
+            found=f"no {', '.join(missing)}",
+            expected=", ".join(fields),
+        )
+    return [getattr(descriptor, field) for field in fields]
+
+
+def turned(positions: Tensor, inverse: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
+    """cos and sin [T, C] of positions [T] times frequencies [C], times `scale`."""
+    angles = positions[:, None] * inverse
+    cos, sin = angles.cos(), angles.sin()
+    return (cos, sin) if scale is None else (cos * scale, sin * scale)
+
+
+def table(positions: Tensor, descriptor: Positions) -> tuple[Tensor, Tensor]:
+    """cos and sin of these positions [T] int64, [T, C] float32 each.
+
+    Raises:
+        UnsupportedModel: an unknown scheme, or a descriptor that lacks what its scheme needs.
+    """
+    last = int(positions.max()) if len(positions) else 0
+    cos, sin = _rows(descriptor, 1 << max(last.bit_length(), MIN_BITS))
+    return cos[positions], sin[positions]
+
+
+@functools.lru_cache
+@torch.inference_mode(False)  # else tables made while serving could not take part in a calibration
+def _rows(descriptor: Positions, count: int) -> tuple[Tensor, Tensor]:
+    """The tables of positions 0 … count-1: every layer of a model asks for the same ones."""
+    if descriptor.scheme not in SCHEMES:
+        raise UnsupportedModel(
+            "unknown positional scheme", found=descriptor.scheme, expected=sorted(SCHEMES)
+        )
+    return SCHEMES[descriptor.scheme](torch.arange(count).float(), descriptor)
+
+
+def strip(keys: Tensor, positions: Tensor, descriptor: Positions) -> Tensor:
+    """Keys [T, H, D] as cached to position-free keys, float32."""
+    return unrotate(keys, *table(positions, descriptor), descriptor.woven)
+
+
+def apply(keys: Tensor, positions: Tensor, descriptor: Positions) -> Tensor:
+    """Position-free keys [T, H, D] to keys as cached at these positions, float32."""
+    return rotate(keys, *table(positions, descriptor), descriptor.woven)
+
+
+def shift(keys: Tensor, offset: int, descriptor: Positions) -> Tensor:
+    """Keys [T, H, D] as cached, moved by `offset` positions; by none, bit for bit as they were.
+
+    Rotations add up, so one position's table moves all keys; they have been scaled already.
+
+    Raises:
+        UnsupportedModel: the states hold their positions themselves.
+    """
+    if not offset:
+        return keys
+    if descriptor.additive:
+        raise UnsupportedModel(
+            "states with learned positions cannot be moved",
+            found=f"an offset of {offset}",
+            expected="the positions that they were computed at",
+        )
+    cos, sin = table(torch.tensor([abs(offset)]), descriptor.model_copy(update={"scale": None}))
+    sin = sin if offset > 0 else -sin
+    return rotate(keys, cos.expand(len(keys), -1), sin.expand(len(keys), -1), descriptor.woven)

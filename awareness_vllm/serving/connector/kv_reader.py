@@ -1,0 +1,100 @@
+"""Read a request's keys and values back out of the paged blocks, exactly, whatever their layout.
+
+Backends pack blocks differently (vLLM's CPU backend transposes keys, or interleaves them for AMX).
+Instead of knowing every packing, the layout is learned from vLLM's own writer: numbered elements
+are written into a scratch block, and where each number lands is where that element is read.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from awareness_vllm.errors import UnsupportedModel
+from awareness_vllm.models.geometry import Geometry
+from awareness_vllm.serving.connector.kv_layout import layer_index
+from awareness_vllm.serving.connector.scheduler import SKIP, Save
+
+CAPTURE_KEY = "awareness_capture"
+"""Our key in a capturing request's `kv_transfer_params`; its value names the file to write."""
+
+DIGIT = 128
+"""Numbers are written as digits of this base: integers that bfloat16 and float16 hold exactly."""
+
+
+def read_back(
+    layers: dict[str, Any], groups: dict[str, int], geometry: Geometry, save: Save
+) -> dict[str, Tensor]:
+    """`layers.i.key` and `layers.i.value` [T, H, D] of a request, on the host.
+
+    Raises:
+        UnsupportedModel: a layer has given back blocks outside of its window, or a rank holds only
+            some of the heads.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, group in groups.items():
+        slots = torch.tensor(save.slots[group], dtype=torch.int64)
+        if (slots == SKIP).any():
+            raise UnsupportedModel(
+                f"layer {name} no longer holds the whole context",
+                found="blocks outside its sliding window were given back",
+                expected="a prompt that is computed in one step, and nothing of it cached",
+                remedy="start with --disable-hybrid-kv-cache-manager, or a larger "
+                "--max-num-batched-tokens",
+            )
+        key, value = read_slots(layers[name], slots)
+        index = layer_index(name)
+        heads = geometry.layers[index].heads
+        if key.shape[1] != heads:
+            raise UnsupportedModel(
+                f"layer {name} has not all heads here",
+                found=f"{key.shape[1]} of {heads} KV heads",
+                expected="a server without tensor parallelism",
+                remedy="capture with `awareness capture`, or on a server with one rank",
+            )
+        tensors |= {f"layers.{index}.key": key, f"layers.{index}.value": value}
+    return tensors
+
+
+def read_slots(layer: Any, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values [N, H, D] that a layer's cache holds in these slots, on the host."""
+    cache = layer.kv_cache
+    size, heads = cache.shape[2], layer.num_kv_heads
+    where = [block_layout(layer, part) for part in ("key", "value")]
+    blocks, inverse = torch.unique(slots // size, return_inverse=True)
+    raw = cache[blocks.to(cache.device)].flatten(1).cpu()
+    key, value = (
+        raw[:, order].view(len(blocks), size, heads, -1)[inverse, slots % size] for order in where
+    )
+    return key, value
+
+
+def block_layout(layer: Any, part: str) -> Tensor:
+    """Where each element of a block's `part` lies: [N * H * D] flat positions in one block."""
+    scratch = torch.empty_like(layer.kv_cache[:1])
+    if not scratch.dtype.is_floating_point:
+        raise UnsupportedModel(
+            "cannot capture from a quantised KV cache",
+            found=str(scratch.dtype),
+            expected="a cache in the model's own dtype",
+            remedy="start without --kv-cache-dtype",
+        )
+    size, heads = scratch.shape[2], layer.num_kv_heads
+    count = scratch.numel() // 2
+    elements = torch.arange(count, device=scratch.device).view(size, heads, -1)
+    slots = torch.arange(size, device=scratch.device)
+    found = torch.zeros(scratch.numel(), dtype=torch.int64, device=scratch.device)
+    weight = 1
+    while weight < count:
+        digits = (elements // weight % DIGIT).to(scratch.dtype)
+        other = torch.full_like(digits, -1)
+        written = (digits, other) if part == "key" else (other, digits)
+        layer.impl.do_kv_cache_update(layer, *written, scratch, slots)
+        raw = scratch.flatten().to(torch.int64)
+        found += raw * weight
+        weight *= DIGIT
+    mine = raw >= 0
+    positions = torch.arange(scratch.numel(), device=scratch.device)[mine]
+    return positions[found[mine].argsort()].cpu()

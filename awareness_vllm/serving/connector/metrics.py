@@ -1,0 +1,250 @@
+"""What came of the loads: for the operator on vLLM's /metrics, for the client in its response.
+
+Every worker tells the scheduler half how its share of each load went. There the shares become one
+outcome, so a load counts once however many ranks took part, and failed if it failed on any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorWorkerMetadata
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
+    KVConnectorPromMetrics,
+    KVConnectorStats,
+)
+
+from awareness_vllm.serving.config import PARAMS_KEY
+from awareness_vllm.serving.connector.worker import Loaded
+from awareness_vllm.serving.params import LoadParams
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.request import Request
+
+TEMPERATURES = ("hot", "warm", "cold")
+"""Of a load, from the cheapest to the dearest."""
+RECOMPUTED = "recomputed"
+"""Stands for a temperature where a load failed and vLLM computed the memory's tokens itself."""
+BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+"""Seconds: from a GPU's warm loads to a CPU's cold ones of long memories."""
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A load that raised; `reason` is the exception's type name."""
+
+    reason: str
+
+
+Outcome = Loaded | Failed
+NOTHING_TO_LOAD = Loaded("hot", tokens=0, bytes=0, seconds=0.0)
+"""The prefix cache had all that the memory would have brought."""
+
+
+@dataclass
+class StepOutcomes(KVConnectorWorkerMetadata):
+    """One step's outcomes by request ID, of one worker or, aggregated, of several."""
+
+    by_request: dict[str, Outcome] = field(default_factory=dict)
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> StepOutcomes:
+        assert isinstance(other, StepOutcomes)
+        merged = dict(self.by_request)
+        for request_id, outcome in other.by_request.items():
+            mine = merged.get(request_id)
+            merged[request_id] = outcome if mine is None else of_both_ranks(mine, outcome)
+        return StepOutcomes(merged)
+
+
+def of_both_ranks(one: Outcome, other: Outcome) -> Outcome:
+    """The outcome of a load that two workers shared: each wrote its own heads or layers, and it was
+    done when the slower one was."""
+    if isinstance(one, Failed):
+        return one
+    if isinstance(other, Failed):
+        return other
+    return Loaded(
+        temperature=max(one.temperature, other.temperature, key=TEMPERATURES.index),
+        tokens=max(one.tokens, other.tokens),
+        bytes=one.bytes + other.bytes,
+        seconds=max(one.seconds, other.seconds),
+    )
+
+
+@dataclass
+class LoadStats(KVConnectorStats):
+    """What happened since it was last taken. `data` crosses processes as plain lists: `loads` of
+    `Loaded` as dicts, `failures` of reasons, `requests` of temperatures (or RECOMPUTED)."""
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            self.reset()
+
+    def reset(self) -> None:
+        self.data: dict[str, list[Any]] = {"loads": [], "failures": [], "requests": []}
+
+    def record(self, outcome: Outcome) -> None:
+        if isinstance(outcome, Failed):
+            self.data["failures"].append(outcome.reason)
+        else:
+            self.data["loads"].append(asdict(outcome))
+
+    def aggregate(self, other: KVConnectorStats) -> LoadStats:
+        """Both together; neither changes, for vLLM's loggers share what they are given."""
+        return LoadStats({name: entries + other.data[name] for name, entries in self.data.items()})
+
+    def is_empty(self) -> bool:
+        return not any(self.data.values())
+
+    def reduce(self) -> dict[str, int | float]:
+        """The summary for vLLM's log line."""
+        loads = [Loaded(**load) for load in self.data["loads"]]
+        seconds = [load.seconds for load in loads]
+        return {
+            "Memory loads": len(loads),
+            **{t.capitalize(): sum(load.temperature == t for load in loads) for t in TEMPERATURES},
+            "Tokens loaded": sum(load.tokens for load in loads),
+            "MB loaded": round(sum(load.bytes for load in loads) / 2**20, 3),
+            "Avg load time (ms)": round(1e3 * sum(seconds) / max(1, len(seconds)), 3),
+            "Max load time (ms)": round(1e3 * max(seconds, default=0.0), 3),
+            "Failed loads": len(self.data["failures"]),
+        }
+
+
+class LoadMetrics(KVConnectorPromMetrics):
+    """`LoadStats` as Prometheus metrics: vLLM's labels (model, engine), and one of ours."""
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        metric_types: dict[type[Any], type[Any]],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> None:
+        super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        counter: Any = self._counter_cls
+        histogram: Any = self._histogram_cls
+        by_temperature = [*labelnames, "temperature"]
+        self.loads = counter(
+            "vllm:awareness_loads",
+            "Loads of memories into KV blocks; none where the prefix cache had all tokens.",
+            labelnames=by_temperature,
+        )
+        self.tokens = counter(
+            "vllm:awareness_tokens",
+            "Prompt tokens that were loaded, and so not prefilled.",
+            labelnames=by_temperature,
+        )
+        self.bytes = counter(
+            "vllm:awareness_bytes",
+            "Bytes of KV cache that loads wrote, on all ranks together.",
+            labelnames=by_temperature,
+        )
+        self.seconds = histogram(
+            "vllm:awareness_load_seconds",
+            "Seconds that a load took, on the slowest rank.",
+            labelnames=by_temperature,
+            buckets=list(BUCKETS),
+        )
+        self.requests = counter(
+            "vllm:awareness_requests",
+            "Ended requests with a memory, by how it came; hot too where nothing had to be loaded.",
+            labelnames=by_temperature,
+        )
+        self.failures = counter(
+            "vllm:awareness_failures",
+            "Loads that failed, so that vLLM computed the memory's tokens, by exception.",
+            labelnames=[*labelnames, "reason"],
+        )
+        self.start_at_zero()
+
+    def start_at_zero(self) -> None:
+        """A series that first appears with its first event hides that event from `rate`."""
+        for engine in self.per_engine_labelvalues.values():
+            for temperature in TEMPERATURES:
+                for metric in (self.loads, self.tokens, self.bytes, self.seconds):
+                    metric.labels(*engine, temperature)
+            for temperature in (*TEMPERATURES, RECOMPUTED):
+                self.requests.labels(*engine, temperature)
+
+    def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
+        engine = self.per_engine_labelvalues[engine_idx]
+        for load in (Loaded(**entry) for entry in transfer_stats_data["loads"]):
+            labels = (*engine, load.temperature)
+            self.loads.labels(*labels).inc()
+            self.tokens.labels(*labels).inc(load.tokens)
+            self.bytes.labels(*labels).inc(load.bytes)
+            self.seconds.labels(*labels).observe(load.seconds)
+        for reason in transfer_stats_data["failures"]:
+            self.failures.labels(*engine, reason).inc()
+        for temperature in transfer_stats_data["requests"]:
+            self.requests.labels(*engine, temperature).inc()
+
+
+class Ledger:
+    """What the scheduler half knows of loads: the statistics since they were last taken, the ranks'
+    shares of loads that have not ended on all of them, and the outcome for each request that lives,
+    None while its load is under way.
+
+    A request that is preempted loads again. Its last load counts, for its states are the ones that
+    the answer was made with; after a failed one there is no other.
+    """
+
+    def __init__(self) -> None:
+        self.stats = LoadStats()
+        self.outcomes: dict[str, Outcome | None] = {}
+        self.shares: dict[str, Outcome] = {}
+
+    def planned(self, request_id: str) -> None:
+        self.outcomes.setdefault(request_id, None)
+
+    def happened(self, shares: Mapping[str, Outcome], ended: Iterable[str]) -> None:
+        """The ranks' shares by request ID, and which loads have ended on all ranks.
+
+        Of an aborted request they arrive after its end: they count, but nothing is kept of them.
+        """
+        for request_id, share in shares.items():
+            others = self.shares.get(request_id)
+            self.shares[request_id] = share if others is None else of_both_ranks(others, share)
+        for request_id in ended:
+            if (outcome := self.shares.pop(request_id, None)) is not None:
+                self.stats.record(outcome)
+                if request_id in self.outcomes:
+                    self.outcomes[request_id] = outcome
+
+    def failed(self, request_id: str, error: Exception) -> None:
+        """A load that was never begun. The scheduler may ask many times: it counts once."""
+        if not isinstance(self.outcomes.get(request_id), Failed):
+            self.planned(request_id)
+            self.happened({request_id: Failed(type(error).__name__)}, [request_id])
+
+    def close(self, request: Request) -> dict[str, Any] | None:
+        """Forget a request. What its response says of its memory as `kv_transfer_params`; None for
+        one without a memory, or that ended before its memory came."""
+        scheduled = request.num_computed_tokens > 0
+        unknown = NOTHING_TO_LOAD if scheduled else None
+        outcome = self.outcomes.pop(request.request_id, unknown)
+        if outcome is None or LoadParams.of(request.kv_transfer_params, request.cache_salt) is None:
+            return None
+        report = report_of(outcome)
+        self.stats.data["requests"].append(report["temperature"])
+        return {PARAMS_KEY: report}
+
+    def take_stats(self) -> LoadStats | None:
+        """The statistics since the last call, None where nothing happened."""
+        taken, self.stats = self.stats, LoadStats()
+        return None if taken.is_empty() else taken
+
+
+def report_of(outcome: Outcome) -> dict[str, Any]:
+    """One request's outcome, as its client reads it."""
+    if isinstance(outcome, Failed):
+        return {"temperature": RECOMPUTED, "reason": outcome.reason}
+    return {
+        "temperature": outcome.temperature,
+        "loaded_tokens": outcome.tokens,
+        "seconds": round(outcome.seconds, 6),
+    }

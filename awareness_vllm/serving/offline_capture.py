@@ -1,0 +1,96 @@
+"""Capture with vLLM itself: an offline engine reads the text, our connector reads its blocks back.
+
+Its states have the numerics of a vLLM server, so a memory for the same model is exact there.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from awareness_vllm.errors import AwarenessError
+from awareness_vllm.models.describe import geometry_of, resolve_folder
+from awareness_vllm.models.geometry import Geometry
+from awareness_vllm.models.tokens import Tokens
+from awareness_vllm.packages.capture import read_tokens
+from awareness_vllm.packages.file import Package, build
+from awareness_vllm.serving.config import ServingConfig, transfer_config
+from awareness_vllm.serving.connector.kv_reader import CAPTURE_KEY
+from awareness_vllm.serving.plugin import register, vllm_version
+
+BLOCK_SLACK = 1024
+"""Tokens of KV cache beyond the request's own: half-filled blocks, and the null block."""
+
+
+def capture(folder: str | Path, text: str, *, name: str | None = None) -> Package:
+    """Capture a text on a model with an offline vLLM engine, in the model's dtype.
+
+    Raises:
+        BadInput: a text that does not fit; AwarenessError: the engine wrote no states.
+    """
+    register()
+    path = resolve_folder(folder)
+    tokens = read_tokens(path, text)
+    length = len(tokens.ids) + 1
+    geometry = geometry_of(path, length)
+    with tempfile.TemporaryDirectory() as scratch:
+        states = Path(scratch) / "states.safetensors"
+        _prefill(path, tokens.ids, states, cache_bytes(geometry, length))
+        if not states.is_file():
+            raise AwarenessError(
+                "the engine wrote no states",
+                found="see the connector's error in the log above",
+                expected="keys and values of all layers",
+            )
+        tensors = load_file(states)
+    return as_package(geometry, text, tokens, tensors, name)
+
+
+def as_package(
+    geometry: Geometry, text: str, tokens: Tokens, states: dict[str, Tensor], name: str | None
+) -> Package:
+    """A package of states that were read back from vLLM's blocks."""
+    count = range(len(geometry.layers))
+    return build(
+        geometry=geometry,
+        text=text,
+        tokens=tokens.ids,
+        spans=tokens.spans,
+        keys=[states[f"layers.{i}.key"] for i in count],
+        values=[states[f"layers.{i}.value"] for i in count],
+        engine="vllm",
+        versions={"torch": importlib.metadata.version("torch"), "vllm": vllm_version()},
+        name=name,
+    )
+
+
+def cache_bytes(geometry: Geometry, tokens: int) -> int:
+    """Bytes of KV cache for one request, with room for blocks that are not full."""
+    itemsize = getattr(torch, geometry.dtype).itemsize
+    return 2 * (tokens + BLOCK_SLACK) * geometry.width * itemsize
+
+
+def _prefill(model: Path, ids: list[int], states: Path, cache: int) -> None:
+    """One request, its whole prompt computed in one step, so that all its blocks are at hand."""
+    from vllm import LLM, SamplingParams
+
+    engine = LLM(
+        model=str(model),
+        max_model_len=len(ids) + 1,
+        max_num_batched_tokens=len(ids) + 1,
+        max_num_seqs=1,
+        enforce_eager=True,
+        enable_prefix_caching=False,
+        disable_hybrid_kv_cache_manager=True,
+        kv_cache_memory_bytes=cache,
+        kv_transfer_config=transfer_config(ServingConfig(store=str(states.parent), capture=True)),
+    )
+    engine.generate(
+        {"prompt_token_ids": ids},
+        SamplingParams(max_tokens=1, extra_args={"kv_transfer_params": {CAPTURE_KEY: str(states)}}),
+    )

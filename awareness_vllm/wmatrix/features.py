@@ -1,0 +1,91 @@
+"""What the map reads for one target token: position-free source states, target embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from awareness_vllm.kernels import rms_normalise, with_predecessors
+from awareness_vllm.models.geometry import Geometry
+from awareness_vllm.models.rope import strip
+
+Embed = Callable[[Tensor], Tensor]
+"""A model's own embedding: ids [T] int64 to rows [T, E]. Its scale does not matter."""
+Places = Mapping[str, Tensor]
+"""The position embeddings [P, E] of those of "source" and "target" whose positions are learned."""
+
+
+def flat_states(
+    geometry: Geometry,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    tokens: Tensor | None = None,
+    layers: Sequence[int] | None = None,
+) -> Tensor:
+    """Position-free keys of the layers, then their values, side by side.
+
+    Args:
+        keys, values: per layer [T, H, D] as cached at positions 0 … T-1.
+        tokens: [N] int64, which of these tokens; all by default.
+        layers: which layers, in this order; all by default.
+
+    Returns:
+        [N, geometry.width_of(layers)] float32.
+    """
+    if tokens is None:
+        tokens = torch.arange(len(keys[0]))
+    if layers is None:
+        layers = range(len(geometry.layers))
+    free = [strip(keys[i][tokens], tokens, geometry.layers[i].positions).flatten(1) for i in layers]
+    return torch.cat([*free, *(values[i][tokens].float().flatten(1) for i in layers)], dim=1)
+
+
+def split_states(geometry: Geometry, flat: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """The inverse of `flat_states`, short of positions: [T, width] to per-layer [T, H, D]."""
+    widths = [layer.width for layer in geometry.layers]
+    shaped = [
+        part.unflatten(1, (layer.heads, layer.head_dim))
+        for part, layer in zip(flat.split(widths * 2, dim=1), geometry.layers * 2, strict=True)
+    ]
+    return shaped[: len(widths)], shaped[len(widths) :]
+
+
+def blank_rows(index: Tensor) -> Tensor:
+    """Which target tokens are aligned to the source's first position, [T] bool.
+
+    That position is the source's attention sink: its states say nothing of the text.
+    """
+    return index == 0
+
+
+def embedding_features(
+    embed: Embed, ids: Sequence[int], sink: int, predecessors: int | None
+) -> Tensor:
+    """Normalised embeddings of each token and its predecessors, the `sink` first ids left out;
+    nothing for a map that reads no tokens (None).
+
+    Returns:
+        [len(ids) - sink, (1 + predecessors) * E] float32.
+    """
+    if predecessors is None:
+        return torch.empty(len(ids) - sink, 0)
+    rows = rms_normalise(embed(torch.tensor(ids, dtype=torch.int64)))
+    return with_predecessors(rows, predecessors)[sink:]
+
+
+def with_places(features: Tensor, places: Places, source: Tensor, target: Tensor) -> Tensor:
+    """Features [T, F] with the position embeddings beside them of where each token stands.
+
+    Learned positions are added to the embeddings, so that states depend on them by a term of their
+    own: a source's is to be taken off, a target's to be put on. Without any, the features as they
+    are.
+
+    Args:
+        source, target: [T] int64, the token's position in either model.
+    """
+    if not places:
+        return features
+    where = {"source": source, "target": target}
+    return torch.cat([features, *(places[side][where[side]] for side in sorted(places))], dim=1)

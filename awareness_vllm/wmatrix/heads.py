@@ -1,0 +1,100 @@
+"""Which source heads a map listens to, read off the map itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from awareness_vllm.models.geometry import Geometry
+from awareness_vllm.wmatrix.file import WMatrix
+
+
+@dataclass(frozen=True)
+class Head:
+    """One KV head's keys or values: `part` is "key" or "value"."""
+
+    part: str
+    layer: int
+    head: int
+
+    def __str__(self) -> str:
+        return f"layer {self.layer} head {self.head} {self.part}"
+
+
+@dataclass(frozen=True)
+class HeadSources:
+    """Where one target head comes from. `shares` of the map's weight, largest first, add up to 1
+    with `tokens`, the share of the target's own embeddings."""
+
+    target: Head
+    shares: tuple[tuple[Head, float], ...]
+    tokens: float
+
+
+def head_mapping_summary(wmatrix: WMatrix, top: int = 3) -> list[HeadSources]:
+    """For each target head, the `top` source heads that weigh most in the map.
+
+    The weight of a source head is the squared Frobenius norm of its block of encode·decode;
+    features are standardised, so blocks compare.
+    """
+    manifest = wmatrix.manifest
+    encode, decode = wmatrix.encode.float(), wmatrix.decode.float()
+    sources = list(heads(manifest.source, manifest.layers))
+    targets = heads(manifest.target, range(len(manifest.target.layers)))
+    found = []
+    for target, columns in targets:
+        block = decode[:, columns]
+        rows = ((encode @ (block @ block.T)) * encode).sum(1)
+        weights = torch.stack([rows[part].sum() for _, part in sources])
+        order = weights.argsort(descending=True)[:top].tolist()
+        total = rows.sum().item() or 1.0
+        shares = tuple((sources[i][0], weights[i].item() / total) for i in order)
+        found.append(
+            HeadSources(target, shares, rows[manifest.source_width :].sum().item() / total)
+        )
+    return found
+
+
+def table(rows: Sequence[HeadSources]) -> str:
+    """Rows of a head mapping for people: the largest shares, and the target's own tokens'."""
+    lines = []
+    for row in rows:
+        shares = ", ".join(f"{head} {share:.0%}" for head, share in row.shares)
+        tokens = f"  (tokens {row.tokens:.0%})" if row.tokens else ""
+        lines.append(f"{row.target!s:24} ← {shares}{tokens}")
+    return "\n".join(lines)
+
+
+def layer_correspondence(wmatrix: WMatrix) -> Tensor:
+    """How much each source layer that is read weighs for each target layer.
+
+    Returns:
+        [target layers, source layers read], rows add up to 1.
+    """
+    manifest = wmatrix.manifest
+    table = torch.zeros(len(manifest.target.layers), len(manifest.layers))
+    place = {layer: i for i, layer in enumerate(manifest.layers)}
+    for row in head_mapping_summary(wmatrix, top=2**31):
+        for source, share in row.shares:
+            table[row.target.layer, place[source.layer]] += share
+    return table / table.sum(1, keepdim=True)
+
+
+def main_layers(wmatrix: WMatrix) -> list[int]:
+    """For each target layer, the source layer that weighs most."""
+    read = wmatrix.manifest.layers
+    return [read[i] for i in layer_correspondence(wmatrix).argmax(1).tolist()]
+
+
+def heads(geometry: Geometry, layers: tuple[int, ...] | range) -> Iterator[tuple[Head, slice]]:
+    """Each head of these layers, and where it lies in the features: keys first, then values."""
+    begin = 0
+    for part in ("key", "value"):
+        for layer in layers:
+            for head in range(geometry.layers[layer].heads):
+                end = begin + geometry.layers[layer].head_dim
+                yield Head(part, layer, head), slice(begin, end)
+                begin = end

@@ -1,0 +1,1 @@
+"""What a pair's loss comes from: maps with and without each published constraint."""

