@@ -32,7 +32,7 @@ from small_models import GENERATED, make
 
 from awareness_vllm.anchors.corpus import Document, load, windows
 from awareness_vllm.evaluate.bootstrap import mean, resamples
-from awareness_vllm.evaluate.conditions import Bench
+from awareness_vllm.evaluate.conditions import EvalHarness
 from awareness_vllm.evaluate.evaluate import TextFigures, cut_evenly, evaluate_texts
 from awareness_vllm.evaluate.flops import map_flop, prefill_flop, share_of_prefill
 from awareness_vllm.files import anchors_dir, wmatrices_dir
@@ -110,8 +110,8 @@ def evaluation_texts(folder: Path, documents: Sequence[Document]) -> list[Docume
 def quotes(text: str, seed: str, words: int = 24, count: int = 4) -> list[str]:
     """Spans of a text's words, each on a line of its own."""
     rng, split = random.Random(seed), text.split(" ")
-    begins = (rng.randrange(max(1, len(split) - words)) for _ in range(count))
-    return ["\n" + " ".join(split[i : i + words]) for i in begins]
+    starts = (rng.randrange(max(1, len(split) - words)) for _ in range(count))
+    return ["\n" + " ".join(split[i : i + words]) for i in starts]
 
 
 @dataclass(frozen=True)
@@ -153,20 +153,20 @@ def measured(name: str, protocol: Protocol) -> tuple[TextFigures, dict[str, Any]
         make(model, short=protocol.short) for model in (conversion.source, conversion.target)
     )
     wmatrix = mapped(source, target, protocol.config)
-    bench = Bench(source, target, wmatrix)
+    harness = EvalHarness(source, target, wmatrix)
     # Of sources that no model and no map has seen.
     texts = evaluation_texts(target, load([held_out_dir() / name for name in HELD_OUT]))
     sizes = {"context": CONTEXT, "continuation": CONTINUATION, "limit": protocol.limit}
     if protocol.through == "vllm":
         from served_arms import served_texts  # imports vLLM, which the other way does not need
 
-        figures = served_texts(bench, cut_evenly(bench, texts, **sizes), max_model_len=LIMIT)
+        figures = served_texts(harness, cut_evenly(harness, texts, **sizes), max_model_len=LIMIT)
     else:
-        figures = evaluate_texts(bench, texts, **sizes)
-    native = prefill_flop(bench.target_model, CONTEXT)
+        figures = evaluate_texts(harness, texts, **sizes)
+    native = prefill_flop(harness.target_model, CONTEXT)
     said = {
         "r2": wmatrix.manifest.r2,
-        "places": wmatrix.manifest.places,
+        "position_embeddings": wmatrix.manifest.position_embeddings,
         "ridge": wmatrix.manifest.fit["ridge"],
         "share_of_prefill": share_of_prefill(map_flop(wmatrix), native, CONTEXT, 0),
     }

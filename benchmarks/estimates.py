@@ -29,7 +29,7 @@ from awareness_vllm.compatibility.estimate import predict
 from awareness_vllm.compatibility.on_the_spot import measure_with
 from awareness_vllm.errors import BadInput
 from awareness_vllm.evaluate.bootstrap import retention
-from awareness_vllm.evaluate.conditions import Bench, cut_tail, surprise
+from awareness_vllm.evaluate.conditions import EvalHarness, cut_tail, token_nll
 from awareness_vllm.evaluate.evaluate import cut_evenly, joined
 from awareness_vllm.provenance import hardware, versions
 from awareness_vllm.wmatrix.certificate import TAIL, Interval
@@ -68,32 +68,40 @@ def documents() -> dict[str, list[Document]]:
     return found
 
 
-def cases(bench: Bench, lengths: list[int], each: int, continuation: int) -> list[dict[str, Any]]:
+def cases(
+    harness: EvalHarness, lengths: list[int], each: int, continuation: int
+) -> list[dict[str, Any]]:
     """Memories: kind, length, text and the ids that follow it."""
     return [
         {"kind": kind, "length": length, "name": name, "text": text, "ids": ids}
         for kind, found in documents().items()
         for length in lengths
         for name, text, ids in cut_evenly(
-            bench, joined(found, length + continuation), length, continuation, each
+            harness, joined(found, length + continuation), length, continuation, each
         )
     ]
 
 
-def measured(bench: Bench, entry: WMatrixEntry, case: dict[str, Any], tail: int) -> dict[str, Any]:
+def measured(
+    harness: EvalHarness, entry: WMatrixEntry, case: dict[str, Any], tail: int
+) -> dict[str, Any]:
     """One case: nats of each scored token in three arms, and the two estimates."""
-    package, ids = bench.package(case["text"]), case["ids"]
-    native = bench.native(bench.ids(case["text"]))
-    begin, _ = cut_tail(native, len(native.ids) - bench.sink())
-    arms = {"native": (native, 0), "memory": (bench.memory(package), tail), "none": (begin, 0)}
+    package, ids = harness.package(case["text"]), case["ids"]
+    native = harness.native(harness.ids(case["text"]))
+    begin, _ = cut_tail(native, len(native.ids) - harness.sink())
+    conditions = {
+        "native": (native, 0),
+        "memory": (harness.memory(package), tail),
+        "none": (begin, 0),
+    }
     nll = {
-        arm: surprise(bench.logprobs(memory, ids, len(ids) - 1, tail), ids).numpy()
-        for arm, (memory, tail) in arms.items()
+        arm: token_nll(harness.logprobs(memory, ids, len(ids) - 1, tail), ids).numpy()
+        for arm, (memory, tail) in conditions.items()
     }
     assert entry.certificate is not None
     estimates = {"certificate": predict(entry.certificate, case["length"], tail)}
     try:
-        estimates["measured"] = measure_with(bench, package, tail).retention
+        estimates["measured"] = measure_with(harness, package, tail).retention
     except BadInput as error:  # too short to be measured on itself
         print(f"{case['name']}: {error.what}")
     return {
@@ -122,8 +130,8 @@ def judged(rows: list[dict[str, Any]], estimate: str) -> dict[str, float]:
 
 def kept(rows: list[dict[str, Any]]) -> float:
     """Retention over some cases."""
-    arms = (np.array([row[arm] for row in rows]) for arm in ("native", "memory", "none"))
-    return retention(*arms)["mean"]
+    conditions = (np.array([row[arm] for row in rows]) for arm in ("native", "memory", "none"))
+    return retention(*conditions)["mean"]
 
 
 def cells(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -189,9 +197,9 @@ def main() -> None:
     entry = WMatrixEntry.read(args.wmatrix)
     if entry.certificate is None:
         parser.error(f"{args.wmatrix} has no certificate to estimate from")
-    bench = Bench(args.source, args.target, load(args.wmatrix))
-    found = cases(bench, args.lengths, args.each, args.continuation)
-    rows = [measured(bench, entry, case, args.tail) for case in tqdm(found, desc="memories")]
+    harness = EvalHarness(args.source, args.target, load(args.wmatrix))
+    found = cases(harness, args.lengths, args.each, args.continuation)
+    rows = [measured(harness, entry, case, args.tail) for case in tqdm(found, desc="memories")]
     document = {
         "wmatrix": entry.digest,
         "tail": args.tail,

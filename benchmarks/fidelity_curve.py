@@ -22,11 +22,11 @@ from awareness_demo.anchors import held_out_dir
 
 from awareness_vllm.anchors.corpus import load, split
 from awareness_vllm.evaluate.bootstrap import retention
-from awareness_vllm.evaluate.conditions import Bench
+from awareness_vllm.evaluate.conditions import EvalHarness
 from awareness_vllm.evaluate.evaluate import cut_evenly
 from awareness_vllm.evaluate.flops import map_flop, prefill_flop
 from awareness_vllm.files import anchors_dir, models_dir
-from awareness_vllm.fit.checkpoint import Workspace
+from awareness_vllm.fit.checkpoint import Checkpoint
 from awareness_vllm.fit.config import FitConfig
 from awareness_vllm.fit.gather import gather
 from awareness_vllm.fit.reader import Reader
@@ -117,7 +117,7 @@ def solutions(args: argparse.Namespace) -> dict[str, WMatrix]:
     documents = split(load([anchors_dir()]), config.held_out, config.seed)
     reader = Reader(args.source, args.target, config.predecessors)
     with tempfile.TemporaryDirectory() as folder:
-        work = Workspace(Path(folder) / "work", "curve")
+        work = Checkpoint(Path(folder) / "work", "curve")
         statistics = gather(reader, documents[0], config, work, progress=True)
         weight, ridge = weighting(reader, documents, statistics, config, work, progress=True)
     found = {}
@@ -132,21 +132,21 @@ def measured(
     args: argparse.Namespace, maps: dict[str, WMatrix]
 ) -> tuple[dict[str, dict[str, float]], int]:
     """Each map's retention with its interval, on the same texts."""
-    bench = Bench(args.source, args.target, next(iter(maps.values())))
+    harness = EvalHarness(args.source, args.target, next(iter(maps.values())))
     texts = load([held_out_dir() / name for name in HELD_OUT])
-    cuts = cut_evenly(bench, texts, CONTEXT, CONTINUATION, args.texts)
+    cuts = cut_evenly(harness, texts, CONTEXT, CONTINUATION, args.texts)
     nll: dict[str, list[float]] = {name: [] for name in ("native", "none", *maps)}
     for _, context, ids in cuts:
-        package, read, sink = bench.package(context), bench.ids(context), bench.sink()
+        package, read, sink = harness.package(context), harness.ids(context), harness.sink()
         memories: dict[str, Any] = {
-            "native": bench.native(read),
-            "none": bench.native(read[:sink]),
+            "native": harness.native(read),
+            "none": harness.native(read[:sink]),
         }
         for name, wmatrix in maps.items():
-            bench.wmatrix = wmatrix
-            memories[name] = bench.memory(package)
+            harness.wmatrix = wmatrix
+            memories[name] = harness.memory(package)
         for name, memory in memories.items():
-            said = bench.logprobs(memory, ids, CONTINUATION)
+            said = harness.logprobs(memory, ids, CONTINUATION)
             nll[name].append(-said[range(CONTINUATION), ids[1:]].mean().item())
     native, none = np.array(nll["native"]), np.array(nll["none"])
     return {name: retention(native, np.array(nll[name]), none) for name in maps}, len(cuts)

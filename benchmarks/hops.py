@@ -54,8 +54,8 @@ def compared(args: argparse.Namespace) -> dict[str, Any]:
     )
     over = MultiHopAligner([args.first, second], models=models)
     hops = over.find_optimal_path(args.source, target, uncertified=True)
-    folded = found.folded if len(found.hops) > 1 else over.fold(hops, anchors)
-    assert folded is not None  # several hops were folded to be measured
+    composed_map = found.composed_map if len(found.hops) > 1 else over.compose(hops, anchors)
+    assert composed_map is not None  # several hops were folded to be measured
     return {
         "route": found.route,
         "direct_retention": found.direct_retention,
@@ -63,12 +63,12 @@ def compared(args: argparse.Namespace) -> dict[str, Any]:
         "note": found.note,
         "operations": {
             "direct": map_flop(load_wmatrix(direct)),
-            "folded": map_flop(folded),
+            "folded": map_flop(composed_map),
             "second hop": map_flop(load_wmatrix(second)),
         },
         "ranks": {
             "direct": load_wmatrix(direct).manifest.rank,
-            "folded": folded.manifest.rank,
+            "folded": composed_map.manifest.rank,
         },
     }
 

@@ -138,7 +138,7 @@ def decode_arguments(pair: Pair, latent: Tensor) -> list[Any]:
     pages = -(-rows // PAGE) + 1
     angles = torch.rand(rows, side.dims // 2, device=DEVICE)
     own = normal(1, side.heads, side.dims)
-    slots = torch.randperm(pages * PAGE, device=DEVICE)[:rows]
+    slot_mapping = torch.randperm(pages * PAGE, device=DEVICE)[:rows]
 
     def empty() -> list[Tensor]:
         size = (pages, PAGE, side.heads, side.dims)
@@ -156,7 +156,7 @@ def decode_arguments(pair: Pair, latent: Tensor) -> list[Any]:
         [own] * side.layers,
         empty(),
         empty(),
-        [slots] * side.layers,
+        [slot_mapping] * side.layers,
         torch.ones(2 * side.layers, device=DEVICE),
     ]
 
@@ -278,9 +278,9 @@ def numbers_written(case: Case) -> int:
     """How many an operation writes, each of two bytes."""
     if case.operation == "encode_states":
         return case.product[0] * case.product[2]
-    slots = case.arguments[11 if case.operation == "decode_paged" else 1][0]
+    slot_mapping = case.arguments[11 if case.operation == "decode_paged" else 1][0]
     pages = [page for part in PAGES[case.operation] for page in case.arguments[part]]
-    return sum(len(slots) * page[0, 0].numel() for page in pages)
+    return sum(len(slot_mapping) * page[0, 0].numel() for page in pages)
 
 
 def flop(case: Case) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 from forced import Prompt, engine, scored
 from torch import Tensor
 
-from awareness_vllm.evaluate.conditions import ARMS, Bench
+from awareness_vllm.evaluate.conditions import CONDITIONS, EvalHarness
 from awareness_vllm.evaluate.evaluate import Cut, TextFigures, measures, paired
 from awareness_vllm.packages.file import publish
 from awareness_vllm.serving.offline import OfflineMemories
@@ -22,7 +22,7 @@ PATIENCE = 86_400.0
 """Seconds: a memory that is late would be read natively, and nobody waits here."""
 
 
-def served_texts(bench: Bench, cuts: Sequence[Cut], **args: Any) -> TextFigures:
+def served_texts(harness: EvalHarness, cuts: Sequence[Cut], **args: Any) -> TextFigures:
     """What `evaluate_texts` measures with transformers, on the same cuts.
 
     Packages are captured with transformers, which keeps all states. The target is vLLM's, in its
@@ -33,32 +33,34 @@ def served_texts(bench: Bench, cuts: Sequence[Cut], **args: Any) -> TextFigures:
         bench: with a map.
         args: vLLM's own.
     """
-    assert bench.wmatrix
-    sink, read = bench.sink(), [bench.ids(text) for _, text, _ in cuts]
+    assert harness.wmatrix
+    sink, read = harness.sink(), [harness.ids(text) for _, text, _ in cuts]
     natively = {"native": read, "none": [ids[:sink] for ids in read]}
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder)
-        memories = [publish(bench.package(text), store).stem for _, text, _ in cuts]
+        memories = [publish(harness.package(text), store).stem for _, text, _ in cuts]
         loaded = {
             "memory": memories,
             "wrong_memory": [memories[other] for _, other in sorted(paired(len(cuts)))],
         }
-        arms = said(bench, bench.wmatrix, store, cuts, natively, loaded, args)
+        conditions = said(harness, harness.wmatrix, store, cuts, natively, loaded, args)
         tokens = {"tokens_only": memories}
-        arms |= said(bench, blank(bench.wmatrix), store, cuts, {}, tokens, args)
+        conditions |= said(harness, masked(harness.wmatrix), store, cuts, {}, tokens, args)
     figures = {
         arm: [
             measures(native, logprobs, ids)
-            for native, logprobs, (_, _, ids) in zip(arms["native"], arms[arm], cuts, strict=True)
+            for native, logprobs, (_, _, ids) in zip(
+                conditions["native"], conditions[arm], cuts, strict=True
+            )
         ]
-        for arm in ARMS
+        for arm in CONDITIONS
     }
     names = [name for name, _, _ in cuts]
     return TextFigures(names, {arm: np.array(rows) for arm, rows in figures.items()})
 
 
 def said(
-    bench: Bench,
+    harness: EvalHarness,
     wmatrix: WMatrix,
     store: Path,
     cuts: Sequence[Cut],
@@ -73,8 +75,8 @@ def said(
         loaded: the memory that an arm loads before each cut.
     """
     wmatrix.save(file := store / "pair.wmatrix")
-    offline = OfflineMemories(bench.target, store, [file], tail=0, load_timeout=PATIENCE)
-    with engine(bench.target, **offline.engine_args, **args) as llm:
+    offline = OfflineMemories(harness.target, store, [file], tail=0, load_timeout=PATIENCE)
+    with engine(harness.target, **offline.engine_args, **args) as llm:
         offline.attach(llm)
         starts = [ids[:1] for _, _, ids in cuts]
         prompts: dict[str, list[Prompt]] = {
@@ -89,7 +91,7 @@ def said(
         }
 
 
-def blank(wmatrix: WMatrix) -> WMatrix:
+def masked(wmatrix: WMatrix) -> WMatrix:
     """The map where the source says nothing: what the target's tokens alone give."""
     encode = wmatrix.encode.clone()
     encode[: wmatrix.manifest.source_width] = 0

@@ -22,11 +22,11 @@ from tqdm import tqdm
 from awareness_vllm.align.realign import AlignedMemory
 from awareness_vllm.anchors.corpus import load
 from awareness_vllm.evaluate.bootstrap import retention
-from awareness_vllm.evaluate.conditions import Bench, surprise
+from awareness_vllm.evaluate.conditions import EvalHarness, token_nll
 from awareness_vllm.evaluate.evaluate import cut_evenly, joined
 from awareness_vllm.models.describe import geometry_of
 from awareness_vllm.models.geometry import Geometry
-from awareness_vllm.models.rope import shift
+from awareness_vllm.models.rope import rerotate
 from awareness_vllm.models.tokens import load_tokenizer, tokenize
 from awareness_vllm.provenance import hardware, versions
 from awareness_vllm.wmatrix.file import load as load_wmatrix
@@ -34,9 +34,9 @@ from awareness_vllm.wmatrix.file import load as load_wmatrix
 COUNTS = (1, 2, 4)
 
 
-def parts_of(bench: Bench, text: str, count: int) -> list[str]:
+def parts_of(harness: EvalHarness, text: str, count: int) -> list[str]:
     """A text in `count` parts of as many target tokens each, nothing left out."""
-    ends = tokenize(load_tokenizer(str(bench.target)), text).spans[:, 1]
+    ends = tokenize(load_tokenizer(str(harness.target)), text).spans[:, 1]
     cuts = [
         0,
         *(int(ends[len(ends) * i // count - 1]) for i in range(1, count)),
@@ -53,7 +53,7 @@ def following(memories: list[AlignedMemory], skip: int, target: Geometry) -> Ali
         offset = len(ids) - skip
         keys.append(
             [
-                shift(key[skip:], offset, layer.positions).to(key.dtype)
+                rerotate(key[skip:], offset, layer.positions).to(key.dtype)
                 for key, layer in zip(memory.keys, target.layers, strict=True)
             ]
         )
@@ -63,21 +63,23 @@ def following(memories: list[AlignedMemory], skip: int, target: Geometry) -> Ali
     return AlignedMemory(ids, *both)
 
 
-def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
+def measure(harness: EvalHarness, args: argparse.Namespace) -> dict[str, Any]:
     """Retention with the context in 1, 2 and 4 memories."""
-    target, skip = geometry_of(bench.target), bench.sink()
+    target, skip = geometry_of(harness.target), harness.sink()
     long = joined(load([Path(p) for p in args.texts]), args.context + args.continuation)
     surprises: dict[str, list[float]] = {}
-    cuts = cut_evenly(bench, long, args.context, args.continuation, args.limit)
+    cuts = cut_evenly(harness, long, args.context, args.continuation, args.limit)
     for _, text, ids in tqdm(cuts, desc="several"):
-        whole = bench.ids(text)
-        arms = {"native": bench.native(whole), "none": bench.native(whole[: skip or 1])}
+        whole = harness.ids(text)
+        conditions = {"native": harness.native(whole), "none": harness.native(whole[: skip or 1])}
         for count in COUNTS:
-            memories = [bench.memory(bench.package(part)) for part in parts_of(bench, text, count)]
-            arms[f"{count}"] = following(memories, skip, target)
-        for arm, memory in arms.items():
-            logprobs = bench.logprobs(memory, ids, args.continuation)
-            surprises.setdefault(arm, []).append(surprise(logprobs, ids).mean().item())
+            memories = [
+                harness.memory(harness.package(part)) for part in parts_of(harness, text, count)
+            ]
+            conditions[f"{count}"] = following(memories, skip, target)
+        for arm, memory in conditions.items():
+            logprobs = harness.logprobs(memory, ids, args.continuation)
+            surprises.setdefault(arm, []).append(token_nll(logprobs, ids).mean().item())
     nll = {arm: np.array(found) for arm, found in surprises.items()}
     return {
         "n": len(cuts),
@@ -99,7 +101,7 @@ def main() -> None:
     parser.add_argument("--continuation", type=int, default=60)
     args = parser.parse_args()
     wmatrix = load_wmatrix(args.wmatrix) if args.wmatrix else None
-    found = measure(Bench(Path(args.source), Path(args.target), wmatrix), args)
+    found = measure(EvalHarness(Path(args.source), Path(args.target), wmatrix), args)
     print(json.dumps({**found, "hardware": hardware(), "versions": versions()}, indent=1))
 
 

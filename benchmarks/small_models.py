@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from awareness_vllm.anchors.corpus import load, windows
 from awareness_vllm.files import anchors_dir, models_dir
-from awareness_vllm.fit.checkpoint import Workspace
+from awareness_vllm.fit.checkpoint import Checkpoint
 from awareness_vllm.models.position_embeddings import TABLES
 
 if TYPE_CHECKING:
@@ -255,7 +255,7 @@ def optimizers(model: Any, rate: float) -> list[torch.optim.Optimizer]:
     return [muon, torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.01)]
 
 
-def train(model: Any, corpus: np.ndarray, course: Course, seed: int, work: Workspace) -> float:
+def train(model: Any, corpus: np.ndarray, course: Course, seed: int, work: Checkpoint) -> float:
     """Train a model to the course's end; the loss of the last steps."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device).train()
@@ -283,7 +283,9 @@ def train(model: Any, corpus: np.ndarray, course: Course, seed: int, work: Works
     return float(np.mean(losses[-20:])) if losses else float("nan")
 
 
-def keep(model: Any, steppers: Sequence[torch.optim.Optimizer], work: Workspace, step: int) -> None:
+def keep(
+    model: Any, steppers: Sequence[torch.optim.Optimizer], work: Checkpoint, step: int
+) -> None:
     """Save what a killed training goes on from."""
     tensors: dict[str, Tensor] = {}
     for name, weight in model.named_parameters():
@@ -296,7 +298,7 @@ def keep(model: Any, steppers: Sequence[torch.optim.Optimizer], work: Workspace,
     )
 
 
-def resume(model: Any, steppers: Sequence[torch.optim.Optimizer], work: Workspace) -> int:
+def resume(model: Any, steppers: Sequence[torch.optim.Optimizer], work: Checkpoint) -> int:
     """Take up a killed training; the step it goes on at."""
     if (kept := work.load("training")) is None:
         return 0
@@ -332,7 +334,7 @@ def make(name: str, *, short: bool = False) -> Path:
     if is_learned(model):
         begin_as_waves(model)
     note = {"name": name, "seed": seed, **asdict(course)}
-    work = Workspace(folder.with_name(f".{name}.work"), json.dumps(note))
+    work = Checkpoint(folder.with_name(f".{name}.work"), json.dumps(note))
     started = time.process_time()
     note["loss"] = train(model, corpus, course, seed, work)
     note["cpu_seconds"] = round(time.process_time() - started)

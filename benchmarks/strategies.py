@@ -32,7 +32,7 @@ from awareness_vllm.aligners.training_free import (
 )
 from awareness_vllm.anchors.corpus import digest, load
 from awareness_vllm.errors import UnsupportedModel
-from awareness_vllm.evaluate.conditions import Bench
+from awareness_vllm.evaluate.conditions import EvalHarness
 from awareness_vllm.evaluate.evaluate import evaluate_texts
 from awareness_vllm.models.describe import geometry_of, resolve_folder
 from awareness_vllm.models.geometry import Geometry
@@ -82,15 +82,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     sink = sink_ids(target)
     sink_states = states(load_model(target), sink)
     together, refused = groups(*geometries)
-    bench: Bench | None = None
+    harness: EvalHarness | None = None
     rows: list[Figure] = []
 
     def measure(wmatrix: WMatrix, same: Sequence[Configuration]) -> None:
-        nonlocal bench
-        bench = bench or Bench(source, target, wmatrix)
-        bench.wmatrix = wmatrix
+        nonlocal harness
+        harness = harness or EvalHarness(source, target, wmatrix)
+        harness.wmatrix = wmatrix
         lengths = {"context": args.context, "continuation": args.continuation}
-        found = evaluate_texts(bench, texts, limit=args.limit, **lengths).summary()
+        found = evaluate_texts(harness, texts, limit=args.limit, **lengths).summary()
         for configuration in same:
             rows.append(
                 Figure(
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                     weights=(geometries[0].weights, geometries[1].weights),
                     configuration=asdict(configuration),
                     retention=found["retention"],
-                    arms=found["arms"],
+                    conditions=found["arms"],
                     context=args.context,
                     n=found["n"],
                     texts=digest(texts),

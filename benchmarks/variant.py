@@ -20,7 +20,7 @@ import torch
 from awareness_demo.anchors import held_out_dir
 
 from awareness_vllm.anchors.corpus import load, windows
-from awareness_vllm.evaluate.conditions import Bench
+from awareness_vllm.evaluate.conditions import EvalHarness
 from awareness_vllm.evaluate.evaluate import evaluate_texts
 from awareness_vllm.files import anchors_dir, models_dir
 from awareness_vllm.fit.config import FitConfig
@@ -76,11 +76,11 @@ def main() -> None:
         started = time.perf_counter()
         wmatrix = fit(original, variant, load([anchors_dir()]), config)
         seconds = time.perf_counter() - started
-        bench = Bench(original, variant, wmatrix)
+        harness = EvalHarness(original, variant, wmatrix)
         texts = load([held_out_dir() / name for name in HELD_OUT])
-        mapped = evaluate_texts(bench, texts, limit=args.limit).summary()
-        bench.wmatrix = copied(wmatrix)
-        plain = evaluate_texts(bench, texts, limit=args.limit).summary()
+        mapped = evaluate_texts(harness, texts, limit=args.limit).summary()
+        harness.wmatrix = copied(wmatrix)
+        plain = evaluate_texts(harness, texts, limit=args.limit).summary()
     print(
         json.dumps(
             {

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from awareness_vllm.models.geometry import Geometry
-from awareness_vllm.models.rope import shift
+from awareness_vllm.models.rope import rerotate
 
 
 @dataclass(frozen=True)
-class Writer:
+class KVWriter:
     """vLLM's attention `layers`, their KV cache groups, and which `heads` this rank has of each, by
     the layer's index in the model."""
 
@@ -30,7 +30,7 @@ class Writer:
         values: Sequence[Tensor],
         begin: int,
         offset: int,
-        slots: Sequence[Tensor],
+        slot_mapping: Sequence[Tensor],
     ) -> None:
         """Write a memory's tokens from `begin` on, as many as there are slots.
 
@@ -39,15 +39,15 @@ class Writer:
             offset: by how many positions they are moved.
             slots: per KV cache group [N], negative where a token has none.
         """
-        end, held = begin + len(slots[0]), [with_slots(group) for group in slots]
+        end, held = begin + len(slot_mapping[0]), [with_slots(group) for group in slot_mapping]
         for i, group in self.groups.items():
             where, real = held[group]
             key, value = (states[i][begin:end][where] for states in (keys, values))
-            self.write(i, shift(key, offset, self.geometry.layers[i].positions), value, real)
+            self.write(i, rerotate(key, offset, self.geometry.layers[i].positions), value, real)
 
-    def write(self, index: int, key: Tensor, value: Tensor, slots: Tensor) -> None:
+    def write(self, index: int, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
         """Scatter one layer's key and value [N, H, D] into slots [N]."""
-        if not len(slots):
+        if not len(slot_mapping):
             return
         layer, heads = self.layers[index], self.heads[index]
         device = layer.kv_cache.device
@@ -56,12 +56,12 @@ class Writer:
             key[:, heads].to(device, self.dtype).contiguous(),
             value[:, heads].to(device, self.dtype).contiguous(),
             layer.kv_cache,
-            slots.to(device),
+            slot_mapping.to(device),
         )
 
-    def bytes_in(self, slots: Sequence[Tensor]) -> int:
+    def bytes_in(self, slot_mapping: Sequence[Tensor]) -> int:
         """Bytes of cache that each KV cache group's slots stand for, in all of its layers."""
-        written = [int((group >= 0).sum()) for group in slots]
+        written = [int((group >= 0).sum()) for group in slot_mapping]
         total = 0
         for i, group in self.groups.items():
             cache = self.layers[i].kv_cache  # [B, H, N, K|V]
@@ -69,7 +69,7 @@ class Writer:
         return total
 
 
-def with_slots(slots: Tensor) -> tuple[slice | Tensor, Tensor]:
+def with_slots(slot_mapping: Tensor) -> tuple[slice | Tensor, Tensor]:
     """Which of some tokens have a slot, and the slots; all of them are no copy."""
-    real = slots >= 0
-    return (slice(None), slots) if real.all() else (real, slots[real])
+    real = slot_mapping >= 0
+    return (slice(None), slot_mapping) if real.all() else (real, slot_mapping[real])

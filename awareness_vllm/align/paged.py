@@ -10,9 +10,9 @@ from torch import Tensor
 
 from awareness_vllm.kernels import ops
 from awareness_vllm.models.geometry import Positions
-from awareness_vllm.models.rope import table
+from awareness_vllm.models.rope import cos_sin_table
 from awareness_vllm.packages.file import Package
-from awareness_vllm.wmatrix.features import Embed, blank_rows, split_states
+from awareness_vllm.wmatrix.features import Embed, masked_rows, split_states
 from awareness_vllm.wmatrix.file import WMatrix
 
 WARM_UP_ROWS = 2048
@@ -68,22 +68,22 @@ class PagedMap:
         own = self.manifest.source_width + self.manifest.token_width
         self.mean, self.scale = wmatrix.mean[:own].to(device), wmatrix.scale[:own].to(device)
         self.encode = wmatrix.encode[:own].to(device).contiguous()
-        self.places = wmatrix.place_latents()
+        self.position_embeddings = wmatrix.position_latents()
         self.decode = wmatrix.decode[:, columns].to(device).contiguous()
         self.bias = wmatrix.bias[columns].to(device)
         self.sinks = [
             [states[i][:, own].to(device) for i, own in heads.items()]
             for states in (wmatrix.sink_keys, wmatrix.sink_values)
         ]
-        self.turns = self.tables([target.layers[i].positions for i in heads], positions)
+        self.cos_sin = self.tables([target.layers[i].positions for i in heads], positions)
 
     def tables(
         self, schemes: Sequence[Positions], count: int
     ) -> tuple[list[Tensor], list[Tensor], list[int]]:
         """Cosines and sines [count, C] of each layer's positions, and how its pairs lie."""
-        found = [table(torch.arange(count), scheme) for scheme in schemes]
+        found = [cos_sin_table(torch.arange(count), scheme) for scheme in schemes]
         cos, sin = ([part.to(self.device) for part in parts] for parts in zip(*found, strict=True))
-        return cos, sin, [int(scheme.woven) for scheme in schemes]
+        return cos, sin, [int(scheme.interleaved) for scheme in schemes]
 
     @torch.inference_mode()
     def latent(self, package: Package, ids: list[int], source: Tensor, embed: Embed) -> Latent:
@@ -98,7 +98,7 @@ class PagedMap:
         )
         rows = self._encode(keys, values, source, embed(torch.tensor(ids))).cpu()
         where = {"source": source, "target": torch.arange(len(self.manifest.sink), len(ids))}
-        for side, latents in self.places.items():
+        for side, latents in self.position_embeddings.items():
             rows += latents[where[side]]
         return Latent(ids, rows)
 
@@ -113,7 +113,7 @@ class PagedMap:
             values,
             *self.tables(schemes, len(keys[0])),
             source.to(self.device),
-            blank_rows(source).to(self.device),
+            masked_rows(source).to(self.device),
             # The model has looked the rows up: with tensor parallelism no rank has all of them.
             torch.arange(len(embeddings), device=self.device),
             embeddings.to(self.device),
@@ -146,7 +146,7 @@ class PagedMap:
         self,
         latent: Latent,
         pages: Sequence[Pages],
-        slots: Sequence[Tensor],
+        slot_mapping: Sequence[Tensor],
         begin: int,
         offset: int = 0,
     ) -> None:
@@ -158,7 +158,7 @@ class PagedMap:
                 negative where nothing is to be written.
         """
         sink = len(self.manifest.sink)
-        end = begin + len(slots[0])
+        end = begin + len(slot_mapping[0])
         rows = latent.rows[max(0, begin - sink) : max(0, end - sink)]
         own = [[states[begin:end].contiguous() for states in part] for part in self.sinks]
         scales = [p.key_scale for p in pages] + [p.value_scale for p in pages]
@@ -167,10 +167,10 @@ class PagedMap:
             self.decode,
             self.bias,
             torch.arange(begin + offset, end + offset, device=self.device),
-            *self.turns,
+            *self.cos_sin,
             *own,
             [p.keys for p in pages],
             [p.values for p in pages],
-            [s.to(self.device) for s in slots],
+            [s.to(self.device) for s in slot_mapping],
             torch.tensor(scales, device=self.device),
         )

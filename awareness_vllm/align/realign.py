@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from awareness_vllm.errors import BadInput
-from awareness_vllm.models.rope import apply
+from awareness_vllm.models.rope import rotate
 from awareness_vllm.models.tokens import align, load_tokenizer, tokenize
 from awareness_vllm.packages.file import Package
 from awareness_vllm.wmatrix.features import (
     Embed,
-    blank_rows,
     embedding_features,
     flat_states,
-    with_places,
+    masked_rows,
+    with_position_embeddings,
 )
 from awareness_vllm.wmatrix.file import WMatrix
 from awareness_vllm.wmatrix.manifest import WMatrixManifest
@@ -88,7 +88,7 @@ def realign(
     embed: Embed,
     *,
     dtype: torch.dtype,
-    blank: bool = False,
+    masked: bool = False,
 ) -> AlignedMemory:
     """A memory for another model, through its W-Matrix.
 
@@ -102,7 +102,7 @@ def realign(
         BadInput: the map reads tokens, and the package has no text.
     """
     ids, source = sources(package, wmatrix.manifest, target)
-    work = Realignment(package, wmatrix, ids, source, embed, dtype=dtype, blank=blank)
+    work = Realignment(package, wmatrix, ids, source, embed, dtype=dtype, masked=masked)
     while not work.step():
         pass
     return work.memory
@@ -126,15 +126,17 @@ class Realignment:
         embed: Embed,
         *,
         dtype: torch.dtype,
-        blank: bool = False,
+        masked: bool = False,
     ) -> None:
         manifest = wmatrix.manifest
-        self.package, self.wmatrix, self.source, self.blank = package, wmatrix, source, blank
-        self.blanked = blank_rows(source)
+        self.package, self.wmatrix, self.source, self.masked = package, wmatrix, source, masked
+        self.masked_rows_ = masked_rows(source)
         self.sink = len(manifest.sink)
         positions = torch.arange(self.sink, len(ids))
         embeddings = embedding_features(embed, ids, self.sink, manifest.predecessors)
-        self.embeddings = with_places(embeddings, wmatrix.places, source, positions)
+        self.embeddings = with_position_embeddings(
+            embeddings, wmatrix.position_embeddings, source, positions
+        )
         self.begin = 0
         shapes = [(len(ids), layer.heads, layer.head_dim) for layer in manifest.target.layers]
         keys, values = ([torch.empty(shape, dtype=dtype) for shape in shapes] for _ in range(2))
@@ -151,17 +153,17 @@ class Realignment:
         source = self.source[block]
         states = (
             None
-            if self.blank
+            if self.masked
             else flat_states(
                 package.geometry, package.keys, package.values, source, manifest.layers
             )
         )
-        free, mapped = self.wmatrix.map(states, self.embeddings[block], self.blanked[block])
+        free, mapped = self.wmatrix.map(states, self.embeddings[block], self.masked_rows_[block])
         # Assigning casts and places at once: no copy is made that is not kept.
         positions = torch.arange(len(source)) + self.sink + self.begin
         placed = slice(self.sink + self.begin, self.sink + self.begin + len(source))
         for i, layer in enumerate(manifest.target.layers):
-            self.memory.keys[i][placed] = apply(free[i], positions, layer.positions)
+            self.memory.keys[i][placed] = rotate(free[i], positions, layer.positions)
             self.memory.values[i][placed] = mapped[i]
         self.begin += BLOCK
         return self.begin >= len(self.source)

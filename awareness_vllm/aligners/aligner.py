@@ -21,7 +21,7 @@ from awareness_vllm.aligners.training_free import (
 )
 from awareness_vllm.anchors.corpus import Document, digest
 from awareness_vllm.errors import QualityUnreachable, UnsupportedModel
-from awareness_vllm.evaluate.conditions import Bench, after, cut_tail
+from awareness_vllm.evaluate.conditions import EvalHarness, after, cut_tail
 from awareness_vllm.evaluate.evaluate import evaluate_texts
 from awareness_vllm.models.describe import geometry_of, resolve_folder
 from awareness_vllm.models.hf import cached, load_model, sink_ids, states
@@ -164,7 +164,7 @@ class KVCacheAligner:
     ) -> Interval:
         """Retention of the map alone in five arms, after contexts of so many tokens."""
         figures = evaluate_texts(
-            Bench(self.source, self.target, wmatrix),
+            EvalHarness(self.source, self.target, wmatrix),
             texts,
             context=context,
             continuation=CONTINUATION,

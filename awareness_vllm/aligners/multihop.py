@@ -16,10 +16,10 @@ from typing import Literal
 
 from awareness_vllm.anchors.corpus import Document
 from awareness_vllm.errors import BadInput, NoWMatrix, UnsupportedModel
-from awareness_vllm.evaluate.conditions import Bench
+from awareness_vllm.evaluate.conditions import EvalHarness
 from awareness_vllm.evaluate.evaluate import evaluate_texts
 from awareness_vllm.files import models_dir
-from awareness_vllm.fit.compose import Hop, fold, learn_bridge
+from awareness_vllm.fit.compose import Hop, compose, learn_bridge
 from awareness_vllm.models.describe import geometry_of, is_model_folder, resolve_folder
 from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.models.hf import load_model
@@ -50,7 +50,7 @@ class AlignmentPath:
     optimal_retention: float | None
     basis: Literal["exact", "certified", "estimated", "measured"] | None
     note: str
-    folded: WMatrix | None = None
+    composed_map: WMatrix | None = None
 
     @property
     def improvement(self) -> float | None:
@@ -87,7 +87,7 @@ class MultiHopAligner:
         models: Sequence[str | Path] = (),
         store: Path | None = None,
     ) -> None:
-        self.shelf = entries(wmatrices)
+        self.registry = entries(wmatrices)
         self.models = list(models)
         self.store = store
 
@@ -123,7 +123,7 @@ class MultiHopAligner:
             return AlignmentPath((start.name,), (), 1.0, 1.0, "exact", "one model: a copy")
         context = memory.tokens if memory else None
         with_text = memory is None or memory.has_text
-        usable = [e for e in self.shelf if e.manifest.reads_tokens == with_text]
+        usable = [e for e in self.registry if e.manifest.reads_tokens == with_text]
         known = [e for e in usable if uncertified or e.certificate]
         direct = best(known, start, end, context, direct=True)
         others = best(known, start, end, context, direct=False)
@@ -144,7 +144,7 @@ class MultiHopAligner:
             note(usable, start, end, way, direct),
         )
 
-    def fold(self, path: AlignmentPath, anchors: Sequence[Document] | None = None) -> WMatrix:
+    def compose(self, path: AlignmentPath, anchors: Sequence[Document] | None = None) -> WMatrix:
         """The one map that serves a path, as dear as a direct one of its rank, not certified.
 
         Args:
@@ -161,7 +161,7 @@ class MultiHopAligner:
                 found=f"the path {' → '.join(path.route)}",
                 expected="at least one W-Matrix on the way",
             )
-        return path.folded or self._folded(path.hops, anchors)
+        return path.composed_map or self._composed(path.hops, anchors)
 
     def model(self, model: str | Path) -> Geometry:
         """A model by its folder, or by the name that W-Matrices know it by. Raises BadInput."""
@@ -169,7 +169,7 @@ class MultiHopAligner:
             geometry = geometry_of(model)
             self.models.append(model)
             return geometry
-        known = ends(self.shelf)
+        known = ends(self.registry)
         found = [g for g in known if g.name == str(model)]
         if len(found) == 1:
             return found[0]
@@ -177,7 +177,7 @@ class MultiHopAligner:
         near = difflib.get_close_matches(str(model), all_names, cutoff=0.3) or all_names
         raise BadInput(
             f"{len(found) or 'no'} models of the W-Matrices are named {str(model)!r}",
-            found="; ".join(map(str, self.shelf)) or "no W-Matrix at all",
+            found="; ".join(map(str, self.registry)) or "no W-Matrix at all",
             expected=f"one of {', '.join(near)}" if near else "a W-Matrix that leads from or to it",
             remedy="give the model's folder" if found else "give a known name, or more W-Matrices",
         )
@@ -196,7 +196,7 @@ class MultiHopAligner:
             remedy=f"give the folder, or put it at {default}",
         )
 
-    def _folded(self, hops: Hops, anchors: Sequence[Document] | None) -> WMatrix:
+    def _composed(self, hops: Hops, anchors: Sequence[Document] | None) -> WMatrix:
         wmatrix = load(hops[0].path)
         for hop in hops[1:]:
             second, bridge = load(hop.path), None
@@ -210,7 +210,7 @@ class MultiHopAligner:
                     load_model(c).get_input_embeddings(),
                     anchors,
                 )
-            wmatrix = fold(wmatrix, second, bridge=bridge)
+            wmatrix = compose(wmatrix, second, bridge=bridge)
         return wmatrix
 
     def _measured(
@@ -224,21 +224,21 @@ class MultiHopAligner:
     ) -> AlignmentPath:
         """The best of these ways, each measured in five arms."""
         found: list[tuple[float, WMatrix]] = []
-        bench: Bench | None = None
+        harness: EvalHarness | None = None
         for way in ways:
-            wmatrix = self._folded(way, anchors)
+            wmatrix = self._composed(way, anchors)
             ends = self.folder(wmatrix.manifest.source), self.folder(wmatrix.manifest.target)
-            bench = bench or Bench(*ends, wmatrix)
-            bench.wmatrix = wmatrix
+            harness = harness or EvalHarness(*ends, wmatrix)
+            harness.wmatrix = wmatrix
             figures = evaluate_texts(
-                bench, texts, context=context, continuation=CONTINUATION, limit=limit
+                harness, texts, context=context, continuation=CONTINUATION, limit=limit
             )
             found.append((figures.retention()["mean"], wmatrix))
         pairs = list(zip(ways, found, strict=True))
-        way, (most, folded) = max(pairs, key=lambda pair: pair[1][0])
+        way, (most, composed_map) = max(pairs, key=lambda pair: pair[1][0])
         each = ", ".join(f"{' → '.join(names(w))} keeps {k:.3f}" for w, (k, _) in pairs)
         direct_kept = found[0][0] if direct else None  # it stands first
-        return AlignmentPath(names(way), way, direct_kept, most, "measured", each, folded)
+        return AlignmentPath(names(way), way, direct_kept, most, "measured", each, composed_map)
 
     def _manifest(self, memory: Package | str | Path, source: Geometry) -> Manifest:
         """The memory's manifest, if it is one of the source's."""
@@ -264,7 +264,7 @@ class MultiHopAligner:
             remedy = f"`awareness certify` {missing}, or ask for uncertified maps too"
         return NoWMatrix(
             f"no way leads from {start.name} to {end.name}",
-            found="; ".join(map(str, self.shelf)) or "no W-Matrix at all",
+            found="; ".join(map(str, self.registry)) or "no W-Matrix at all",
             expected="certified W-Matrices that lead there, one after another",
             remedy=remedy,
         )

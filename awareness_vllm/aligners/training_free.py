@@ -23,7 +23,7 @@ from torch import Tensor
 from awareness_vllm.errors import BadInput, UnsupportedModel
 from awareness_vllm.models.geometry import Geometry, LayerGeometry, by_depth
 from awareness_vllm.provenance import versions
-from awareness_vllm.schema import Strict
+from awareness_vllm.schema import FrozenModel
 from awareness_vllm.wmatrix.certificate import Interval
 from awareness_vllm.wmatrix.features import split_states
 from awareness_vllm.wmatrix.file import WMatrix
@@ -187,14 +187,14 @@ class TrainingFree(WMatrix):
     shares: tuple[Tensor, ...]
 
     def map(
-        self, source: Tensor | None, embeddings: Tensor, blank: Tensor | None = None
+        self, source: Tensor | None, embeddings: Tensor, masked: Tensor | None = None
     ) -> tuple[list[Tensor], list[Tensor]]:
         """As `WMatrix.map`; the embeddings are not looked at, and what says nothing is zero."""
         manifest, how = self.manifest, self.configuration
         if source is None:
             source = torch.zeros(len(embeddings), manifest.source_width)
-        elif blank is not None:
-            source = source.masked_fill(blank[:, None], 0)
+        elif masked is not None:
+            source = source.masked_fill(masked[:, None], 0)
         read = tuple(manifest.source.layers[i] for i in manifest.layers)
         keys, values = split_states(manifest.source.model_copy(update={"layers": read}), source)
         found: tuple[list[Tensor], list[Tensor]] = ([], [])
@@ -302,7 +302,7 @@ def resized(states: Tensor, dim: int) -> Tensor:
     return torch.nn.functional.pad(states, (0, dim - states.shape[-1]))
 
 
-class Figure(Strict):
+class Figure(FrozenModel):
     """What a training-free mapping was measured to keep between two models, in five arms."""
 
     source: str
@@ -310,7 +310,7 @@ class Figure(Strict):
     weights: tuple[str, str]
     configuration: dict[str, str | bool]
     retention: Interval
-    arms: dict[str, dict[str, float]]
+    conditions: dict[str, dict[str, float]]
     context: int
     n: int
     texts: str

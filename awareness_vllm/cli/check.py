@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         measure=args.measure,
     )
     if args.html:
-        write_page(args.html, report, checker.shelf)
+        write_page(args.html, report, checker.registry)
     return {**report.model_dump(mode="json"), "html": str(args.html) if args.html else None}
 
 
@@ -65,7 +65,7 @@ def listing(args: argparse.Namespace) -> SimpleNamespace:
     return SimpleNamespace(id="a memory", source_model=args.source, token_count=args.tokens)
 
 
-def write_page(path: Path, report: CompatibilityReport, shelf: list[WMatrixEntry]) -> None:
+def write_page(path: Path, report: CompatibilityReport, registry: list[WMatrixEntry]) -> None:
     """The report, the matrix of all W-Matrices, and the heads of the one that it speaks of."""
     from awareness_vllm.compatibility.html.page import page
     from awareness_vllm.compatibility.matrix import of_shelf
@@ -73,9 +73,9 @@ def write_page(path: Path, report: CompatibilityReport, shelf: list[WMatrixEntry
     from awareness_vllm.wmatrix.heat_map import head_shares
 
     basis = report.basis
-    entry = next((e for e in shelf if basis and e.digest == basis.digest), None)
+    entry = next((e for e in registry if basis and e.digest == basis.digest), None)
     heads = head_shares(load(entry.path)) if entry else None
-    document = page(report=report, matrix=of_shelf(shelf), heads=heads)
+    document = page(report=report, matrix=of_shelf(registry), heads=heads)
     path.write_text(document, encoding="utf-8")
 
 

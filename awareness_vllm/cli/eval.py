@@ -40,19 +40,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    from awareness_vllm.evaluate.conditions import Bench
+    from awareness_vllm.evaluate.conditions import EvalHarness
     from awareness_vllm.evaluate.evaluate import evaluate_cases, evaluate_texts, joined
     from awareness_vllm.wmatrix.file import load as load_wmatrix
 
     cases = read_cases(args.cases) if args.cases else None
-    bench = Bench(args.source, args.target, load_wmatrix(args.wmatrix) if args.wmatrix else None)
+    harness = EvalHarness(
+        args.source, args.target, load_wmatrix(args.wmatrix) if args.wmatrix else None
+    )
     if cases is not None:
-        return evaluate_cases(bench, cases, limit=args.limit, tails=args.tails).summary()
+        return evaluate_cases(harness, cases, limit=args.limit, tails=args.tails).summary()
     from awareness_vllm.anchors.corpus import load
 
     texts = load(args.texts)
     return evaluate_texts(
-        bench,
+        harness,
         joined(texts, args.context + args.continuation) if args.join else texts,
         context=args.context,
         continuation=args.continuation,

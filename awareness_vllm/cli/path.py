@@ -1,4 +1,4 @@
-"""`awareness path`: the way from one model to another over W-Matrices, and its one folded map."""
+"""`awareness path`: the route between two models over W-Matrices, and one map composed of it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from awareness_vllm.cli.options import add_wmatrices
 
-HELP = "find the way between two models that keeps most; --fold makes one W-Matrix of it"
+HELP = "find the way between two models that keeps most; --compose makes one W-Matrix of it"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--limit", type=int, default=8, help="at most so many texts")
     parser.add_argument(
-        "--fold", type=Path, metavar="OUT.wmatrix", help="write the way as one W-Matrix"
+        "--compose",
+        "--fold",
+        dest="compose",
+        type=Path,
+        metavar="OUT.wmatrix",
+        help="write the way as one W-Matrix",
     )
     parser.add_argument(
         "--anchors",
@@ -60,8 +65,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         anchors=anchors,
         limit=args.limit,
     )
-    if args.fold:
-        aligner.fold(found, anchors).save(args.fold)
+    if args.compose:
+        aligner.compose(found, anchors).save(args.compose)
     return {
         "route": list(found.route),
         "wmatrices": [str(hop.path) for hop in found.hops],
@@ -70,7 +75,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "improvement": found.improvement,
         "basis": found.basis,
         "note": found.note,
-        "folded": str(args.fold) if args.fold else None,
+        "composed": str(args.compose) if args.compose else None,
     }
 
 
@@ -82,5 +87,5 @@ def show(result: dict[str, Any]) -> None:
     print(f"retention {figure('optimal_retention')} ({result['basis'] or 'nobody measured it'})")
     print(f"direct {figure('direct_retention')}, improvement {figure('improvement', '+')}")
     print(result["note"])
-    if result["folded"]:
-        print(f"{result['folded']}: not certified until `awareness certify` has measured it")
+    if result["composed"]:
+        print(f"{result['composed_map']}: not certified until `awareness certify` has measured it")

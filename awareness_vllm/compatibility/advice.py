@@ -4,66 +4,66 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from awareness_vllm.compatibility.case import Case
+from awareness_vllm.compatibility.case import CheckContext
 from awareness_vllm.compatibility.estimate import predict
 from awareness_vllm.compatibility.report import Action
 from awareness_vllm.wmatrix.certificate import measured_for
 from awareness_vllm.wmatrix.routes import best, expected, names
 
 
-def advice(case: Case, retention: float | None) -> tuple[Action, ...]:
+def advice(check: CheckContext, retention: float | None) -> tuple[Action, ...]:
     """Actions that would keep more, the greatest gain first, those of unknown gain last."""
-    if case.exact:
+    if check.exact:
         return ()
     found = [
-        *ways(case),
-        *longer_tails(case),
-        *recompute(case, retention),
-        *hops(case, retention),
-        *better_map(case, retention),
-        *precision(case),
+        *ways(check),
+        *longer_tails(check),
+        *recompute(check, retention),
+        *hops(check, retention),
+        *better_map(check, retention),
+        *precision(check),
     ]
     return tuple(sorted(found, key=lambda a: (a.gain is None, -(a.gain or 0.0))))
 
 
-def ways(case: Case) -> Iterator[Action]:
+def ways(check: CheckContext) -> Iterator[Action]:
     """What is to be done first where nothing was measured."""
-    if case.entry is None:
-        says = f"fit a W-Matrix from {case.subject.source.name} to {case.target.name}"
+    if check.entry is None:
+        says = f"fit a W-Matrix from {check.subject.source.name} to {check.target.name}"
         yield Action(description=f"{says} (`awareness fit`)", gain=None, basis="estimated")
-    elif case.certificate is None:
-        says = f"measure the map (`awareness certify {case.entry.path.name}`)"
+    elif check.certificate is None:
+        says = f"measure the map (`awareness certify {check.entry.path.name}`)"
         yield Action(description=says, gain=None, basis="estimated")
 
 
-def longer_tails(case: Case) -> Iterator[Action]:
+def longer_tails(check: CheckContext) -> Iterator[Action]:
     """More of the memory's end read by the target itself."""
-    if case.certificate is None:
+    if check.certificate is None:
         return
-    now = predict(case.certificate, case.tokens, case.config.tail, case.kind).mean
-    for plan in measured_for(case.certificate, case.tokens):
-        gain = predict(case.certificate, case.tokens, plan.tail, case.kind).mean - now
-        if case.config.tail < plan.tail < case.tokens and gain > 0:
+    now = predict(check.certificate, check.tokens, check.config.tail, check.kind).mean
+    for plan in measured_for(check.certificate, check.tokens):
+        gain = predict(check.certificate, check.tokens, plan.tail, check.kind).mean - now
+        if check.config.tail < plan.tail < check.tokens and gain > 0:
             says = f"read the last {plan.tail} tokens natively (`--tail {plan.tail}`)"
             says += f", at {plan.cost:.0%} of the prefill's operations"
             yield Action(description=says, gain=gain, basis="measured")
 
 
-def recompute(case: Case, retention: float | None) -> Iterator[Action]:
+def recompute(check: CheckContext, retention: float | None) -> Iterator[Action]:
     """Everything read by the target: the floor that is always there."""
-    if retention is not None and case.entry is not None and retention < 1:
+    if retention is not None and check.entry is not None and retention < 1:
         says = "let the target read the text itself (`on_low_quality: recompute`), at all its cost"
         yield Action(description=says, gain=1 - retention, basis="measured")
 
 
-def hops(case: Case, retention: float | None) -> Iterator[Action]:
+def hops(check: CheckContext, retention: float | None) -> Iterator[Action]:
     """A way through other models, by its certificates."""
-    source, target = case.subject.source.geometry, case.target.geometry
+    source, target = check.subject.source.geometry, check.target.geometry
     if source is None or target is None:
         return
-    known = [entry for entry in case.shelf if entry.certificate]
-    way = best(known, source, target, case.tokens, direct=False)
-    kept = expected(way, case.tokens) if way else None
+    known = [entry for entry in check.registry if entry.certificate]
+    way = best(known, source, target, check.tokens, direct=False)
+    kept = expected(way, check.tokens) if way else None
     if way is None or kept is None or (retention is not None and kept <= retention):
         return
     says = f"go {' → '.join(names(way))} (`awareness path`)"
@@ -72,20 +72,20 @@ def hops(case: Case, retention: float | None) -> Iterator[Action]:
     )
 
 
-def better_map(case: Case, retention: float | None) -> Iterator[Action]:
+def better_map(check: CheckContext, retention: float | None) -> Iterator[Action]:
     """A map of more rank, or a calibrated one."""
-    if case.entry is None or retention is None:
+    if check.entry is None or retention is None:
         return
     # What is lost to a rank without calibration says nothing of it (docs/fidelity-log.md).
-    says = f"fit with a higher rank than {case.entry.manifest.rank} (`awareness fit --rank`)"
+    says = f"fit with a higher rank than {check.entry.manifest.rank} (`awareness fit --rank`)"
     yield Action(description=says, gain=None, basis="estimated")
-    if not case.entry.manifest.fit.get("calibration"):
+    if not check.entry.manifest.fit.get("calibration"):
         says = "calibrate the map through the target (`awareness fit --calibration`)"
         yield Action(description=says, gain=None, basis="estimated")
 
 
-def precision(case: Case) -> Iterator[Action]:
+def precision(check: CheckContext) -> Iterator[Action]:
     """A cache that does not round."""
-    if case.config.kv_cache_dtype.startswith("fp8"):
+    if check.config.kv_cache_dtype.startswith("fp8"):
         says = "keep the cache in the model's own dtype (`--kv-cache-dtype auto`)"
         yield Action(description=says, gain=None, basis="estimated")

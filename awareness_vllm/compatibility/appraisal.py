@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from awareness_vllm.compatibility.advice import advice
-from awareness_vllm.compatibility.case import Case
+from awareness_vllm.compatibility.case import CheckContext
 from awareness_vllm.compatibility.estimate import at_tail, predict
 from awareness_vllm.compatibility.load_time.cost import load_times_s, target_memory_gb
 from awareness_vllm.compatibility.load_time.speed import saved
@@ -29,25 +29,25 @@ from awareness_vllm.wmatrix.certificate import TIERS, Certificate, Interval
 Known = tuple[Interval, Basis]
 
 
-def report(case: Case) -> CompatibilityReport:
+def report(check: CheckContext) -> CompatibilityReport:
     """Everything that is known of a case.
 
     Raises:
         BadInput: a kind of text that nobody published.
     """
-    interval, basis = expected(case) or (None, None)
-    dangers, certificate = risks(case), case.certificate
+    interval, basis = expected(check) or (None, None)
+    dangers, certificate = risks(check), check.certificate
     score = scored(interval, dangers)
-    level, recommendation = level_of(capped(score, facts(case)))
+    level, recommendation = level_of(capped(score, facts(check)))
     if basis is not None and basis.kind == "prior":
         recommendation += ", going by published figures that nobody here measured"
-    positional, positional_basis = positions(case) or (None, None)
-    times = load_times(case)
+    positional, positional_basis = positions(check) or (None, None)
+    times = load_times(check)
     return CompatibilityReport(
-        memory=case.subject.name,
-        source=case.subject.source.name,
-        target=case.target.name,
-        tokens=case.tokens,
+        memory=check.subject.name,
+        source=check.subject.source.name,
+        target=check.target.name,
+        tokens=check.tokens,
         compatibility_score=score,
         estimated_retention=interval.mean if interval else None,
         ci_low=interval.ci_low if interval else None,
@@ -55,42 +55,42 @@ def report(case: Case) -> CompatibilityReport:
         basis=basis,
         level=level,
         recommendation=recommendation,
-        facts=facts(case),
-        on_itself=case.found.retention if case.found else None,
-        head_mapping_quality=head_mapping(case),
+        facts=facts(check),
+        on_itself=check.found.retention if check.found else None,
+        head_mapping_quality=head_mapping(check),
         positional_compatibility=positional,
         positional_basis=positional_basis,
-        target_memory_gb=memory_gb(case),
+        target_memory_gb=memory_gb(check),
         estimated_load_time_s=times.get("cold"),
         load_times_s=times,
         risk_factors=dangers,
-        actions=advice(case, interval.mean if interval else None),
-        arms=arms(case),
+        actions=advice(check, interval.mean if interval else None),
+        conditions=conditions(check),
         curves=curves(certificate) if certificate else (),
         kinds=certificate.plans[0].kinds if certificate else {},
-        degradation=shares(case),
+        degradation=shares(check),
     )
 
 
-def expected(case: Case) -> Known | None:
+def expected(check: CheckContext) -> Known | None:
     """Retention and where it comes from; None where nobody knows.
 
     A memory's own last part is few tokens: where there is a certificate, it errs less
     (docs/fidelity-log.md), and the measurement stands beside it.
     """
-    if case.exact:
+    if check.exact:
         return COPIED, Basis(kind="exact", source="the same model: its states are copied")
-    if case.certificate is not None and case.entry is not None:
-        said = predict(case.certificate, case.tokens, case.config.tail, case.kind)
-        return said, Basis(kind="measured", source=str(case.entry), digest=case.entry.digest)
-    if case.found is not None and case.subject.manifest is not None:
-        digest = case.subject.manifest.payload
+    if check.certificate is not None and check.entry is not None:
+        said = predict(check.certificate, check.tokens, check.config.tail, check.kind)
+        return said, Basis(kind="measured", source=str(check.entry), digest=check.entry.digest)
+    if check.found is not None and check.subject.manifest is not None:
+        digest = check.subject.manifest.payload
         basis = Basis(kind="measured", source="its own last part", digest=digest)
-        return case.found.retention, basis
-    ends = find_name(case.subject.source.name), find_name(case.target.name)
+        return check.found.retention, basis
+    ends = find_name(check.subject.source.name), find_name(check.target.name)
     if ends[0] is None or ends[1] is None:
         return None
-    return published_retention(ends[0], ends[1], case.tokens, case.kind)
+    return published_retention(ends[0], ends[1], check.tokens, check.kind)
 
 
 def scored(retention: Interval | None, dangers: Sequence[RiskFactor]) -> float | None:
@@ -109,28 +109,28 @@ def capped(score: float | None, recalled: Interval | None) -> float | None:
     return min(score, LEVELS[tier - 1][0]) if tier else score
 
 
-def facts(case: Case) -> Interval | None:
+def facts(check: CheckContext) -> Interval | None:
     """Fact recall as a share of native."""
-    if case.exact:
+    if check.exact:
         return COPIED
-    return case.certificate.facts if case.certificate else None
+    return check.certificate.facts if check.certificate else None
 
 
-def head_mapping(case: Case) -> float | None:
+def head_mapping(check: CheckContext) -> float | None:
     """The overlap of attention distributions with native ones, a mean over layers."""
-    if case.exact:
+    if check.exact:
         return 1.0
-    if case.certificate is None or case.certificate.metrics is None:
+    if check.certificate is None or check.certificate.metrics is None:
         return None
-    return fmean(case.certificate.metrics.attention_fidelity)
+    return fmean(check.certificate.metrics.attention_fidelity)
 
 
-def positions(case: Case) -> tuple[float, Basis] | None:
+def positions(check: CheckContext) -> tuple[float, Basis] | None:
     """What is left after the conversion of positions, as published for such encodings. Of a map
     here it takes nothing by itself: positions are taken off and put on exactly."""
-    if case.exact:
+    if check.exact:
         return 1.0, Basis(kind="exact", source="positions stay as they are")
-    source, target = case.subject.source.geometry, case.target.geometry
+    source, target = check.subject.source.geometry, check.target.geometry
     if source is None or target is None:
         return None
     return published_positions(source, target)
@@ -149,36 +149,36 @@ def published_positions(source: Geometry, target: Geometry) -> tuple[float, Basi
     return 1 - fmean(impact), Basis(kind="prior", source=f"{schemes[0]} → {schemes[1]}, published")
 
 
-def memory_gb(case: Case) -> float | None:
+def memory_gb(check: CheckContext) -> float | None:
     """The KV cache that the memory takes, in 1e9 bytes."""
-    if case.target.geometry is None:
+    if check.target.geometry is None:
         return None
-    return target_memory_gb(case.target.geometry, case.tokens, case.config)
+    return target_memory_gb(check.target.geometry, check.tokens, check.config)
 
 
-def load_times(case: Case) -> dict[str, float]:
+def load_times(check: CheckContext) -> dict[str, float]:
     """Seconds by temperature, by what `awareness doctor` measured of this machine; nothing where
     it has not."""
-    calibration, size = saved(), case.subject.bytes
-    if case.target.geometry is None or calibration is None or size is None:
+    calibration, size = saved(), check.subject.bytes
+    if check.target.geometry is None or calibration is None or size is None:
         return {}
-    if not case.exact and case.entry is None:
+    if not check.exact and check.entry is None:
         return {}
     return load_times_s(
-        case.target.geometry,
-        case.tokens,
-        case.config,
+        check.target.geometry,
+        check.tokens,
+        check.config,
         calibration,
         package_bytes=size,
-        wmatrix=None if case.exact or case.entry is None else case.entry.manifest,
+        wmatrix=None if check.exact or check.entry is None else check.entry.manifest,
     )
 
 
-def arms(case: Case) -> dict[str, dict[str, float]]:
+def conditions(check: CheckContext) -> dict[str, dict[str, float]]:
     """The five arms: on the memory itself where it was measured, else the certificate's."""
-    if case.found is not None:
-        return {arm: {"nll": nll} for arm, nll in case.found.arms.items()}
-    return case.certificate.texts if case.certificate and not case.exact else {}
+    if check.found is not None:
+        return {arm: {"nll": nll} for arm, nll in check.found.conditions.items()}
+    return check.certificate.texts if check.certificate and not check.exact else {}
 
 
 def curves(certificate: Certificate) -> tuple[Curve, ...]:
@@ -195,7 +195,7 @@ def curves(certificate: Certificate) -> tuple[Curve, ...]:
     )
 
 
-def shares(case: Case) -> tuple[Share, ...]:
+def shares(check: CheckContext) -> tuple[Share, ...]:
     """What a naive conversion was measured to lose by. By the divergence from native predictions,
     which needs fewer texts than the surprise at what came."""
-    return case.degradation.shares(case.tokens, "kl") if case.degradation else ()
+    return check.degradation.shares(check.tokens, "kl") if check.degradation else ()

@@ -51,7 +51,7 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Case:
+class CheckContext:
     """A memory, a target and what lies between them.
 
     `tokens` are the memory's as the target counts them, or as the source does where nobody has
@@ -61,7 +61,7 @@ class Case:
     subject: Subject
     target: Model
     config: TargetConfig
-    shelf: Sequence[WMatrixEntry]
+    registry: Sequence[WMatrixEntry]
     tokens: int
     kind: str | None = None
     found: OnTheSpot | None = None
@@ -75,7 +75,7 @@ class Case:
     def entry(self) -> WMatrixEntry | None:
         """The W-Matrix that would realign it."""
         text = self.subject.manifest is None or self.subject.manifest.has_text
-        return map_between(self.shelf, self.subject.source, self.target, text=text)
+        return map_between(self.registry, self.subject.source, self.target, text=text)
 
     @property
     def certificate(self) -> Certificate | None:
@@ -88,7 +88,7 @@ class Case:
 
 
 def subject(
-    given: Listing | Package | str | Path, store: Path | None, shelf: Sequence[WMatrixEntry]
+    given: Listing | Package | str | Path, store: Path | None, registry: Sequence[WMatrixEntry]
 ) -> Subject:
     """The memory that somebody asks about: a listing, a package, its file or its ID.
 
@@ -110,7 +110,7 @@ def subject(
             expected="the name of a model, and how many tokens it read",
             remedy="give a package, its file or its ID instead",
         )
-    return Subject(str(getattr(given, "id", "a listing")), model(source, shelf), tokens)
+    return Subject(str(getattr(given, "id", "a listing")), model(source, registry), tokens)
 
 
 def of_manifest(manifest: Manifest, name: str, path: Path | None = None) -> Subject:
@@ -124,7 +124,7 @@ class OnTheSpot:
     of as much further text lies in: by chance alone, as it shows between stretches of the scored
     text. `context` and `scored` are tokens of the target."""
 
-    arms: dict[str, float]
+    conditions: dict[str, float]
     retention: Interval
     context: int
     scored: int

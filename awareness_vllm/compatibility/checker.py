@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from awareness_vllm.compatibility.appraisal import report
-from awareness_vllm.compatibility.case import Case, Listing, subject
+from awareness_vllm.compatibility.case import CheckContext, Listing, subject
 from awareness_vllm.compatibility.models import model
 from awareness_vllm.compatibility.report import CompatibilityReport
 from awareness_vllm.compatibility.target import TargetConfig
@@ -29,7 +29,7 @@ class MemoryCompatibilityChecker:
     def __init__(
         self, wmatrices: Sequence[str | Path] | None = None, *, store: Path | None = None
     ) -> None:
-        self.shelf = entries(wmatrices)
+        self.registry = entries(wmatrices)
         self.store = store
 
     def check(
@@ -66,20 +66,20 @@ class MemoryCompatibilityChecker:
             )
         given = package if memory_listing is None else memory_listing
         assert given is not None
-        about = subject(given, self.store, self.shelf)
-        case = Case(
+        about = subject(given, self.store, self.registry)
+        check = CheckContext(
             subject=about,
-            target=model(target_model, self.shelf),
+            target=model(target_model, self.registry),
             config=TargetConfig.read(target_config),
-            shelf=self.shelf,
+            registry=self.registry,
             tokens=about.tokens,
             kind=kind,
         )
-        if case.target.geometry is not None:
-            case.config.check(case.target.geometry)
+        if check.target.geometry is not None:
+            check.config.check(check.target.geometry)
         if measure:
             # Late: it loads models, and nothing else of a check needs torch.
             from awareness_vllm.compatibility.on_the_spot import measured
 
-            case = measured(case, given, target_model)
-        return report(case)
+            check = measured(check, given, target_model)
+        return report(check)

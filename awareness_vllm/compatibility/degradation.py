@@ -17,7 +17,7 @@ from awareness_vllm.compatibility.priors import published_shares
 from awareness_vllm.compatibility.report import REMAINDER, Share
 from awareness_vllm.evaluate.bootstrap import mean, share
 from awareness_vllm.files import write_whole
-from awareness_vllm.schema import Strict
+from awareness_vllm.schema import FrozenModel
 from awareness_vllm.wmatrix.certificate import Interval
 from awareness_vllm.wmatrix.registry import WMatrixEntry
 
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 SUFFIX = ".degradation.json"
 
 
-class Part(Strict):
+class Part(FrozenModel):
     """What was lost on some texts by one measure, in nats for each token scored.
 
     `loss` is that of the map with all constraints, a naive conversion: by how much it is worse
@@ -53,7 +53,7 @@ class Part(Strict):
     placed_shares: tuple[Share, ...]
 
 
-class Measures(Strict):
+class Measures(FrozenModel):
     """What was lost on some texts, by two measures.
 
     `nll` is of the tokens that came, as retention is; `kl` the divergence from what the target says
@@ -64,14 +64,14 @@ class Measures(Strict):
     kl: Part
 
 
-class Lost(Strict):
+class Lost(FrozenModel):
     """What was lost at one length of context: on all texts, and by the folder they came from."""
 
     all: Measures
     kinds: dict[str, Measures]
 
 
-class Degradation(Strict):
+class Degradation(FrozenModel):
     """What a W-Matrix's loss comes from, at each length of context in tokens.
 
     `wmatrix` is the digest of its file; `texts` that of the documents of which some were taken for

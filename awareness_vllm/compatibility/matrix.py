@@ -26,11 +26,11 @@ def matrix(paths: Sequence[Path] | None = None, *, priors: Iterable[Cell] = ()) 
     return of_shelf(entries(paths), priors)
 
 
-def of_shelf(shelf: Sequence[WMatrixEntry], priors: Iterable[Cell] = ()) -> Matrix:
+def of_shelf(registry: Sequence[WMatrixEntry], priors: Iterable[Cell] = ()) -> Matrix:
     """`matrix` of W-Matrices that have been read."""
-    names = names_of(g for e in shelf for g in (e.manifest.source, e.manifest.target))
+    names = names_of(g for e in registry for g in (e.manifest.source, e.manifest.target))
     pairs: defaultdict[tuple[str, str], list[WMatrixEntry]] = defaultdict(list)
-    for entry in shelf:
+    for entry in registry:
         ends = (entry.manifest.source, entry.manifest.target)
         pairs[names[fingerprint(ends[0])], names[fingerprint(ends[1])]].append(entry)
     cells = [*(cell(*pair, best(found)) for pair, found in pairs.items()), *priors]

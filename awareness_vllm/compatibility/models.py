@@ -21,7 +21,7 @@ class Model:
     geometry: Geometry | None
 
 
-def model(given: str | Path, shelf: Sequence[WMatrixEntry]) -> Model:
+def model(given: str | Path, registry: Sequence[WMatrixEntry]) -> Model:
     """A model by its folder or a name.
 
     Raises:
@@ -31,12 +31,12 @@ def model(given: str | Path, shelf: Sequence[WMatrixEntry]) -> Model:
     if is_model_folder(given):
         geometry = geometry_of(given)
         return Model(geometry.name, geometry)
-    known = ends(shelf)
+    known = ends(registry)
     found = [geometry for geometry in known if geometry.name == str(given)]
     if len(found) > 1:
         raise BadInput(
             f"{len(found)} models of the W-Matrices are named {str(given)!r}",
-            found="; ".join(map(str, shelf)),
+            found="; ".join(map(str, registry)),
             remedy="give the model's folder",
         )
     if found:
@@ -52,12 +52,12 @@ def same(source: Model, target: Model) -> bool:
 
 
 def map_between(
-    shelf: Sequence[WMatrixEntry], source: Model, target: Model, *, text: bool = True
+    registry: Sequence[WMatrixEntry], source: Model, target: Model, *, text: bool = True
 ) -> WMatrixEntry | None:
     """The best W-Matrix from one to the other, certified if any is."""
     if source.geometry is None or target.geometry is None:
         return None
     try:
-        return leading(shelf, source.geometry, target.geometry, text=text)
+        return leading(registry, source.geometry, target.geometry, text=text)
     except NoWMatrix:
         return None

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from awareness_vllm.compatibility.case import Case, OnTheSpot, Subject
+from awareness_vllm.compatibility.case import CheckContext, OnTheSpot, Subject
 from awareness_vllm.errors import BadInput, PackageCorrupt
 from awareness_vllm.evaluate.bootstrap import retention
-from awareness_vllm.evaluate.conditions import Bench, surprise, tail_arm
+from awareness_vllm.evaluate.conditions import EvalHarness, tail_condition, token_nll
 from awareness_vllm.models.describe import resolve_folder
 from awareness_vllm.models.tokens import load_tokenizer, tokenize
 from awareness_vllm.packages.file import Package, beginning, read, verify
@@ -34,7 +34,7 @@ STRETCH = 16
 """Tokens that are resampled together: neighbours are alike."""
 
 
-def measured(case: Case, given: object, target: str | Path) -> Case:
+def measured(check: CheckContext, given: object, target: str | Path) -> CheckContext:
     """The case with what its memory's own last part says.
 
     Args:
@@ -43,20 +43,20 @@ def measured(case: Case, given: object, target: str | Path) -> Case:
     Raises:
         BadInput: nothing that can be measured, or nothing to measure it with.
     """
-    memory = verify(case.subject.path) if case.subject.path else given
-    reachable = case.target.geometry is not None and (case.exact or case.entry is not None)
+    memory = verify(check.subject.path) if check.subject.path else given
+    reachable = check.target.geometry is not None and (check.exact or check.entry is not None)
     if not isinstance(memory, Package) or not reachable:
         raise BadInput(
             "there is nothing to measure",
-            found=f"{case.subject.name}, for {case.target.name}",
+            found=f"{check.subject.name}, for {check.target.name}",
             expected="a package, the target's folder, and a W-Matrix between the two models",
             remedy="check without measuring, or fit a W-Matrix with `awareness fit`",
         )
-    wmatrix = None if case.exact or case.entry is None else load(case.entry.path)
-    tail = 0 if wmatrix is None else case.config.tail
-    wrong = another(case.subject)
+    wmatrix = None if check.exact or check.entry is None else load(check.entry.path)
+    tail = 0 if wmatrix is None else check.config.tail
+    wrong = another(check.subject)
     found = measure(memory, wmatrix, resolve_folder(target), tail, wrong)
-    return replace(case, found=found)
+    return replace(check, found=found)
 
 
 def another(subject: Subject) -> Package | None:
@@ -90,26 +90,26 @@ def measure(
     Raises:
         BadInput: a memory without text, or too short; one that is worth nothing for its own end.
     """
-    return measure_with(Bench(None, Path(target), wmatrix), package, tail, other)
+    return measure_with(EvalHarness(None, Path(target), wmatrix), package, tail, other)
 
 
 def measure_with(
-    bench: Bench, package: Package, tail: int = 0, other: Package | None = None
+    harness: EvalHarness, package: Package, tail: int = 0, other: Package | None = None
 ) -> OnTheSpot:
     """`measure` with models that are loaded already."""
-    first, ids = parted(bench, package)
-    logprobs = bench.arms(first, other, ids, len(ids) - 1, (tail,) if tail else ())
-    nll = {arm: surprise(found, ids).numpy() for arm, found in logprobs.items()}
-    served = nll[tail_arm(tail)]
+    first, ids = parted(harness, package)
+    logprobs = harness.conditions(first, other, ids, len(ids) - 1, (tail,) if tail else ())
+    nll = {arm: token_nll(found, ids).numpy() for arm, found in logprobs.items()}
+    served = nll[tail_condition(tail)]
     return OnTheSpot(
-        arms={arm: float(values.mean()) for arm, values in nll.items()},
+        conditions={arm: float(values.mean()) for arm, values in nll.items()},
         retention=further(retention(*map(stretches, (nll["native"], served, nll["none"])))),
-        context=len(bench.ids(first.text)),
+        context=len(harness.ids(first.text)),
         scored=len(ids) - 1,
     )
 
 
-def parted(bench: Bench, package: Package) -> tuple[Package, list[int]]:
+def parted(harness: EvalHarness, package: Package) -> tuple[Package, list[int]]:
     """A memory's first part, and the target's ids of the rest (one to start from)."""
     scored = min(MOST, int(package.manifest.tokens * LAST))
     if not package.manifest.has_text or scored < LEAST:
@@ -122,7 +122,7 @@ def parted(bench: Bench, package: Package) -> tuple[Package, list[int]]:
         )
     first = beginning(package, package.manifest.tokens - scored)
     rest = package.text[len(first.text) :]
-    return first, tokenize(load_tokenizer(str(bench.target)), rest).ids
+    return first, tokenize(load_tokenizer(str(harness.target)), rest).ids
 
 
 def further(found: dict[str, float]) -> Interval:

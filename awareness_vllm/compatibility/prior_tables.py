@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from awareness_vllm.schema import Strict
+from awareness_vllm.schema import FrozenModel
 
 FILE = Path(__file__).with_name("priors.json")
 
@@ -29,7 +29,7 @@ Class = Literal["same", "similar", "different"]
 Scheme = Literal["rope", "learned", "alibi"]
 
 
-class Pairs(Strict):
+class Pairs(FrozenModel):
     """Retention by source (rows) and target (columns, in the order of `models`)."""
 
     source: str
@@ -51,21 +51,21 @@ class Pairs(Strict):
         return self.rows[source][self.models.index(target)]
 
 
-class Ranges(Strict):
+class Ranges(FrozenModel):
     """Published ranges by name."""
 
     source: str
     ranges: dict[str, Range]
 
 
-class Tiers(Strict):
+class Tiers(FrozenModel):
     """Retention that is expected of maps of tiers 1 to 4."""
 
     source: str
     ranges: tuple[Range, ...]
 
 
-class Lengths(Strict):
+class Lengths(FrozenModel):
     """Retention by tokens of context, for architectures of each class."""
 
     source: str
@@ -87,7 +87,7 @@ class Lengths(Strict):
         ]
 
 
-class Conversion(Strict):
+class Conversion(FrozenModel):
     """What is lost on the way from one positional scheme to another; `window` is the source's."""
 
     source: Scheme
@@ -97,21 +97,21 @@ class Conversion(Strict):
     method: str
 
 
-class Conversions(Strict):
+class Conversions(FrozenModel):
     """The conversions that somebody published a figure for."""
 
     source: str
     rows: tuple[Conversion, ...]
 
 
-class Shares(Strict):
+class Shares(FrozenModel):
     """Sources of degradation and their shares of the whole loss."""
 
     source: str
     shares: dict[str, Fraction]
 
 
-class Architecture(Strict):
+class Architecture(FrozenModel):
     """What is published of a model's shape; `estimated` names the fields that are a guess."""
 
     hidden_size: int
@@ -124,21 +124,21 @@ class Architecture(Strict):
     estimated: tuple[Literal["hidden_size", "heads", "layers", "vocabulary"], ...]
 
 
-class Architectures(Strict):
+class Architectures(FrozenModel):
     """Shapes of models that are known by name."""
 
     source: str
     models: dict[str, Architecture]
 
 
-class Aliases(Strict):
+class Aliases(FrozenModel):
     """Other names of published models, to the names that the tables have."""
 
     source: str
     names: dict[str, str]
 
 
-class Tables(Strict):
+class Tables(FrozenModel):
     """The whole file."""
 
     memory: Pairs

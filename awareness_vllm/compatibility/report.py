@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from awareness_vllm.schema import Strict
+from awareness_vllm.schema import FrozenModel
 from awareness_vllm.wmatrix.certificate import Interval
 
 Impact = Literal["low", "medium", "high"]
@@ -33,7 +33,7 @@ UNUSABLE = "it cannot be loaded"
 """What a risk says that leaves nothing to estimate."""
 
 
-class Basis(Strict):
+class Basis(FrozenModel):
     """Where a figure comes from.
 
     "exact": the same model, a copy. "measured": in five arms, by the certificate of the W-Matrix
@@ -46,14 +46,14 @@ class Basis(Strict):
     digest: str | None = None
 
 
-class RiskFactor(Strict):
+class RiskFactor(FrozenModel):
     """What may make the memory worth less than the estimate says, or unusable."""
 
     description: str
     impact: Impact
 
 
-class Action(Strict):
+class Action(FrozenModel):
     """What would raise retention, by how much (None: nobody knows), and how that is known."""
 
     description: str
@@ -61,7 +61,7 @@ class Action(Strict):
     basis: Literal["measured", "estimated"]
 
 
-class Share(Strict):
+class Share(FrozenModel):
     """One source of degradation: its share of what a naive conversion loses, negative where lifting
     that constraint does harm, beside the published one (a prior). The REMAINDER, which no
     constraint explains, has none; with it the shares add up to 1."""
@@ -71,7 +71,7 @@ class Share(Strict):
     prior: float | None
 
 
-class Curve(Strict):
+class Curve(FrozenModel):
     """Retention by tokens of context, of the map with `tail` tokens read natively."""
 
     tail: int
@@ -79,7 +79,7 @@ class Curve(Strict):
     retention: tuple[Interval, ...]
 
 
-class CompatibilityReport(Strict):
+class CompatibilityReport(FrozenModel):
     """What a memory would be on a target. Figures that nobody knows are None.
 
     `estimated_retention` lies within `ci_low` … `ci_high` for 95 % of memories like this one where
@@ -111,7 +111,7 @@ class CompatibilityReport(Strict):
     load_times_s: dict[str, float] = Field(default_factory=dict)
     risk_factors: tuple[RiskFactor, ...] = ()
     actions: tuple[Action, ...] = ()
-    arms: dict[str, dict[str, float]] = Field(default_factory=dict)
+    conditions: dict[str, dict[str, float]] = Field(default_factory=dict)
     curves: tuple[Curve, ...] = ()
     kinds: dict[str, Interval] = Field(default_factory=dict)
     degradation: tuple[Share, ...] = ()
@@ -122,7 +122,7 @@ class CompatibilityReport(Strict):
         return None if self.ci_low is None or self.ci_high is None else (self.ci_low, self.ci_high)
 
 
-class Estimate(Strict):
+class Estimate(FrozenModel):
     """What a W-Matrix keeps in general: the published fields of `CompatibilityChecker`.
 
     `alignment_quality` is the mean cosine of aligned states to the target's own;
@@ -143,7 +143,7 @@ class Estimate(Strict):
     recommendation: str
 
 
-class Cell(Strict):
+class Cell(FrozenModel):
     """One pair of models in the compatibility matrix; nothing known where `basis` is None."""
 
     source: str
@@ -152,7 +152,7 @@ class Cell(Strict):
     basis: Basis | None
 
 
-class Matrix(Strict):
+class Matrix(FrozenModel):
     """Every source with every target: what was measured, and what was published."""
 
     sources: tuple[str, ...]

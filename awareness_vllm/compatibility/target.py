@@ -10,7 +10,7 @@ from pydantic import Field, StrictFloat, StrictInt, StrictStr, ValidationError
 
 from awareness_vllm.errors import BadInput
 from awareness_vllm.models.geometry import Geometry
-from awareness_vllm.schema import Strict
+from awareness_vllm.schema import FrozenModel
 from awareness_vllm.wmatrix.certificate import TAIL
 
 CacheDtype = Literal["auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2"]
@@ -30,7 +30,7 @@ bits the weights have, vLLM's cache is in that dtype unless `kv_cache_dtype` say
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
 
 
-class TargetConfig(Strict):
+class TargetConfig(FrozenModel):
     """What a target's server is started with; every field may be left out.
 
     `quantization` is that of the weights, a key of QUANTIZATIONS. `kv_cache_dtype` has vLLM's

@@ -40,7 +40,7 @@ class CompatibilityChecker:
     """
 
     def __init__(self, wmatrices: Sequence[str | Path] | None = None) -> None:
-        self.shelf = entries(wmatrices)
+        self.registry = entries(wmatrices)
 
     def estimate(
         self,
@@ -75,13 +75,13 @@ class CompatibilityChecker:
             )
         given = vector_listing.source_model if vector_listing is not None else source_model
         assert given is not None
-        source, target = model(given, self.shelf), model(target_model, self.shelf)
+        source, target = model(given, self.registry), model(target_model, self.registry)
         config = TargetConfig.read(target_config)
         if target.geometry is not None:
             config.check(target.geometry)
         if same(source, target):
             return _copy(source, target)
-        entry = map_between(self.shelf, source, target)
+        entry = map_between(self.registry, source, target)
         if entry is not None and entry.certificate is not None:
             return _certified(source, target, entry, entry.certificate)
         published = _published(source, target, vectors=vector_listing is not None)

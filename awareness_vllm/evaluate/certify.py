@@ -11,7 +11,7 @@ import numpy as np
 
 from awareness_vllm.anchors.corpus import Document, digest
 from awareness_vllm.evaluate.bootstrap import mean
-from awareness_vllm.evaluate.conditions import Bench, tail_arm
+from awareness_vllm.evaluate.conditions import EvalHarness, tail_condition
 from awareness_vllm.evaluate.evaluate import (
     CaseFigures,
     TextFigures,
@@ -66,10 +66,10 @@ def certify(
         lengths: tokens of context to measure retention at besides `context`; texts that are too
             short are read in a row.
     """
-    bench = Bench(Path(source), Path(target), wmatrix)
+    harness = EvalHarness(Path(source), Path(target), wmatrix)
     measured = {
         length: evaluate_texts(
-            bench,
+            harness,
             texts if length == context else joined(texts, length + continuation),
             context=length,
             continuation=continuation,
@@ -80,10 +80,10 @@ def certify(
         for length in sorted({context, *lengths})
     }
     on_cases = evaluate_cases(
-        bench, cases, limit=limit, tails=tails(wmatrix, context), progress=progress
+        harness, cases, limit=limit, tails=tails(wmatrix, context), progress=progress
     )
     mapped = map_flop(wmatrix)
-    native = {length: prefill_flop(bench.target_model, length) for length in measured}
+    native = {length: prefill_flop(harness.target_model, length) for length in measured}
     plans = [
         plan(
             length,
@@ -97,8 +97,8 @@ def certify(
     ]
     metrics = None
     if wmatrix.manifest.reads_tokens:
-        cuts = cut_evenly(bench, texts, context, continuation, METRIC_TEXTS)
-        metrics = measure(bench, [(text, ids) for _, text, ids in cuts])
+        cuts = cut_evenly(harness, texts, context, continuation, METRIC_TEXTS)
+        metrics = measure(harness, [(text, ids) for _, text, ids in cuts])
     protocol = Protocol(
         texts=digest(texts),
         cases=digest(as_documents(cases)),
@@ -128,8 +128,8 @@ def certificate(
     facts = cases.recall()
     return Certificate(
         protocol=protocol,
-        texts=on_texts["arms"],
-        cases=on_cases["arms"],
+        texts=on_texts["conditions"],
+        cases=on_cases["conditions"],
         metrics=metrics,
         retention=on_texts["retention"],
         margin=mean(texts.nll("tokens_only") - texts.nll("memory")),
@@ -158,7 +158,7 @@ def plan(
     context: int, tail: int, cost: float, texts: TextFigures, cases: CaseFigures | None
 ) -> Plan:
     """What was measured of one way to load."""
-    arm = tail_arm(tail)
+    arm = tail_condition(tail)
     kinds = rows_by([name.split("/")[0] for name in texts.names])
     return Plan(
         context=context,
@@ -166,8 +166,8 @@ def plan(
         cost=cost,
         retention=Interval(**texts.retention(arm)),
         kinds={kind: Interval(**texts.retention(arm, rows)) for kind, rows in kinds.items()},
-        top1=texts.arms[arm][:, 2].mean(),
-        tokens_only=Interval(**texts.retention(tail_arm(tail, "tokens_only"))),
+        top1=texts.conditions[arm][:, 2].mean(),
+        tokens_only=Interval(**texts.retention(tail_condition(tail, "tokens_only"))),
         facts=Interval(**cases.recall(arm)) if cases else None,
     )
 

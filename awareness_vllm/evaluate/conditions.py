@@ -27,11 +27,11 @@ from awareness_vllm.wmatrix.file import WMatrix
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ARMS = ("native", "memory", "tokens_only", "wrong_memory", "none")
+CONDITIONS = ("native", "memory", "tokens_only", "wrong_memory", "none")
 
 
 @dataclass
-class Bench:
+class EvalHarness:
     """Both models and the map between them; without a map, source and target must be one model.
     Without a source nothing is captured: packages are there already."""
 
@@ -92,11 +92,11 @@ class Bench:
             self.recent[text] = capture(folder, text, model=self.source_model)
         return self.recent[text]
 
-    def memory(self, package: Package, *, blank: bool = False) -> AlignedMemory:
+    def memory(self, package: Package, *, masked: bool = False) -> AlignedMemory:
         if self.wmatrix is None:
             return copy(package)
         embed = self.target_model.get_input_embeddings()
-        return realign(package, self.wmatrix, self.target, embed, dtype=self.dtype, blank=blank)
+        return realign(package, self.wmatrix, self.target, embed, dtype=self.dtype, masked=masked)
 
     def ids(self, text: str) -> list[int]:
         """The target's ids of a context: the sink (or its own prefix) and the text's tokens."""
@@ -124,7 +124,7 @@ class Bench:
         logits = last_logits(self.target_model, ids, scored + 1, **after(memory, ids))
         return logits[:-1].float().log_softmax(-1)
 
-    def arms(
+    def conditions(
         self,
         package: Package,
         other: Package | None,
@@ -148,15 +148,15 @@ class Bench:
         if other is not None:
             memories["wrong_memory"] = self.memory(other)
         if self.wmatrix is not None:
-            memories["tokens_only"] = self.memory(package, blank=True)
+            memories["tokens_only"] = self.memory(package, masked=True)
         found = {arm: self.logprobs(memory, ids, scored) for arm, memory in memories.items()}
         for tail in tails:
             for arm in {"memory", "tokens_only"} & memories.keys():
-                found[tail_arm(tail, arm)] = self.logprobs(memories[arm], ids, scored, tail)
+                found[tail_condition(tail, arm)] = self.logprobs(memories[arm], ids, scored, tail)
         return found
 
 
-def tail_arm(tail: int, arm: str = "memory") -> str:
+def tail_condition(tail: int, arm: str = "memory") -> str:
     """The name of an arm whose last `tail` tokens are read natively."""
     return f"{arm}_tail_{tail}" if tail else arm
 
@@ -180,11 +180,11 @@ def after(memory: AlignedMemory, ids: Sequence[int]) -> dict[str, Any]:
     return {"past_key_values": cache, "position_ids": positions}
 
 
-def surprise(logprobs: Tensor, ids: Sequence[int]) -> Tensor:
+def token_nll(logprobs: Tensor, ids: Sequence[int]) -> Tensor:
     """Nats of each id but the first, [T - 1], by `logprobs` [T - 1, V]."""
     return -logprobs.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
 
 
-def divergence(native: Tensor, logprobs: Tensor) -> Tensor:
+def kl_divergence(native: Tensor, logprobs: Tensor) -> Tensor:
     """KL from native predictions [T, V] for each token, [T]."""
     return (native.exp() * (native - logprobs)).sum(-1)

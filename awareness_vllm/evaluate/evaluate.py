@@ -15,7 +15,7 @@ from tqdm import tqdm
 from awareness_vllm.anchors.corpus import Document
 from awareness_vllm.errors import BadInput
 from awareness_vllm.evaluate.bootstrap import retention, share
-from awareness_vllm.evaluate.conditions import ARMS, Bench, divergence, surprise
+from awareness_vllm.evaluate.conditions import CONDITIONS, EvalHarness, kl_divergence, token_nll
 from awareness_vllm.models.tokens import load_tokenizer, tokenize
 
 Item = TypeVar("Item")
@@ -31,10 +31,10 @@ class TextFigures:
     `names` are the texts'."""
 
     names: list[str]
-    arms: dict[str, np.ndarray]
+    conditions: dict[str, np.ndarray]
 
     def nll(self, arm: str) -> np.ndarray:
-        return self.arms[arm][:, 0]
+        return self.conditions[arm][:, 0]
 
     def retention(self, arm: str = "memory", rows: np.ndarray | None = None) -> dict[str, float]:
         """An arm's retention over all documents, or over some `rows` of them."""
@@ -43,9 +43,9 @@ class TextFigures:
 
     def summary(self) -> dict[str, Any]:
         """Means of each arm, and retention with its interval."""
-        tails = [arm for arm in self.arms if arm not in ARMS]
+        tails = [arm for arm in self.conditions if arm not in CONDITIONS]
         return {
-            "arms": means(self.arms, ("nll", "kl", "top1")),
+            "conditions": means(self.conditions, ("nll", "kl", "top1")),
             "retention": self.retention(),
             "tails": {arm: self.retention(arm) for arm in tails},
             "n": len(self.names),
@@ -53,7 +53,7 @@ class TextFigures:
 
 
 def evaluate_texts(
-    bench: Bench,
+    harness: EvalHarness,
     documents: Sequence[Document],
     *,
     context: int = 300,
@@ -70,7 +70,7 @@ def evaluate_texts(
     Raises:
         BadInput: fewer than two texts are long enough (the wrong-memory arm needs another).
     """
-    cuts = cut_evenly(bench, documents, context, continuation, limit)
+    cuts = cut_evenly(harness, documents, context, continuation, limit)
     if len(cuts) < 2:
         raise BadInput(
             "too few texts to evaluate on",
@@ -83,10 +83,12 @@ def evaluate_texts(
     for i, wrong in tqdm(paired(len(cuts)), desc="five arms", disable=not progress):
         name, text, ids = cuts[i]
         names.append(name)
-        wrong_memory = bench.package(cuts[wrong][1])
-        arms = bench.arms(bench.package(text), wrong_memory, ids, continuation, tails)
-        native = arms["native"]
-        for arm, logprobs in arms.items():
+        wrong_memory = harness.package(cuts[wrong][1])
+        conditions = harness.conditions(
+            harness.package(text), wrong_memory, ids, continuation, tails
+        )
+        native = conditions["native"]
+        for arm, logprobs in conditions.items():
             rows.setdefault(arm, []).append(measures(native, logprobs, ids))
     return TextFigures(names, {arm: np.array(figures) for arm, figures in rows.items()})
 
@@ -99,18 +101,22 @@ def measures(native: Tensor, logprobs: Tensor, ids: Sequence[int]) -> tuple[floa
         ids: T + 1, the one to start from first.
     """
     top1 = (native.argmax(-1) == logprobs.argmax(-1)).float()
-    nll, kl = surprise(logprobs, ids), divergence(native, logprobs)
+    nll, kl = token_nll(logprobs, ids), kl_divergence(native, logprobs)
     return nll.mean().item(), kl.mean().item(), top1.mean().item()
 
 
 def cut_evenly(
-    bench: Bench, documents: Sequence[Document], context: int, continuation: int, limit: int | None
+    harness: EvalHarness,
+    documents: Sequence[Document],
+    context: int,
+    continuation: int,
+    limit: int | None,
 ) -> list[Cut]:
     """The cuts of at most `limit` documents that are long enough, spread evenly over them."""
     cuts = [
         (document.name, *cut)
         for document in documents
-        if (cut := _cut(bench, document.text, context, continuation))
+        if (cut := _cut(harness, document.text, context, continuation))
     ]
     return evenly(cuts, limit)
 
@@ -121,12 +127,12 @@ class CaseFigures:
     `kinds` are the kinds of the facts asked for, `distances` how many tokens before the context's
     end each was last stated."""
 
-    arms: dict[str, np.ndarray]
+    conditions: dict[str, np.ndarray]
     kinds: list[str]
     distances: list[int]
 
     def exact(self, arm: str) -> np.ndarray:
-        return self.arms[arm][:, 0]
+        return self.conditions[arm][:, 0]
 
     def recall(self, arm: str = "memory", rows: np.ndarray | None = None) -> dict[str, float]:
         """An arm's exact match as a share of native, over all cases or over some `rows` of them."""
@@ -136,14 +142,14 @@ class CaseFigures:
     def summary(self) -> dict[str, Any]:
         """Means of each arm."""
         return {
-            "arms": means(self.arms, ("exact_match", "logprob")),
-            "tails": {arm: self.recall(arm) for arm in self.arms if arm not in ARMS},
+            "conditions": means(self.conditions, ("exact_match", "logprob")),
+            "tails": {arm: self.recall(arm) for arm in self.conditions if arm not in CONDITIONS},
             "n": len(self.kinds),
         }
 
 
 def evaluate_cases(
-    bench: Bench,
+    harness: EvalHarness,
     cases: Sequence[dict[str, str]],
     *,
     limit: int | None = None,
@@ -154,7 +160,7 @@ def evaluate_cases(
     cases = evenly(cases, limit)
     if len(cases) < 2:
         raise BadInput("too few cases", found=len(cases), expected="at least 2")
-    tokenizer = load_tokenizer(str(bench.target))
+    tokenizer = load_tokenizer(str(harness.target))
     rows: dict[str, list[tuple[float, float]]] = {}
     distances = [distance(tokenizer, case["context"], case["answer"]) for case in cases]
     for i, case in enumerate(tqdm(cases, desc="five arms", disable=not progress)):
@@ -164,10 +170,12 @@ def evaluate_cases(
         other = next(
             c for c in (*cases[i - 1 :: -1], *cases[::-1]) if c["context"] != case["context"]
         )
-        wrong = bench.package(other["context"])
-        arms = bench.arms(bench.package(case["context"]), wrong, tokens.ids, scored, tails)
+        wrong = harness.package(other["context"])
+        conditions = harness.conditions(
+            harness.package(case["context"]), wrong, tokens.ids, scored, tails
+        )
         labels = torch.tensor(tokens.ids[-scored:])
-        for arm, logprobs in arms.items():
+        for arm, logprobs in conditions.items():
             exact = bool((logprobs.argmax(-1) == labels).all())
             rows.setdefault(arm, []).append(
                 (float(exact), logprobs.gather(1, labels[:, None]).sum().item())
@@ -185,11 +193,11 @@ def distance(tokenizer: Tokenizer, context: str, answer: str) -> int:
     return len(tokenize(tokenizer, rest).ids) if mention and rest else 0
 
 
-def means(arms: dict[str, np.ndarray], names: Sequence[str]) -> dict[str, dict[str, float]]:
+def means(conditions: dict[str, np.ndarray], names: Sequence[str]) -> dict[str, dict[str, float]]:
     """Each arm's means over documents, under the figures' names."""
     return {
-        arm: dict(zip(names, arms[arm].mean(0).tolist(), strict=True))
-        for arm in sorted(arms, key=lambda arm: (*ARMS, arm).index(arm))
+        arm: dict(zip(names, conditions[arm].mean(0).tolist(), strict=True))
+        for arm in sorted(conditions, key=lambda arm: (*CONDITIONS, arm).index(arm))
     }
 
 
@@ -226,9 +234,11 @@ def evenly(items: Sequence[Item], limit: int | None) -> list[Item]:
     return [items[i * len(items) // limit] for i in range(limit)]
 
 
-def _cut(bench: Bench, text: str, context: int, continuation: int) -> tuple[str, list[int]] | None:
+def _cut(
+    harness: EvalHarness, text: str, context: int, continuation: int
+) -> tuple[str, list[int]] | None:
     """A context of so many target tokens, and the ids that follow it (one to start from)."""
-    tokens = tokenize(load_tokenizer(str(bench.target)), text)
+    tokens = tokenize(load_tokenizer(str(harness.target)), text)
     if len(tokens.ids) < context + continuation + 1:
         return None
     end = int(tokens.spans[context - 1, 1])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from awareness_vllm.align.realign import AlignedMemory
-from awareness_vllm.evaluate.conditions import Bench, after
+from awareness_vllm.evaluate.conditions import EvalHarness, after
 from awareness_vllm.wmatrix.certificate import Metrics
 
 if TYPE_CHECKING:
@@ -25,17 +25,17 @@ STABLE = 10.0
 """Gradients are stable while their norm is within this factor of the native ones'."""
 
 
-def measure(bench: Bench, cuts: Sequence[tuple[str, list[int]]]) -> Metrics:
+def measure(harness: EvalHarness, cuts: Sequence[tuple[str, list[int]]]) -> Metrics:
     """Measure on pairs of a context and the ids that follow it."""
     cosines, overlaps, ratios = [], [], []
     for context, ids in cuts:
-        memory = bench.memory(bench.package(context))
-        native = bench.native(memory.ids)
-        sink = bench.sink()
+        memory = harness.memory(harness.package(context))
+        native = harness.native(memory.ids)
+        sink = harness.sink()
         cosines.append(cosine(memory, native, sink))
-        ours, theirs = (attention(bench.target_model, m, ids) for m in (memory, native))
+        ours, theirs = (attention(harness.target_model, m, ids) for m in (memory, native))
         overlaps.append(overlap(ours, theirs))
-        norms = [gradient_norm(bench.target_model, m, ids) for m in (memory, native)]
+        norms = [gradient_norm(harness.target_model, m, ids) for m in (memory, native)]
         ratios.append(norms[0] / norms[1] if norms[1] else math.nan)
     return Metrics(
         semantic_preservation=tuple(torch.stack(cosines).mean(0).tolist()),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from awareness_vllm.anchors.corpus import Document
 from awareness_vllm.errors import BadInput
-from awareness_vllm.evaluate.conditions import Bench
+from awareness_vllm.evaluate.conditions import EvalHarness
 from awareness_vllm.evaluate.evaluate import evaluate_texts
 from awareness_vllm.files import models_dir
 from awareness_vllm.models.describe import geometry_of
@@ -97,7 +97,7 @@ class WMatrixMonitor:
         if not self.texts:
             raise BadInput("no texts to measure on", expected="the certificate's own")
         figures = evaluate_texts(
-            Bench(folders[0], folders[1], wmatrix),
+            EvalHarness(folders[0], folders[1], wmatrix),
             self.texts,
             context=found.protocol.context,
             continuation=found.protocol.continuation,

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from awareness_vllm.fit.checkpoint import Workspace
-from awareness_vllm.fit.lessons import Lesson, Lessons
+from awareness_vllm.fit.checkpoint import Checkpoint
+from awareness_vllm.fit.examples import CalibrationExample, CalibrationExamples
 from awareness_vllm.fit.reader import Reader
+from awareness_vllm.models.build_cache import build_cache
 from awareness_vllm.models.hf import last_logits
-from awareness_vllm.models.inject import inject
 from awareness_vllm.wmatrix.features import split_states
 from awareness_vllm.wmatrix.file import WMatrix
 
@@ -75,7 +75,7 @@ class Training:
         best = {name: part.detach().clone() for name, part in parts.items()}
         return cls(parts, optimizer, best, [])
 
-    def save(self, work: Workspace) -> None:
+    def save(self, work: Checkpoint) -> None:
         tensors = {f"best.{name}": tensor for name, tensor in self.best.items()}
         for name, part in self.parts.items():
             tensors[f"part.{name}"] = part.detach()
@@ -86,7 +86,7 @@ class Training:
         note = {"step": self.step, "updates": max(updates, default=0), "scores": self.scores}
         work.save("calibration", tensors, note)
 
-    def resume(self, work: Workspace) -> None:
+    def resume(self, work: Checkpoint) -> None:
         """Go on where a killed run's last save left off, if there is one."""
         if (kept := work.load("calibration")) is None:
             return
@@ -116,10 +116,10 @@ class Training:
 
 def calibrate(
     wmatrix: WMatrix,
-    lessons: Lessons,
-    held_out: Lessons,
+    examples: CalibrationExamples,
+    held_out: CalibrationExamples,
     config: CalibrationConfig,
-    work: Workspace,
+    work: Checkpoint,
     *,
     progress: bool = True,
 ) -> tuple[WMatrix, list[float]]:
@@ -131,7 +131,7 @@ def calibrate(
     """
     training = Training.start(wmatrix)
     training.resume(work)
-    reader, total = lessons.reader, config.epochs * len(lessons)
+    reader, total = examples.reader, config.epochs * len(examples)
     spread = [getattr(wmatrix, name).float().std().item() for name in PARTS]
     if len(held_out) and not training.scores:
         training.judge(judged(wmatrix, reader, training.parts, held_out))
@@ -143,18 +143,18 @@ def calibrate(
             training.optimizer.param_groups, spread, SHARES, strict=True
         ):
             group["lr"] = rate * scale * share
-        epoch, place = divmod(training.step, len(lessons))
-        batch = _order(len(lessons), epoch, config.seed)[place : place + config.batch]
+        epoch, place = divmod(training.step, len(examples))
+        batch = _order(len(examples), epoch, config.seed)[place : place + config.batch]
         training.optimizer.zero_grad()
         for index in batch:
-            loss = divergence(wmatrix, reader, training.parts, lessons[index])
+            loss = kl_divergence(wmatrix, reader, training.parts, examples[index])
             (loss / len(batch)).backward()
             losses.append(loss.item())
         training.optimizer.step()
         training.step += len(batch)
         bar.update(len(batch))
         bar.set_postfix(kl=f"{sum(losses[-20:]) / len(losses[-20:]):.3f}")
-        if len(held_out) and training.step % len(lessons) == 0:
+        if len(held_out) and training.step % len(examples) == 0:
             training.judge(judged(wmatrix, reader, training.parts, held_out))
             bar.write(f"epoch {epoch + 1}: divergence on held-out texts {training.scores[-1]:.4f}")
             if training.is_stuck(config.patience):
@@ -177,14 +177,18 @@ def schedule(step: int, total: int, warm_up: int) -> float:
 
 
 @torch.no_grad()
-def judged(wmatrix: WMatrix, reader: Reader, parts: dict[str, Tensor], lessons: Lessons) -> float:
+def judged(
+    wmatrix: WMatrix, reader: Reader, parts: dict[str, Tensor], examples: CalibrationExamples
+) -> float:
     """The mean divergence over lessons."""
-    scores = [divergence(wmatrix, reader, parts, lessons[i]).item() for i in range(len(lessons))]
+    scores = [
+        kl_divergence(wmatrix, reader, parts, examples[i]).item() for i in range(len(examples))
+    ]
     return sum(scores) / len(scores)
 
 
-def divergence(
-    wmatrix: WMatrix, reader: Reader, parts: dict[str, Tensor], lesson: Lesson
+def kl_divergence(
+    wmatrix: WMatrix, reader: Reader, parts: dict[str, Tensor], lesson: CalibrationExample
 ) -> Tensor:
     """KL from the target's native prediction of the continuation to that after the memory."""
     encode, decode, bias = (parts[name].bfloat16() for name in PARTS)
@@ -193,7 +197,7 @@ def divergence(
     if wmatrix.manifest.residual:
         flat = flat + standing_states(wmatrix, lesson.features)
     sinks = wmatrix.sink_keys, wmatrix.sink_values
-    cache = inject(target, split_states(target, flat), sinks)
+    cache = build_cache(target, split_states(target, flat), sinks)
     end = sink + len(lesson.features)
     with only_tokens(reader.target_model, lesson.likely):
         logits = last_logits(

@@ -19,7 +19,7 @@ KEY = "key"
 NOTE = "awareness"
 
 
-class Workspace:
+class Checkpoint:
     """Named sets of tensors, each with a note; a set is replaced whole or not at all.
 
     Args:
@@ -59,12 +59,12 @@ class Workspace:
 
 
 @contextmanager
-def workspace(folder: Path | None, key: str) -> Iterator[Workspace]:
+def workspace(folder: Path | None, key: str) -> Iterator[Checkpoint]:
     """A workspace that goes away when the work is done; without a folder, when it fails too."""
     if folder is None:
         with tempfile.TemporaryDirectory() as temporary:
-            yield Workspace(Path(temporary) / "work", key)
+            yield Checkpoint(Path(temporary) / "work", key)
         return
-    work = Workspace(folder, key)
+    work = Checkpoint(folder, key)
     yield work
     work.remove()

@@ -40,9 +40,9 @@ from awareness_vllm.packages.capture import read_tokens
 from awareness_vllm.provenance import versions
 from awareness_vllm.wmatrix.features import (
     Embed,
-    blank_rows,
     embedding_features,
     flat_states,
+    masked_rows,
     split_states,
 )
 from awareness_vllm.wmatrix.file import WMatrix
@@ -70,7 +70,7 @@ class Bridge:
     rows: int = 0
 
 
-def fold(
+def compose(
     first: WMatrix, second: WMatrix, *, bridge: Bridge | None = None, rank: int | None = None
 ) -> WMatrix:
     """One map that gives what `second` makes of what `first` gives; nobody has measured it yet.
@@ -118,10 +118,10 @@ def check_consecutive(first: WMatrix, second: WMatrix) -> None:
             expected="the same model in between",
             remedy="give the maps in the order of the route",
         )
-    if first.manifest.places or second.manifest.places:
+    if first.manifest.position_embeddings or second.manifest.position_embeddings:
         raise UnsupportedModel(
             "maps that read position embeddings are not folded",
-            found=f"places {(*first.manifest.places, *second.manifest.places)}",
+            found="learned positions of one of the two",
             expected="models whose positions are not learned",
             remedy="fit a direct map",
         )
@@ -235,7 +235,7 @@ class Hop:
         states_of = states(self.model, tokens.ids)
         flat = flat_states(manifest.source, *states_of, index, manifest.layers)
         read = manifest.source_width
-        return (flat - self.wmatrix.mean[:read]) @ reading_of(self.wmatrix), blank_rows(index)
+        return (flat - self.wmatrix.mean[:read]) @ reading_of(self.wmatrix), masked_rows(index)
 
 
 @torch.no_grad()
@@ -288,9 +288,9 @@ def chunks(
     with tqdm(total=rows, unit="tok", desc="bridge") as bar:
         for text in shuffled_windows(documents, seed=0):
             tokens, spans = token_features(second.wmatrix, target, embed, text)
-            x, blank = first.share(text, spans)
+            x, masked = first.share(text, spans)
             y, too = second.share(text, spans)
-            usable = ~(blank | too)
+            usable = ~(masked | too)
             pending.append((torch.cat((x, tokens), dim=1)[usable], y[usable]))
             total += len(pending[-1][0])
             bar.update(len(pending[-1][0]))

@@ -12,12 +12,12 @@ import torch
 
 from awareness_vllm.anchors.corpus import Document, digest, split
 from awareness_vllm.fit.calibrate import CalibrationConfig, calibrate
-from awareness_vllm.fit.checkpoint import Workspace, workspace
+from awareness_vllm.fit.checkpoint import Checkpoint, workspace
 from awareness_vllm.fit.config import FitConfig
 from awareness_vllm.fit.distributed import join
+from awareness_vllm.fit.examples import CalibrationExamples
 from awareness_vllm.fit.gather import held_out_rows
 from awareness_vllm.fit.layers import without_window
-from awareness_vllm.fit.lessons import Lessons
 from awareness_vllm.fit.progress import phase, say
 from awareness_vllm.fit.reader import Reader
 from awareness_vllm.fit.regress import choose_layers, regress
@@ -72,7 +72,7 @@ def fit(
                 wmatrix = calibrated(
                     reader, wmatrix, (train, held_out), config, work, progress=progress
                 )
-        r2 = explained(reader, wmatrix, held_out, config.seed)
+        r2 = r2_by_part(reader, wmatrix, held_out, config.seed)
     return replace(wmatrix, manifest=wmatrix.manifest.model_copy(update={"r2": r2}))
 
 
@@ -81,7 +81,7 @@ def calibrated(
     wmatrix: WMatrix,
     documents: tuple[Sequence[Document], Sequence[Document]],
     config: FitConfig,
-    work: Workspace,
+    work: Checkpoint,
     *,
     progress: bool,
 ) -> WMatrix:
@@ -91,9 +91,9 @@ def calibrated(
     judges = calibration_texts(held_out, HELD_OUT_TEXTS, config.seed + HELD_OUT_SEED)
     wmatrix, scores = calibrate(
         wmatrix,
-        Lessons(reader, wmatrix, pairs, work, "lesson"),
+        CalibrationExamples(reader, wmatrix, pairs, work, "lesson"),
         # One epoch is never cut short: there is nothing to judge.
-        Lessons(reader, wmatrix, judges if config.epochs > 1 else [], work, "held-out"),
+        CalibrationExamples(reader, wmatrix, judges if config.epochs > 1 else [], work, "held-out"),
         CalibrationConfig(
             batch=config.batch,
             epochs=config.epochs,
@@ -108,7 +108,7 @@ def calibrated(
     return wmatrix
 
 
-def explained(
+def r2_by_part(
     reader: Reader, wmatrix: WMatrix, documents: Sequence[Document], seed: int
 ) -> dict[str, float]:
     """Share of the variance of keys and of values explained, on documents not in the fit."""

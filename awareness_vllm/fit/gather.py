@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from awareness_vllm.anchors.corpus import Document
 from awareness_vllm.errors import BadInput
-from awareness_vllm.fit.checkpoint import Workspace
+from awareness_vllm.fit.checkpoint import Checkpoint
 from awareness_vllm.fit.config import FitConfig
 from awareness_vllm.fit.distributed import join
 from awareness_vllm.fit.reader import Reader
@@ -25,7 +25,7 @@ def gather(
     reader: Reader,
     documents: Sequence[Document],
     config: FitConfig,
-    work: Workspace,
+    work: Checkpoint,
     *,
     progress: bool,
 ) -> Statistics:
@@ -70,7 +70,7 @@ def gather(
     return statistics.all_reduce() if processes > 1 else statistics
 
 
-def _resumed(work: Workspace) -> tuple[Statistics | None, int]:
+def _resumed(work: Checkpoint) -> tuple[Statistics | None, int]:
     """The sums of a killed run, and how many texts are in them."""
     if (kept := work.load("statistics")) is None:
         return None, 0

@@ -10,8 +10,8 @@ from tqdm import tqdm
 
 from awareness_vllm.align.realign import prompt_ids
 from awareness_vllm.fit.reader import Reader
+from awareness_vllm.models.build_cache import build_cache
 from awareness_vllm.models.hf import last_logits, states
-from awareness_vllm.models.inject import inject
 from awareness_vllm.models.tokens import load_tokenizer, tokenize
 from awareness_vllm.wmatrix.features import flat_states, split_states
 
@@ -41,7 +41,9 @@ def importance(
         keys, values = states(reader.target_model, read)
         flat = flat_states(reader.target_geometry, keys, values)[sink:].requires_grad_()
         sinks = [[state[:sink] for state in kind] for kind in (keys, values)]
-        cache = inject(reader.target_geometry, split_states(reader.target_geometry, flat), sinks)
+        cache = build_cache(
+            reader.target_geometry, split_states(reader.target_geometry, flat), sinks
+        )
         positions = torch.arange(len(read), len(read) + len(ids))[None]
         logits = last_logits(
             reader.target_model, ids, len(ids), past_key_values=cache, position_ids=positions

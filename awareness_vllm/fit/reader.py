@@ -16,7 +16,12 @@ from awareness_vllm.models.hf import last_logits, load_model, sink_ids, states
 from awareness_vllm.models.position_embeddings import position_embeddings
 from awareness_vllm.models.tokens import align, load_tokenizer, tokenize
 from awareness_vllm.packages.capture import read_tokens
-from awareness_vllm.wmatrix.features import blank_rows, embedding_features, flat_states, with_places
+from awareness_vllm.wmatrix.features import (
+    embedding_features,
+    flat_states,
+    masked_rows,
+    with_position_embeddings,
+)
 
 if TYPE_CHECKING:
     pass
@@ -32,8 +37,8 @@ class Row:
 
     ids: list[int]
     features: Tensor
-    blank: Tensor
-    places: Tensor
+    masked: Tensor
+    positions: Tensor
 
 
 @dataclass
@@ -64,7 +69,7 @@ class Reader:
             "source": (self.source_geometry, self.source_model),
             "target": (self.target_geometry, self.target_model),
         }
-        self.places = {
+        self.position_embeddings = {
             side: position_embeddings(model)
             for side, (geometry, model) in sides.items()
             if geometry.additive
@@ -84,17 +89,21 @@ class Reader:
         keys, values = states(self.source_model, source.ids)
         flat = flat_states(self.source_geometry, keys, values, layers=self.layers)
         if self.predecessors is None:
-            places = torch.from_numpy(align(target.spans, source.spans[1:]))
+            positions = torch.from_numpy(align(target.spans, source.spans[1:]))
             index = torch.arange(1, len(flat))
-            features = with_places(flat[1:], self.places, index, places + len(self.sink))
-            return Row(ids, features, torch.zeros(len(places), dtype=torch.bool), places)
+            features = with_position_embeddings(
+                flat[1:], self.position_embeddings, index, positions + len(self.sink)
+            )
+            return Row(ids, features, torch.zeros(len(positions), dtype=torch.bool), positions)
         index = torch.from_numpy(align(source.spans, target.spans))
         embed = self.target_model.get_input_embeddings()
         e = embedding_features(embed, ids, len(self.sink), self.predecessors)
-        places = torch.arange(len(index))
+        positions = torch.arange(len(index))
         features = torch.cat((flat[index], e), dim=1)
-        features = with_places(features, self.places, index, places + len(self.sink))
-        return Row(ids, features, blank_rows(index), places)
+        features = with_position_embeddings(
+            features, self.position_embeddings, index, positions + len(self.sink)
+        )
+        return Row(ids, features, masked_rows(index), positions)
 
     @torch.no_grad()
     def pairs(self, text: str) -> tuple[Tensor, Tensor]:
@@ -104,7 +113,7 @@ class Reader:
         """
         row = self.read(text)
         truth = flat_states(self.target_geometry, *states(self.target_model, row.ids))
-        y = truth[len(self.sink) :][row.places]
+        y = truth[len(self.sink) :][row.positions]
         finite = row.features.isfinite().all(1) & y.isfinite().all(1)
         if not finite.all():
             logger.warning(
@@ -112,7 +121,7 @@ class Reader:
                 int((~finite).sum()),
                 text[:60],
             )
-        usable = ~row.blank & finite
+        usable = ~row.masked & finite
         x, y = row.features[usable], y[usable]
         return x, y - x[:, : self.width] if self.residual else y
 

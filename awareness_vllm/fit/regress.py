@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from torch import Tensor
 
 from awareness_vllm.anchors.corpus import Document, digest
-from awareness_vllm.fit.checkpoint import Workspace, workspace
+from awareness_vllm.fit.checkpoint import Checkpoint, workspace
 from awareness_vllm.fit.config import FitConfig
 from awareness_vllm.fit.gather import gather, held_out_rows
 from awareness_vllm.fit.importance import importance, output_weight
@@ -35,7 +35,7 @@ def regress(
     reader: Reader,
     documents: tuple[Sequence[Document], Sequence[Document]],
     config: FitConfig,
-    work: Workspace,
+    work: Checkpoint,
     *,
     progress: bool,
 ) -> WMatrix:
@@ -49,7 +49,7 @@ def choose_layers(
     reader: Reader,
     documents: Sequence[Document],
     config: FitConfig,
-    work: Workspace,
+    work: Checkpoint,
     *,
     progress: bool,
 ) -> None:
@@ -75,7 +75,7 @@ def weighting(
     documents: tuple[Sequence[Document], Sequence[Document]],
     statistics: Statistics,
     config: FitConfig,
-    work: Workspace,
+    work: Checkpoint,
     *,
     progress: bool,
 ) -> tuple[Tensor, float]:
@@ -133,7 +133,7 @@ def solved(
             rank=config.rank,
             predecessors=config.predecessors,
             residual=reader.residual,
-            places=tuple(sorted(reader.places)),
+            position_embeddings=tuple(sorted(reader.position_embeddings)),
             sink=tuple(reader.sink),
             anchors=Anchors(digest=digest(train), documents=len(train), tokens=tokens),
             fit=asdict(config),
@@ -148,5 +148,5 @@ def solved(
         bias=bias,
         sink_keys=sink_keys,
         sink_values=sink_values,
-        places=dict(reader.places),
+        position_embeddings=dict(reader.position_embeddings),
     )

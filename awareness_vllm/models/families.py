@@ -18,7 +18,7 @@ from awareness_vllm.models.geometry import LayerGeometry, Positions
 
 LEARNED = frozenset({"gpt2", "gpt_bigcode", "opt"})
 ALIBI = frozenset({"bloom", "mpt"})
-WOVEN = frozenset(
+INTERLEAVED = frozenset(
     {"cohere", "cohere2", "ernie4_5", "ernie4_5_moe", "glm", "glm4", "gptj", "helium"}
 )
 """Families whose turned pairs stand side by side."""
@@ -159,7 +159,9 @@ def _max_positions(reading: Reading) -> int:
     for field in LENGTHS:
         if reading.get(field):
             return int(reading.get(field))
-    return UNBOUNDED if _unturned(reading) == "alibi" else int(reading.need(LENGTHS[0]))
+    return (
+        UNBOUNDED if _scheme_without_rotation(reading) == "alibi" else int(reading.need(LENGTHS[0]))
+    )
 
 
 def _heads(reading: Reading, attention_heads: int) -> int:
@@ -181,7 +183,7 @@ def _window(reading: Reading, kind: str | None) -> int | None:
     return None if kind == "full_attention" else reading.get("sliding_window") or None
 
 
-def _unturned(reading: Reading) -> str | None:
+def _scheme_without_rotation(reading: Reading) -> str | None:
     """The scheme of a family whose keys hold no positions; None where they are rotary."""
     if reading.family == "mpt" and not getattr(reading.get("attn_config"), "alibi", True):
         return "learned"
@@ -191,15 +193,15 @@ def _unturned(reading: Reading) -> str | None:
 
 
 def _positions(reading: Reading, layer: int, kind: str | None, head_dim: int) -> Positions:
-    scheme = _unturned(reading)
+    scheme = _scheme_without_rotation(reading)
     stated = reading.get("position_embedding_type")
     if stated and STATED.get(stated) != (scheme or "rope"):
         found = f"position_embedding_type={stated!r}"
         raise reading.refuse("positions are not supported", found, sorted(STATED))
     if scheme:
         return Positions(scheme=scheme)
-    turns = reading.get("no_rope_layers")  # 1 where a layer is rotary, for all its name
-    if turns and not turns[layer]:
+    rotary = reading.get("no_rope_layers")  # 1 where a layer is rotary, for all its name
+    if rotary and not rotary[layer]:
         return Positions(scheme="none")
     everywhere = reading.family not in ROTARY_WHERE_SLIDING or not reading.get("sliding_window")
     if kind == "full_attention" and not everywhere:
@@ -226,7 +228,7 @@ def _rotary(reading: Reading, kind: str | None, head_dim: int) -> Positions:
         scheme="rope" if rope_type == "default" else rope_type,
         theta=float(theta),
         rotary_dim=reading.get("rotary_dim") or int(head_dim * partial),
-        woven=reading.family in WOVEN,
+        interleaved=reading.family in INTERLEAVED,
         **fields,
     )
 
@@ -271,8 +273,8 @@ def _llama3(rope: dict[str, Any], reading: Reading) -> dict[str, Any]:
     return {
         "factor": _number(rope, "factor", reading),
         "original": int(_number(rope, "original_max_position_embeddings", reading)),
-        "slow": _number(rope, "low_freq_factor", reading),
-        "fast": _number(rope, "high_freq_factor", reading),
+        "beta_slow": _number(rope, "low_freq_factor", reading),
+        "beta_fast": _number(rope, "high_freq_factor", reading),
     }
 
 
@@ -300,8 +302,8 @@ def _yarn(rope: dict[str, Any], reading: Reading) -> dict[str, Any]:
     return {
         "factor": factor,
         "original": int(_number(rope, "original_max_position_embeddings", reading)),
-        "slow": float(rope.get("beta_slow") or 1),
-        "fast": float(rope.get("beta_fast") or 32),
+        "beta_slow": float(rope.get("beta_slow") or 1),
+        "beta_fast": float(rope.get("beta_fast") or 32),
         "truncate": rope.get("truncate", True),
         "scale": scale if given is None else float(given),
     }

@@ -6,24 +6,27 @@ from collections.abc import Iterable
 from typing import Any
 
 from pydantic import (
+    AliasChoices,
+    Field,
     SerializerFunctionWrapHandler,
     model_serializer,
 )
 
-from awareness_vllm.schema import Strict
+from awareness_vllm.schema import FrozenModel
 
 
-class Positions(Strict):
+class Positions(FrozenModel):
     """One layer's positional encoding: what is needed to rebuild its tables, and nothing else.
 
     `scheme` names a function of `awareness_vllm.models.rope`; which of the other fields it reads is
-    said there. Fields at their default are left out of manifests, as they were before they existed.
+    said there. Fields at their default are left out of manifests, as they were before they existed;
+    `woven`, `slow` and `fast` are what version 0.1 called three of them.
     """
 
     scheme: str
     theta: float | None = None
     rotary_dim: int | None = None
-    woven: bool = False
+    interleaved: bool = Field(False, validation_alias=AliasChoices("interleaved", "woven"))
     """Whether the two dims of a turned pair stand side by side (GPT-J) or half a turn apart."""
     scale: float | None = None
     """What cosines and sines are multiplied by: YaRN's mscale, LongRoPE's attention factor."""
@@ -32,10 +35,10 @@ class Positions(Strict):
     """The positions that the model was trained for, before its context was stretched."""
     length: int | None = None
     """The sequence length that a table of the dynamic scheme was made for."""
-    slow: float | None = None
-    fast: float | None = None
-    """Pairs that turn less than `slow` times within `original` positions are stretched, those that
-    turn more than `fast` times are not, and between them goes a ramp."""
+    beta_slow: float | None = Field(None, validation_alias=AliasChoices("beta_slow", "slow"))
+    beta_fast: float | None = Field(None, validation_alias=AliasChoices("beta_fast", "fast"))
+    """Pairs that rotate less than `beta_slow` times in `original` positions are stretched, those
+    that rotate more than `beta_fast` times are not; between them goes a ramp."""
     truncate: bool = True
     factors: tuple[float, ...] | None = None
     """LongRoPE's, one for each pair: the short ones or the long ones, whichever were in use."""
@@ -52,7 +55,7 @@ class Positions(Strict):
         return {k: v for k, v in handler(self).items() if v != fields[k].default}
 
 
-class LayerGeometry(Strict):
+class LayerGeometry(FrozenModel):
     """One layer's cache: `heads` KV heads of `head_dim`, positions, sliding window in tokens."""
 
     heads: int
@@ -66,7 +69,7 @@ class LayerGeometry(Strict):
         return self.heads * self.head_dim
 
 
-class Geometry(Strict):
+class Geometry(FrozenModel):
     """A model's KV cache and identity. `weights`, `tokenizer` are fingerprints, not signatures."""
 
     name: str

@@ -14,8 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from awareness_vllm import kernels
 from awareness_vllm.errors import UnsupportedModel
-from awareness_vllm.kernels import rotate, unrotate
 from awareness_vllm.models.geometry import Positions
 
 Scheme = Callable[[Tensor, Positions], tuple[Tensor, Tensor]]
@@ -37,7 +37,7 @@ def scheme(name: str) -> Callable[[Scheme], Scheme]:
 @scheme("rope")
 def rope(positions: Tensor, descriptor: Positions) -> tuple[Tensor, Tensor]:
     """Rotary embedding with base `theta` over `rotary_dim` dims (Su et al., arXiv 2104.09864)."""
-    return turned(positions, 1.0 / wavelengths(descriptor))
+    return cos_sin(positions, 1.0 / wavelengths(descriptor))
 
 
 @scheme("linear")
@@ -45,7 +45,7 @@ def linear(positions: Tensor, descriptor: Positions) -> tuple[Tensor, Tensor]:
     """Position interpolation (arXiv 2306.15595). transformers divides the frequencies instead of
     the positions: its angles differ in the last bits."""
     (factor,) = numbers(descriptor, "factor")
-    return turned(positions / factor, 1.0 / wavelengths(descriptor))
+    return cos_sin(positions / factor, 1.0 / wavelengths(descriptor))
 
 
 @scheme("dynamic")
@@ -61,19 +61,21 @@ def dynamic(positions: Tensor, descriptor: Positions) -> tuple[Tensor, Tensor]:
     )
     stretch = (factor * length / original - (factor - 1)) ** (dim / (dim - 2))
     stretched = descriptor.model_copy(update={"theta": theta * stretch})
-    return turned(positions, 1.0 / wavelengths(stretched))
+    return cos_sin(positions, 1.0 / wavelengths(stretched))
 
 
 @scheme("llama3")
 def llama3(positions: Tensor, descriptor: Positions) -> tuple[Tensor, Tensor]:
     """Llama 3.1's: slow pairs are stretched, fast ones left, and a ramp between, in turns."""
-    factor, original, low, high = numbers(descriptor, "factor", "original", "slow", "fast")
+    factor, original, low, high = numbers(
+        descriptor, "factor", "original", "beta_slow", "beta_fast"
+    )
     plain = 1.0 / wavelengths(descriptor)
     waves = 2 * math.pi / plain
     ramp = (original / waves - low) / (high - low)
     between = (1 - ramp) * plain / factor + ramp * plain
     slow = torch.where(waves > original / low, plain / factor, between)
-    return turned(positions, torch.where(waves < original / high, plain, slow))
+    return cos_sin(positions, torch.where(waves < original / high, plain, slow))
 
 
 @scheme("yarn")
@@ -83,7 +85,7 @@ def yarn(positions: Tensor, descriptor: Positions) -> tuple[Tensor, Tensor]:
     kept = 1 - yarn_ramp(descriptor, len(waves))
     (factor,) = numbers(descriptor, "factor")
     inverse = 1.0 / (factor * waves) * (1 - kept) + 1.0 / waves * kept
-    return turned(positions, inverse, descriptor.scale)
+    return cos_sin(positions, inverse, descriptor.scale)
 
 
 def yarn_ramp(descriptor: Positions, pairs: int) -> Tensor:
@@ -91,7 +93,7 @@ def yarn_ramp(descriptor: Positions, pairs: int) -> Tensor:
     theta, dim, original = numbers(descriptor, "theta", "rotary_dim", "original")
     low, high = (
         dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
-        for turns in numbers(descriptor, "fast", "slow")
+        for turns in numbers(descriptor, "beta_fast", "beta_slow")
     )
     if descriptor.truncate:
         low, high = math.floor(low), math.ceil(high)
@@ -110,16 +112,16 @@ def longrope(positions: Tensor, descriptor: Positions) -> tuple[Tensor, Tensor]:
             found=f"{len(factors)} factors",
             expected=f"{len(waves)}",
         )
-    return turned(positions, 1.0 / (torch.tensor(factors) * waves), descriptor.scale)
+    return cos_sin(positions, 1.0 / (torch.tensor(factors) * waves), descriptor.scale)
 
 
 @scheme("none")
 @scheme("alibi")
 @scheme("learned")
-def unturned(positions: Tensor, descriptor: Positions) -> tuple[Tensor, Tensor]:
+def no_rotation(positions: Tensor, descriptor: Positions) -> tuple[Tensor, Tensor]:
     """Keys as they are: no positions at all, a bias on the scores that depends on distances alone
     (ALiBi, arXiv 2108.12409), or positions that were added to the embeddings."""
-    return turned(positions, torch.empty(0))
+    return cos_sin(positions, torch.empty(0))
 
 
 def wavelengths(descriptor: Positions) -> Tensor:
@@ -143,14 +145,16 @@ def numbers(descriptor: Positions, *fields: str) -> list[float]:
     return [getattr(descriptor, field) for field in fields]
 
 
-def turned(positions: Tensor, inverse: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
+def cos_sin(
+    positions: Tensor, inverse: Tensor, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
     """cos and sin [T, C] of positions [T] times frequencies [C], times `scale`."""
     angles = positions[:, None] * inverse
     cos, sin = angles.cos(), angles.sin()
     return (cos, sin) if scale is None else (cos * scale, sin * scale)
 
 
-def table(positions: Tensor, descriptor: Positions) -> tuple[Tensor, Tensor]:
+def cos_sin_table(positions: Tensor, descriptor: Positions) -> tuple[Tensor, Tensor]:
     """cos and sin of these positions [T] int64, [T, C] float32 each.
 
     Raises:
@@ -172,17 +176,17 @@ def _rows(descriptor: Positions, count: int) -> tuple[Tensor, Tensor]:
     return SCHEMES[descriptor.scheme](torch.arange(count).float(), descriptor)
 
 
-def strip(keys: Tensor, positions: Tensor, descriptor: Positions) -> Tensor:
+def unrotate(keys: Tensor, positions: Tensor, descriptor: Positions) -> Tensor:
     """Keys [T, H, D] as cached to position-free keys, float32."""
-    return unrotate(keys, *table(positions, descriptor), descriptor.woven)
+    return kernels.unrotate(keys, *cos_sin_table(positions, descriptor), descriptor.interleaved)
 
 
-def apply(keys: Tensor, positions: Tensor, descriptor: Positions) -> Tensor:
+def rotate(keys: Tensor, positions: Tensor, descriptor: Positions) -> Tensor:
     """Position-free keys [T, H, D] to keys as cached at these positions, float32."""
-    return rotate(keys, *table(positions, descriptor), descriptor.woven)
+    return kernels.rotate(keys, *cos_sin_table(positions, descriptor), descriptor.interleaved)
 
 
-def shift(keys: Tensor, offset: int, descriptor: Positions) -> Tensor:
+def rerotate(keys: Tensor, offset: int, descriptor: Positions) -> Tensor:
     """Keys [T, H, D] as cached, moved by `offset` positions; by none, bit for bit as they were.
 
     Rotations add up, so one position's table moves all keys; they have been scaled already.
@@ -198,6 +202,10 @@ def shift(keys: Tensor, offset: int, descriptor: Positions) -> Tensor:
             found=f"an offset of {offset}",
             expected="the positions that they were computed at",
         )
-    cos, sin = table(torch.tensor([abs(offset)]), descriptor.model_copy(update={"scale": None}))
+    cos, sin = cos_sin_table(
+        torch.tensor([abs(offset)]), descriptor.model_copy(update={"scale": None})
+    )
     sin = sin if offset > 0 else -sin
-    return rotate(keys, cos.expand(len(keys), -1), sin.expand(len(keys), -1), descriptor.woven)
+    return kernels.rotate(
+        keys, cos.expand(len(keys), -1), sin.expand(len(keys), -1), descriptor.interleaved
+    )

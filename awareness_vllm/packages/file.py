@@ -67,7 +67,7 @@ def build(
 ) -> Package:
     """A package from captured states; the manifest's payload digest is computed here."""
     tensors = _tensors(text, tokens, spans, keys, values)
-    begins = tuple(len(tokens) - len(key) for key in keys)
+    first_tokens = tuple(len(tokens) - len(key) for key in keys)
     manifest = Manifest(
         name=name,
         geometry=geometry,
@@ -76,7 +76,7 @@ def build(
         engine=engine,
         versions=versions,
         payload="",
-        begins=begins if any(begins) else (),
+        first_tokens=first_tokens if any(first_tokens) else (),
     )
     payload = payload_digest(manifest.model_dump_json(), sorted(tensors.items()))
     manifest = manifest.model_copy(update={"payload": payload})

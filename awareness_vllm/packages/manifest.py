@@ -7,7 +7,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import SerializerFunctionWrapHandler, ValidationError, model_serializer
+from pydantic import (
+    AliasChoices,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 from safetensors import SafetensorError, safe_open
 
 from awareness_vllm.errors import (
@@ -18,19 +24,20 @@ from awareness_vllm.errors import (
 )
 from awareness_vllm.files import file_digest
 from awareness_vllm.models.geometry import Geometry
-from awareness_vllm.schema import Strict
+from awareness_vllm.schema import FrozenModel
 
 METADATA_KEY = "awareness"
 MEMORY_ID = re.compile(r"mem_[0-9a-f]{32}")
 
 
-class Manifest(Strict):
+class Manifest(FrozenModel):
     """The JSON document in a package's safetensors metadata.
 
     `payload` is the sha256 over the other fields and the tensors; `engine` tells whose numerics
-    the states have, so whether a load into the same server is exact. Without text (`has_text`) the
-    package has no token ids and no spans either: all of them are zero. `begins` says of each layer
-    which token is the first whose states it holds, where a window has lost some, else nothing.
+    the states have, so whether a load into the same server is exact. Without text (`has_text`)
+    the package has no token ids and no spans either: all of them are zero. `first_tokens` says
+    of each layer which token is the first whose states it holds, where a window has lost some,
+    else nothing.
     """
 
     format: Literal["awareness-memory/1"] = "awareness-memory/1"
@@ -41,15 +48,17 @@ class Manifest(Strict):
     engine: Literal["transformers", "vllm"]
     versions: dict[str, str]
     payload: str
-    begins: tuple[int, ...] = ()
+    first_tokens: tuple[int, ...] = Field(
+        (), validation_alias=AliasChoices("first_tokens", "begins")
+    )
 
     @model_serializer(mode="wrap")
     def _short(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {k: v for k, v in handler(self).items() if k != "begins" or v}
+        return {k: v for k, v in handler(self).items() if k != "first_tokens" or v}
 
-    def begin(self, layer: int) -> int:
+    def first_token(self, layer: int) -> int:
         """The first token whose states a layer holds."""
-        return self.begins[layer] if self.begins else 0
+        return self.first_tokens[layer] if self.first_tokens else 0
 
     def check_whole(self, layers: Iterable[int]) -> None:
         """Prove that these layers hold the states of all tokens.
@@ -57,10 +66,10 @@ class Manifest(Strict):
         Raises:
             UnsupportedRequest: a window has lost some.
         """
-        if lost := [layer for layer in layers if self.begin(layer)]:
+        if lost := [layer for layer in layers if self.first_token(layer)]:
             raise UnsupportedRequest(
                 "a sliding window has lost states of the memory",
-                found=f"layers {lost} begin at tokens {[self.begin(i) for i in lost]}",
+                found=f"layers {lost} begin at tokens {[self.first_token(i) for i in lost]}",
                 expected="all tokens in every layer that is read",
                 remedy="capture it with `awareness capture`, or fit a map that reads the layers "
                 "without a window (`awareness fit --choice full`)",
@@ -143,11 +152,11 @@ def check_shapes(
 ) -> None:
     """Raises PackageCorrupt where a tensor is not what the manifest says."""
     layers, tokens = manifest.geometry.layers, manifest.tokens
-    if len(manifest.begins) not in (0, len(layers)):
-        raise corrupt(path, f"beginnings of {len(manifest.begins)} of {len(layers)} layers")
+    if len(manifest.first_tokens) not in (0, len(layers)):
+        raise corrupt(path, f"first tokens of {len(manifest.first_tokens)} of {len(layers)} layers")
     wanted: dict[str, tuple[int, ...]] = {"tokens": (tokens,), "spans": (tokens, 2)}
     for i, layer in enumerate(layers):
-        shape: tuple[int, ...] = (tokens - manifest.begin(i), layer.heads, layer.head_dim)
+        shape: tuple[int, ...] = (tokens - manifest.first_token(i), layer.heads, layer.head_dim)
         wanted[f"layers.{i}.key"] = wanted[f"layers.{i}.value"] = shape
     for name, shape in wanted.items():
         if (found := shape_of(name)) != shape:

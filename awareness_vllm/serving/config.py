@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from awareness_vllm.errors import BadInput
-from awareness_vllm.schema import Strict
+from awareness_vllm.schema import FrozenModel
 from awareness_vllm.wmatrix.certificate import TAIL
 
 CONNECTOR = "AwarenessConnector"
@@ -17,7 +17,7 @@ PARAMS_KEY = "awareness"
 """Our key in a request's `kv_transfer_params`."""
 
 
-class ServingConfig(Strict):
+class ServingConfig(FrozenModel):
     """`store` is a folder of packages, `wmatrices` are files; the target reads the last `tail`
     tokens of a realigned memory itself; aligned memories of up to `host_cache_gib` GiB stay warm in
     host memory, `pin` of them from the start, and of up to `disk_cache_gib` in the folder

@@ -20,7 +20,7 @@ from awareness_vllm.files import anchors_dir, home, models_dir, wmatrices_dir
 from awareness_vllm.models.describe import geometry_of
 from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.provenance import hardware
-from awareness_vllm.schema import Strict
+from awareness_vllm.schema import FrozenModel
 from awareness_vllm.serving.plugin import supported_version, vllm_version
 from awareness_vllm.wmatrix.registry import WMatrixEntry
 
@@ -32,7 +32,7 @@ DRAGGED_IN = ("torchvision", "torchaudio", "torchcodec")
 """What a CPU build of vLLM brings along in CUDA builds, which a CPU build of torch cannot load."""
 
 
-class Check(Strict):
+class Check(FrozenModel):
     """One thing that was looked at, with a remedy where it is not as it should be."""
 
     name: str

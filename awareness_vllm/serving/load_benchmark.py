@@ -26,7 +26,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from awareness_vllm.align.kv_writer import Writer
+from awareness_vllm.align.kv_writer import KVWriter
 from awareness_vllm.align.realign import Realignment
 from awareness_vllm.compatibility.load_time.cost import map_work, written_bytes
 from awareness_vllm.compatibility.load_time.speed import Calibration, saved
@@ -182,13 +182,13 @@ def writing(target: Geometry, count: int) -> Callable[[], None]:
         for i, (heads, dim) in enumerate(shapes)
     }
     one_group, all_heads = dict.fromkeys(layers, 0), dict.fromkeys(layers, slice(None))
-    writer = Writer(layers, one_group, all_heads, target, DTYPE)
-    places = itertools.cycle(range(0, TURNS * blocks * BLOCK, blocks * BLOCK))
+    writer = KVWriter(layers, one_group, all_heads, target, DTYPE)
+    begins = itertools.cycle(range(0, TURNS * blocks * BLOCK, blocks * BLOCK))
 
     def run() -> None:
-        begin = next(places)
-        slots = [torch.tensor(list(range(begin, begin + count)), dtype=torch.int64)]
-        writer.place(keys, values, 0, 0, slots)
+        begin = next(begins)
+        slot_mapping = [torch.tensor(list(range(begin, begin + count)), dtype=torch.int64)]
+        writer.place(keys, values, 0, 0, slot_mapping)
 
     return run
 
@@ -205,17 +205,17 @@ def operator() -> Update:
     current_platform.import_kernels()
     layout = "amx" if torch.cpu._is_amx_tile_supported() else "vec"
 
-    def update(layer: Any, key: Tensor, value: Tensor, page: Tensor, slots: Tensor) -> None:
+    def update(layer: Any, key: Tensor, value: Tensor, page: Tensor, slot_mapping: Tensor) -> None:
         blocks, heads, size, _ = page.shape
         keys, values = page.view(blocks, heads, 2 * size, -1).chunk(2, dim=2)
-        ops.cpu_attn_reshape_and_cache(key, value, keys, values, slots, layout)
+        ops.cpu_attn_reshape_and_cache(key, value, keys, values, slot_mapping, layout)
 
     return update
 
 
-def scatter(layer: Any, key: Tensor, value: Tensor, page: Tensor, slots: Tensor) -> None:
+def scatter(layer: Any, key: Tensor, value: Tensor, page: Tensor, slot_mapping: Tensor) -> None:
     size = page.shape[2]
-    page[slots // size, :, slots % size] = torch.cat((key, value), dim=-1)
+    page[slot_mapping // size, :, slot_mapping % size] = torch.cat((key, value), dim=-1)
 
 
 def geometry(name: str, layers: int, heads: int, head_dim: int, hidden: int) -> Geometry:

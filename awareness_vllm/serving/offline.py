@@ -10,7 +10,7 @@ from awareness_vllm.models.tokens import load_tokenizer, tokenize
 from awareness_vllm.serving.config import WORKER_EXTENSION, ServingConfig, transfer_config
 from awareness_vllm.serving.connector.worker_extension import BIND
 from awareness_vllm.serving.params import kv_transfer_params
-from awareness_vllm.serving.request import Asked
+from awareness_vllm.serving.request import MemoryRequest
 from awareness_vllm.serving.resolver import Memories
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class OfflineMemories:
         Raises:
             AwarenessError: what a server answers with a 4xx.
         """
-        asked = Asked(
+        asked = MemoryRequest(
             ids=tuple(memory_ids), quality_target=quality_target, on_low_quality=on_low_quality
         )
         begin = self.memories.resolve(asked, "", caller_salt)

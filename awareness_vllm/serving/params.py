@@ -8,12 +8,12 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from awareness_vllm.schema import Strict
+from awareness_vllm.schema import FrozenModel
 from awareness_vllm.serving.config import PARAMS_KEY
 from awareness_vllm.serving.secret import secret
 
 
-class Part(Strict):
+class Part(FrozenModel):
     """One memory in a prompt: of its own ids all but the first `skip`, `tokens` in number. What is
     skipped (a BOS, a sink) stands at the prompt's beginning already."""
 
@@ -23,7 +23,7 @@ class Part(Strict):
     tokens: int = Field(gt=0)
 
 
-class LoadParams(Strict):
+class LoadParams(FrozenModel):
     """Under `kv_transfer_params["awareness"]`: the prompt begins with these memories, in this
     order; of their ids all but the last `tail` are loaded. `tenant` says from whose store."""
 

@@ -8,14 +8,14 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from awareness_vllm.errors import UnsupportedRequest
-from awareness_vllm.schema import Strict
+from awareness_vllm.schema import FrozenModel
 
 SHORT, LONG = "memory_ids", "memory"
 MOST = 32
 """Memories in one request: far more than fit into any context, few enough to look up at once."""
 
 
-class Asked(Strict):
+class MemoryRequest(FrozenModel):
     """`memory` in a request: the memories in the order in which they are read, and what to do where
     none of the certified ways to load them keeps `quality_target`: read their text natively, fail,
     or use them all the same. `capture` publishes the prompt itself under that name instead."""
@@ -26,7 +26,7 @@ class Asked(Strict):
     capture: str | None = Field(None, min_length=1, max_length=200)
 
 
-def asked_of(body: Mapping[str, Any]) -> Asked | None:
+def parse_memory_request(body: Mapping[str, Any]) -> MemoryRequest | None:
     """What a request's JSON body asks, None where it names no memory at all.
 
     Raises:
@@ -40,7 +40,7 @@ def asked_of(body: Mapping[str, Any]) -> Asked | None:
     field = present[0]
     value = {"ids": body[field]} if field == SHORT else body[field]
     try:
-        asked = Asked.model_validate(value)
+        asked = MemoryRequest.model_validate(value)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         where = ".".join(str(part) for part in first["loc"])

@@ -20,7 +20,7 @@ from awareness_vllm.packages.manifest import read_manifest
 from awareness_vllm.packages.store import Store
 from awareness_vllm.serving.config import ServingConfig
 from awareness_vllm.serving.params import LoadParams, Part
-from awareness_vllm.serving.request import Asked
+from awareness_vllm.serving.request import MemoryRequest
 from awareness_vllm.serving.tenants import Tenants
 from awareness_vllm.wmatrix.certificate import Plan, cheapest, with_tail
 from awareness_vllm.wmatrix.registry import WMatrixEntry, best
@@ -176,7 +176,7 @@ class Memories:
         self.max_model_len = max_model_len
         self.geometry = geometry_of(self.folder, max_model_len)
 
-    def resolve(self, asked: Asked, tenant: str, caller_salt: str | None = None) -> Prompt:
+    def resolve(self, asked: MemoryRequest, tenant: str, caller_salt: str | None = None) -> Prompt:
         """Everything that can be wrong with loading these memories is found here.
 
         Raises:

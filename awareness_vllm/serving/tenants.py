@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import ConfigDict, Field, ValidationError
 
 from awareness_vllm.errors import BadInput, Unauthorized
-from awareness_vllm.schema import Strict
+from awareness_vllm.schema import FrozenModel
 
 TENANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 KEY = re.compile(r"[!-~]+")
@@ -26,7 +26,7 @@ BEARER = re.compile(rf"(?i:bearer) +({KEY.pattern})")
 EXPECTED = '{"tenant": {"api_keys": ["…"], "store": "folder"}, …}'
 
 
-class Tenant(Strict):
+class Tenant(FrozenModel):
     """One tenant as the file has it; a relative `store` is relative to the file."""
 
     model_config = ConfigDict(hide_input_in_errors=True)

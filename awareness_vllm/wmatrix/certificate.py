@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 
 from awareness_vllm.errors import QualityUnreachable
-from awareness_vllm.schema import Strict
+from awareness_vllm.schema import FrozenModel
 
 TIERS = ((0.90, 0.85), (0.82, 0.60), (0.75, 0.30), (0.60, 0.0))
 """Lowest retention and lowest share of facts of tiers 1 to 4. The retentions are the lower ends of
@@ -18,7 +18,7 @@ LENGTH_TEXTS = 16
 """Texts for each further length of context: a long one costs many short ones."""
 
 
-class Interval(Strict):
+class Interval(FrozenModel):
     """A measured figure with its 95 % bootstrap interval over documents."""
 
     mean: float
@@ -26,7 +26,7 @@ class Interval(Strict):
     ci_high: float
 
 
-class Protocol(Strict):
+class Protocol(FrozenModel):
     """What was measured on, and how. `texts` and `cases` are digests; `limit` documents of them
     were taken evenly; `context` tokens of memory, `continuation` tokens scored after it."""
 
@@ -37,7 +37,7 @@ class Protocol(Strict):
     continuation: int
 
 
-class Plan(Strict):
+class Plan(FrozenModel):
     """A way to load a memory of `context` tokens: the map for most of it, the last `tail` tokens
     read natively.
 
@@ -57,7 +57,7 @@ class Plan(Strict):
     facts: Interval | None = None
 
 
-class Metrics(Strict):
+class Metrics(FrozenModel):
     """Means over texts.
 
     `semantic_preservation` [layers] is the cosine of a token's aligned keys and values of a layer
@@ -74,7 +74,7 @@ class Metrics(Strict):
     n: int
 
 
-class Certificate(Strict):
+class Certificate(FrozenModel):
     """The five arms' figures and what follows from them.
 
     `margin` is what the source's states add to the text alone: NLL of the tokens-only arm less the

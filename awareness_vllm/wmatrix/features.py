@@ -9,11 +9,11 @@ from torch import Tensor
 
 from awareness_vllm.kernels import rms_normalise, with_predecessors
 from awareness_vllm.models.geometry import Geometry
-from awareness_vllm.models.rope import strip
+from awareness_vllm.models.rope import unrotate
 
 Embed = Callable[[Tensor], Tensor]
 """A model's own embedding: ids [T] int64 to rows [T, E]. Its scale does not matter."""
-Places = Mapping[str, Tensor]
+PositionEmbeddings = Mapping[str, Tensor]
 """The position embeddings [P, E] of those of "source" and "target" whose positions are learned."""
 
 
@@ -38,7 +38,9 @@ def flat_states(
         tokens = torch.arange(len(keys[0]))
     if layers is None:
         layers = range(len(geometry.layers))
-    free = [strip(keys[i][tokens], tokens, geometry.layers[i].positions).flatten(1) for i in layers]
+    free = [
+        unrotate(keys[i][tokens], tokens, geometry.layers[i].positions).flatten(1) for i in layers
+    ]
     return torch.cat([*free, *(values[i][tokens].float().flatten(1) for i in layers)], dim=1)
 
 
@@ -52,7 +54,7 @@ def split_states(geometry: Geometry, flat: Tensor) -> tuple[list[Tensor], list[T
     return shaped[: len(widths)], shaped[len(widths) :]
 
 
-def blank_rows(index: Tensor) -> Tensor:
+def masked_rows(index: Tensor) -> Tensor:
     """Which target tokens are aligned to the source's first position, [T] bool.
 
     That position is the source's attention sink: its states say nothing of the text.
@@ -75,7 +77,9 @@ def embedding_features(
     return with_predecessors(rows, predecessors)[sink:]
 
 
-def with_places(features: Tensor, places: Places, source: Tensor, target: Tensor) -> Tensor:
+def with_position_embeddings(
+    features: Tensor, position_embeddings: PositionEmbeddings, source: Tensor, target: Tensor
+) -> Tensor:
     """Features [T, F] with the position embeddings beside them of where each token stands.
 
     Learned positions are added to the embeddings, so that states depend on them by a term of their
@@ -85,7 +89,13 @@ def with_places(features: Tensor, places: Places, source: Tensor, target: Tensor
     Args:
         source, target: [T] int64, the token's position in either model.
     """
-    if not places:
+    if not position_embeddings:
         return features
     where = {"source": source, "target": target}
-    return torch.cat([features, *(places[side][where[side]] for side in sorted(places))], dim=1)
+    return torch.cat(
+        [
+            features,
+            *(position_embeddings[side][where[side]] for side in sorted(position_embeddings)),
+        ],
+        dim=1,
+    )

@@ -27,7 +27,7 @@ REGISTERED = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 class WMatrix:
     """The learned map. `mean` and `scale` [F] standardise features before `encode` [F, R];
     `decode` [R, O] and `bias` [O] give position-free target states; sinks are [S, H, D] as cached;
-    `places` hold the position embeddings that are among the features.
+    `position_embeddings` are the tables that are among the features.
     """
 
     manifest: WMatrixManifest
@@ -38,7 +38,7 @@ class WMatrix:
     bias: Tensor
     sink_keys: list[Tensor]
     sink_values: list[Tensor]
-    places: dict[str, Tensor] = field(default_factory=dict)
+    position_embeddings: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def accuracy(self) -> float | None:
@@ -66,7 +66,7 @@ class WMatrix:
         return path
 
     def map(
-        self, source: Tensor | None, embeddings: Tensor, blank: Tensor | None = None
+        self, source: Tensor | None, embeddings: Tensor, masked: Tensor | None = None
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Target states for each token, keys position-free.
 
@@ -83,26 +83,26 @@ class WMatrix:
         if source is not None:
             scale = self.scale[:width]
             features[:, :width] = torch.addcmul(-self.mean[:width] * scale, source, scale)
-        if blank is not None:
-            features[blank.nonzero()[:, 0], :width] = 0
+        if masked is not None:
+            features[masked.nonzero()[:, 0], :width] = 0
         features[:, width:] = (embeddings - self.mean[width:]) * self.scale[width:]
         flat = decode(encode(features, self.encode), self.decode, self.bias)
         if self.manifest.residual:
-            flat += self.own_states(source, blank, len(flat))
+            flat += self.own_states(source, masked, len(flat))
         return split_states(self.manifest.target, flat)
 
-    def own_states(self, source: Tensor | None, blank: Tensor | None, rows: int) -> Tensor:
+    def own_states(self, source: Tensor | None, masked: Tensor | None, rows: int) -> Tensor:
         """What a residual map adds to, [rows, source_width]: the source's states, or their mean
         where they say nothing."""
         mean = self.mean[: self.manifest.source_width]
         if source is None:
             return mean.expand(rows, -1)
-        return source if blank is None else torch.where(blank[:, None], mean, source)
+        return source if masked is None else torch.where(masked[:, None], mean, source)
 
-    def place_latents(self) -> dict[str, Tensor]:
+    def position_latents(self) -> dict[str, Tensor]:
         """What each position adds to the latent, [P, R] of each side: the map is linear."""
         found, end = {}, self.manifest.source_width + self.manifest.token_width
-        for side, table in sorted(self.places.items()):
+        for side, table in sorted(self.position_embeddings.items()):
             part = slice(end, end := end + table.shape[1])
             rows = (table - self.mean[part]) * self.scale[part]
             found[side] = rows.to(self.encode.dtype) @ self.encode[part]
@@ -132,7 +132,9 @@ class WMatrix:
         for i, (key, value) in enumerate(zip(self.sink_keys, self.sink_values, strict=True)):
             tensors[f"sink.{i}.key"] = key.contiguous()
             tensors[f"sink.{i}.value"] = value.contiguous()
-        return tensors | {f"places.{side}": table for side, table in self.places.items()}
+        return tensors | {
+            f"position_embeddings.{side}": table for side, table in self.position_embeddings.items()
+        }
 
 
 def load(path: str | Path) -> WMatrix:
@@ -152,6 +154,8 @@ def load(path: str | Path) -> WMatrix:
         raise corrupt(path, str(error)) from error
     if (payload := payload_digest(document, sorted(tensors.items()))) != manifest.payload:
         raise corrupt(path, f"payload {payload}", manifest.payload)
+    # Version 0.1 called these tables `places`.
+    tensors = {re.sub(r"^places\.", "position_embeddings.", n): t for n, t in tensors.items()}
     if not set(manifest.layers) <= set(range(len(source.layers))):
         raise corrupt(path, f"source layers {manifest.layers}", f"0 … {len(source.layers) - 1}")
     if manifest.residual and manifest.source_width != target.width:
@@ -167,7 +171,10 @@ def load(path: str | Path) -> WMatrix:
     for i, layer in enumerate(target.layers):
         shape = (len(manifest.sink), layer.heads, layer.head_dim)
         shapes |= {f"sink.{i}.key": shape, f"sink.{i}.value": shape}
-    shapes |= {f"places.{side}": shape for side, shape in manifest.place_shapes.items()}
+    shapes |= {
+        f"position_embeddings.{side}": shape
+        for side, shape in manifest.position_embedding_shapes.items()
+    }
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if found != shapes:
         wrong = sorted(set(found.items()) ^ set(shapes.items()))
@@ -182,5 +189,8 @@ def load(path: str | Path) -> WMatrix:
         bias=tensors["bias"],
         sink_keys=[tensors[f"sink.{i}.key"] for i in range(count)],
         sink_values=[tensors[f"sink.{i}.value"] for i in range(count)],
-        places={side: tensors[f"places.{side}"] for side in manifest.place_shapes},
+        position_embeddings={
+            side: tensors[f"position_embeddings.{side}"]
+            for side in manifest.position_embedding_shapes
+        },
     )

@@ -5,17 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import AliasChoices, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from awareness_vllm.errors import WMatrixCorrupt
 from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.packages.manifest import METADATA_KEY
-from awareness_vllm.schema import Strict
+from awareness_vllm.schema import FrozenModel
 from awareness_vllm.wmatrix.certificate import Certificate
 
 
-class Anchors(Strict):
+class Anchors(FrozenModel):
     """What the map was learned from."""
 
     digest: str
@@ -23,18 +23,18 @@ class Anchors(Strict):
     tokens: int
 
 
-class WMatrixManifest(Strict):
+class WMatrixManifest(FrozenModel):
     """The JSON document in a W-Matrix's safetensors metadata.
 
-    `layers` are the source layers that the map reads; with `residual` the map gives what is to be
-    added to the source's own states (variants of one model); without `predecessors` it reads the
-    source's states alone, for packages without text; `places` are the sides whose learned position
-    embeddings it reads; `sink` are the target's fixed first tokens; `r2` is the share of variance
-    explained on held-out documents of the anchors' sources, `reconstruction_error` the share of the
-    features' variance that the latent loses (None where nobody measured it); without `certificate`
-    the map is not certified.
-    `fit` is the configuration of the fit; `payload` is the sha256 over the other fields and the
-    tensors; `composed` are the payloads of the maps that this one was folded from, in order.
+    `layers` are the source layers that the map reads; with `residual` the map gives what is to
+    be added to the source's own states (variants of one model); without `predecessors` it reads
+    the source's states alone, for packages without text; `position_embeddings` are the sides
+    whose learned positions it reads; `sink` are the target's fixed first tokens; `r2` is the
+    share of variance explained on held-out documents of the anchors' sources,
+    `reconstruction_error` the share of the features' variance that the latent loses (None where
+    nobody measured it); without `certificate` the map is not certified. `fit` is the
+    configuration of the fit; `payload` is the sha256 over the other fields and the tensors;
+    `composed` are the payloads of the maps that this one was folded from, in order.
     """
 
     format: Literal["awareness-wmatrix/1"] = "awareness-wmatrix/1"
@@ -44,7 +44,9 @@ class WMatrixManifest(Strict):
     rank: int
     predecessors: int | None
     residual: bool = False
-    places: tuple[Literal["source", "target"], ...] = ()
+    position_embeddings: tuple[Literal["source", "target"], ...] = Field(
+        (), validation_alias=AliasChoices("position_embeddings", "places")
+    )
     sink: tuple[int, ...]
     anchors: Anchors
     fit: dict[str, float | int | str | None]
@@ -73,13 +75,16 @@ class WMatrixManifest(Strict):
     @property
     def embedding_width(self) -> int:
         """The same, with the position embeddings."""
-        return self.token_width + sum(width for _, width in self.place_shapes.values())
+        return self.token_width + sum(width for _, width in self.position_embedding_shapes.values())
 
     @property
-    def place_shapes(self) -> dict[str, tuple[int, int]]:
+    def position_embedding_shapes(self) -> dict[str, tuple[int, int]]:
         """The shapes [P, E] of the tables of position embeddings."""
         sides = {"source": self.source, "target": self.target}
-        return {s: (sides[s].max_positions, sides[s].hidden_size) for s in sorted(self.places)}
+        return {
+            s: (sides[s].max_positions, sides[s].hidden_size)
+            for s in sorted(self.position_embeddings)
+        }
 
     @property
     def measured(self) -> Certificate | None:

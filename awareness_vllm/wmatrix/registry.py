@@ -65,23 +65,23 @@ def entries(paths: Iterable[str | Path] | None = None) -> list[WMatrixEntry]:
     return found
 
 
-def ends(shelf: Iterable[WMatrixEntry]) -> list[Geometry]:
+def ends(registry: Iterable[WMatrixEntry]) -> list[Geometry]:
     """The models that W-Matrices lead from and to, each once."""
     found: list[Geometry] = []
-    for entry in shelf:
+    for entry in registry:
         for end in (entry.manifest.source, entry.manifest.target):
             if not any(end.same_model(other) for other in found):
                 found.append(end)
     return found
 
 
-def best(shelf: Iterable[WMatrixEntry]) -> WMatrixEntry:
+def best(registry: Iterable[WMatrixEntry]) -> WMatrixEntry:
     """The one that was measured to keep most; any where none was measured."""
-    return max(shelf, key=lambda e: e.certificate.retention.mean if e.certificate else -1.0)
+    return max(registry, key=lambda e: e.certificate.retention.mean if e.certificate else -1.0)
 
 
 def leading(
-    shelf: Sequence[WMatrixEntry], source: Geometry, target: Geometry, *, text: bool = True
+    registry: Sequence[WMatrixEntry], source: Geometry, target: Geometry, *, text: bool = True
 ) -> WMatrixEntry:
     """The W-Matrix from one model to another, the best certified one of several.
 
@@ -93,7 +93,7 @@ def leading(
     """
     fit = [
         e
-        for e in shelf
+        for e in registry
         if e.manifest.source.same_model(source)
         and e.manifest.target.same_model(target)
         and (text or not e.manifest.reads_tokens)
@@ -102,7 +102,7 @@ def leading(
         return best(fit)
     raise NoWMatrix(
         f"no W-Matrix leads from {source.name} to {target.name}",
-        found="; ".join(map(str, shelf)) or "no W-Matrix at all",
+        found="; ".join(map(str, registry)) or "no W-Matrix at all",
         expected="one for these exact weights" + ("" if text else " that reads no text"),
         remedy="fit one with `awareness fit`, or look for a way through other models with "
         "`awareness path`",

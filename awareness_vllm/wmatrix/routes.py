@@ -44,7 +44,7 @@ def expected(hops: Hops, context: int | None) -> float | None:
 
 
 def best(
-    shelf: Sequence[WMatrixEntry],
+    registry: Sequence[WMatrixEntry],
     start: Geometry,
     end: Geometry,
     context: int | None,
@@ -54,7 +54,7 @@ def best(
     """The way with the fewest uncertified hops, of these the one that keeps most (Dijkstra on
     −log retention), of these the shortest; with `direct` in one hop, otherwise in several."""
     edges: dict[object, list[WMatrixEntry]] = {}
-    for entry in shelf:
+    for entry in registry:
         source, target = key(entry.manifest.source), key(entry.manifest.target)
         if ((source, target) == (key(start), key(end))) == direct:
             edges.setdefault(source, []).append(entry)

@@ -33,10 +33,10 @@ from awareness_vllm.compatibility.degradation import (
 )
 from awareness_vllm.errors import BadInput
 from awareness_vllm.evaluate.certify import rows_by
-from awareness_vllm.evaluate.conditions import Bench, divergence, surprise
+from awareness_vllm.evaluate.conditions import EvalHarness, kl_divergence, token_nll
 from awareness_vllm.evaluate.evaluate import Cut, cut_evenly, joined
 from awareness_vllm.files import file_digest
-from awareness_vllm.fit.checkpoint import Workspace, workspace
+from awareness_vllm.fit.checkpoint import Checkpoint, workspace
 from awareness_vllm.fit.config import FitConfig
 from awareness_vllm.fit.gather import gather, held_out_rows
 from awareness_vllm.fit.progress import say
@@ -44,7 +44,7 @@ from awareness_vllm.fit.reader import Reader, Row
 from awareness_vllm.fit.regress import fisher_weight
 from awareness_vllm.models.describe import resolve_folder
 from awareness_vllm.models.geometry import Geometry
-from awareness_vllm.models.rope import apply
+from awareness_vllm.models.rope import rotate
 from awareness_vllm.provenance import hardware, versions
 from awareness_vllm.wmatrix.features import flat_states, split_states
 from awareness_vllm.wmatrix.file import WMatrix, load
@@ -101,12 +101,12 @@ def attribute(
             found="a map that gives a row for each of the source's tokens",
             expected="one that reads the target's tokens: only these have true states",
         )
-    bench = Bench(Path(source), Path(target), found)
+    harness = EvalHarness(Path(source), Path(target), found)
     by_length = {
-        length: cut(bench, texts, length, continuation, limit)
+        length: cut(harness, texts, length, continuation, limit)
         for length, limit in sorted(contexts.items())
     }
-    reader = Reader(resolve_folder(source), bench.target, manifest.predecessors)
+    reader = Reader(resolve_folder(source), harness.target, manifest.predecessors)
     reader.residual = False  # of a variant, too, everything is learned
     reader.choose(manifest.layers)
     documents = split(list(anchors), FitConfig.held_out, FitConfig.seed)
@@ -114,7 +114,7 @@ def attribute(
     with workspace(folder, json.dumps(key)) as work:
         maps, rows = fitted(reader, documents, manifest.rank, tokens, work, progress=progress)
         lost_at = {
-            length: lost(bench, found, reader, maps, cuts, progress=progress)
+            length: lost(harness, found, reader, maps, cuts, progress=progress)
             for length, cuts in by_length.items()
         }
     return Degradation(
@@ -135,7 +135,7 @@ def fitted(
     documents: tuple[Sequence[Document], Sequence[Document]],
     rank: int,
     tokens: int,
-    work: Workspace,
+    work: Checkpoint,
     *,
     progress: bool,
 ) -> tuple[Maps, int]:
@@ -157,17 +157,17 @@ def fitted(
 
 
 def cut(
-    bench: Bench, texts: Sequence[Document], context: int, continuation: int, limit: int
+    harness: EvalHarness, texts: Sequence[Document], context: int, continuation: int, limit: int
 ) -> list[Cut]:
     """Contexts of that length with what follows them.
 
     Raises:
         BadInput: fewer than two.
     """
-    cuts = cut_evenly(bench, texts, context, continuation, limit)
+    cuts = cut_evenly(harness, texts, context, continuation, limit)
     if len(cuts) < (limit or len(texts)):
         cuts = cut_evenly(
-            bench, joined(texts, context + continuation), context, continuation, limit
+            harness, joined(texts, context + continuation), context, continuation, limit
         )
     if len(cuts) < 2:
         raise BadInput(
@@ -180,7 +180,7 @@ def cut(
 
 
 def lost(
-    bench: Bench,
+    harness: EvalHarness,
     wmatrix: WMatrix,
     reader: Reader,
     maps: Maps,
@@ -190,7 +190,7 @@ def lost(
 ) -> Lost:
     """What is lost on these texts."""
     bar = tqdm(cuts, desc="texts", disable=not progress)
-    nats = [losses(bench, wmatrix, reader, maps, context, ids) for _, context, ids in bar]
+    nats = [losses(harness, wmatrix, reader, maps, context, ids) for _, context, ids in bar]
     figures = np.stack(nats, axis=2)
     kinds = rows_by([name.split("/")[0] for name, _, _ in cuts])
     return Lost(
@@ -207,24 +207,24 @@ def measures(figures: np.ndarray) -> Measures:
 
 @torch.inference_mode()
 def losses(
-    bench: Bench, wmatrix: WMatrix, reader: Reader, maps: Maps, context: str, ids: list[int]
+    harness: EvalHarness, wmatrix: WMatrix, reader: Reader, maps: Maps, context: str, ids: list[int]
 ) -> np.ndarray:
     """What the target's predictions lose after one text, in nats a token: by surprise and by
     divergence from native reading, of the W-Matrix itself and of the 32 maps, [1 + 32, 2]."""
-    text = as_read(bench, wmatrix, context)
-    native = said(bench, placed(wmatrix, text.ids, text.truth), ids)
+    text = as_read(harness, wmatrix, context)
+    native = said(harness, placed(wmatrix, text.ids, text.truth), ids)
     found = []
-    for memory in (text.served, *arms(wmatrix, text, reader.read(context), maps)):
-        logprobs = said(bench, memory, ids)
-        surprised = surprise(logprobs, ids) - surprise(native, ids)
-        found.append((surprised.mean().item(), divergence(native, logprobs).mean().item()))
+    for memory in (text.served, *conditions(wmatrix, text, reader.read(context), maps)):
+        logprobs = said(harness, memory, ids)
+        surprised = token_nll(logprobs, ids) - token_nll(native, ids)
+        found.append((surprised.mean().item(), kl_divergence(native, logprobs).mean().item()))
     return np.array(found)
 
 
-def arms(wmatrix: WMatrix, text: Text, row: Row, maps: Maps) -> Iterator[AlignedMemory]:
+def conditions(wmatrix: WMatrix, text: Text, row: Row, maps: Maps) -> Iterator[AlignedMemory]:
     """A text's memory by each of the 32 maps, in the order of `subset`."""
     width = wmatrix.manifest.source_width
-    full = {way: one.states(row.features, row.blank, width) for way, one in maps.items()}
+    full = {way: one.states(row.features, row.masked, width) for way, one in maps.items()}
     reduced = {way: one.reduced(full[way]) for way, one in maps.items()}
     for lifted in map(subset, range(2 ** len(SOURCES))):
         way = lifted & {HEADS, LAYERS}
@@ -234,18 +234,18 @@ def arms(wmatrix: WMatrix, text: Text, row: Row, maps: Maps) -> Iterator[Aligned
         yield placed(wmatrix, text.ids, states, None if POSITIONS in lifted else text.counted)
 
 
-def as_read(bench: Bench, wmatrix: WMatrix, context: str) -> Text:
+def as_read(harness: EvalHarness, wmatrix: WMatrix, context: str) -> Text:
     """One text as both models have it. In float32: rounding is not what is measured here."""
     manifest = wmatrix.manifest
-    package = bench.package(context)
-    embed = bench.target_model.get_input_embeddings()
-    ids, index = sources(package, manifest, bench.target)
-    native = bench.native(ids)
+    package = harness.package(context)
+    embed = harness.target_model.get_input_embeddings()
+    ids, index = sources(package, manifest, harness.target)
+    native = harness.native(ids)
     # Tokens that the source's own tokenizer puts before any text hold no byte of it.
     before = int((package.spans[:, 1] == 0).sum())
     return Text(
         ids=ids,
-        served=realign(package, wmatrix, bench.target, embed, dtype=torch.float32),
+        served=realign(package, wmatrix, harness.target, embed, dtype=torch.float32),
         truth=flat_states(manifest.target, native.keys, native.values)[len(manifest.sink) :],
         counted=(index - before).clamp_min(0) + len(manifest.sink),
     )
@@ -270,7 +270,7 @@ def placed(
         positions = torch.arange(len(wmatrix.manifest.sink), len(ids))
     layers = wmatrix.manifest.target.layers
     free, values = split_states(wmatrix.manifest.target, states)
-    keys = [apply(key, positions, g.positions) for key, g in zip(free, layers, strict=True)]
+    keys = [rotate(key, positions, g.positions) for key, g in zip(free, layers, strict=True)]
     whole = (
         [torch.cat(pair) for pair in zip(sinks, rest, strict=True)]
         for sinks, rest in ((wmatrix.sink_keys, keys), (wmatrix.sink_values, values))
@@ -278,6 +278,6 @@ def placed(
     return AlignedMemory(ids, *whole)
 
 
-def said(bench: Bench, memory: AlignedMemory, ids: list[int]) -> Tensor:
+def said(harness: EvalHarness, memory: AlignedMemory, ids: list[int]) -> Tensor:
     """Log probabilities of the ids but the first, read after a memory, [len(ids) - 1, V]."""
-    return bench.logprobs(memory, ids, len(ids) - 1)
+    return harness.logprobs(memory, ids, len(ids) - 1)

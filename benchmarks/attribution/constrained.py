@@ -35,7 +35,7 @@ class ConstrainedMap:
     span: Tensor
     ridge: float
 
-    def states(self, features: Tensor, blank: Tensor, width: int) -> Tensor:
+    def states(self, features: Tensor, masked: Tensor, width: int) -> Tensor:
         """Target states [T, O] at full rank, keys position-free.
 
         Args:
@@ -44,7 +44,7 @@ class ConstrainedMap:
         """
         by = self.scaling
         x = (features - by.x_mean) / by.x_scale
-        x[blank.nonzero()[:, 0], :width] = 0
+        x[masked.nonzero()[:, 0], :width] = 0
         return by.y_mean + x @ self.solution * by.y_scale
 
     def reduced(self, states: Tensor) -> Tensor:

@@ -33,9 +33,9 @@ def encode_states(
     values: Tensors,
     cos: Tensors,
     sin: Tensors,
-    woven: Sequence[int],
+    interleaved: Sequence[int],
     source: Tensor,
-    blank: Tensor,
+    masked: Tensor,
     ids: Tensor,
     embedding: Tensor,
     mean: Tensor,
@@ -44,16 +44,16 @@ def encode_states(
     predecessors: int,
     sink: int,
 ) -> None:
-    """keys, values [N, H, D]; cos, sin [P, C]; source, blank [T]; ids [sink + T]; embedding [V, E];
-    mean, scale [F]; weight [F, R]."""
+    """keys, values [N, H, D]; cos, sin [P, C]; source, masked [T]; ids [sink + T];
+    embedding [V, E]; mean, scale [F]; weight [F, R]."""
     _alike(locals(), layers=1)
     shapes = [(*keys[0].shape[:1], "H", "D")] * len(keys)
     _states(keys=(keys, shapes), values=(values, shapes))
-    _turns(cos, sin, woven, keys, "P")
+    _turns(cos, sin, interleaved, keys, "P")
     _require(predecessors >= -1, "predecessors", "number", predecessors, "-1 or more")
     _require(sink >= 0, "sink", "number", sink, "0 or more")
     _tensor("source", source, INDEX, "T")
-    _tensor("blank", blank, (torch.bool,), len(source))
+    _tensor("masked", masked, (torch.bool,), len(source))
     _tensor("ids", ids, INDEX, sink + len(source))
     _tensor("embedding", embedding, FLOATS, "V", "E", dense=False)
     _dense_rows("embedding", embedding)
@@ -73,16 +73,16 @@ def decode_paged(
     positions: Tensor,
     cos: Tensors,
     sin: Tensors,
-    woven: Sequence[int],
+    interleaved: Sequence[int],
     sink_keys: Tensors,
     sink_values: Tensors,
     key_pages: Tensors,
     value_pages: Tensors,
-    slots: Tensors,
+    slot_mapping: Tensors,
     scales: Tensor,
 ) -> None:
     """latent [T, R]; weight [R, O]; bias [O]; positions [S + T]; cos, sin [P, C]; sink_keys,
-    sink_values [S, H, D]; pages [pages, page size, H, D]; slots [S + T]; scales [2 L]."""
+    sink_values [S, H, D]; pages [pages, page size, H, D]; slot_mapping [S + T]; scales [2 L]."""
     _alike(locals(), layers=1)
     _tensor("latent", latent, FLOATS, "T", "R")
     _tensor("positions", positions, INDEX, "S + T")
@@ -99,31 +99,33 @@ def decode_paged(
     for i, (key, value) in enumerate(zip(sink_keys, sink_values, strict=True)):
         _dense_rows(f"sink_keys[{i}]", key)
         _dense_rows(f"sink_values[{i}]", value)
-    _turns(cos, sin, woven, key_pages, "P")
+    _turns(cos, sin, interleaved, key_pages, "P")
     outputs = sum(page.shape[2] * page.shape[3] for page in (*key_pages, *value_pages))
     _tensor("weight", weight, FLOATS, latent.shape[1], outputs)
     _tensor("bias", bias, FLOATS, outputs)
     _tensor("scales", scales, SINGLE, 2 * len(key_pages))
     # A sink's keys are as cached: nothing looks its positions up.
-    turned = ("positions", positions[sink:], 0, min(map(len, cos)))
-    _in_range([turned], _slots(slots, key_pages, len(positions)))
+    rotated = ("positions", positions[sink:], 0, min(map(len, cos)))
+    _in_range([rotated], _slot_mapping(slot_mapping, key_pages, len(positions)))
 
 
 def rotate_paged(
     key_pages: Tensors,
-    slots: Tensors,
+    slot_mapping: Tensors,
     cos: Tensors,
     sin: Tensors,
-    woven: Sequence[int],
+    interleaved: Sequence[int],
     scales: Tensor,
 ) -> None:
-    """key_pages [pages, page size, H, D]; slots [T]; cos, sin [C]; scales [L]."""
+    """key_pages [pages, page size, H, D]; slot_mapping [T]; cos, sin [C]; scales [L]."""
     _alike(locals(), layers=0)
     _states(key_pages=(key_pages, [("pages", "page size", "H", "D")] * len(key_pages)))
-    _turns(cos, sin, woven, key_pages)
+    _turns(cos, sin, interleaved, key_pages)
     _tensor("scales", scales, SINGLE, len(key_pages))
     # The kernel goes through as many rows in every layer.
-    _in_range(_slots(slots, key_pages, slots[0].numel() if slots else 0))
+    _in_range(
+        _slot_mapping(slot_mapping, key_pages, slot_mapping[0].numel() if slot_mapping else 0)
+    )
 
 
 def _require(holds: bool, name: str, what: str, found: object, expected: object) -> None:
@@ -179,22 +181,24 @@ def _states(**lists: tuple[Tensors, Sequence[Shape]]) -> None:
             dtypes = (state.dtype,)
 
 
-def _turns(cos: Tensors, sin: Tensors, woven: Sequence[int], states: Tensors, *rows: str) -> None:
+def _turns(
+    cos: Tensors, sin: Tensors, interleaved: Sequence[int], states: Tensors, *rows: str
+) -> None:
     """cos, sin [*rows, C] of each layer, whose states [..., D] have C pairs or more."""
-    for i, (c, s, w, state) in enumerate(zip(cos, sin, woven, states, strict=True)):
+    for i, (c, s, w, state) in enumerate(zip(cos, sin, interleaved, states, strict=True)):
         _tensor(f"cos[{i}]", c, SINGLE, *rows, "C")
         pairs, most = c.shape[-1], state.shape[-1] // 2
         _require(pairs <= most, f"cos[{i}]", "pairs", pairs, f"at most {most}")
         _tensor(f"sin[{i}]", s, SINGLE, *c.shape)
-        _require(w in (0, 1), f"woven[{i}]", "number", w, "0 or 1")
+        _require(w in (0, 1), f"interleaved[{i}]", "number", w, "0 or 1")
 
 
-def _slots(slots: Tensors, pages: Tensors, rows: int) -> list[Range]:
-    """slots [rows] of each layer, within its pages; negative ones are skipped."""
+def _slot_mapping(slot_mapping: Tensors, pages: Tensors, rows: int) -> list[Range]:
+    """slot_mapping [rows] of each layer, within its pages; negative ones are skipped."""
     ranges = []
-    for i, (slot, page) in enumerate(zip(slots, pages, strict=True)):
-        _tensor(f"slots[{i}]", slot, INDEX, rows)
-        ranges.append((f"slots[{i}]", slot, ANY, page.shape[0] * page.shape[1]))
+    for i, (slot, page) in enumerate(zip(slot_mapping, pages, strict=True)):
+        _tensor(f"slot_mapping[{i}]", slot, INDEX, rows)
+        ranges.append((f"slot_mapping[{i}]", slot, ANY, page.shape[0] * page.shape[1]))
     return ranges
 
 

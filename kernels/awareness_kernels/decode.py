@@ -55,10 +55,10 @@ def decode_kernel(
     field = segments + tl.program_id(0) * FIELDS
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     column, half = tl.load(field), tl.load(field + 1)
-    turned, woven = tl.load(field + 2), tl.load(field + 3)
+    rotated, interleaved = tl.load(field + 2), tl.load(field + 3)
     pair = tl.arange(0, PAIRS)
     real = pair < half
-    first, second = paired(pair, turned, half, woven)
+    first, second = paired(pair, rotated, half, interleaved)
     mapped = (row >= sink) & (row < rows)
     a = tl.zeros((ROWS, PAIRS), tl.float32)
     b = tl.zeros((ROWS, PAIRS), tl.float32)
@@ -79,17 +79,17 @@ def decode_kernel(
         b = tl.dot(z, two, b, input_precision="ieee")
     a += tl.load(bias + column + first, mask=real, other=0.0)[None, :]
     b += tl.load(bias + column + second, mask=real, other=0.0)[None, :]
-    if turned > 0:
-        turns = mapped[:, None] & (pair < turned)[None, :]
+    if rotated > 0:
+        cos_sin = mapped[:, None] & (pair < rotated)[None, :]
         place = tl.load(positions + row, mask=mapped, other=0)
-        c, d = angles(field + 4, place[:, None] * turned + pair[None, :], turns)
+        c, d = angles(field + 4, place[:, None] * rotated + pair[None, :], cos_sin)
         a, b = a * c - b * d, b * c + a * d
     given = (row < sink)[:, None] & real[None, :]
     own = tl.load(field + 6).to(tl.pointer_type(SINK)) + row[:, None] * tl.load(field + 7)
     a = tl.where(given, tl.load(own + first[None, :], mask=given, other=0.0).to(tl.float32), a)
     b = tl.where(given, tl.load(own + second[None, :], mask=given, other=0.0).to(tl.float32), b)
-    slots = tl.load(field + 8).to(tl.pointer_type(tl.int64))
-    slot = tl.load(slots + row, mask=row < rows, other=-1)
+    slot_mapping = tl.load(field + 8).to(tl.pointer_type(tl.int64))
+    slot = tl.load(slot_mapping + row, mask=row < rows, other=-1)
     page, stride = placed(field + 9, slot, PAGE)
     kept = (slot >= 0)[:, None] & real[None, :]
     unit = tl.load(scales + tl.load(field + 14))
@@ -107,21 +107,25 @@ def decode_paged(
     positions: Tensor,
     cos: Sequence[Tensor],
     sin: Sequence[Tensor],
-    woven: Sequence[int],
+    interleaved: Sequence[int],
     sink_keys: Sequence[Tensor],
     sink_values: Sequence[Tensor],
     key_pages: Sequence[Tensor],
     value_pages: Sequence[Tensor],
-    slots: Sequence[Tensor],
+    slot_mapping: Sequence[Tensor],
     scales: Tensor,
 ) -> None:
     """`reference.decode_paged` in one launch; see there for arguments and result."""
     rows, count = len(positions), len(key_pages)
-    turns = [*tables(cos, sin, woven), *([STILL] * count)]
+    cos_sin = [*tables(cos, sin, interleaved), *([STILL] * count)]
     fields: list[list[int]] = []
     column = 0
     layers = zip(
-        turns, (*sink_keys, *sink_values), (*key_pages, *value_pages), (*slots, *slots), strict=True
+        cos_sin,
+        (*sink_keys, *sink_values),
+        (*key_pages, *value_pages),
+        (*slot_mapping, *slot_mapping),
+        strict=True,
     )
     for layer, (turn, own, page, slot) in enumerate(layers):
         heads, dims = page.shape[2:]

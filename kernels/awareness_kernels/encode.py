@@ -36,7 +36,7 @@ def encode_kernel(
     segments,
     count,
     source,
-    blank,
+    masked,
     ids,
     embedding,
     embedding_stride,
@@ -64,7 +64,7 @@ def encode_kernel(
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     live, wanted = row < tokens, column < rank
     place = tl.load(source + row, mask=live, other=0)
-    seen = live & (tl.load(blank + row, mask=live, other=1) == 0)
+    seen = live & (tl.load(masked + row, mask=live, other=1) == 0)
     pair = tl.arange(0, PAIRS)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for s in range(count):
@@ -72,16 +72,16 @@ def encode_kernel(
         states = tl.load(field).to(tl.pointer_type(STATE))
         token_stride, dim_stride = tl.load(field + 1), tl.load(field + 2)
         begin, half = tl.load(field + 3), tl.load(field + 4)
-        turned, woven = tl.load(field + 5), tl.load(field + 6)
-        first, second = paired(pair, turned, half, woven)
+        rotated, interleaved = tl.load(field + 5), tl.load(field + 6)
+        first, second = paired(pair, rotated, half, interleaved)
         real = pair < half
         used = seen[:, None] & real[None, :]
         at = states + place[:, None] * token_stride
         a = tl.load(at + first[None, :] * dim_stride, mask=used, other=0.0).to(tl.float32)
         b = tl.load(at + second[None, :] * dim_stride, mask=used, other=0.0).to(tl.float32)
-        if turned > 0:
-            turns = used & (pair < turned)[None, :]
-            c, d = angles(field + 7, place[:, None] * turned + pair[None, :], turns)
+        if rotated > 0:
+            cos_sin = used & (pair < rotated)[None, :]
+            c, d = angles(field + 7, place[:, None] * rotated + pair[None, :], cos_sin)
             norm = c * c + d * d
             a, b = (a * c + b * d) / norm, (b * c - a * d) / norm
         one, two = begin + first, begin + second
@@ -144,9 +144,9 @@ def encode_states(
     values: Sequence[Tensor],
     cos: Sequence[Tensor],
     sin: Sequence[Tensor],
-    woven: Sequence[int],
+    interleaved: Sequence[int],
     source: Tensor,
-    blank: Tensor,
+    masked: Tensor,
     ids: Tensor,
     embedding: Tensor,
     mean: Tensor,
@@ -158,7 +158,7 @@ def encode_states(
     """`reference.encode_states` in one launch; see there for arguments and result."""
     tokens, rank = len(source), weight.shape[1]
     latent = torch.empty(tokens, rank, dtype=weight.dtype, device=weight.device)
-    rows, width = segments(keys, values, cos, sin, woven)
+    rows, width = segments(keys, values, cos, sin, interleaved)
     table = on_device(rows, weight.device)
 
     def launch(config: Config) -> None:
@@ -167,7 +167,7 @@ def encode_states(
             table,
             len(rows),
             source,
-            blank,
+            masked,
             ids,
             embedding,
             embedding.stride(0),
@@ -203,14 +203,14 @@ def segments(
     values: Sequence[Tensor],
     cos: Sequence[Tensor],
     sin: Sequence[Tensor],
-    woven: Sequence[int],
+    interleaved: Sequence[int],
 ) -> tuple[list[list[int]], int]:
     """For each head, keys first: where it lies, which features it is, how it was turned; and the
     number of features."""
     rows: list[list[int]] = []
     begin = 0
-    for states, turns in ((keys, tables(cos, sin, woven)), (values, [STILL] * len(values))):
-        for state, turn in zip(states, turns, strict=True):
+    for states, cos_sin in ((keys, tables(cos, sin, interleaved)), (values, [STILL] * len(values))):
+        for state, turn in zip(states, cos_sin, strict=True):
             heads, dims = state.shape[1:]
             place, apart = state.data_ptr(), state.stride(1) * state.element_size()
             strides = (state.stride(0), state.stride(2))

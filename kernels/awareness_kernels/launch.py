@@ -38,11 +38,13 @@ def narrow(x, TYPE: tl.constexpr):
 
 
 @triton.jit
-def paired(pair, turned, half, woven):
-    """The two dims of each pair: side by side where woven, else as far apart as `turned` pairs go;
-    the dims beyond those are turned by nothing and pass in any pairing."""
-    first = tl.where(woven == 1, 2 * pair, tl.where(pair < turned, pair, turned + pair))
-    second = tl.where(woven == 1, 2 * pair + 1, pair + tl.where(pair < turned, turned, half))
+def paired(pair, rotated, half, interleaved):
+    """The two dims of each pair: side by side where interleaved, else as far apart as
+    `rotated` pairs go; the dims beyond those are turned by nothing and pass in any pairing."""
+    first = tl.where(interleaved == 1, 2 * pair, tl.where(pair < rotated, pair, rotated + pair))
+    second = tl.where(
+        interleaved == 1, 2 * pair + 1, pair + tl.where(pair < rotated, rotated, half)
+    )
     return first, second
 
 
@@ -129,10 +131,12 @@ def on_device(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     return torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
 
 
-def tables(cos: Sequence[Tensor], sin: Sequence[Tensor], woven: Sequence[int]) -> list[list[int]]:
+def tables(
+    cos: Sequence[Tensor], sin: Sequence[Tensor], interleaved: Sequence[int]
+) -> list[list[int]]:
     """For each layer: how many pairs are turned, whether the pairs are interleaved, and where its
     cosines and sines [P, C] are."""
     return [
         [c.shape[-1], w, c.data_ptr(), s.data_ptr()]
-        for c, s, w in zip(cos, sin, woven, strict=True)
+        for c, s, w in zip(cos, sin, interleaved, strict=True)
     ]

@@ -20,31 +20,31 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, woven: bool = False) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
     """Turn the first `2 * C` dims of x by a position's angles.
 
     Args:
         x: [T, H, D], any float dtype.
         cos, sin: [T, C], `2 * C <= D`.
-        woven: a pair's dims stand side by side (GPT-J), else half of 2 * C apart (GPT-NeoX).
+        interleaved: a pair's dims stand side by side (GPT-J), else half of 2 * C apart (GPT-NeoX).
 
     Returns:
         [T, H, D] float32.
     """
-    turned = cos.shape[-1]
+    rotated = cos.shape[-1]
     x = wide(x)
     cos, sin = cos[:, None, :], sin[:, None, :]
-    head, rest = x[..., : 2 * turned], x[..., 2 * turned :]
-    a, b = (head[..., ::2], head[..., 1::2]) if woven else head.chunk(2, dim=-1)
+    head, rest = x[..., : 2 * rotated], x[..., 2 * rotated :]
+    a, b = (head[..., ::2], head[..., 1::2]) if interleaved else head.chunk(2, dim=-1)
     a, b = a * cos - b * sin, b * cos + a * sin
-    both = torch.stack((a, b), dim=-1).flatten(-2) if woven else torch.cat((a, b), dim=-1)
+    both = torch.stack((a, b), dim=-1).flatten(-2) if interleaved else torch.cat((a, b), dim=-1)
     return torch.cat((both, rest), dim=-1)
 
 
-def unrotate(x: Tensor, cos: Tensor, sin: Tensor, woven: bool = False) -> Tensor:
+def unrotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
     """The inverse of `rotate`. Divides by cos²+sin², so scaled tables (YaRN) invert too."""
     scale = cos * cos + sin * sin
-    return rotate(x, cos / scale, -sin / scale, woven)
+    return rotate(x, cos / scale, -sin / scale, interleaved)
 
 
 def rms_normalise(x: Tensor, eps: float = EPSILON) -> Tensor:
@@ -83,9 +83,9 @@ def encode_states(
     values: Sequence[Tensor],
     cos: Sequence[Tensor],
     sin: Sequence[Tensor],
-    woven: Sequence[int],
+    interleaved: Sequence[int],
     source: Tensor,
-    blank: Tensor,
+    masked: Tensor,
     ids: Tensor,
     embedding: Tensor,
     mean: Tensor,
@@ -99,9 +99,9 @@ def encode_states(
     Args:
         keys, values: per source layer that is read [N, H, D], keys as cached at 0 … N-1.
         cos, sin: per layer [P, C], contiguous; C is 0 where keys have no rotary positions.
-        woven: per layer, whether the turned pairs are interleaved.
+        interleaved: per layer, whether the turned pairs are interleaved.
         source: [T] int64, the source token that each row reads.
-        blank: [T] bool, rows whose source states say nothing.
+        masked: [T] bool, rows whose source states say nothing.
         ids: [sink + T] int64, the target's; their embeddings are rows of `embedding` [V, E].
         mean, scale: [F], of the features.
         weight: [F, R]; F is the width of all states and (1 + predecessors) * E.
@@ -110,12 +110,12 @@ def encode_states(
     Returns:
         [T, R] in the weight's dtype.
     """
-    turns = zip(keys, cos, sin, woven, strict=True)
-    free = [unrotate(k[source], c[source], s[source], bool(w)).flatten(1) for k, c, s, w in turns]
+    cos_sin = zip(keys, cos, sin, interleaved, strict=True)
+    free = [unrotate(k[source], c[source], s[source], bool(w)).flatten(1) for k, c, s, w in cos_sin]
     states = torch.cat([*free, *(wide(value[source]).flatten(1) for value in values)], dim=1)
     width = states.shape[1]
     states = (states - mean[:width]) * scale[:width]
-    states[blank] = 0
+    states[masked] = 0
     rows = with_predecessors(rms_normalise(embedding[ids]), predecessors)[sink:]
     tokens = (rows - mean[width:]) * scale[width:]
     return encode(torch.cat((states, tokens), dim=1), weight)
@@ -128,22 +128,22 @@ def decode_paged(
     positions: Tensor,
     cos: Sequence[Tensor],
     sin: Sequence[Tensor],
-    woven: Sequence[int],
+    interleaved: Sequence[int],
     sink_keys: Sequence[Tensor],
     sink_values: Sequence[Tensor],
     key_pages: Sequence[Tensor],
     value_pages: Sequence[Tensor],
-    slots: Sequence[Tensor],
+    slot_mapping: Sequence[Tensor],
     scales: Tensor,
 ) -> None:
     """A memory's sink and the keys and values of its latent, written where the engine looks.
 
     Args:
         latent: [T, R]; weight [R, O] and bias [O]: keys of all layers, then values, head by head.
-        positions: [S + T] int64; cos, sin, woven: the target's, as in `encode_states`.
+        positions: [S + T] int64; cos, sin, interleaved: the target's, as in `encode_states`.
         sink_keys, sink_values: per layer [S, H, D], as cached.
         key_pages, value_pages: per layer [pages, page size, H, D], by any strides; written.
-        slots: per layer [S + T] int64, where each row belongs; negative ones are not written.
+        slot_mapping: per layer [S + T] int64, where each row belongs; negative: not written.
         scales: [2 L] float32, what stored keys of each layer, then values, are to be multiplied by.
     """
     sink = len(positions) - len(latent)
@@ -155,40 +155,42 @@ def decode_paged(
         x = states[i].unflatten(1, page.shape[2:])
         if i < count:
             at = positions[sink:]
-            x = rotate(x, cos[i][at], sin[i][at], bool(woven[i]))
+            x = rotate(x, cos[i][at], sin[i][at], bool(interleaved[i]))
         own = (*sink_keys, *sink_values)[i]
-        write(page, torch.cat((wide(own), x)) / scales[i], slots[i % count])
+        write(page, torch.cat((wide(own), x)) / scales[i], slot_mapping[i % count])
 
 
 def rotate_paged(
     key_pages: Sequence[Tensor],
-    slots: Sequence[Tensor],
+    slot_mapping: Sequence[Tensor],
     cos: Sequence[Tensor],
     sin: Sequence[Tensor],
-    woven: Sequence[int],
+    interleaved: Sequence[int],
     scales: Tensor,
 ) -> None:
     """Keys that lie in pages, moved by an offset of positions where they are.
 
     Args:
         key_pages: per layer [pages, page size, H, D], by any strides; rewritten.
-        slots: per layer [T] int64, which keys; negative ones are left alone.
+        slot_mapping: per layer [T] int64, which keys; negative ones are left alone.
         cos, sin: per layer [C], of the offset's angles.
         scales: [L] float32, what stored keys are to be multiplied by.
     """
-    for i, (page, slot) in enumerate(zip(key_pages, slots, strict=True)):
+    for i, (page, slot) in enumerate(zip(key_pages, slot_mapping, strict=True)):
         real = slot[slot >= 0]
         stored = raw(page)[real // page.shape[1], real % page.shape[1]].view(page.dtype)
         keys = wide(stored) * scales[i]
         rows = [table.expand(len(real), -1) for table in (cos[i], sin[i])]
-        write(page, rotate(keys, rows[0], rows[1], bool(woven[i])) / scales[i], real)
+        write(page, rotate(keys, rows[0], rows[1], bool(interleaved[i])) / scales[i], real)
 
 
-def write(page: Tensor, x: Tensor, slots: Tensor) -> None:
-    """Scatter x [T, H, D] into slots [T] of pages [pages, page size, H, D]; skip negative ones."""
-    real = slots >= 0
-    slots = slots[real]
-    raw(page)[slots // page.shape[1], slots % page.shape[1]] = raw(x[real].to(page.dtype))
+def write(page: Tensor, x: Tensor, slot_mapping: Tensor) -> None:
+    """Scatter x [T, H, D] into pages [pages, page size, H, D] by slot_mapping [T]; < 0: skip."""
+    real = slot_mapping >= 0
+    slot_mapping = slot_mapping[real]
+    raw(page)[slot_mapping // page.shape[1], slot_mapping % page.shape[1]] = raw(
+        x[real].to(page.dtype)
+    )
 
 
 def raw(x: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ def full(basis: Basis | None = MEASURED, name: str = "smollm2-135m") -> Compatib
             Action(description="Fit with more anchors", gain=0.012, basis="estimated"),
             Action(description="Route through a third model", gain=None, basis="estimated"),
         ),
-        arms={
+        conditions={
             "native": {"nll": 2.903, "kl": 0.0, "top1": 1.0, "exact_match": 0.75},
             "memory": {"nll": 3.005, "kl": 0.167, "top1": 0.816, "exact_match": 0.44},
             "memory_tail_48": {"nll": 2.953, "kl": 0.083, "top1": 0.865, "exact_match": 0.42},

@@ -19,11 +19,11 @@ pytestmark = pytest.mark.engine
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "conversions.py"
 SMALL = ("--short", "--rank", "64", "--tokens", "5000", "--calibration", "0", "--limit", "4")
-ARMS = ("memory", "tokens_only", "wrong_memory", "none")
+CONDITIONS = ("memory", "tokens_only", "wrong_memory", "none")
 
 
 @pytest.fixture(scope="module")
-def arms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dict[str, float]]]:
+def conditions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dict[str, float]]]:
     """The arms of one conversion by way of measuring; models and map are made for it."""
     install()
     home = tmp_path_factory.mktemp("home")
@@ -51,18 +51,18 @@ def measured(through: str, home: Path) -> dict[str, Any]:
         text=True,
     )
     assert out.is_file(), done.stdout[-2000:] + done.stderr[-3000:]
-    return json.loads(out.read_text())["rows"]["to-learned"]["arms"]
+    return json.loads(out.read_text())["rows"]["to-learned"]["conditions"]
 
 
-def test_the_arms_can_be_told_apart(arms: dict[str, dict[str, dict[str, float]]]) -> None:
-    lost = [arms["transformers"][arm]["kl"] for arm in ARMS]
+def test_the_arms_can_be_told_apart(conditions: dict[str, dict[str, dict[str, float]]]) -> None:
+    lost = [conditions["transformers"][arm]["kl"] for arm in CONDITIONS]
     assert all(b > 1.1 * a for a, b in itertools.pairwise(lost)), lost
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", CONDITIONS)
 def test_vllm_loses_what_transformers_loses(
-    arms: dict[str, dict[str, dict[str, float]]], arm: str
+    conditions: dict[str, dict[str, dict[str, float]]], arm: str
 ) -> None:
-    served, expected = arms["vllm"][arm], arms["transformers"][arm]
+    served, expected = conditions["vllm"][arm], conditions["transformers"][arm]
     assert served["kl"] == pytest.approx(expected["kl"], rel=0.04)
     assert served["nll"] == pytest.approx(expected["nll"], abs=0.01)

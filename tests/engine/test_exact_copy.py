@@ -52,4 +52,4 @@ def test_captured_by_transformers_is_close(
     )  # fmt: skip
     assert run.status == 0, run.stderr[-2000:]
     assert run.out["n"] == 4
-    assert run.out["arms"]["memory"]["kl"] <= 1e-3, run.out
+    assert run.out["conditions"]["memory"]["kl"] <= 1e-3, run.out

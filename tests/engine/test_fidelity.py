@@ -90,11 +90,11 @@ def test_eval_measures_the_same_arms(
     models = ("--source", smollm2, "--target", gemma3, "--limit", 2)
     on_texts = awareness("eval", wmatrix, *models, "--texts", *texts).out
     assert on_texts["n"] == 2
-    assert on_texts["arms"]["native"]["kl"] == 0
+    assert on_texts["conditions"]["native"]["kl"] == 0
     assert set(on_texts["retention"]) == {"mean", "ci_low", "ci_high"}
     on_cases = awareness("eval", wmatrix, *models, "--cases", cases).out
     assert on_cases["n"] == 2
-    assert set(on_cases["arms"]) == set(on_texts["arms"])
+    assert set(on_cases["conditions"]) == set(on_texts["conditions"])
 
 
 def test_the_monitor_notices_what_does_not_hold(

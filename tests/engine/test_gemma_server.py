@@ -254,8 +254,8 @@ def test_time_to_first_token(
     texts = [document(2000, i) for i in (0, 1, 2)]
     memories = [captured(smollm2, text, store) for text in texts]
     server.first_token(QUESTION)
-    arms = ("native", "cold", "warm", "hot", "question alone")
-    seconds: dict[str, list[float]] = {arm: [] for arm in arms}
+    conditions = ("native", "cold", "warm", "hot", "question alone")
+    seconds: dict[str, list[float]] = {arm: [] for arm in conditions}
     for text, memory in zip(texts, memories, strict=True):
         seconds["native"].append(server.first_token(text + QUESTION))
         # Nothing is faster than a question without any memory, however that is loaded.

@@ -18,10 +18,10 @@ def test_the_scatter_writes_what_vllm_writes(rows: int) -> None:
     torch.manual_seed(rows)
     caches = [torch.full((BLOCKS, HEADS, SIZE, 2 * DIMS), 7.0).bfloat16() for _ in range(2)]
     key, value = (torch.randn(rows, HEADS, DIMS).bfloat16() for _ in range(2))
-    slots = torch.randperm(BLOCKS * SIZE)[:rows]
-    slots[1::4] = -1
+    slot_mapping = torch.randperm(BLOCKS * SIZE)[:rows]
+    slot_mapping[1::4] = -1
     halves = caches[0].view(BLOCKS, HEADS, 2 * SIZE, DIMS).chunk(2, dim=2)
-    vllm_ops.cpu_attn_reshape_and_cache(key, value, *halves, slots, "vec")
+    vllm_ops.cpu_attn_reshape_and_cache(key, value, *halves, slot_mapping, "vec")
     # With this instruction set vLLM keeps keys transposed within a head, values token by token.
     parts = caches[1].view(BLOCKS, HEADS, 2, SIZE * DIMS)
     keys = parts[:, :, 0].unflatten(-1, (DIMS, SIZE)).permute(0, 3, 1, 2)
@@ -40,7 +40,7 @@ def test_the_scatter_writes_what_vllm_writes(rows: int) -> None:
         [value],
         [keys],
         [values],
-        [slots],
+        [slot_mapping],
         torch.ones(2),
     )
     assert torch.equal(*caches)

@@ -131,9 +131,9 @@ SHAPES: dict[str, dict[str, list[Change]]] = {
         "cos[0]": [flat, twice, strided],
         "cos[1]": [flat, twice, strided],
         "sin[0]": [shorter, narrower, columns],
-        "woven[1]": [lambda _: 2, lambda _: -1],
+        "interleaved[1]": [lambda _: 2, lambda _: -1],
         "source": [nested, strided, with_last(-1), with_last(6)],
-        "blank": [shorter, nested, strided],
+        "masked": [shorter, nested, strided],
         "ids": [shorter, nested, strided, with_last(-1), with_last(7)],
         "embedding": [flat, strided, columns],
         "mean": [shorter, nested, strided],
@@ -149,22 +149,22 @@ SHAPES: dict[str, dict[str, list[Change]]] = {
         "positions": [nested, strided, lambda x: x[: ROWS - 1], with_last(-1), with_last(6)],
         "cos[1]": [flat, twice, strided],
         "sin[1]": [shorter, narrower, columns],
-        "woven[0]": [lambda _: 2],
+        "interleaved[0]": [lambda _: 2],
         "sink_keys[0]": [flat, shorter, twice, strided],
         "sink_values[1]": [flat, shorter, twice, strided],
         "key_pages[0]": [flat, nested, narrower],
         "value_pages[1]": [flat, shorter, narrower, lambda x: x[:, :-1]],
-        "slots[0]": [shorter, nested, strided, with_last(SLOTS), with_last(2**62)],
-        "slots[1]": [shorter, nested, strided, with_last(SLOTS)],
+        "slot_mapping[0]": [shorter, nested, strided, with_last(SLOTS), with_last(2**62)],
+        "slot_mapping[1]": [shorter, nested, strided, with_last(SLOTS)],
         "scales": [shorter, nested, strided],
     },
     "rotate_paged": {
         "key_pages[1]": [flat, nested, narrower],
-        "slots[0]": [nested, strided, with_last(SLOTS)],
-        "slots[1]": [shorter, nested, strided, with_last(SLOTS)],
+        "slot_mapping[0]": [nested, strided, with_last(SLOTS)],
+        "slot_mapping[1]": [shorter, nested, strided, with_last(SLOTS)],
         "cos[0]": [nested, twice, strided],
         "sin[1]": [narrower, nested, strided],
-        "woven[1]": [lambda _: 2],
+        "interleaved[1]": [lambda _: 2],
         "scales": [shorter, nested, strided],
     },
 }
@@ -177,7 +177,7 @@ DTYPES: dict[str, dict[str, list[Change]]] = {
         "cos[1]": [HALF],
         "sin[0]": [HALF],
         "source": [INT],
-        "blank": [INT],
+        "masked": [INT],
         "ids": [INT],
         "embedding": [INT],
         "mean": [INT],
@@ -196,13 +196,13 @@ DTYPES: dict[str, dict[str, list[Change]]] = {
         "key_pages[0]": [INT],
         "key_pages[1]": [HALF],
         "value_pages[0]": [HALF],
-        "slots[1]": [INT],
+        "slot_mapping[1]": [INT],
         "scales": [HALF],
     },
     "rotate_paged": {
         "key_pages[0]": [INT],
         "key_pages[1]": [HALF],
-        "slots[0]": [INT],
+        "slot_mapping[0]": [INT],
         "cos[1]": [HALF],
         "sin[0]": [HALF],
         "scales": [HALF],
@@ -288,9 +288,9 @@ def test_a_tensor_on_another_device_is_named(operator: str, name: str) -> None:
 
 
 def test_the_message_says_what_was_found_and_expected() -> None:
-    arguments = altered("decode_paged", "slots[1]", with_last(SLOTS + 3))
-    message = refused("decode_paged", arguments, "slots[1]")
-    assert message == "slots[1]: greatest index 15, expected less than 12"
+    arguments = altered("decode_paged", "slot_mapping[1]", with_last(SLOTS + 3))
+    message = refused("decode_paged", arguments, "slot_mapping[1]")
+    assert message == "slot_mapping[1]: greatest index 15, expected less than 12"
     arguments = altered("decode_paged", "weight", shorter)
     assert "shape (2, 68), expected (3, 68)" in refused("decode_paged", arguments, "weight")
 
@@ -298,7 +298,7 @@ def test_the_message_says_what_was_found_and_expected() -> None:
 def test_a_kernel_takes_no_float64() -> None:
     """It would read such a table as float32. Meta stands for any device but a CPU."""
     arguments = altered("rotate_paged", "cos[0]", DOUBLE)
-    for name in ("key_pages", "slots", "cos", "sin"):
+    for name in ("key_pages", "slot_mapping", "cos", "sin"):
         arguments[name] = [x.to("meta") for x in arguments[name]]
     arguments["scales"] = arguments["scales"].to("meta")
     with pytest.raises(TypeError, match=r"^cos\[0\]: dtype torch\.float64"):
@@ -340,7 +340,7 @@ UNUSUAL: dict[str, dict[str, dict[str, Change]]] = {
         "states by any strides": {"keys": each(strided), "values": each(head_by_head)},
         "embeddings with gaps between rows": {"embedding": lambda x: twice(x)[:, :4]},
         "no rotary positions": {"cos": still, "sin": still},
-        "no tokens": {"source": none, "blank": none, "ids": lambda x: x[:SINK]},
+        "no tokens": {"source": none, "masked": none, "ids": lambda x: x[:SINK]},
         "no embeddings": {
             "predecessors": lambda _: -1,
             **dict.fromkeys(("mean", "scale", "weight"), lambda x: x[:-8]),
@@ -360,7 +360,7 @@ UNUSUAL: dict[str, dict[str, dict[str, Change]]] = {
         },
         "no sink": {
             "positions": lambda x: x[SINK:],
-            "slots": each(lambda x: x[SINK:]),
+            "slot_mapping": each(lambda x: x[SINK:]),
             "sink_keys": each(none),
             "sink_values": each(none),
         },
@@ -369,7 +369,7 @@ UNUSUAL: dict[str, dict[str, dict[str, Change]]] = {
             "positions": lambda x: x.clone().index_fill_(0, x[:1], 99)
         },
         "pages by any strides": {"key_pages": each(strided), "value_pages": each(head_by_head)},
-        "nothing to write": {"slots": each(skipped)},
+        "nothing to write": {"slot_mapping": each(skipped)},
         "other dtypes": {
             "latent": HALF,
             "weight": Tensor.bfloat16,
@@ -378,11 +378,13 @@ UNUSUAL: dict[str, dict[str, dict[str, Change]]] = {
         },
     },
     "rotate_paged": {
-        "no layers": dict.fromkeys(("key_pages", "slots", "cos", "sin", "woven", "scales"), none),
-        "no rows": {"slots": each(none)},
+        "no layers": dict.fromkeys(
+            ("key_pages", "slot_mapping", "cos", "sin", "interleaved", "scales"), none
+        ),
+        "no rows": {"slot_mapping": each(none)},
         "no rotary positions": {"cos": still, "sin": still},
         "pages by any strides": {"key_pages": each(head_by_head)},
-        "nothing to rewrite": {"slots": each(skipped)},
+        "nothing to rewrite": {"slot_mapping": each(skipped)},
         "other dtypes": {"key_pages": each(float8)},
     },
 }
@@ -441,24 +443,24 @@ def test_all_slots_are_in_the_pages_or_nothing_is_written(
     data: st.DataObject, operator: str
 ) -> None:
     arguments = valid(operator)
-    arguments["slots"] = [
+    arguments["slot_mapping"] = [
         torch.tensor(
             data.draw(st.lists(st.integers(-3, SLOTS - 1), min_size=len(x), max_size=len(x)))
         )
-        for x in arguments["slots"]
+        for x in arguments["slot_mapping"]
     ]
     layer = data.draw(st.none() | st.integers(0, 1))
     if layer is not None:
-        slots = arguments["slots"][layer]
-        at = data.draw(st.integers(0, len(slots) - 1))
-        slots[at] = data.draw(st.integers(SLOTS, SLOTS + 2) | st.integers(SLOTS, 2**63 - 1))
-    arguments["slots"] = [x.to(DEVICE) for x in arguments["slots"]]
+        slot_mapping = arguments["slot_mapping"][layer]
+        at = data.draw(st.integers(0, len(slot_mapping) - 1))
+        slot_mapping[at] = data.draw(st.integers(SLOTS, SLOTS + 2) | st.integers(SLOTS, 2**63 - 1))
+    arguments["slot_mapping"] = [x.to(DEVICE) for x in arguments["slot_mapping"]]
     if layer is not None:
-        refused(operator, arguments, f"slots[{layer}]")
+        refused(operator, arguments, f"slot_mapping[{layer}]")
         return
     getattr(ops, operator)(*arguments.values())
     for i, page in enumerate(pages_of(arguments)):
         named = torch.zeros(SLOTS, dtype=torch.bool, device=DEVICE)
-        slots = arguments["slots"][i % 2]
-        named[slots[slots >= 0]] = True
+        slot_mapping = arguments["slot_mapping"][i % 2]
+        named[slot_mapping[slot_mapping >= 0]] = True
         assert torch.equal((page.flatten(0, 1) != POISON).any(-1).any(-1), named)

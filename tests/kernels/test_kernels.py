@@ -37,20 +37,20 @@ class Shape:
     layers: int
     heads: int
     dims: int
-    turned: int
-    woven: bool = False
+    rotated: int
+    interleaved: bool = False
 
 
 PLAIN = Shape(2, 3, 64, 32)
 PARTIAL = Shape(1, 2, 80, 16)
-WOVEN = Shape(2, 1, 32, 8, woven=True)
+INTERLEAVED = Shape(2, 1, 32, 8, interleaved=True)
 STILL = Shape(1, 2, 40, 0)
 WIDE = Shape(1, 1, 256, 128)
 
 
 def tables(shape: Shape, positions: int, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     """Angles that differ by pair; with a scale, as YaRN's."""
-    angles = torch.arange(positions)[:, None] * torch.linspace(0.9, 0.01, shape.turned)[None]
+    angles = torch.arange(positions)[:, None] * torch.linspace(0.9, 0.01, shape.rotated)[None]
     return (scale * angles.cos()).contiguous(), (scale * angles.sin()).contiguous()
 
 
@@ -111,7 +111,7 @@ def encode_arguments(
         there(states(shape, held, dtype, 2)),
         there([cos] * shape.layers),
         there([sin] * shape.layers),
-        [int(shape.woven)] * shape.layers,
+        [int(shape.interleaved)] * shape.layers,
         torch.randint(held, (tokens,), generator=generator).to(DEVICE),
         (torch.rand(tokens, generator=generator) < 0.2).to(DEVICE),
         torch.randint(30, (tokens + 2,), generator=generator).to(DEVICE),
@@ -137,7 +137,7 @@ def kernels() -> Kernels:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [PLAIN, PARTIAL, WOVEN, STILL, WIDE])
+@pytest.mark.parametrize("shape", [PLAIN, PARTIAL, INTERLEAVED, STILL, WIDE])
 def test_encode(kernels: Kernels, shape: Shape, dtype: torch.dtype) -> None:
     check_encode(kernels, encode_arguments(shape, 63, dtype))
 
@@ -202,7 +202,7 @@ def decode_arguments(
     def random(*size: int) -> Tensor:
         return torch.randn(size, generator=generator).to(DEVICE)
 
-    def slots() -> Tensor:
+    def slot_mapping() -> Tensor:
         """Blocks in random order, the last one partial, some rows of none."""
         blocks = torch.randperm(count, generator=generator)
         at = torch.arange(rows)
@@ -219,18 +219,18 @@ def decode_arguments(
         torch.arange(rows).to(DEVICE) + 2,
         [cos.to(DEVICE)] * shape.layers,
         [sin.to(DEVICE)] * shape.layers,
-        [int(shape.woven)] * shape.layers,
+        [int(shape.interleaved)] * shape.layers,
         there(states(shape, sink, torch.float32, 3)),
         there(states(shape, sink, torch.float32, 4)),
         [place.empty() for _ in range(shape.layers)],
         [place.empty() for _ in range(shape.layers)],
-        [slots() for _ in range(shape.layers)],
+        [slot_mapping() for _ in range(shape.layers)],
         scale * (1 + torch.arange(2 * shape.layers, device=DEVICE) / 4),
     ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [PLAIN, PARTIAL, WOVEN, STILL, WIDE])
+@pytest.mark.parametrize("shape", [PLAIN, PARTIAL, INTERLEAVED, STILL, WIDE])
 def test_decode(kernels: Kernels, shape: Shape, dtype: torch.dtype) -> None:
     check_decode(kernels, decode_arguments(shape, 63, dtype))
 
@@ -261,10 +261,10 @@ def check_decode(kernels: Kernels, arguments: list[Any]) -> None:
             compare(*(run[part][layer] for run in (*runs, exact)), arguments[11][layer])
 
 
-def compare(plain: Tensor, found: Tensor, exact: Tensor, slots: Tensor) -> None:
+def compare(plain: Tensor, found: Tensor, exact: Tensor, slot_mapping: Tensor) -> None:
     """Every slot that was named is as right as the reference's; every other one is untouched."""
     named = torch.zeros(plain.shape[:2], dtype=torch.bool, device=plain.device)
-    real = slots[slots >= 0]
+    real = slot_mapping[slot_mapping >= 0]
     named[real // plain.shape[1], real % plain.shape[1]] = True
     assert (found[~named].float() == POISON_IN[found.dtype]).all()
     if named.any():
@@ -275,9 +275,9 @@ def compare(plain: Tensor, found: Tensor, exact: Tensor, slots: Tensor) -> None:
 @st.composite
 def shapes(draw: st.DrawFn) -> Shape:
     dims = 2 * draw(st.integers(16, 64))
-    turned = draw(st.integers(0, dims // 2))
+    rotated = draw(st.integers(0, dims // 2))
     return Shape(
-        draw(st.integers(1, 3)), draw(st.integers(1, 4)), dims, turned, draw(st.booleans())
+        draw(st.integers(1, 3)), draw(st.integers(1, 4)), dims, rotated, draw(st.booleans())
     )
 
 
@@ -302,18 +302,18 @@ def test_any_geometry(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
-@pytest.mark.parametrize("shape", [PLAIN, PARTIAL, WOVEN, STILL])
+@pytest.mark.parametrize("shape", [PLAIN, PARTIAL, INTERLEAVED, STILL])
 def test_rotate(kernels: Kernels, shape: Shape, dtype: torch.dtype) -> None:
     filled = decode_arguments(shape, 60, torch.float32, pages=dtype, order=ORDERS[1], scale=0.5)
     reference.decode_paged(*filled)
-    pages, slots, scales = filled[9], filled[11], filled[12][: shape.layers]
+    pages, slot_mapping, scales = filled[9], filled[11], filled[12][: shape.layers]
     turn = (
         [table[5].contiguous() for table in filled[4]],
         [table[5].contiguous() for table in filled[5]],
     )
 
     def arguments(pages: list[Tensor]) -> list[Any]:
-        return [pages, slots, *turn, filled[6], scales]
+        return [pages, slot_mapping, *turn, filled[6], scales]
 
     plain, found = ([page.clone() for page in pages] for _ in range(2))
     exact = [page.double() for page in pages]
@@ -321,18 +321,18 @@ def test_rotate(kernels: Kernels, shape: Shape, dtype: torch.dtype) -> None:
     kernels["rotate_paged"](*arguments(found))
     reference.rotate_paged(*doubled(arguments(exact)))
     for layer in range(shape.layers):
-        compare(plain[layer], found[layer], exact[layer], slots[layer])
+        compare(plain[layer], found[layer], exact[layer], slot_mapping[layer])
 
 
 def test_turning_back_gives_the_keys_back() -> None:
-    filled = decode_arguments(WOVEN, 40, torch.float32)
+    filled = decode_arguments(INTERLEAVED, 40, torch.float32)
     reference.decode_paged(*filled)
-    pages, slots, woven = filled[9], filled[11], filled[6]
+    pages, slot_mapping, interleaved = filled[9], filled[11], filled[6]
     moved = [page.clone() for page in pages]
     cos, sin = ([table[9] for table in filled[part]] for part in (4, 5))
     for sign in (1, -1):
-        turned = [sign * table for table in sin]
-        reference.rotate_paged(moved, slots, cos, turned, woven, filled[12][:2])
+        rotated = [sign * table for table in sin]
+        reference.rotate_paged(moved, slot_mapping, cos, rotated, interleaved, filled[12][:2])
     for page, back in zip(pages, moved, strict=True):
         torch.testing.assert_close(back, page)
 

@@ -111,7 +111,7 @@ def geometry() -> Geometry:
             LayerGeometry(
                 heads=1,
                 head_dim=8,
-                positions=Positions(scheme="rope", theta=1e6, rotary_dim=8, woven=True),
+                positions=Positions(scheme="rope", theta=1e6, rotary_dim=8, interleaved=True),
                 window=4,
             ),
         ),
@@ -156,7 +156,7 @@ def wmatrix(geometry: Geometry) -> WMatrix:
     generator = torch.Generator().manual_seed(0)
     schemes = (
         Positions(scheme="rope", theta=1e4, rotary_dim=4),
-        Positions(scheme="rope", theta=1e5, rotary_dim=4, woven=True),
+        Positions(scheme="rope", theta=1e5, rotary_dim=4, interleaved=True),
         Positions(scheme="none"),
     )
     layers = tuple(LayerGeometry(heads=1, head_dim=4, positions=scheme) for scheme in schemes)

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from awareness_vllm.align.realign import AlignedMemory, copy, prompt_ids, realign
-from awareness_vllm.models.rope import strip
+from awareness_vllm.models.rope import unrotate
 from awareness_vllm.models.tokens import align, tokenize
 from awareness_vllm.packages.file import Package
 from awareness_vllm.wmatrix.features import embedding_features, flat_states
@@ -93,7 +93,7 @@ def test_keys_are_rotated_to_the_positions_behind_the_sink(
     keys, values = mapped(package, wmatrix, folder)
     positions = torch.arange(SINK, len(aligned.ids))
     for i, layer in enumerate(wmatrix.manifest.target.layers):
-        free = strip(aligned.keys[i][SINK:], positions, layer.positions)
+        free = unrotate(aligned.keys[i][SINK:], positions, layer.positions)
         torch.testing.assert_close(free, keys[i], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(aligned.values[i][SINK:], values[i], atol=1e-5, rtol=1e-5)
 
@@ -119,7 +119,7 @@ def test_the_sources_first_position_says_nothing(
 
 def test_blank_hides_the_sources_states(package: Package, wmatrix: WMatrix, folder: Path) -> None:
     one, other = (
-        realign(p, wmatrix, folder, embed, dtype=torch.float32, blank=True)
+        realign(p, wmatrix, folder, embed, dtype=torch.float32, masked=True)
         for p in (package, changed(package, -1))
     )
     for a, b in zip(one.keys + one.values, other.keys + other.values, strict=True):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from awareness_vllm.errors import UnsupportedRequest
 from awareness_vllm.serving.api.chat_template import SEPARATOR, mark, split
-from awareness_vllm.serving.request import MOST, Asked, asked_of
+from awareness_vllm.serving.request import MOST, MemoryRequest, parse_memory_request
 
 pytestmark = pytest.mark.unit
 
@@ -21,14 +21,18 @@ MARK = "0123456789abcdef"
 
 def test_nothing_is_asked_where_no_field_says_so() -> None:
     for body in ({}, {"prompt": "hi"}, {"memory_ids": None}, {"memory": None, "memory_ids": None}):
-        assert asked_of(body) is None
+        assert parse_memory_request(body) is None
 
 
 def test_both_forms_say_the_same() -> None:
-    assert asked_of({"memory_ids": [ID, OTHER]}) == asked_of({"memory": {"ids": [ID, OTHER]}})
+    assert parse_memory_request({"memory_ids": [ID, OTHER]}) == parse_memory_request(
+        {"memory": {"ids": [ID, OTHER]}}
+    )
     long = {"ids": [ID], "quality_target": 0.9, "on_low_quality": "fail"}
-    assert asked_of({"memory": long}) == Asked(ids=(ID,), quality_target=0.9, on_low_quality="fail")
-    assert asked_of({"memory": {"capture": "name"}}) == Asked(capture="name")
+    assert parse_memory_request({"memory": long}) == MemoryRequest(
+        ids=(ID,), quality_target=0.9, on_low_quality="fail"
+    )
+    assert parse_memory_request({"memory": {"capture": "name"}}) == MemoryRequest(capture="name")
 
 
 @pytest.mark.parametrize(
@@ -45,7 +49,7 @@ def test_both_forms_say_the_same() -> None:
         {"memory": [ID]},
         {"memory": {"ids": [ID], "capture": "both"}},
         {"memory": {"capture": ""}},
-        {"memory": {"ids": [ID], "surprise": 1}},
+        {"memory": {"ids": [ID], "token_nll": 1}},
         {"memory": {"ids": [ID], "quality_target": 0}},
         {"memory": {"ids": [ID], "quality_target": 1.01}},
         {"memory": {"ids": [ID], "quality_target": "high"}},
@@ -54,7 +58,7 @@ def test_both_forms_say_the_same() -> None:
 )
 def test_what_cannot_be_used_is_refused_with_the_remedy(body: dict[str, Any]) -> None:
     with pytest.raises(UnsupportedRequest, match="Remedy: send"):
-        asked_of(body)
+        parse_memory_request(body)
 
 
 @given(
@@ -72,7 +76,7 @@ def test_what_cannot_be_used_is_refused_with_the_remedy(body: dict[str, Any]) ->
 )
 def test_any_body_is_understood_or_refused(body: dict[str, Any]) -> None:
     try:
-        asked = asked_of(body)
+        asked = parse_memory_request(body)
     except UnsupportedRequest:
         return
     if asked is not None:

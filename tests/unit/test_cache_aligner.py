@@ -154,7 +154,7 @@ def test_quality_is_measured_on_the_spot_where_texts_are_given(
 ) -> None:
     asked: dict[str, Any] = {}
 
-    def measured(bench: object, texts: object, **given: Any) -> TextFigures:
+    def measured(harness: object, texts: object, **given: Any) -> TextFigures:
         asked.update(given)
         nll = {"native": 1.0, "memory": 1.6, "none": 2.0}
         return TextFigures(["a", "b"], {arm: np.full((2, 3), x) for arm, x in nll.items()})

@@ -33,7 +33,7 @@ from awareness_vllm.packages.capture import capture
 from awareness_vllm.packages.file import Package, publish, without_text
 from awareness_vllm.packages.manifest import read_manifest
 from awareness_vllm.packages.store import Store
-from awareness_vllm.serving.api.engine_client import Backstage
+from awareness_vllm.serving.api.engine_client import MemoryEngineClient
 from awareness_vllm.serving.api.memories import router
 from awareness_vllm.serving.config import ServingConfig
 from awareness_vllm.serving.connector.worker_extension import (
@@ -90,7 +90,9 @@ class Server:
         self.app.state.args = SimpleNamespace(log_error_stack=False)
         self.app.state.awareness = memories
         self.app.state.awareness_target = TargetConfig(context_length=LIMIT)
-        self.app.state.awareness_backstage = Backstage(cast("EngineClient", self.engine))
+        self.app.state.awareness_engine_client = MemoryEngineClient(
+            cast("EngineClient", self.engine)
+        )
         self.client = TestClient(self.app)
 
     def ask(

@@ -64,7 +64,7 @@ PLANS = [
     measured_plan(300, 0, 0.2, 0.9),
     measured_plan(300, 16, 0.3, 0.95),
 ]
-ARMS = ("native", "memory", "tokens_only", "wrong_memory", "none")
+CONDITIONS = ("native", "memory", "tokens_only", "wrong_memory", "none")
 
 
 def texts(kept: float = 0.9, count: int = 8) -> TextFigures:
@@ -72,17 +72,17 @@ def texts(kept: float = 0.9, count: int = 8) -> TextFigures:
     rng = np.random.default_rng(0)
     native = 3 + rng.random(count)
     brought = 0.5 + rng.random(count)
-    nll = dict(zip(ARMS, (0, 1 - kept, 0.8, 1.1, 1), strict=True))
-    arms = {
+    nll = dict(zip(CONDITIONS, (0, 1 - kept, 0.8, 1.1, 1), strict=True))
+    conditions = {
         arm: np.stack((native + loss * brought, np.full(count, loss), np.full(count, 1 - loss)), 1)
         for arm, loss in nll.items()
     }
     names = [f"{'poems' if i % 4 else 'lists'}/{i}.txt" for i in range(count)]
-    return TextFigures(names, arms)
+    return TextFigures(names, conditions)
 
 
 def cases(native: int = 6, memory: int = 3, count: int = 8) -> CaseFigures:
-    exact = dict(zip(ARMS, (native, memory, 0, 0, 0), strict=True))
+    exact = dict(zip(CONDITIONS, (native, memory, 0, 0, 0), strict=True))
     return CaseFigures(
         {arm: np.stack((np.arange(count) < n, np.zeros(count)), 1) for arm, n in exact.items()},
         kinds=["city", "code"] * (count // 2),
@@ -229,7 +229,7 @@ def test_lengths_and_plans_are_measured(
     def with_tails(*args: object, tails: Sequence[int], **kwargs: object) -> CaseFigures:
         found = cases()
         for tail in tails:
-            found.arms[f"memory_tail_{tail}"] = found.arms["native"]
+            found.conditions[f"memory_tail_{tail}"] = found.conditions["native"]
         return found
 
     # No random model recalls a fact.

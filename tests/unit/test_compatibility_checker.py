@@ -78,7 +78,7 @@ def over(wmatrix: WMatrix, geometry: Geometry) -> MakeChecker:
             manifest = wmatrix.manifest.model_copy(
                 update={**ends, "certificate": document, **update}
             )
-            checker.shelf.append(WMatrixEntry(Path(f"{i}.wmatrix"), manifest, f"digest-{i}"))
+            checker.registry.append(WMatrixEntry(Path(f"{i}.wmatrix"), manifest, f"digest-{i}"))
         return checker
 
     return make
@@ -94,7 +94,7 @@ def test_it_is_exported_without_loading_torch() -> None:
 
 def test_a_home_without_maps_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWARENESS_HOME", str(tmp_path / "fresh"))
-    assert CompatibilityChecker().shelf == []
+    assert CompatibilityChecker().registry == []
 
 
 def test_the_best_certificate_of_the_pair_is_the_estimate(over: MakeChecker) -> None:
@@ -259,10 +259,10 @@ def test_unknown_names_get_the_nearest_of_both_kinds(over: MakeChecker) -> None:
 
 def test_two_models_of_one_name_are_told_apart_by_folder(over: MakeChecker) -> None:
     checker = over(("a", "b", None), ("a", "b", None))
-    entry = checker.shelf[1]
+    entry = checker.registry[1]
     other = entry.manifest.source.model_copy(update={"weights": "z" * 64})
     manifest = entry.manifest.model_copy(update={"source": other})
-    checker.shelf[1] = WMatrixEntry(entry.path, manifest, entry.digest)
+    checker.registry[1] = WMatrixEntry(entry.path, manifest, entry.digest)
     with pytest.raises(BadInput, match=r"2 models .* 'a'.*folder"):
         checker.estimate(source_model="a", target_model="b")
 

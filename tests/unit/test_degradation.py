@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from attribution import attribution
-from attribution.attribution import arms, as_read, attribute, placed, said, with_norms
+from attribution.attribution import as_read, attribute, conditions, placed, said, with_norms
 from attribution.constrained import ConstrainedMap, Regression
 from attribution.constraints import at_depth, at_place, blocks, reading
 from hypothesis import given
@@ -45,7 +45,7 @@ from awareness_vllm.compatibility.degradation import (
 )
 from awareness_vllm.compatibility.report import REMAINDER
 from awareness_vllm.errors import BadInput
-from awareness_vllm.evaluate.conditions import Bench, divergence
+from awareness_vllm.evaluate.conditions import EvalHarness, kl_divergence
 from awareness_vllm.fit import gather
 from awareness_vllm.fit.config import FitConfig
 from awareness_vllm.fit.fit import fit
@@ -267,12 +267,12 @@ def test_what_says_nothing_is_taken_for_the_mean() -> None:
     found, sums = regression(X, Y)
     every = blocks(SOURCE, READ, TARGET, sums.x_scale, frozenset({HEADS, LAYERS}))
     whole = found.solve(every, 4)
-    blank = torch.tensor([False, True])
+    masked = torch.tensor([False, True])
     mean = X[:2].clone()
     mean[1, :WIDTH] = found.scaling.x_mean[:WIDTH]
     nothing = torch.zeros(2, dtype=torch.bool)
     torch.testing.assert_close(
-        whole.states(X[:2], blank, WIDTH), whole.states(mean, nothing, WIDTH)
+        whole.states(X[:2], masked, WIDTH), whole.states(mean, nothing, WIDTH)
     )
 
 
@@ -285,7 +285,7 @@ def test_the_ridge_is_chosen_on_held_out_rows() -> None:
         assert found.choose_ridge(bound) == ridge
 
 
-def explained(truth: Tensor, lifted: Lifted) -> float:
+def r2_by_part(truth: Tensor, lifted: Lifted) -> float:
     """The share of the variance of held-out rows that the map explains at full rank."""
     found, sums = regression(X, truth)
     whole = found.solve(blocks(SOURCE, READ, TARGET, sums.x_scale, lifted), 4)
@@ -301,10 +301,10 @@ def test_heads_cost_nothing_where_the_truth_is_head_by_head() -> None:
     by_head = by_head + 0.1 * random(*by_head.shape, seed=8)
     dense = X[:, :WIDTH] @ random(WIDTH, TARGET.width, seed=7)
     for lifted in (NAIVE, frozenset({HEADS}), frozenset({LAYERS}), frozenset({HEADS, LAYERS})):
-        assert explained(by_head, lifted) > 0.99
-    assert explained(dense, frozenset({HEADS, LAYERS})) > 0.99
-    assert explained(dense, frozenset({LAYERS})) < 0.7
-    assert explained(dense, frozenset({HEADS})) < 0.7
+        assert r2_by_part(by_head, lifted) > 0.99
+    assert r2_by_part(dense, frozenset({HEADS, LAYERS})) > 0.99
+    assert r2_by_part(dense, frozenset({LAYERS})) < 0.7
+    assert r2_by_part(dense, frozenset({HEADS})) < 0.7
 
 
 @given(st.integers(1, 5).flatmap(lambda k: st.tuples(st.just(k), st.integers(0, 99))))
@@ -412,32 +412,32 @@ def maps(
     anchors: list[Document],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
-) -> tuple[Bench, Reader, dict[Lifted, ConstrainedMap]]:
+) -> tuple[EvalHarness, Reader, dict[Lifted, ConstrainedMap]]:
     """The tiny models with the maps between them."""
     monkeypatch.setattr(gather, "CHUNK_ROWS", 256)
     wmatrix, _ = fitted
     reader = Reader(*tiny_models, wmatrix.manifest.predecessors)
     reader.choose(wmatrix.manifest.layers)
-    work = attribution.Workspace(tmp_path / "work", "")
+    work = attribution.Checkpoint(tmp_path / "work", "")
     documents = (anchors[1:], anchors[:1])
     found, rows = attribution.fitted(reader, documents, 4, 1500, work, progress=False)
     assert rows >= 1500
-    return Bench(*tiny_models, wmatrix), reader, found
+    return EvalHarness(*tiny_models, wmatrix), reader, found
 
 
 def test_the_truth_loses_nothing_and_each_arm_something_else(
-    maps: tuple[Bench, Reader, dict[Lifted, ConstrainedMap]], anchors: list[Document]
+    maps: tuple[EvalHarness, Reader, dict[Lifted, ConstrainedMap]], anchors: list[Document]
 ) -> None:
-    bench, reader, found = maps
-    wmatrix = bench.wmatrix
+    harness, reader, found = maps
+    wmatrix = harness.wmatrix
     assert wmatrix is not None
     context, follow = anchors[0].text[:200], [7, 20, 30, 40, 50]
-    text = as_read(bench, wmatrix, context)
-    assert text.ids == bench.ids(context)
-    native = said(bench, bench.native(text.ids), follow)
-    given = said(bench, placed(wmatrix, text.ids, text.truth), follow)
+    text = as_read(harness, wmatrix, context)
+    assert text.ids == harness.ids(context)
+    native = said(harness, harness.native(text.ids), follow)
+    given = said(harness, placed(wmatrix, text.ids, text.truth), follow)
     torch.testing.assert_close(given, native, atol=1e-5, rtol=0)
-    memories = list(arms(wmatrix, text, reader.read(context), found))
+    memories = list(conditions(wmatrix, text, reader.read(context), found))
     keys = [torch.cat([k.flatten() for k in memory.keys]) for memory in memories]
     values = [torch.cat([v.flatten() for v in memory.values]) for memory in memories]
     for number in range(32):
@@ -446,20 +446,20 @@ def test_the_truth_loses_nothing_and_each_arm_something_else(
             assert not torch.equal(keys[number], keys[other]), name
             # Positions are the keys' alone.
             assert torch.equal(values[number], values[other]) == (name == POSITIONS)
-    losses = attribution.losses(bench, wmatrix, reader, found, context, follow)
+    losses = attribution.losses(harness, wmatrix, reader, found, context, follow)
     assert losses.shape == (33, 2)
-    kl = divergence(native, said(bench, text.served, follow)).mean().item()
+    kl = kl_divergence(native, said(harness, text.served, follow)).mean().item()
     assert losses[0, 1] == pytest.approx(kl, abs=1e-6)
     assert len(set(losses[1:, 1].tolist())) == 32
 
 
 def test_keys_stand_where_the_source_counted_them(
-    maps: tuple[Bench, Reader, dict[Lifted, ConstrainedMap]], anchors: list[Document]
+    maps: tuple[EvalHarness, Reader, dict[Lifted, ConstrainedMap]], anchors: list[Document]
 ) -> None:
-    bench, _, _ = maps
-    assert bench.wmatrix is not None
-    text = as_read(bench, bench.wmatrix, anchors[0].text[:200])
-    sink = len(bench.wmatrix.manifest.sink)
+    harness, _, _ = maps
+    assert harness.wmatrix is not None
+    text = as_read(harness, harness.wmatrix, anchors[0].text[:200])
+    sink = len(harness.wmatrix.manifest.sink)
     true = torch.arange(sink, len(text.ids))
     assert len(text.counted) == len(true)
     assert text.counted[0] == sink
@@ -467,9 +467,10 @@ def test_keys_stand_where_the_source_counted_them(
     # These tokenizers cut differently.
     assert not torch.equal(text.counted, true)
     there, elsewhere = (
-        placed(bench.wmatrix, text.ids, text.truth, positions) for positions in (true, text.counted)
+        placed(harness.wmatrix, text.ids, text.truth, positions)
+        for positions in (true, text.counted)
     )
-    default = placed(bench.wmatrix, text.ids, text.truth)
+    default = placed(harness.wmatrix, text.ids, text.truth)
     for i, key in enumerate(default.keys):
         assert torch.equal(there.keys[i], key)
         same = (elsewhere.keys[i] == key).flatten(1).all(1)

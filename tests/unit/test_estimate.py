@@ -179,8 +179,8 @@ def test_a_models_own_memory_keeps_all_of_itself(tiny_models: tuple[Path, Path])
     package = capture(folder, TEXT)
     found = measure(package, None, folder, other=capture(folder, TEXT[::-1]))
     assert found.retention.mean == pytest.approx(1, abs=0.01)
-    assert set(found.arms) == {"native", "memory", "none", "wrong_memory"}
-    assert found.arms["wrong_memory"] != pytest.approx(found.arms["native"], abs=1e-4)
+    assert set(found.conditions) == {"native", "memory", "none", "wrong_memory"}
+    assert found.conditions["wrong_memory"] != pytest.approx(found.conditions["native"], abs=1e-4)
     tokens = len(read_tokens(folder, TEXT).ids)
     assert found.scored == pytest.approx(tokens / 4, abs=2)
     # A memory that is another text's states keeps something else.

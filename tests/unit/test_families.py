@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 from awareness_vllm.models.describe import from_config
 from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.models.hf import repeats, states
-from awareness_vllm.models.rope import apply, shift, strip
+from awareness_vllm.models.rope import rerotate, rotate, unrotate
 
 pytestmark = [pytest.mark.unit, pytest.mark.slow]
 
@@ -119,8 +119,8 @@ def test_keys_without_and_with_positions_again(
     at = torch.arange(len(keys[0]))
     free, again = [], []
     for key, layer in zip(keys, geometry.layers, strict=True):
-        free.append(strip(key, at, layer.positions))
-        again.append(apply(free[-1], at, layer.positions))
+        free.append(unrotate(key, at, layer.positions))
+        again.append(rotate(free[-1], at, layer.positions))
     expected = continued(model, keys, values, ids[-1])[1]
     found = continued(model, again, values, ids[-1])[1]
     close = 200 * EPSILON * expected.abs().max().item()
@@ -137,7 +137,7 @@ def test_states_moved_are_states_read_elsewhere(
     if geometry.additive:
         return  # refused: test_positions
     keys, values = states(model, ids[:-1])
-    moved = [shift(k, OFFSET, g.positions) for k, g in zip(keys, geometry.layers, strict=True)]
+    moved = [rerotate(k, OFFSET, g.positions) for k, g in zip(keys, geometry.layers, strict=True)]
     if not any(layer.positions.rotary_dim for layer in geometry.layers):
         assert all(torch.equal(*pair) for pair in zip(moved, keys, strict=True))
         return  # ALiBi: there is no way to say where a text stands

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from awareness_vllm.kernels import decode, encode, rms_normalise, with_predecessors
 from awareness_vllm.models.geometry import Geometry
-from awareness_vllm.models.rope import apply
+from awareness_vllm.models.rope import rotate
 from awareness_vllm.wmatrix.features import (
-    blank_rows,
     embedding_features,
     flat_states,
+    masked_rows,
     split_states,
 )
 
@@ -30,7 +30,7 @@ def random_states(geometry: Geometry, tokens: int, seed: int) -> list[torch.Tens
 def test_split_states_inverts_flat_states(geometry: Geometry, tokens: int) -> None:
     free, values = random_states(geometry, tokens, 0), random_states(geometry, tokens, 1)
     positions = torch.arange(tokens)
-    cached = [apply(k, positions, g.positions) for k, g in zip(free, geometry.layers, strict=True)]
+    cached = [rotate(k, positions, g.positions) for k, g in zip(free, geometry.layers, strict=True)]
     flat = flat_states(geometry, cached, values)
     assert flat.shape == (tokens, geometry.width)
     keys_found, values_found = split_states(geometry, flat)
@@ -92,7 +92,7 @@ def test_encode_and_decode_are_an_affine_map() -> None:
 
 
 def test_rows_at_the_first_source_position_are_blank() -> None:
-    assert blank_rows(np.array([0, 0, 1, 5, 0])).tolist() == [True, True, False, False, True]
+    assert masked_rows(np.array([0, 0, 1, 5, 0])).tolist() == [True, True, False, False, True]
 
 
 def test_embedding_features_see_the_sink_but_leave_it_out() -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from awareness_vllm.anchors.corpus import Document
 from awareness_vllm.fit import calibrate, fit, gather, regress
-from awareness_vllm.fit.checkpoint import Workspace
+from awareness_vllm.fit.checkpoint import Checkpoint
 from awareness_vllm.fit.config import FitConfig
 from awareness_vllm.fit.texts import (
     CONTEXT_CHARACTERS,
@@ -72,9 +72,9 @@ def killed_after(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, call
     [
         pytest.param(fit.Reader, "pairs", 4, {}, id="while reading anchors"),
         pytest.param(regress, "reduced_rank_ridge", 0, {}, id="before solving"),
-        pytest.param(calibrate, "divergence", 7, {}, id="in the first epoch"),
-        pytest.param(calibrate, "divergence", 13, {}, id="in the second epoch"),
-        pytest.param(calibrate, "divergence", 13, {"batch": 2}, id="with batches"),
+        pytest.param(calibrate, "kl_divergence", 7, {}, id="in the first epoch"),
+        pytest.param(calibrate, "kl_divergence", 13, {}, id="in the second epoch"),
+        pytest.param(calibrate, "kl_divergence", 13, {"batch": 2}, id="with batches"),
         pytest.param(
             regress, "reduced_rank_ridge", 0, {"choice": "best"}, id="with the best layers chosen"
         ),
@@ -116,7 +116,7 @@ def test_what_was_done_is_not_done_again(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fit.Reader, "pairs", noted)
-        killed_after(patch, calibrate, "divergence", 2)
+        killed_after(patch, calibrate, "kl_divergence", 2)
         with pytest.raises(Killed):
             fitted(tiny_models, anchors, tmp_path / "work")
         before = len(read)
@@ -127,13 +127,13 @@ def test_what_was_done_is_not_done_again(
 
 
 def test_another_configuration_starts_anew(tmp_path: Path) -> None:
-    Workspace(tmp_path / "work", "one").save("a", {"x": torch.ones(2)}, {"n": 1})
-    assert Workspace(tmp_path / "work", "one").load("a") is not None
-    assert Workspace(tmp_path / "work", "two").load("a") is None
+    Checkpoint(tmp_path / "work", "one").save("a", {"x": torch.ones(2)}, {"n": 1})
+    assert Checkpoint(tmp_path / "work", "one").load("a") is not None
+    assert Checkpoint(tmp_path / "work", "two").load("a") is None
 
 
 def test_a_set_that_was_cut_off_counts_as_none(tmp_path: Path) -> None:
-    work = Workspace(tmp_path / "work", "one")
+    work = Checkpoint(tmp_path / "work", "one")
     work.save("a", {"x": torch.ones(1000)}, {})
     path = tmp_path / "work" / "a.safetensors"
     path.write_bytes(path.read_bytes()[:300])
@@ -251,10 +251,10 @@ def test_a_variants_map_adds_to_what_the_source_says(
     )
 
     width = wmatrix.manifest.source_width
-    source, blank = torch.randn(3, width), torch.tensor([False, True, False])
+    source, masked = torch.randn(3, width), torch.tensor([False, True, False])
     embeddings = torch.zeros(3, len(wmatrix.mean) - width)
     nothing = replace(wmatrix, decode=0 * wmatrix.decode, bias=0 * wmatrix.bias)
-    keys, values = nothing.map(source, embeddings, blank)
+    keys, values = nothing.map(source, embeddings, masked)
     kept = torch.cat([s.flatten(1) for s in (*keys, *values)], dim=1)
     assert torch.equal(kept[[0, 2]], source[[0, 2]])
     assert torch.equal(kept[1], wmatrix.mean[:width])

@@ -18,7 +18,7 @@ from awareness_vllm.errors import BadInput, NoWMatrix, UnsupportedModel
 from awareness_vllm.evaluate.flops import map_flop
 from awareness_vllm.fit import compose as folding
 from awareness_vllm.fit import gather
-from awareness_vllm.fit.compose import Hop, columns_of, fold, learn_bridge
+from awareness_vllm.fit.compose import Hop, columns_of, compose, learn_bridge
 from awareness_vllm.fit.config import FitConfig
 from awareness_vllm.fit.fit import fit
 from awareness_vllm.models.geometry import Geometry, LayerGeometry, Positions
@@ -113,11 +113,11 @@ def flat(states: tuple[list[Tensor], list[Tensor]]) -> Tensor:
 
 
 def chained(
-    first: WMatrix, second: WMatrix, states: Tensor, tokens: Tensor, blank: Tensor
+    first: WMatrix, second: WMatrix, states: Tensor, tokens: Tensor, masked: Tensor
 ) -> Tensor:
     """One map after the other; the first one reads tokens that say nothing."""
     nothing = first.mean[first.manifest.source_width :].expand(len(states), -1)
-    middle = flat(first.map(states, nothing, blank))[:, columns_of(second.manifest)]
+    middle = flat(first.map(states, nothing, masked))[:, columns_of(second.manifest)]
     return flat(second.map(middle, tokens))
 
 
@@ -142,16 +142,16 @@ def test_the_fold_is_one_map_after_the_other(first: WMatrix, second: WMatrix) ->
     generator = torch.Generator().manual_seed(5)
     states = torch.randn(9, first.manifest.source_width, generator=generator)
     tokens = torch.randn(9, second.manifest.embedding_width, generator=generator)
-    blank = torch.arange(9) == 0
-    folded = fold(first, second, rank=first.manifest.rank + second.manifest.rank)
-    expected = chained(first, second, states, tokens, blank)
-    torch.testing.assert_close(flat(folded.map(states, tokens, blank)), expected)
-    assert folded.manifest.residual == (first.manifest.residual and second.manifest.residual)
+    masked = torch.arange(9) == 0
+    composed_map = compose(first, second, rank=first.manifest.rank + second.manifest.rank)
+    expected = chained(first, second, states, tokens, masked)
+    torch.testing.assert_close(flat(composed_map.map(states, tokens, masked)), expected)
+    assert composed_map.manifest.residual == (first.manifest.residual and second.manifest.residual)
 
 
 def test_three_maps_fold_one_by_one() -> None:
     one, two, three = random_map(A, B, (0,)), random_map(B, C, (0, 1)), random_map(C, A2, (1,))
-    left, right = fold(fold(one, two), three), fold(one, fold(two, three))
+    left, right = compose(compose(one, two), three), compose(one, compose(two, three))
     generator = torch.Generator().manual_seed(5)
     states = torch.randn(4, 16, generator=generator)
     tokens = torch.randn(4, three.manifest.embedding_width, generator=generator)
@@ -166,18 +166,18 @@ def test_three_maps_fold_one_by_one() -> None:
 def test_it_costs_what_a_direct_map_of_that_rank_costs() -> None:
     first, second = PAIRS["plain"]
     direct = random_map(A, C, (0, 2), rank=second.manifest.rank)
-    assert map_flop(fold(first, second)) == map_flop(direct)
-    adds = fold(*PAIRS["second adds"])
+    assert map_flop(compose(first, second)) == map_flop(direct)
+    adds = compose(*PAIRS["second adds"])
     assert map_flop(adds) == map_flop(random_map(B, A2, (1,), rank=7))
 
 
 def test_it_is_an_uncertified_file_like_any_other(tmp_path: Path) -> None:
     first, second = PAIRS["plain"]
-    folded = fold(first, second)
-    folded.save(tmp_path / "f.wmatrix")
+    composed_map = compose(first, second)
+    composed_map.save(tmp_path / "f.wmatrix")
     found = load(tmp_path / "f.wmatrix")
     manifest = found.manifest
-    assert torch.equal(found.encode, folded.encode)
+    assert torch.equal(found.encode, composed_map.encode)
     assert (manifest.source, manifest.target, manifest.sink) == (A, C, (2,))
     assert manifest.composed == (first.payload, second.payload)
     assert (manifest.standing, found.accuracy, found.reconstruction_error) == (
@@ -189,11 +189,11 @@ def test_it_is_an_uncertified_file_like_any_other(tmp_path: Path) -> None:
 
 def test_a_lower_rank_keeps_what_weighs_most() -> None:
     first, second = PAIRS["second adds"]
-    whole = fold(first, second, rank=14)
+    whole = compose(first, second, rank=14)
     product = whole.encode @ whole.decode
     spread = product.norm(dim=0)
     tail = torch.linalg.svdvals(product / spread)[5:]
-    cut = fold(first, second, rank=5)
+    cut = compose(first, second, rank=5)
     assert cut.encode.shape[1] == cut.manifest.rank == 5
     lost = (product - cut.encode @ cut.decode) / spread
     assert lost.norm().item() == pytest.approx(tail.norm().item(), rel=1e-3)
@@ -201,7 +201,7 @@ def test_a_lower_rank_keeps_what_weighs_most() -> None:
 
 def test_maps_that_do_not_follow_each_other_are_refused() -> None:
     with pytest.raises(NoWMatrix, match=r"leads to b .* begins at c"):
-        fold(random_map(A, B, (0,)), random_map(C, A, (0,)))
+        compose(random_map(A, B, (0,)), random_map(C, A, (0,)))
 
 
 def own_embedding(seed: int, width: int) -> Callable[[Tensor], Tensor]:
@@ -247,7 +247,7 @@ def test_memories_go_through_the_fold_as_through_both(
     middle = realign(package, first, folder, embeds[0], dtype=torch.float32)
     between = packed(B, middle.ids, package.spans, middle.keys, middle.values)
     expected = realign(between, second, folder, embeds[1], dtype=torch.float32)
-    found = realign(package, fold(first, second), folder, embeds[1], dtype=torch.float32)
+    found = realign(package, compose(first, second), folder, embeds[1], dtype=torch.float32)
     assert found.ids == expected.ids
     for one, other in zip(found.keys + found.values, expected.keys + expected.values, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
@@ -267,10 +267,10 @@ def hops(
     return Hop(first, a, models[0]), Hop(second, b, models[1]), models[0].get_input_embeddings()
 
 
-def unlike(hop: Hop, embed: Callable[[Tensor], Tensor], folded: WMatrix, text: str) -> float:
+def unlike(hop: Hop, embed: Callable[[Tensor], Tensor], composed_map: WMatrix, text: str) -> float:
     """How far a folded round trip's states are from the model's own, beside these states."""
     package = capture(hop.folder, text, model=hop.model)
-    memory = realign(package, folded, hop.folder, embed, dtype=torch.float32)
+    memory = realign(package, composed_map, hop.folder, embed, dtype=torch.float32)
     keys, values = states(hop.model, memory.ids)
     found, own = (
         flat_states(package.geometry, *part)[1:]
@@ -292,9 +292,9 @@ def test_a_bridge_mends_what_the_first_map_leaves_to_chance(
     bridge = learn_bridge(first, second, first.folder, embed, anchors[1:], rows=1000)
     assert bridge.rows >= 1000
     text = anchors[0].text[:400]
-    folds = [fold(noisy, second.wmatrix, bridge=b) for b in (None, bridge)]
+    folds = [compose(noisy, second.wmatrix, bridge=b) for b in (None, bridge)]
     assert folds[1].manifest.fit == {"bridge_rows": bridge.rows}
-    algebra, bridged = (unlike(first, embed, folded, text) for folded in folds)
+    algebra, bridged = (unlike(first, embed, composed_map, text) for composed_map in folds)
     assert bridged < 0.5 < 1.5 < algebra
 
 
@@ -338,7 +338,9 @@ def test_too_few_texts_are_refused(
 
 
 def test_maps_that_read_where_tokens_stand_are_not_folded(wmatrix: WMatrix) -> None:
-    placed = replace(wmatrix, manifest=wmatrix.manifest.model_copy(update={"places": ("target",)}))
+    placed = replace(
+        wmatrix, manifest=wmatrix.manifest.model_copy(update={"position_embeddings": ("target",)})
+    )
     back = replace(
         wmatrix,
         manifest=wmatrix.manifest.model_copy(
@@ -346,4 +348,4 @@ def test_maps_that_read_where_tokens_stand_are_not_folded(wmatrix: WMatrix) -> N
         ),
     )
     with pytest.raises(UnsupportedModel, match="position embeddings"):
-        fold(placed, back)
+        compose(placed, back)

@@ -101,7 +101,9 @@ PLAIN = SIZES | {
 TWO_KINDS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
 WHOLE = Positions(scheme="rope", theta=1e4, rotary_dim=32)
 HALF = WHOLE.model_copy(update={"rotary_dim": 16})
-WOVEN, HALF_WOVEN = (scheme.model_copy(update={"woven": True}) for scheme in (WHOLE, HALF))
+INTERLEAVED, HALF_INTERLEAVED = (
+    scheme.model_copy(update={"interleaved": True}) for scheme in (WHOLE, HALF)
+)
 NONE, ALIBI, LEARNED = (Positions(scheme=name) for name in ("none", "alibi", "learned"))
 LONG = PLAIN | {
     "model_type": "phi3",
@@ -114,18 +116,18 @@ ANY, LOCAL_FIRST = [None, None], [8, None]
 STATED: dict[str, Stated] = {
     "gpt2": (OLD, 4, LEARNED, ANY),
     "gpt_bigcode": (OLD, 1, LEARNED, ANY),
-    "gptj": (OLD | {"rotary_dim": 16, "rotary": True}, 4, HALF_WOVEN, ANY),
+    "gptj": (OLD | {"rotary_dim": 16, "rotary": True}, 4, HALF_INTERLEAVED, ANY),
     "bloom": (SIZES | {"hidden_size": 128, "n_layer": 2, "n_head": 4}, 4, ALIBI, ANY),
     "mpt": (SIZES | {"d_model": 128, "n_layers": 2, "n_heads": 4}, 4, ALIBI, ANY),
     "gpt_neox": (PLAIN | {"rotary_pct": 0.5, "rotary_emb_base": 10000}, 2, HALF, ANY),
     "phi": (PLAIN | {"partial_rotary_factor": 0.5}, 2, HALF, ANY),
     "opt": (PLAIN, 2, LEARNED, ANY),
     "falcon": (PLAIN | {"multi_query": True, "num_kv_heads": 4}, 1, WHOLE, ANY),
-    "cohere": (PLAIN | {"rope_theta": 1e4}, 2, WOVEN, ANY),
+    "cohere": (PLAIN | {"rope_theta": 1e4}, 2, INTERLEAVED, ANY),
     "cohere2": (
         PLAIN | TWO_KINDS | {"position_embedding_type": "rope_gptj", "head_dim": 32},
         2,
-        [WOVEN, NONE],
+        [INTERLEAVED, NONE],
         LOCAL_FIRST,
     ),
     "exaone4": (PLAIN | TWO_KINDS, 2, [WHOLE, NONE], LOCAL_FIRST),
@@ -226,8 +228,8 @@ def test_what_cannot_be_described_is_refused_by_name(change: dict[str, Any], nam
 
 
 def test_unknown_manifest_fields_are_refused() -> None:
-    with pytest.raises(ValidationError, match="surprise"):
-        Geometry.model_validate(read(LLAMA).model_dump() | {"surprise": 1})
+    with pytest.raises(ValidationError, match="token_nll"):
+        Geometry.model_validate(read(LLAMA).model_dump() | {"token_nll": 1})
 
 
 def test_no_folder_is_an_error_with_a_remedy(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def test_the_default_store_is_the_homes(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    "extra", [{}, {"store": 3}, {"store": "s", "surprise": 1}, {"store": "s", "wmatrices": "x"}]
+    "extra", [{}, {"store": 3}, {"store": "s", "token_nll": 1}, {"store": "s", "wmatrices": "x"}]
 )
 def test_a_configuration_by_hand_is_validated(extra: dict[str, object]) -> None:
     with pytest.raises(BadInput, match="awareness serve"):

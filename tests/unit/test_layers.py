@@ -51,17 +51,17 @@ def test_what_is_lost_is_the_growth_of_the_minimised_error(
     gram = np.triu(gram) + np.triu(gram, 1).T + RIDGE * np.eye(len(gram))
     cross = cross * weight.numpy()
 
-    def explained(kept: np.ndarray) -> float:
+    def r2_by_part(kept: np.ndarray) -> float:
         part = cross[kept]
         return float(np.sum(part * np.linalg.solve(gram[np.ix_(kept, kept)], part)))
 
     elimination = Elimination(statistics, source, weight, RIDGE)
-    whole = explained(np.arange(len(gram)))
+    whole = r2_by_part(np.arange(len(gram)))
     for layer in (3, 1):
         elimination.drop(layer)
     gone = torch.cat((columns(source, 3), columns(source, 1))).numpy()
     left = np.setdiff1d(np.arange(len(gram)), gone)
-    assert elimination.lost == pytest.approx(whole - explained(left), rel=1e-3)
+    assert elimination.lost == pytest.approx(whole - r2_by_part(left), rel=1e-3)
 
 
 def test_columns_are_a_layers_keys_and_values(geometry: Geometry) -> None:

@@ -32,13 +32,13 @@ from awareness_vllm.serving.connector.metrics import (
     RECOMPUTED,
     TEMPERATURES,
     Failed,
-    Ledger,
     LoadStats,
+    LoadTracker,
     Outcome,
     StepOutcomes,
     of_both_ranks,
 )
-from awareness_vllm.serving.connector.scheduler import Load, SchedulerHalf
+from awareness_vllm.serving.connector.scheduler import ConnectorScheduler, LoadSpec
 from awareness_vllm.serving.connector.worker import Loaded
 from awareness_vllm.serving.params import LoadParams, Part, kv_transfer_params
 
@@ -248,33 +248,33 @@ def test_vllm_aggregates_what_its_workers_say() -> None:
 
 
 def test_ranks_that_end_in_different_steps_share_one_load() -> None:
-    ledger = Ledger()
-    ledger.planned("r")
-    ledger.happened({"r": WARM}, [])
-    assert ledger.take_stats() is None
-    ledger.happened({"r": COLD}, ["r"])
+    tracker = LoadTracker()
+    tracker.planned("r")
+    tracker.happened({"r": WARM}, [])
+    assert tracker.take_stats() is None
+    tracker.happened({"r": COLD}, ["r"])
     both = Loaded("cold", COLD.tokens, WARM.bytes + COLD.bytes, COLD.seconds)
-    assert ledger.outcomes == {"r": both}
-    assert ledger.take_stats() == stats_of(both)
-    assert ledger.shares == {}
+    assert tracker.outcomes == {"r": both}
+    assert tracker.take_stats() == stats_of(both)
+    assert tracker.shares == {}
 
 
 # From a load to its response
 
 
-def never(load: Load) -> Loaded:
+def never(load: LoadSpec) -> Loaded:
     raise AssertionError("nothing was to be loaded")
 
 
-def connector(load: Callable[[Load], Loaded] = never) -> Any:
+def connector(load: Callable[[LoadSpec], Loaded] = never) -> Any:
     """Both of a server's connectors in one, without an engine; blocks are of 16 tokens."""
     made: Any = AwarenessConnector.__new__(AwarenessConnector)
     groups = [SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=16, sliding_window=None))]
     made.results = KVConnectorTransferResults()
     made.outcomes = StepOutcomes()
-    made.ledger = Ledger()
-    made.scheduler = SchedulerHalf(SimpleNamespace(kv_cache_groups=groups))  # type: ignore[arg-type]
-    loads: dict[str, Load] = {}
+    made.tracker = LoadTracker()
+    made.scheduler = ConnectorScheduler(SimpleNamespace(kv_cache_groups=groups))  # type: ignore[arg-type]
+    loads: dict[str, LoadSpec] = {}
 
     def ready(*, idle: bool) -> list[str]:
         return list(loads)
@@ -323,7 +323,7 @@ def finish(made: Any, one: Any) -> dict[str, Any] | None:
     """A request's end: what its response says of its memory. Nothing may be left of it."""
     waits, params = made.request_finished_all_groups(one, ([1, 2, 3],))
     assert waits is False
-    assert made.ledger.outcomes == {}
+    assert made.tracker.outcomes == {}
     assert made.scheduler.failed == set()
     assert params is None or list(params) == ["awareness"]
     return params and params["awareness"]
@@ -360,7 +360,7 @@ def test_a_memory_that_was_all_in_the_prefix_cache_is_hot() -> None:
 
 
 def test_a_failed_load_is_said_by_its_reason() -> None:
-    def broken(load: Load) -> Loaded:
+    def broken(load: LoadSpec) -> Loaded:
         raise PackageCorrupt("a secret path", found="a", expected="b")
 
     made, one = connector(broken), request()
@@ -408,7 +408,7 @@ def test_nothing_is_kept_of_a_request_that_is_aborted_while_it_loads() -> None:
     output = schedule(made, one)
     assert finish(made, one) is None
     made.update_connector_output(output)
-    assert made.ledger.outcomes == {}
+    assert made.tracker.outcomes == {}
     assert stats(made) == stats_of(COLD).data
 
 
@@ -445,7 +445,7 @@ def test_a_report_that_cannot_be_made_does_not_reach_the_engine() -> None:
 def test_outcomes_that_cannot_be_counted_do_not_reach_the_engine() -> None:
     made = connector()
     no_outcome: Any = {"r": object()}
-    made.ledger.planned("bad")
+    made.tracker.planned("bad")
     output = KVConnectorOutput(
         failed_recving={"bad"},
         finished_recving={"r"},

@@ -25,7 +25,7 @@ from awareness_vllm.packages.file import publish
 from awareness_vllm.serving.config import ServingConfig
 from awareness_vllm.serving.offline import OfflineMemories
 from awareness_vllm.serving.params import LoadParams
-from awareness_vllm.serving.request import Asked
+from awareness_vllm.serving.request import MemoryRequest
 from awareness_vllm.serving.resolver import Memories, head_name
 from awareness_vllm.wmatrix.certificate import Certificate, Interval, Plan, measured_for
 from awareness_vllm.wmatrix.registry import WMatrixEntry
@@ -71,9 +71,9 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> Memories:
 
 def test_a_memory_that_cannot_be_moved_only_begins_a_prompt(learned: Memories) -> None:
     first, second = ids_in(Path(learned.stores[""].folder))
-    alone = learned.resolve(Asked(ids=(first,)), "")
+    alone = learned.resolve(MemoryRequest(ids=(first,)), "")
     assert learned.whole(alone, [7])[-1] == 7
-    both = learned.resolve(Asked(ids=(first, second)), "")
+    both = learned.resolve(MemoryRequest(ids=(first, second)), "")
     for prompt, moved in ((both, second), (alone.after([5]), first)):
         with pytest.raises(UnsupportedRequest, match=f"{moved} cannot stand there"):
             learned.whole(prompt, [7])
@@ -134,7 +134,7 @@ def test_the_tail_is_the_servers_but_the_sink_is_always_loaded(
     tiny_models: tuple[Path, Path], wmatrix_file: Path, mapped: Path, tail: int
 ) -> None:
     memories = serving_target(tiny_models, mapped, wmatrix_file, tail=tail)
-    prompt = memories.resolve(Asked(ids=ids_in(mapped)[:1]), "")
+    prompt = memories.resolve(MemoryRequest(ids=ids_in(mapped)[:1]), "")
     assert prompt.params is not None
     assert prompt.params.tokens == len(prompt.ids)
     assert prompt.params.tail == min(tail, len(prompt.ids) - 1)
@@ -145,7 +145,7 @@ def test_a_copy_leaves_nothing_to_the_target_and_keeps_all_where_it_was_made(
     tiny_models: tuple[Path, Path], mapped: Path
 ) -> None:
     memories = Memories(ServingConfig(store=str(mapped)), str(tiny_models[0]), 1000)
-    prompt = memories.resolve(Asked(ids=ids_in(mapped), quality_target=1.0), "")
+    prompt = memories.resolve(MemoryRequest(ids=ids_in(mapped), quality_target=1.0), "")
     assert prompt.params is not None
     assert prompt.params.tail == 0
     assert prompt.retention == [1.0, None]
@@ -158,9 +158,9 @@ def test_memories_follow_each_other_under_one_sink(
 ) -> None:
     memories = serving_target(tiny_models, mapped, wmatrix_file)
     first, second = ids_in(mapped)
-    alone = [memories.resolve(Asked(ids=(one,)), "").ids for one in (first, second)]
+    alone = [memories.resolve(MemoryRequest(ids=(one,)), "").ids for one in (first, second)]
     both, swapped = (
-        memories.resolve(Asked(ids=ids), "") for ids in ((first, second), (second, first))
+        memories.resolve(MemoryRequest(ids=ids), "") for ids in ((first, second), (second, first))
     )
     assert both.ids == alone[0] + alone[1][1:]
     assert swapped.ids == alone[1] + alone[0][1:]
@@ -175,7 +175,7 @@ def test_after_a_chats_head_no_memory_brings_its_own_beginning(
     tiny_models: tuple[Path, Path], wmatrix_file: Path, mapped: Path
 ) -> None:
     memories = serving_target(tiny_models, mapped, wmatrix_file)
-    prompt = memories.resolve(Asked(ids=ids_in(mapped)), "").after([2, 9, 9])
+    prompt = memories.resolve(MemoryRequest(ids=ids_in(mapped)), "").after([2, 9, 9])
     assert prompt.params is not None
     parts = prompt.params.parts
     assert [part.skip for part in parts] == [0, 1, 1]
@@ -199,7 +199,7 @@ def test_a_quality_target_takes_the_cheapest_plan_or_reads_natively(
 ) -> None:
     memories = serving_target(tiny_models, mapped, wmatrix_file, measured=True)
     ids = ids_in(mapped)[:count]
-    prompt = memories.resolve(Asked(ids=ids, quality_target=target), "")
+    prompt = memories.resolve(MemoryRequest(ids=ids, quality_target=target), "")
     assert prompt.tail == tail
     assert prompt.report()["plan"] == ("recompute" if tail is None else "load")
     assert all(kept is not None and kept >= target for kept in prompt.retention)
@@ -209,7 +209,7 @@ def test_only_the_last_memory_has_a_tail_so_the_others_must_do_without(
     tiny_models: tuple[Path, Path], wmatrix_file: Path, mapped: Path
 ) -> None:
     memories = serving_target(tiny_models, mapped, wmatrix_file, measured=True)
-    asked = Asked(ids=ids_in(mapped), quality_target=0.85)
+    asked = MemoryRequest(ids=ids_in(mapped), quality_target=0.85)
     assert memories.resolve(asked, "").tail is None
     use = asked.model_copy(update={"on_low_quality": "use"})
     assert memories.resolve(use, "").tail == 5
@@ -222,7 +222,7 @@ def test_without_a_certificate_no_target_is_kept(
     tiny_models: tuple[Path, Path], wmatrix_file: Path, mapped: Path
 ) -> None:
     memories = serving_target(tiny_models, mapped, wmatrix_file)
-    asked = Asked(ids=ids_in(mapped)[:1], quality_target=0.1, on_low_quality="fail")
+    asked = MemoryRequest(ids=ids_in(mapped)[:1], quality_target=0.1, on_low_quality="fail")
     with pytest.raises(QualityUnreachable, match="not certified"):
         memories.resolve(asked, "")
 
@@ -246,7 +246,7 @@ def test_a_tenant_has_its_own_memories_only(
     file.write_text(json.dumps(entries))
     config = ServingConfig(store="unused", tenants=str(file))
     memories = Memories(config, str(tiny_models[0]), 1000)
-    asked = Asked(ids=ids_in(mapped)[:1])
+    asked = MemoryRequest(ids=ids_in(mapped)[:1])
     prompt = memories.resolve(asked, "a", "salt")
     assert prompt.params is not None
     assert (prompt.params.tenant, prompt.params.caller_salt) == ("a", "salt")
@@ -261,7 +261,9 @@ def test_an_offline_prompt_is_a_servers(
     offline.memories.max_model_len = 1000
     ids = ids_in(mapped)
     prompt, extra_args = offline.prompt(" words", ids)
-    served = serving_target(tiny_models, mapped, wmatrix_file, tail=3).resolve(Asked(ids=ids), "")
+    served = serving_target(tiny_models, mapped, wmatrix_file, tail=3).resolve(
+        MemoryRequest(ids=ids), ""
+    )
     params = LoadParams.of(extra_args["kv_transfer_params"], prompt["cache_salt"])
     assert params == served.params
     assert prompt["prompt_token_ids"][: len(served.ids)] == served.ids

@@ -116,14 +116,14 @@ def test_the_certificate_speaks_for_a_memory_of_this_length(
 ) -> None:
     checker = certify()
     report = checker.check(package=memory, target_model=tiny_models[1])
-    entry = checker.shelf[0]
+    entry = checker.registry[0]
     expected = predict(entry.certificate, memory.manifest.tokens, 16)
     assert report.estimated_retention == report.compatibility_score == expected.mean
     assert report.confidence_interval == (expected.ci_low, expected.ci_high)
     assert (report.basis.kind, report.basis.digest) == ("measured", entry.digest)
     assert report.head_mapping_quality == pytest.approx(0.7)
     assert report.facts.mean == 1
-    assert report.arms["memory"]["nll"] == 2.1
+    assert report.conditions["memory"]["nll"] == 2.1
     assert report.positional_basis.kind == "prior"
     assert report.load_times_s == {}
     assert report.target_memory_gb > 0
@@ -292,7 +292,7 @@ def test_a_measurement_on_the_memory_stands_beside_the_certificates_word(
         expected.basis,
     )
     assert (expected.on_itself, report.on_itself.mean) == (None, 0.5)
-    assert report.arms == {"native": {"nll": 1.0}}
+    assert report.conditions == {"native": {"nll": 1.0}}
     assert asked[0][3] == 16
     with pytest.raises(BadInput, match="nothing to measure"):
         MemoryCompatibilityChecker([]).check(
@@ -310,14 +310,14 @@ def test_measured_without_a_certificate(
     alone = checker.check(package=path.stem, target_model=tiny_models[1], measure=True)
     assert (alone.basis.kind, alone.basis.digest) == ("measured", memory.manifest.payload)
     assert alone.estimated_retention == alone.on_itself.mean
-    assert set(alone.arms) == {
+    assert set(alone.conditions) == {
         *("native", "memory", "tokens_only", "none"),
         *("memory_tail_16", "tokens_only_tail_16"),
     }
     publish(capture(tiny_models[0], "something else"), tmp_path)
     found = checker.check(package=path.stem, target_model=tiny_models[1], measure=True)
-    assert set(found.arms) == {*alone.arms, "wrong_memory"}
-    assert found.arms["memory"] == alone.arms["memory"]
+    assert set(found.conditions) == {*alone.conditions, "wrong_memory"}
+    assert found.conditions["memory"] == alone.conditions["memory"]
 
 
 def test_load_times_come_from_the_doctor(

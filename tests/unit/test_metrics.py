@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from awareness_vllm.align.realign import AlignedMemory
-from awareness_vllm.evaluate.conditions import Bench
+from awareness_vllm.evaluate.conditions import EvalHarness
 from awareness_vllm.evaluate.metrics import attention, cosine, gradient_norm, measure, overlap
 from awareness_vllm.models.hf import load_model, states
 
@@ -74,19 +74,19 @@ def test_gradients_reach_every_state(model: torch.nn.Module, native: AlignedMemo
 def test_a_tail_read_natively_says_what_its_states_say(
     tiny_models: tuple[Path, Path], native: AlignedMemory, tail: int
 ) -> None:
-    bench = Bench(tiny_models[1], tiny_models[1], None)
-    whole = bench.logprobs(native, IDS, 3)
-    torch.testing.assert_close(bench.logprobs(native, IDS, 3, tail), whole, atol=1e-4, rtol=1e-4)
+    harness = EvalHarness(tiny_models[1], tiny_models[1], None)
+    whole = harness.logprobs(native, IDS, 3)
+    torch.testing.assert_close(harness.logprobs(native, IDS, 3, tail), whole, atol=1e-4, rtol=1e-4)
     worse = noisy(native, 1.0)
-    far = (bench.logprobs(worse, IDS, 3) - whole).abs().max()
+    far = (harness.logprobs(worse, IDS, 3) - whole).abs().max()
     # All but the first position are read natively: only that one's noise is left.
-    assert (bench.logprobs(worse, IDS, 3, 100) - whole).abs().max() < far
+    assert (harness.logprobs(worse, IDS, 3, 100) - whole).abs().max() < far
 
 
 def test_a_same_model_memory_is_perfect(tiny_models: tuple[Path, Path]) -> None:
-    bench = Bench(tiny_models[1], tiny_models[1], None)
+    harness = EvalHarness(tiny_models[1], tiny_models[1], None)
     found = measure(
-        bench, [("the quick brown fox jumps over", IDS), ("a lazy dog and others", IDS)]
+        harness, [("the quick brown fox jumps over", IDS), ("a lazy dog and others", IDS)]
     )
     # Captured in float32 and stored in bfloat16.
     assert min(found.semantic_preservation) > 0.999

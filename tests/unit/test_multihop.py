@@ -48,7 +48,7 @@ def over(wmatrix: WMatrix, geometry: Geometry) -> Callable[..., MultiHopAligner]
             manifest = wmatrix.manifest.model_copy(update=update)
             entry = WMatrixEntry(Path(f"{ends}.wmatrix"), manifest, ends)
             entry.__dict__["certificate"] = certified(kept)
-            aligner.shelf.append(entry)
+            aligner.registry.append(entry)
         return aligner
 
     return make
@@ -125,7 +125,7 @@ def test_a_longer_memory_takes_the_way_that_is_better_for_it(
 ) -> None:
     aligner = over(tiny_c=(0.9, 0.5), tiny_b=(0.9, 0.9), b_c=(0.9, 0.9))
     package = make_package("x" * 600)
-    for entry in aligner.shelf:
+    for entry in aligner.registry:
         if entry.manifest.source.name == "tiny":
             manifest = entry.manifest.model_copy(update={"source": package.geometry})
             entry.__dict__["manifest"] = manifest
@@ -158,9 +158,9 @@ def test_an_older_versions_certificate_is_none(
     over: Callable[..., MultiHopAligner], caplog: pytest.LogCaptureFixture
 ) -> None:
     aligner = over(a_b=0.9)
-    entry = aligner.shelf[0]
+    entry = aligner.registry[0]
     manifest = entry.manifest.model_copy(update={"certificate": {"retention": {"mean": 0.9}}})
-    aligner.shelf = [replace(entry, manifest=manifest)]
+    aligner.registry = [replace(entry, manifest=manifest)]
     with pytest.raises(NoWMatrix, match="certify"):
         aligner.find_optimal_path("a", "b")
     assert "certify it again" in caplog.text
@@ -179,7 +179,7 @@ def test_one_model_is_a_copy(over: Callable[..., MultiHopAligner]) -> None:
     found = over(a_b=0.9).find_optimal_path("a", "a")
     assert (found.route, found.optimal_retention, found.basis) == (("a",), 1.0, "exact")
     with pytest.raises(BadInput, match="nothing to fold"):
-        over(a_b=0.9).fold(found)
+        over(a_b=0.9).compose(found)
 
 
 def test_what_leads_nowhere_is_said(over: Callable[..., MultiHopAligner]) -> None:
@@ -188,9 +188,9 @@ def test_what_leads_nowhere_is_said(over: Callable[..., MultiHopAligner]) -> Non
     with pytest.raises(BadInput, match=r"no models .* 'gemma'\. .*one of gemma3-270m"):
         over(**{"gemma3-270m_smollm2-135m": 0.5}).find_optimal_path("gemma", "smollm2-135m")
     aligner = over(a_b=0.9)
-    twin = aligner.shelf[0].manifest
+    twin = aligner.registry[0].manifest
     twin = twin.model_copy(update={"target": twin.target.model_copy(update={"weights": "x"})})
-    aligner.shelf.append(replace(aligner.shelf[0], manifest=twin))
+    aligner.registry.append(replace(aligner.registry[0], manifest=twin))
     with pytest.raises(BadInput, match=r"2 models .*give the model's folder"):
         aligner.find_optimal_path("a", "b")
 
@@ -235,15 +235,15 @@ def three(
     return folders, root / "maps"
 
 
-def test_a_route_is_folded_and_measured(
+def test_a_route_is_composed_and_measured(
     three: tuple[list[Path], Path], anchors: list[Document], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folders, maps = three
     monkeypatch.setattr(multihop, "learn_bridge", short(multihop.learn_bridge))
     measured: list[tuple[str, ...]] = []
 
-    def evaluate(bench: Any, *args: object, **given: Any) -> TextFigures:
-        composed = bench.wmatrix.manifest.composed
+    def evaluate(harness: Any, *args: object, **given: Any) -> TextFigures:
+        composed = harness.wmatrix.manifest.composed
         measured.append(composed)
         nll = {"native": 1.0, "memory": 1.2 if composed else 1.4, "none": 2.0}
         return TextFigures(["a", "b"], {arm: np.full((2, 3), x) for arm, x in nll.items()})
@@ -262,12 +262,12 @@ def test_a_route_is_folded_and_measured(
     assert found.improvement == pytest.approx(0.2)
     assert found.basis == "measured"
     assert "source → third keeps 0.600, source → target → third keeps 0.800" in found.note
-    folded = aligner.fold(found)
-    assert folded is found.folded
-    rows = folded.manifest.fit["bridge_rows"]
+    composed_map = aligner.compose(found)
+    assert composed_map is found.composed_map
+    rows = composed_map.manifest.fit["bridge_rows"]
     assert isinstance(rows, int)
     assert rows > 500
-    assert map_flop(folded) == map_flop(load(maps / "02.wmatrix"))
+    assert map_flop(composed_map) == map_flop(load(maps / "02.wmatrix"))
 
 
 def short(learn: Callable[..., Any]) -> Callable[..., Any]:
@@ -279,21 +279,21 @@ def test_a_missing_model_is_named(three: tuple[list[Path], Path], anchors: list[
     aligner = MultiHopAligner([maps / "01.wmatrix", maps / "12.wmatrix"])
     path = aligner.find_optimal_path(folders[0], folders[2], uncertified=True)
     with pytest.raises(UnsupportedModel, match="the model target is not at hand"):
-        aligner.fold(path, anchors)
-    assert aligner.fold(path).manifest.fit == {"bridge_rows": 0}
+        aligner.compose(path, anchors)
+    assert aligner.compose(path).manifest.fit == {"bridge_rows": 0}
 
 
-def test_the_command_finds_and_folds(
+def test_the_command_finds_and_composes(
     three: tuple[list[Path], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folders, maps = three
     hops = [str(maps / "01.wmatrix"), str(maps / "12.wmatrix")]
     argv = ["path", "--from", "source", "--to", "third", "--wmatrix", *hops, "--uncertified"]
-    out = tmp_path / "folded.wmatrix"
-    assert main([*argv, "--fold", str(out), "--models", str(folders[1]), "--json"]) == 0
+    out = tmp_path / "composed.wmatrix"
+    assert main([*argv, "--compose", str(out), "--models", str(folders[1]), "--json"]) == 0
     found = json.loads(capfd.readouterr().out)
     assert found["route"] == ["source", "target", "third"]
-    assert (found["wmatrices"], found["folded"]) == (hops, str(out))
+    assert (found["wmatrices"], found["composed"]) == (hops, str(out))
     assert (found["optimal_retention"], found["basis"]) == (None, None)
     assert len(load(out).manifest.composed) == 2
     assert main(argv) == 0

@@ -71,19 +71,21 @@ def test_pages_hold_what_the_plain_way_gives_and_nothing_else(
     begin = data.draw(st.integers(0, count - 1))
     length = data.draw(st.integers(1, count - begin))
     total = -(-count // SIZE) + 2
-    slots = data.draw(st.permutations(range(total * SIZE)))[:length]
+    slot_mapping = data.draw(st.permutations(range(total * SIZE)))[:length]
     skipped = data.draw(st.lists(st.booleans(), min_size=length, max_size=length))
-    slots = torch.tensor([-1 if s else slot for slot, s in zip(slots, skipped, strict=True)])
+    slot_mapping = torch.tensor(
+        [-1 if s else slot for slot, s in zip(slot_mapping, skipped, strict=True)]
+    )
     pages = empty_pages(3, total)
-    paged.write(latent, pages, [slots] * 3, begin)
-    real = slots >= 0
+    paged.write(latent, pages, [slot_mapping] * 3, begin)
+    real = slot_mapping >= 0
     untouched = torch.ones(total * SIZE, dtype=torch.bool)
-    untouched[slots[real]] = False
+    untouched[slot_mapping[real]] = False
     for i, page in enumerate(pages):
         for written, states in ((page.keys, plain.keys[i]), (page.values, plain.values[i])):
             flat = written.flatten(0, 1)
             expected = states[begin : begin + length][real]
-            torch.testing.assert_close(flat[slots[real]], expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(flat[slot_mapping[real]], expected, rtol=1e-5, atol=1e-5)
             assert (flat[untouched] == EMPTY).all()
 
 
@@ -91,9 +93,9 @@ def test_stored_numbers_are_divided_by_the_layers_scales(
     paged: PagedMap, latent: Latent, plain: AlignedMemory
 ) -> None:
     pages = [Pages(p.keys, p.values, 2.0, 0.5) for p in empty_pages(3, 16)]
-    slots = torch.arange(len(latent.ids))
-    paged.write(latent, pages, [slots] * 3, begin=0)
-    keys, values = (part.flatten(0, 1)[slots] for part in (pages[1].keys, pages[1].values))
+    slot_mapping = torch.arange(len(latent.ids))
+    paged.write(latent, pages, [slot_mapping] * 3, begin=0)
+    keys, values = (part.flatten(0, 1)[slot_mapping] for part in (pages[1].keys, pages[1].values))
     torch.testing.assert_close(keys, plain.keys[1] / 2, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(values, plain.values[1] * 2, rtol=1e-5, atol=1e-5)
 
@@ -123,10 +125,10 @@ def test_a_rank_writes_its_own_layers_and_heads(
     latent = rank.latent(package, *sources(package, rank.manifest, folder), embed)
     cache = torch.zeros(16, 2, SIZE, 8)
     page = Pages(*cache.transpose(1, 2).split(4, dim=-1))
-    slots = torch.arange(len(latent.ids))
-    rank.write(latent, [page], [slots], begin=0)
+    slot_mapping = torch.arange(len(latent.ids))
+    rank.write(latent, [page], [slot_mapping], begin=0)
     for written, states in ((page.keys, expected.keys), (page.values, expected.values)):
-        found = written.flatten(0, 1)[slots]
+        found = written.flatten(0, 1)[slot_mapping]
         # States are as large as 120: one rounding of the largest is 1e-5, another head's are not.
         torch.testing.assert_close(found, states[1][:, 1:], rtol=1e-5, atol=1e-4)
 

@@ -17,7 +17,7 @@ from awareness_vllm.errors import UnsupportedModel, WMatrixCorrupt
 from awareness_vllm.fit.reader import Reader
 from awareness_vllm.models.position_embeddings import position_embeddings
 from awareness_vllm.packages.file import Package
-from awareness_vllm.wmatrix.features import with_places
+from awareness_vllm.wmatrix.features import with_position_embeddings
 from awareness_vllm.wmatrix.file import WMatrix, load
 
 pytestmark = pytest.mark.unit
@@ -38,10 +38,10 @@ def package(make_package: Callable[..., Package]) -> Package:
 def placed(wmatrix: WMatrix) -> WMatrix:
     """The tiny map with the position embeddings of both sides among its features."""
     generator = torch.Generator().manual_seed(1)
-    manifest = wmatrix.manifest.model_copy(update={"places": ("source", "target")})
+    manifest = wmatrix.manifest.model_copy(update={"position_embeddings": ("source", "target")})
     tables = {
         side: torch.randn(*shape, generator=generator)
-        for side, shape in manifest.place_shapes.items()
+        for side, shape in manifest.position_embedding_shapes.items()
     }
     more = sum(table.shape[1] for table in tables.values())
     return replace(
@@ -50,7 +50,7 @@ def placed(wmatrix: WMatrix) -> WMatrix:
         mean=torch.cat((wmatrix.mean, torch.zeros(more))),
         scale=torch.cat((wmatrix.scale, torch.ones(more))),
         encode=torch.cat((wmatrix.encode, torch.randn(more, 5, generator=generator))),
-        places=tables,
+        position_embeddings=tables,
     )
 
 
@@ -97,7 +97,7 @@ def test_a_family_without_a_known_table_is_refused() -> None:
 def test_each_token_gets_the_row_of_its_place_on_either_side() -> None:
     tables = {side: torch.randn(9, 3) for side in ("source", "target")}
     features, source, target = torch.randn(4, 2), torch.tensor([1, 1, 3, 8]), torch.arange(2, 6)
-    found = with_places(features, tables, source, target)
+    found = with_position_embeddings(features, tables, source, target)
     assert torch.equal(found[:, :2], features)
     assert torch.equal(found[:, 2:5], tables["source"][source])
     assert torch.equal(found[:, 5:], tables["target"][target])
@@ -105,22 +105,27 @@ def test_each_token_gets_the_row_of_its_place_on_either_side() -> None:
 
 def test_features_without_places_are_not_even_copied() -> None:
     features = torch.randn(4, 2)
-    assert with_places(features, {}, torch.arange(4), torch.arange(4)) is features
+    assert with_position_embeddings(features, {}, torch.arange(4), torch.arange(4)) is features
 
 
 def test_a_file_keeps_the_tables(placed: WMatrix, wmatrix: WMatrix, tmp_path: Path) -> None:
     placed.save(tmp_path / "a.wmatrix")
     found = load(tmp_path / "a.wmatrix")
-    assert found.manifest.places == ("source", "target")
-    assert all(torch.equal(found.places[side], table) for side, table in placed.places.items())
+    assert found.manifest.position_embeddings == ("source", "target")
+    assert all(
+        torch.equal(found.position_embeddings[side], table)
+        for side, table in placed.position_embeddings.items()
+    )
     assert found.manifest.embedding_width == wmatrix.manifest.embedding_width + 16 + 6
 
 
 def test_a_file_without_a_table_that_it_speaks_of_is_corrupt(
     placed: WMatrix, tmp_path: Path
 ) -> None:
-    replace(placed, places={"source": placed.places["source"]}).save(tmp_path / "a.wmatrix")
-    with pytest.raises(WMatrixCorrupt, match=r"places\.target"):
+    replace(placed, position_embeddings={"source": placed.position_embeddings["source"]}).save(
+        tmp_path / "a.wmatrix"
+    )
+    with pytest.raises(WMatrixCorrupt, match=r"position_embeddings\.target"):
         load(tmp_path / "a.wmatrix")
 
 
@@ -131,10 +136,16 @@ def test_a_memory_differs_by_what_its_places_add(
     plain = realign(package, wmatrix, folder, embed, dtype=torch.float32)
     found = realign(package, placed, folder, embed, dtype=torch.float32)
     sink = len(placed.manifest.sink)
-    latents = placed.place_latents()["target"][sink : len(found.ids)]
+    latents = placed.position_latents()["target"][sink : len(found.ids)]
     some = realign(
         package,
-        replace(placed, places={**placed.places, "source": 0 * placed.places["source"]}),
+        replace(
+            placed,
+            position_embeddings={
+                **placed.position_embeddings,
+                "source": 0 * placed.position_embeddings["source"],
+            },
+        ),
         folder,
         embed,
         dtype=torch.float32,
@@ -172,5 +183,5 @@ def test_a_reader_gives_the_rows_of_the_places(
     reader = Reader(tiny_models[0], tmp_path, predecessors)
     row = reader.read("the quick dogs")
     table = position_embeddings(reader.target_model)
-    assert torch.equal(row.features[:, -8:], table[row.places + len(reader.sink)])
-    assert Reader(*tiny_models, predecessors).places == {}
+    assert torch.equal(row.features[:, -8:], table[row.positions + len(reader.sink)])
+    assert Reader(*tiny_models, predecessors).position_embeddings == {}

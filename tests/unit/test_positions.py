@@ -16,7 +16,7 @@ from torch import Tensor
 from awareness_vllm.errors import UnsupportedModel
 from awareness_vllm.models.describe import from_config
 from awareness_vllm.models.geometry import Positions
-from awareness_vllm.models.rope import SCHEMES, apply, shift, strip, table
+from awareness_vllm.models.rope import SCHEMES, cos_sin_table, rerotate, rotate, unrotate
 
 pytestmark = pytest.mark.unit
 
@@ -83,7 +83,7 @@ def vllm_rope(rope: dict[str, Any], *, halves: bool = True) -> Any:
 @pytest.mark.parametrize("name", [name for name in ROPES if name != "longrope"])
 def test_tables_are_vllms_bit_for_bit(vllm: None, name: str) -> None:
     expected = vllm_rope(ROPES[name])._compute_cos_sin_cache()[:LENGTH]
-    found = table(torch.arange(LENGTH), descriptor_of(ROPES[name]))
+    found = cos_sin_table(torch.arange(LENGTH), descriptor_of(ROPES[name]))
     assert torch.equal(torch.cat(found, dim=-1), expected)
 
 
@@ -101,7 +101,7 @@ def test_longrope_is_vllms_of_a_servers_length(
     )  # fmt: skip
     begin = TRAINED if rope.use_long_rope else 0
     expected = rope.long_short_cos_sin_cache[begin : begin + TRAINED]
-    found = table(torch.arange(TRAINED), descriptor_of(LONG, tokens))
+    found = cos_sin_table(torch.arange(TRAINED), descriptor_of(LONG, tokens))
     assert torch.equal(torch.cat(found, dim=-1), expected)
 
 
@@ -123,7 +123,7 @@ def test_tables_are_transformers_own(name: str, tokens: int) -> None:
     rotary = module(kind(**config_of(ROPES[name])))
     expected = rotary(torch.empty(1), positions[None])
     for found, doubled in zip(
-        table(positions, descriptor_of(ROPES[name], tokens)), expected, strict=True
+        cos_sin_table(positions, descriptor_of(ROPES[name], tokens)), expected, strict=True
     ):
         close = 4 * tokens * torch.finfo(torch.float32).eps if name == "linear" else 0
         torch.testing.assert_close(found, doubled[0, :, : found.shape[1]], atol=close, rtol=0)
@@ -137,17 +137,17 @@ def test_a_dynamic_table_is_that_of_its_length() -> None:
     longer = descriptor_of(ROPES["dynamic"]).model_copy(update={"length": 3 * LENGTH})
     inverse, _ = ROPE_INIT_FUNCTIONS["dynamic"](config, None, seq_len=3 * LENGTH)
     angles = torch.arange(3 * LENGTH).float()[:, None] * inverse
-    assert torch.equal(table(torch.arange(3 * LENGTH), longer)[0], angles.cos())
+    assert torch.equal(cos_sin_table(torch.arange(3 * LENGTH), longer)[0], angles.cos())
 
 
-@pytest.mark.parametrize("woven", [False, True], ids=["halves", "woven"])
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
 @pytest.mark.parametrize("name", ["default", "partial", "yarn"])
-def test_keys_are_turned_as_vllm_turns_them(vllm: None, name: str, woven: bool) -> None:
+def test_keys_are_turned_as_vllm_turns_them(vllm: None, name: str, interleaved: bool) -> None:
     keys, positions = random_keys(40), torch.arange(1000, 1040)
-    rope = vllm_rope(ROPES[name], halves=not woven)
+    rope = vllm_rope(ROPES[name], halves=not interleaved)
     expected = rope.forward_native(positions, keys.flatten(1).clone(), keys.flatten(1).clone())[1]
-    descriptor = descriptor_of(ROPES[name]).model_copy(update={"woven": woven})
-    assert torch.equal(apply(keys, positions, descriptor).flatten(1), expected)
+    descriptor = descriptor_of(ROPES[name]).model_copy(update={"interleaved": interleaved})
+    assert torch.equal(rotate(keys, positions, descriptor).flatten(1), expected)
 
 
 def random_keys(tokens: int, heads: int = 2, dim: int = DIM, seed: int = 0) -> Tensor:
@@ -166,13 +166,13 @@ def descriptors(draw: st.DrawFn) -> Positions:
         scheme=name,
         theta=draw(st.sampled_from([1e4, 1e5, 1e6])),
         rotary_dim=2 * pairs,
-        woven=draw(st.booleans()),
+        interleaved=draw(st.booleans()),
         scale=draw(st.sampled_from([None, 0.7, 1.2])) if name in ("yarn", "longrope") else None,
         factor=draw(st.floats(1, 16)),
         original=draw(st.sampled_from([64, 4096])),
         length=8192,
-        slow=slow,
-        fast=slow + draw(st.floats(1, 30)),
+        beta_slow=slow,
+        beta_fast=slow + draw(st.floats(1, 30)),
         truncate=draw(st.booleans()),
         factors=tuple(draw(st.lists(st.floats(1, 60), min_size=pairs, max_size=pairs))),
     )
@@ -181,10 +181,10 @@ def descriptors(draw: st.DrawFn) -> Positions:
 @given(descriptors(), st.integers(1, 20), st.integers(0, 30_000), st.integers(0, 2**31))
 def test_strip_undoes_apply(descriptor: Positions, tokens: int, first: int, seed: int) -> None:
     keys, positions = random_keys(tokens, seed=seed), torch.arange(first, first + tokens)
-    there = apply(keys, positions, descriptor)
+    there = rotate(keys, positions, descriptor)
     # Two turns of four products each, and a division.
     close = 16 * torch.finfo(torch.float32).eps * keys.abs().max().item()
-    torch.testing.assert_close(strip(there, positions, descriptor), keys, atol=close, rtol=0)
+    torch.testing.assert_close(unrotate(there, positions, descriptor), keys, atol=close, rtol=0)
     # What lies beyond the rotated dims is not touched at all.
     turned = descriptor.rotary_dim or 0
     assert torch.equal(there[..., turned:], keys[..., turned:])
@@ -197,8 +197,8 @@ def test_shift_is_apply_elsewhere(
     if descriptor.additive or first + offset < 0:
         return
     keys, positions = random_keys(tokens), torch.arange(first, first + tokens)
-    moved = shift(apply(keys, positions, descriptor), offset, descriptor)
-    expected = apply(keys, positions + offset, descriptor)
+    moved = rerotate(rotate(keys, positions, descriptor), offset, descriptor)
+    expected = rotate(keys, positions + offset, descriptor)
     # Angles in radians are as large as positions, and each of three is rounded twice.
     close = 6 * 8020 * torch.finfo(torch.float32).eps * keys.abs().max().item()
     torch.testing.assert_close(moved, expected, atol=close, rtol=0)
@@ -207,32 +207,32 @@ def test_shift_is_apply_elsewhere(
 @pytest.mark.parametrize("scheme", ["none", "alibi", "learned"])
 def test_keys_without_positions_stay_as_they_are(scheme: str) -> None:
     keys, positions = random_keys(5), torch.arange(90, 95)
-    for change in (apply, strip):
+    for change in (rotate, unrotate):
         assert torch.equal(change(keys, positions, Positions(scheme=scheme)), keys)
 
 
 def test_states_with_learned_positions_are_not_moved() -> None:
     learned = Positions(scheme="learned")
     assert learned.additive
-    assert torch.equal(shift(random_keys(3), 0, learned), random_keys(3))
+    assert torch.equal(rerotate(random_keys(3), 0, learned), random_keys(3))
     with pytest.raises(UnsupportedModel, match="an offset of 7"):
-        shift(random_keys(3), 7, learned)
+        rerotate(random_keys(3), 7, learned)
 
 
 def test_tables_made_while_serving_can_be_trained_through() -> None:
     descriptor = Positions(scheme="rope", theta=123.0, rotary_dim=4)
     positions = torch.arange(3)
     with torch.inference_mode():
-        apply(torch.randn(3, 1, 4), positions, descriptor)
+        rotate(torch.randn(3, 1, 4), positions, descriptor)
     keys = torch.randn(3, 1, 4, requires_grad=True)
-    apply(keys, positions, descriptor).sum().backward()
+    rotate(keys, positions, descriptor).sum().backward()
     assert keys.grad is not None
 
 
 def test_position_zero_changes_nothing() -> None:
     keys = torch.randn(1, 2, 8)
     descriptor = Positions(scheme="rope", theta=1e4, rotary_dim=8)
-    assert torch.equal(apply(keys, torch.zeros(1, dtype=torch.int64), descriptor), keys)
+    assert torch.equal(rotate(keys, torch.zeros(1, dtype=torch.int64), descriptor), keys)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def test_position_zero_changes_nothing() -> None:
 )
 def test_what_has_no_table_is_refused_by_name(descriptor: Positions, named: str) -> None:
     with pytest.raises(UnsupportedModel, match=named):
-        strip(torch.zeros(1, 1, 8), torch.zeros(1, dtype=torch.int64), descriptor)
+        unrotate(torch.zeros(1, 1, 8), torch.zeros(1, dtype=torch.int64), descriptor)
 
 
 def test_manifests_of_plain_rotary_positions_are_what_they_were() -> None:

@@ -24,26 +24,26 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.entrypoints.generate.base.protocol import validate_cache_salt
 from vllm.v1.outputs import KVConnectorOutput
 
-from awareness_vllm.align.kv_writer import Writer
+from awareness_vllm.align.kv_writer import KVWriter
 from awareness_vllm.align.realign import AlignedMemory
 from awareness_vllm.errors import LoadTimeout, PackageCorrupt, UnsupportedModel
 from awareness_vllm.models.geometry import Geometry, LayerGeometry, Positions
-from awareness_vllm.models.rope import apply, strip
+from awareness_vllm.models.rope import rotate, unrotate
 from awareness_vllm.serving.config import PARAMS_KEY, ServingConfig
 from awareness_vllm.serving.connector.connector import AwarenessConnector
 from awareness_vllm.serving.connector.kv_layout import check_layers, check_rotations, layer_index
 from awareness_vllm.serving.connector.kv_reader import block_layout, read_slots
-from awareness_vllm.serving.connector.loader import Found, Supply
-from awareness_vllm.serving.connector.metrics import Ledger, StepOutcomes
+from awareness_vllm.serving.connector.loader import Found, MemoryLoader
+from awareness_vllm.serving.connector.metrics import LoadTracker, StepOutcomes
 from awareness_vllm.serving.connector.scheduler import (
     MIN_COMPUTED,
-    SKIP,
-    Load,
-    Save,
-    SchedulerHalf,
-    StepMetadata,
+    PAD_SLOT_ID,
+    ConnectorMetadata,
+    ConnectorScheduler,
+    LoadSpec,
+    SaveSpec,
 )
-from awareness_vllm.serving.connector.worker import Loaded, WorkerHalf
+from awareness_vllm.serving.connector.worker import ConnectorWorker, Loaded
 from awareness_vllm.serving.params import LoadParams, Part, kv_transfer_params
 from awareness_vllm.serving.tiers import WarmTier
 
@@ -60,10 +60,10 @@ def one(
     return LoadParams(parts=(part,), tail=tail, caller_salt=salt)
 
 
-def scheduler_half(*block_sizes: int) -> SchedulerHalf:
+def scheduler_half(*block_sizes: int) -> ConnectorScheduler:
     specs = [SimpleNamespace(block_size=b, sliding_window=None) for b in block_sizes]
     groups = [SimpleNamespace(kv_cache_spec=spec) for spec in specs]
-    return SchedulerHalf(SimpleNamespace(kv_cache_groups=groups))  # type: ignore[arg-type]
+    return ConnectorScheduler(SimpleNamespace(kv_cache_groups=groups))  # type: ignore[arg-type]
 
 
 def request(
@@ -90,7 +90,10 @@ def blocks(*groups: list[int]) -> Any:
     """What vLLM's `KVCacheBlocks` shows; SKIP makes a null block (whose ID is 0)."""
     return SimpleNamespace(
         blocks=tuple(
-            [SimpleNamespace(is_null=b == SKIP, block_id=0 if b == SKIP else b) for b in group]
+            [
+                SimpleNamespace(is_null=b == PAD_SLOT_ID, block_id=0 if b == PAD_SLOT_ID else b)
+                for b in group
+            ]
             for group in groups
         )
     )
@@ -100,10 +103,10 @@ def blocks(*groups: list[int]) -> Any:
 
 
 def test_slots_of_two_groups_with_a_null_block_and_a_partial_last_one() -> None:
-    found = scheduler_half(4, 2).slots([[9, 3], [SKIP, SKIP, 5]], 2, 6)
-    assert found == ([38, 39, 12, 13], [SKIP, SKIP, 10, 11])
-    assert scheduler_half(4).slots([[7]], 1, 3) == ([29, 30],)
-    assert scheduler_half(4).slots([[7]], 3, 3) == ([],)
+    found = scheduler_half(4, 2).slot_mapping([[9, 3], [PAD_SLOT_ID, PAD_SLOT_ID, 5]], 2, 6)
+    assert found == ([38, 39, 12, 13], [PAD_SLOT_ID, PAD_SLOT_ID, 10, 11])
+    assert scheduler_half(4).slot_mapping([[7]], 1, 3) == ([29, 30],)
+    assert scheduler_half(4).slot_mapping([[7]], 3, 3) == ([],)
 
 
 @st.composite
@@ -116,22 +119,24 @@ def tables(draw: st.DrawFn) -> tuple[list[int], list[list[int]], int, int]:
         count = -(-end // size) + draw(st.integers(0, 2))
         real = draw(st.lists(st.integers(1, 500), min_size=count, max_size=count, unique=True))
         null = draw(st.integers(0, count))
-        ids.append([SKIP] * null + real[null:])
+        ids.append([PAD_SLOT_ID] * null + real[null:])
     return sizes, ids, draw(st.integers(0, end)), end
 
 
-@given(table=tables())
-def test_every_position_has_its_slot(table: tuple[list[int], list[list[int]], int, int]) -> None:
-    sizes, ids, begin, end = table
-    found = scheduler_half(*sizes).slots(ids, begin, end)
-    for size, group, slots in zip(sizes, ids, found, strict=True):
-        assert len(slots) == end - begin
-        for position, slot in zip(range(begin, end), slots, strict=True):
-            if group[position // size] == SKIP:
-                assert slot == SKIP
+@given(cos_sin_table=tables())
+def test_every_position_has_its_slot(
+    cos_sin_table: tuple[list[int], list[list[int]], int, int],
+) -> None:
+    sizes, ids, begin, end = cos_sin_table
+    found = scheduler_half(*sizes).slot_mapping(ids, begin, end)
+    for size, group, slot_mapping in zip(sizes, ids, found, strict=True):
+        assert len(slot_mapping) == end - begin
+        for position, slot in zip(range(begin, end), slot_mapping, strict=True):
+            if group[position // size] == PAD_SLOT_ID:
+                assert slot == PAD_SLOT_ID
             else:
                 assert divmod(slot, size) == (group[position // size], position % size)
-        real = [slot for slot in slots if slot != SKIP]
+        real = [slot for slot in slot_mapping if slot != PAD_SLOT_ID]
         assert len(set(real)) == len(real)
 
 
@@ -176,8 +181,8 @@ def test_only_with_the_salt_that_belongs_to_them(
     part = carried[PARAMS_KEY]["parts"][0]
     forged = {PARAMS_KEY: carried[PARAMS_KEY] | {"parts": [part | {"memory": memory + "x"}]}}
     assert LoadParams.of(forged, params.cache_salt) is None
-    for surprise in ({"surprise": 1}, {"parts": []}, {"parts": [part | {"tokens": 0}]}):
-        changed = {PARAMS_KEY: carried[PARAMS_KEY] | surprise}
+    for token_nll in ({"token_nll": 1}, {"parts": []}, {"parts": [part | {"tokens": 0}]}):
+        changed = {PARAMS_KEY: carried[PARAMS_KEY] | token_nll}
         assert LoadParams.of(changed, params.cache_salt) is None
 
 
@@ -237,7 +242,7 @@ def test_tokens_to_load(tokens: int, memory: int, tail: int, computed: int) -> N
         assert computed + found == min(memory - tail, tokens - MIN_COMPUTED)
     else:
         assert computed >= min(memory - tail, tokens - MIN_COMPUTED)
-    assert half.take_step() == StepMetadata()
+    assert half.take_step() == ConnectorMetadata()
 
 
 def test_requests_that_are_not_ours_load_nothing() -> None:
@@ -247,19 +252,21 @@ def test_requests_that_are_not_ours_load_nothing() -> None:
     plain.kv_transfer_params, plain.cache_salt = None, None
     assert half.tokens_to_load(plain, 0) == 0
     half.allocated(plain, blocks([1, 2, 3]), 0)
-    assert half.take_step() == StepMetadata()
+    assert half.take_step() == ConnectorMetadata()
 
 
 def test_the_memorys_last_tokens_go_into_the_requests_blocks() -> None:
     half = scheduler_half(16, 8)
     asking = request(60, memory=45, tail=5)
     assert half.tokens_to_load(asking, 16) == 24
-    half.allocated(asking, blocks([7, 8, 9], [SKIP, SKIP, SKIP, SKIP, 6]), 24)
+    half.allocated(
+        asking, blocks([7, 8, 9], [PAD_SLOT_ID, PAD_SLOT_ID, PAD_SLOT_ID, PAD_SLOT_ID, 6]), 24
+    )
     (load,) = half.take_step().loads
     assert (load.request_id, load.begin) == ("r", 16)
     assert load.ids == list(range(45))
-    assert load.slots == ([*range(128, 152)], [SKIP] * 16 + [*range(48, 56)])
-    assert half.take_step() == StepMetadata()
+    assert load.slot_mapping == ([*range(128, 152)], [PAD_SLOT_ID] * 16 + [*range(48, 56)])
+    assert half.take_step() == ConnectorMetadata()
 
 
 def scheduled(
@@ -299,27 +306,27 @@ def test_a_capture_is_read_back_when_its_whole_prompt_is_computed() -> None:
     half = scheduler_half(4)
     for output in (scheduled(None), scheduled({"other": 1}), scheduled({"key": 7})):
         half.plan_saves(output, "key")
-        assert half.take_step() == StepMetadata()
+        assert half.take_step() == ConnectorMetadata()
     half.plan_saves(scheduled({"key": "p"}), "key")
-    assert half.take_step().saves == [Save("p", 5, ([8, 9, 10, 11, 12],))]
+    assert half.take_step().saves == [SaveSpec("p", 5, ([8, 9, 10, 11, 12],))]
 
 
 def test_a_captures_blocks_are_gathered_over_the_steps_of_its_prompt() -> None:
     half = scheduler_half(4)
     half.plan_saves(scheduled({"key": "p"}, step=4, ids=([2],)), "key")
     half.plan_saves(later(1, "another"), "key")
-    assert half.take_step() == StepMetadata()
+    assert half.take_step() == ConnectorMetadata()
     half.plan_saves(later(1, "r", ids=([9],), computed=4), "key")
-    assert half.take_step().saves == [Save("p", 5, ([8, 9, 10, 11, 36],))]
+    assert half.take_step().saves == [SaveSpec("p", 5, ([8, 9, 10, 11, 36],))]
     half.plan_saves(later(1, "r", ids=([5],), computed=5), "key")
-    assert half.take_step() == StepMetadata()
+    assert half.take_step() == ConnectorMetadata()
 
 
 def test_a_preempted_capture_starts_its_blocks_anew() -> None:
     half = scheduler_half(4)
     half.plan_saves(scheduled({"key": "p"}, step=4, ids=([2],)), "key")
     half.plan_saves(later(5, "r", ids=([6, 7],), resumed=("r",)), "key")
-    assert half.take_step().saves == [Save("p", 5, ([24, 25, 26, 27, 28],))]
+    assert half.take_step().saves == [SaveSpec("p", 5, ([24, 25, 26, 27, 28],))]
 
 
 def test_a_finished_request_is_captured_no_more() -> None:
@@ -327,7 +334,7 @@ def test_a_finished_request_is_captured_no_more() -> None:
     half.plan_saves(scheduled({"key": "p"}, step=4, ids=([2],)), "key")
     half.finished("r")
     half.plan_saves(later(1, "r", ids=([9],), computed=4), "key")
-    assert half.take_step() == StepMetadata()
+    assert half.take_step() == ConnectorMetadata()
 
 
 @pytest.mark.parametrize(("computed", "kept"), [(0, True), (4, False)])
@@ -337,7 +344,10 @@ def test_a_window_holds_a_prompt_only_if_one_step_computed_it(computed: int, kep
     asked = scheduled({"key": "p"}, computed=computed, step=5 - computed, ids=([2, 3], [4, 5]))
     half.plan_saves(asked, "key")
     (save,) = half.take_step().saves
-    assert save.slots == ([8, 9, 10, 11, 12], [16, 17, 18, 19, 20] if kept else [SKIP] * 5)
+    assert save.slot_mapping == (
+        [8, 9, 10, 11, 12],
+        [16, 17, 18, 19, 20] if kept else [PAD_SLOT_ID] * 5,
+    )
 
 
 # The worker half
@@ -403,7 +413,7 @@ def turning(theta: float, *, halves: bool = True) -> torch.nn.Module:
     [
         (1e5, True, {}),
         (1e4, False, {}),
-        (1e4, True, {"woven": True}),
+        (1e4, True, {"interleaved": True}),
         (1e4, True, {"rotary_dim": 32}),
     ],
     ids=["theta", "pairs", "pairs, said", "partial"],
@@ -479,13 +489,13 @@ def test_slots_are_read_back_bit_for_bit(
 ) -> None:
     layer = cpu_layer(dtype, size, width, isa)
     order = torch.randperm(COUNT * size, generator=torch.Generator().manual_seed(0))
-    slots, others = order[:50], order[50:]
+    slot_mapping, others = order[:50], order[50:]
     keys, values = (random_states(len(order), width, dtype, seed) for seed in (1, 2))
     layer.impl.do_kv_cache_update(layer, keys, values, layer.kv_cache, order)
     new_keys, new_values = (random_states(50, width, dtype, seed) for seed in (3, 4))
-    layer.impl.do_kv_cache_update(layer, new_keys, new_values, layer.kv_cache, slots)
+    layer.impl.do_kv_cache_update(layer, new_keys, new_values, layer.kv_cache, slot_mapping)
     before = layer.kv_cache.clone()
-    key, value = read_slots(layer, slots)
+    key, value = read_slots(layer, slot_mapping)
     assert key.dtype == dtype
     assert torch.equal(key, new_keys)
     assert torch.equal(value, new_values)
@@ -516,108 +526,116 @@ NAMES = ("model.layers.0.attn", "model.layers.1.attn")
 
 
 @pytest.fixture
-def worker(cpu_operator: None) -> WorkerHalf:
+def worker(cpu_operator: None) -> ConnectorWorker:
     """A worker with two layers in two groups, and one memory of 12 tokens in its warm tier."""
-    half = WorkerHalf.__new__(WorkerHalf)
+    half = ConnectorWorker.__new__(ConnectorWorker)
     half.groups = dict(zip(NAMES, (0, 1), strict=True))
     half.layers = {name: cpu_layer(torch.bfloat16, 32, 64, "vec") for name in NAMES}
     half.dtype = torch.bfloat16
-    half.waiting, half.deadline = {}, 30.0
+    half.pending, half.deadline = {}, 30.0
     layer = LayerGeometry(
         heads=HEADS, head_dim=64, positions=Positions(scheme="rope", theta=1e4, rotary_dim=64)
     )
     half.memories = SimpleNamespace(geometry=SimpleNamespace(layers=(layer, layer)))
-    half.writer = half.writer_of(half.memories.geometry)
-    half.supply = Supply(ServingConfig(store="none"), half.memories, torch.bfloat16)
+    half.writer = half.kv_writer_of(half.memories.geometry)
+    half.loader = MemoryLoader(ServingConfig(store="none"), half.memories, torch.bfloat16)
     states = [random_states(12, 64, torch.bfloat16, seed) for seed in range(4)]
-    half.supply.warm.put((MEMORY, ""), AlignedMemory(list(range(12)), states[:2], states[2:]))
+    half.loader.warm.put((MEMORY, ""), AlignedMemory(list(range(12)), states[:2], states[2:]))
     return half
 
 
-def load_now(worker: WorkerHalf, load: Load) -> Loaded:
+def load_now(worker: ConnectorWorker, load: LoadSpec) -> Loaded:
     """A load whose memories are warm, in the step that asks for it."""
     worker.begin(load)
     assert worker.ready() == [load.request_id]
     return worker.finish(load.request_id)
 
 
-def load_of(slots: tuple[list[int], ...], *, name: str = "r", ids: int = 12) -> Load:
+def load_of(slot_mapping: tuple[list[int], ...], *, name: str = "r", ids: int = 12) -> LoadSpec:
     params = one(tokens=12)
-    return Load(name, params, list(range(ids)), begin=4, slots=slots)
+    return LoadSpec(name, params, list(range(ids)), begin=4, slot_mapping=slot_mapping)
 
 
-def test_a_load_writes_its_tokens_and_nothing_else(worker: WorkerHalf) -> None:
+def test_a_load_writes_its_tokens_and_nothing_else(worker: ConnectorWorker) -> None:
     # Positions 4 … 11; in the second group the first five are outside the window.
-    slots = ([40 + i for i in range(8)], [SKIP] * 5 + [97, 98, 99])
-    load_now(worker, load_of(slots))
-    memory = worker.supply.warm.get((MEMORY, ""))
+    slot_mapping = ([40 + i for i in range(8)], [PAD_SLOT_ID] * 5 + [97, 98, 99])
+    load_now(worker, load_of(slot_mapping))
+    memory = worker.loader.warm.get((MEMORY, ""))
     assert memory is not None
     for i, (name, first) in enumerate(zip(NAMES, (4, 9), strict=True)):
-        real = torch.tensor([slot for slot in slots[i] if slot != SKIP])
+        real = torch.tensor([slot for slot in slot_mapping[i] if slot != PAD_SLOT_ID])
         key, value = read_slots(worker.layers[name], real)
         assert torch.equal(key, memory.keys[i][first:])
         assert torch.equal(value, memory.values[i][first:])
-        rest = torch.tensor([slot for slot in range(COUNT * 32) if slot not in slots[i]])
+        rest = torch.tensor([slot for slot in range(COUNT * 32) if slot not in slot_mapping[i]])
         for state in read_slots(worker.layers[name], rest):
             assert (state == -7).all()
 
 
 def test_null_blocks_are_never_handed_to_the_operator(
-    worker: WorkerHalf, monkeypatch: pytest.MonkeyPatch
+    worker: ConnectorWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The CPU's operator passes over negative slots; that is not every operator's habit.
     written: list[int] = []
     monkeypatch.setattr(
-        Writer, "write", lambda self, _, k, v, slots: written.extend(slots.tolist())
+        KVWriter, "write", lambda self, _, k, v, slot_mapping: written.extend(slot_mapping.tolist())
     )
-    load_now(worker, load_of(([SKIP] * 4 + [4, 5, 6, 7], [SKIP] * 8)))
+    load_now(worker, load_of(([PAD_SLOT_ID] * 4 + [4, 5, 6, 7], [PAD_SLOT_ID] * 8)))
     assert written == [4, 5, 6, 7]
 
 
-def test_a_group_without_real_blocks_is_left_alone(worker: WorkerHalf) -> None:
-    load_now(worker, load_of((list(range(8)), [SKIP] * 8)))
+def test_a_group_without_real_blocks_is_left_alone(worker: ConnectorWorker) -> None:
+    load_now(worker, load_of((list(range(8)), [PAD_SLOT_ID] * 8)))
     assert (worker.layers[NAMES[1]].kv_cache == -7).all()
 
 
-def test_memories_follow_each_other_and_their_keys_move_with_them(worker: WorkerHalf) -> None:
+def test_memories_follow_each_other_and_their_keys_move_with_them(worker: ConnectorWorker) -> None:
     """After a first memory of 12 tokens a second one, of which the first 2 are left out."""
     states = [random_states(6, 64, torch.bfloat16, seed) for seed in range(4, 8)]
     second = AlignedMemory(list(range(100, 106)), states[:2], states[2:])
-    worker.supply.warm.put(("second", ""), second)
-    first = worker.supply.warm.get((MEMORY, ""))
+    worker.loader.warm.put(("second", ""), second)
+    first = worker.loader.warm.get((MEMORY, ""))
     assert first is not None
     parts = (
         Part(memory=MEMORY, tokens=12),
         Part(memory="second", skip=2, tokens=4),
     )
-    slots = list(range(64, 74))
+    slot_mapping = list(range(64, 74))
     ids = [*range(12), *range(102, 106)]
     # Positions 6 … 15: six of the first memory, then all of the second.
-    load_now(worker, Load("r", LoadParams(parts=parts), ids, begin=6, slots=(slots, slots)))
+    load_now(
+        worker,
+        LoadSpec(
+            "r", LoadParams(parts=parts), ids, begin=6, slot_mapping=(slot_mapping, slot_mapping)
+        ),
+    )
     rope = worker.memories.geometry.layers[0].positions
     for i, name in enumerate(NAMES):
-        key, value = read_slots(worker.layers[name], torch.tensor(slots))
+        key, value = read_slots(worker.layers[name], torch.tensor(slot_mapping))
         assert torch.equal(key[:6], first.keys[i][6:])
         assert torch.equal(value, torch.cat([first.values[i][6:], second.values[i][2:]]))
         # What was cached at 2 … 5 stands at 12 … 15 now.
-        free = strip(second.keys[i][2:], torch.arange(2, 6), rope)
-        moved = apply(free, torch.arange(12, 16), rope)
+        free = unrotate(second.keys[i][2:], torch.arange(2, 6), rope)
+        moved = rotate(free, torch.arange(12, 16), rope)
         torch.testing.assert_close(key[6:].float(), moved, rtol=2**-7, atol=2**-7)
 
 
-def test_only_the_memories_that_are_wanted_are_asked_for(worker: WorkerHalf) -> None:
+def test_only_the_memories_that_are_wanted_are_asked_for(worker: ConnectorWorker) -> None:
     parts = (Part(memory="not there", tokens=5), Part(memory=MEMORY, tokens=12))
     ids = [*range(900, 905), *range(12)]
-    slots = list(range(12))
+    slot_mapping = list(range(12))
     loaded = load_now(
-        worker, Load("r", LoadParams(parts=parts), ids, begin=5, slots=(slots, slots))
+        worker,
+        LoadSpec(
+            "r", LoadParams(parts=parts), ids, begin=5, slot_mapping=(slot_mapping, slot_mapping)
+        ),
     )
     assert (loaded.temperature, loaded.tokens) == ("hot", 12)
     # Layers, tokens, keys and values, heads, dims, bytes of a bfloat16.
     assert loaded.bytes == 2 * 12 * 2 * HEADS * 64 * 2
 
 
-def test_another_prompt_than_the_memorys_is_refused_before_writing(worker: WorkerHalf) -> None:
+def test_another_prompt_than_the_memorys_is_refused_before_writing(worker: ConnectorWorker) -> None:
     with pytest.raises(PackageCorrupt, match="not its memory's"):
         load_now(worker, load_of((list(range(8)), list(range(8))), ids=11))
     assert all((layer.kv_cache == -7).all() for layer in worker.layers.values())
@@ -626,25 +644,31 @@ def test_another_prompt_than_the_memorys_is_refused_before_writing(worker: Worke
 class Slow:
     """Files that take until they are told to end."""
 
-    def __init__(self, worker: WorkerHalf) -> None:
+    def __init__(self, worker: ConnectorWorker) -> None:
         self.futures: dict[str, Future[Any]] = {}
         self.worker = worker
-        worker.supply.readers = SimpleNamespace(submit=self.submit)  # type: ignore[assignment]
+        worker.loader.readers = SimpleNamespace(submit=self.submit)  # type: ignore[assignment]
 
     def submit(self, function: Any, part: Part, *rest: Any) -> Future[Any]:
         return self.futures.setdefault(part.memory, Future())
 
     def ends(self, memory: str) -> None:
-        aligned = self.worker.supply.warm.get((MEMORY, ""))
+        aligned = self.worker.loader.warm.get((MEMORY, ""))
         self.futures[memory].set_result((Found(aligned), "cold"))
 
 
-def cold_load(request: str, memory: str, slots: int = 12) -> Load:
+def cold_load(request: str, memory: str, slot_mapping: int = 12) -> LoadSpec:
     params = one(memory, tokens=12)
-    return Load(request, params, list(range(12)), 0, (list(range(slots)), [SKIP] * slots))
+    return LoadSpec(
+        request,
+        params,
+        list(range(12)),
+        0,
+        (list(range(slot_mapping)), [PAD_SLOT_ID] * slot_mapping),
+    )
 
 
-def test_a_cold_load_is_written_in_the_step_that_finds_it_aligned(worker: WorkerHalf) -> None:
+def test_a_cold_load_is_written_in_the_step_that_finds_it_aligned(worker: ConnectorWorker) -> None:
     slow = Slow(worker)
     worker.begin(cold_load("r", "m"))
     worker.begin(cold_load("s", "n"))
@@ -656,10 +680,12 @@ def test_a_cold_load_is_written_in_the_step_that_finds_it_aligned(worker: Worker
     assert worker.ready() == ["r"]
     assert worker.finish("r").tokens == 12
     assert worker.ready() == []
-    assert worker.supply.warm.get(("m", "")) is not None
+    assert worker.loader.warm.get(("m", "")) is not None
 
 
-def test_an_idle_engine_waits_for_the_first_alignment_and_no_longer(worker: WorkerHalf) -> None:
+def test_an_idle_engine_waits_for_the_first_alignment_and_no_longer(
+    worker: ConnectorWorker,
+) -> None:
     slow = Slow(worker)
     worker.begin(cold_load("r", "m"))
     threading.Timer(0.001, slow.ends, ["m"]).start()
@@ -670,7 +696,9 @@ def test_an_idle_engine_waits_for_the_first_alignment_and_no_longer(worker: Work
     assert worker.ready(idle=True) == []
 
 
-def test_what_is_not_aligned_in_time_fails_and_is_warm_for_the_next(worker: WorkerHalf) -> None:
+def test_what_is_not_aligned_in_time_fails_and_is_warm_for_the_next(
+    worker: ConnectorWorker,
+) -> None:
     slow = Slow(worker)
     worker.deadline = 0.0
     worker.begin(cold_load("r", "m"))
@@ -683,7 +711,7 @@ def test_what_is_not_aligned_in_time_fails_and_is_warm_for_the_next(worker: Work
     assert load_now(worker, cold_load("s", "m")).temperature == "warm"
 
 
-def test_an_alignment_that_fails_fails_its_loads_alone(worker: WorkerHalf) -> None:
+def test_an_alignment_that_fails_fails_its_loads_alone(worker: ConnectorWorker) -> None:
     slow = Slow(worker)
     for request in ("r", "s"):
         worker.begin(cold_load(request, "m"))
@@ -696,18 +724,18 @@ def test_an_alignment_that_fails_fails_its_loads_alone(worker: WorkerHalf) -> No
 
 
 def test_a_step_writes_no_more_than_it_may_but_for_one_long_load(
-    worker: WorkerHalf, monkeypatch: pytest.MonkeyPatch
+    worker: ConnectorWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("awareness_vllm.serving.connector.worker.MOST_LOADED", 10)
-    for request, slots in (("long", 12), ("a", 5), ("b", 5), ("c", 1)):
-        worker.begin(cold_load(request, MEMORY, slots))
+    for request, slot_mapping in (("long", 12), ("a", 5), ("b", 5), ("c", 1)):
+        worker.begin(cold_load(request, MEMORY, slot_mapping))
     for expected in (["long"], ["a", "b"], ["c"], []):
         assert worker.ready() == expected
         for request in expected:
             worker.finish(request)
 
 
-def test_a_dropped_load_is_never_written_and_its_alignment_ends(worker: WorkerHalf) -> None:
+def test_a_dropped_load_is_never_written_and_its_alignment_ends(worker: ConnectorWorker) -> None:
     slow = Slow(worker)
     worker.begin(cold_load("r", "m"))
     assert worker.drop("r")
@@ -725,21 +753,21 @@ def connector(*, finish: Callable[[str], Loaded | None] = lambda request: None) 
     made.config = SimpleNamespace(capture=True)
     made.results = KVConnectorTransferResults()
     made.scheduler = scheduler_half(16)
-    waiting: list[str] = []
+    pending: list[str] = []
 
     def ready(*, idle: bool) -> list[str]:
-        found, waiting[:] = [r for r in waiting if r != "slow"], [r for r in waiting if r == "slow"]
+        found, pending[:] = [r for r in pending if r != "slow"], [r for r in pending if r == "slow"]
         return found
 
     def drop(request: str) -> bool:
-        found = request in waiting
-        waiting[:] = [r for r in waiting if r != request]
+        found = request in pending
+        pending[:] = [r for r in pending if r != request]
         return found
 
     made.worker = SimpleNamespace(
-        begin=lambda load: waiting.append(load.request_id), ready=ready, finish=finish, drop=drop
+        begin=lambda load: pending.append(load.request_id), ready=ready, finish=finish, drop=drop
     )
-    made.outcomes, made.ledger = StepOutcomes(), Ledger()
+    made.outcomes, made.tracker = StepOutcomes(), LoadTracker()
     made._connector_metadata = None
     return made
 
@@ -750,7 +778,7 @@ def broken(request: str) -> Loaded | None:
     return None
 
 
-def step(made: Any, metadata: StepMetadata, *ended: str) -> KVConnectorTransferResults:
+def step(made: Any, metadata: ConnectorMetadata, *ended: str) -> KVConnectorTransferResults:
     made.bind_connector_metadata(metadata)
     made.start_load_kv(SimpleNamespace(attn_metadata=None))
     made.wait_for_save()
@@ -760,10 +788,10 @@ def step(made: Any, metadata: StepMetadata, *ended: str) -> KVConnectorTransferR
 def test_a_load_that_raises_fails_its_own_request_alone() -> None:
     made = connector(finish=broken)
     loads = [load_of(([1],), name=name) for name in ("good", "bad", "also good")]
-    found = step(made, StepMetadata(loads=loads))
+    found = step(made, ConnectorMetadata(loads=loads))
     assert found.failed_recving == {"bad"}
     assert found.finished_recving == {"good", "bad", "also good"}
-    assert step(made, StepMetadata()) == KVConnectorTransferResults()
+    assert step(made, ConnectorMetadata()) == KVConnectorTransferResults()
 
 
 def test_an_aborted_requests_load_ends_once() -> None:
@@ -771,9 +799,9 @@ def test_an_aborted_requests_load_ends_once() -> None:
     twice."""
     made = connector()
     loads = [load_of(([1],), name=name) for name in ("slow", "quick")]
-    assert step(made, StepMetadata(loads=loads)).finished_recving == {"quick"}
-    assert step(made, StepMetadata(), "slow", "quick").finished_recving == {"slow"}
-    assert step(made, StepMetadata(), "slow") == KVConnectorTransferResults()
+    assert step(made, ConnectorMetadata(loads=loads)).finished_recving == {"quick"}
+    assert step(made, ConnectorMetadata(), "slow", "quick").finished_recving == {"slow"}
+    assert step(made, ConnectorMetadata(), "slow") == KVConnectorTransferResults()
 
 
 def test_a_failed_request_is_not_asked_for_again() -> None:
@@ -808,7 +836,7 @@ def test_a_request_that_cannot_be_read_is_prefilled() -> None:
 
 
 def test_a_capture_that_raises_does_not_reach_the_engine() -> None:
-    found = step(connector(), StepMetadata(saves=[Save("/no/such/folder/f", 1, ([1],))]))
+    found = step(connector(), ConnectorMetadata(saves=[SaveSpec("/no/such/folder/f", 1, ([1],))]))
     assert found == KVConnectorTransferResults()
 
 
@@ -818,5 +846,5 @@ def test_plain_requests_pass_through() -> None:
     plain.kv_transfer_params = plain.cache_salt = None
     assert made.get_num_new_matched_tokens(plain, 0) == (0, False)
     made.update_state_after_alloc(plain, blocks([1]), 0)
-    assert made.scheduler.take_step() == StepMetadata()
+    assert made.scheduler.take_step() == ConnectorMetadata()
     assert made.requires_kv_delivery is False

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from awareness_vllm.evaluate.evaluate import TextFigures
-from awareness_vllm.fit.checkpoint import Workspace
+from awareness_vllm.fit.checkpoint import Checkpoint
 from awareness_vllm.models.describe import from_config
 from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.models.tokens import load_tokenizer, prefix_ids, tokenize
@@ -79,11 +79,11 @@ def test_a_course_goes_through_its_phases() -> None:
 def test_learned_positions_begin_as_waves() -> None:
     model = tiny()
     small.begin_as_waves(model)
-    table = model.transformer.wpe.weight
-    turned = table[1:] @ table[:-1].T
+    cos_sin_table = model.transformer.wpe.weight
+    turned = cos_sin_table[1:] @ cos_sin_table[:-1].T
     torch.testing.assert_close(turned.diagonal(), turned[0, 0].expand(31))
     size = model.get_input_embeddings().weight.std()
-    torch.testing.assert_close(table.square().mean().sqrt(), 2 * size)
+    torch.testing.assert_close(cos_sin_table.square().mean().sqrt(), 2 * size)
 
 
 def tiny() -> torch.nn.Module:
@@ -99,8 +99,8 @@ def test_a_killed_training_gives_the_same_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, other = tiny(), tiny()
-    small.train(one, CORPUS, COURSE, 1, Workspace(tmp_path / "one", "k"))
-    work, plain = Workspace(tmp_path / "other", "k"), small.sequence
+    small.train(one, CORPUS, COURSE, 1, Checkpoint(tmp_path / "one", "k"))
+    work, plain = Checkpoint(tmp_path / "other", "k"), small.sequence
     calls = iter(range(16))
 
     def until_killed(*args: object) -> list[int]:

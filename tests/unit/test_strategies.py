@@ -176,7 +176,7 @@ def test_using_one_says_what_was_measured(
         weights=(geometry.weights, other.weights),
         configuration=asdict(configuration),
         retention=Interval(mean=-0.25, ci_low=-0.5, ci_high=0.1),
-        arms={},
+        conditions={},
         context=300,
         n=12,
         texts="",

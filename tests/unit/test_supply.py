@@ -26,7 +26,7 @@ from awareness_vllm.serving.connector.loader import (
     HEADS,
     Alignment,
     Found,
-    Supply,
+    MemoryLoader,
     embedding_of,
 )
 from awareness_vllm.serving.params import LoadParams, Part
@@ -46,14 +46,14 @@ def part(name: str = "mem", wmatrix: str = "map") -> Part:
 class Held:
     """Memories whose files are read when they are let go, and that take so many blocks to align."""
 
-    def __init__(self, supply: Supply) -> None:
+    def __init__(self, loader: MemoryLoader) -> None:
         self.go_on = threading.Event()
         self.read: list[str] = []
         self.blocks: list[str] = []
         self.needed = 1
         self.wrong: Exception | None = None
-        supply.find = self.find  # type: ignore[method-assign]
-        supply.block = self.block  # type: ignore[method-assign]
+        loader.find = self.find  # type: ignore[method-assign]
+        loader.block = self.block  # type: ignore[method-assign]
 
     def find(self, part: Part, tenant: str) -> tuple[Found, str]:
         self.read.append(part.memory)
@@ -68,41 +68,41 @@ class Held:
 
 
 @pytest.fixture
-def held(supply: Supply) -> Iterator[Held]:
-    held = Held(supply)
+def held(loader: MemoryLoader) -> Iterator[Held]:
+    held = Held(loader)
     yield held
     held.go_on.set()
 
 
 @pytest.fixture
-def supply(tmp_path: Path) -> Supply:
+def loader(tmp_path: Path) -> MemoryLoader:
     memories: Any = SimpleNamespace(
         stores={"": Store(tmp_path)}, folder=tmp_path, geometry=SimpleNamespace(weights="w")
     )
-    return Supply(ServingConfig(store=str(tmp_path)), memories, torch.bfloat16)
+    return MemoryLoader(ServingConfig(store=str(tmp_path)), memories, torch.bfloat16)
 
 
-def arrived(supply: Supply, alignment: Alignment) -> tuple[Any, str]:
+def arrived(loader: MemoryLoader, alignment: Alignment) -> tuple[Any, str]:
     """What an alignment comes to, in as many steps as it takes."""
     wait([alignment.found], SECONDS)
     while not alignment.result.done():
-        supply.advance()
+        loader.advance()
     return alignment.result.result()
 
 
-def test_two_who_ask_for_one_cold_memory_align_it_once(supply: Supply, held: Held) -> None:
-    first, second = supply.ask(part(), ""), supply.ask(part(), "another tenant's")
+def test_two_who_ask_for_one_cold_memory_align_it_once(loader: MemoryLoader, held: Held) -> None:
+    first, second = loader.ask(part(), ""), loader.ask(part(), "another tenant's")
     assert first is second
-    other = supply.ask(part("mem", "another map"), "")
+    other = loader.ask(part("mem", "another map"), "")
     assert other is not first
-    supply.advance()
+    loader.advance()
     assert not first.result.done()
     held.go_on.set()
     for alignment in (first, other):
-        assert arrived(supply, alignment) == (ALIGNED, "cold")
-    assert arrived(supply, supply.ask(part(), "")) == (ALIGNED, "warm")
+        assert arrived(loader, alignment) == (ALIGNED, "cold")
+    assert arrived(loader, loader.ask(part(), "")) == (ALIGNED, "warm")
     assert (held.read, held.blocks) == (["mem"] * 2, ["mem"] * 2)
-    assert supply.under_way == {}
+    assert loader.under_way == {}
 
 
 @pytest.fixture
@@ -116,111 +116,111 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("clock")
-def test_a_step_that_others_wait_for_aligns_one_block(supply: Supply, held: Held) -> None:
+def test_a_step_that_others_wait_for_aligns_one_block(loader: MemoryLoader, held: Held) -> None:
     held.go_on.set()
     held.needed = 3
-    asked = [supply.ask(part(name), "") for name in ("a", "b")]
+    asked = [loader.ask(part(name), "") for name in ("a", "b")]
     wait([alignment.found for alignment in asked], SECONDS)
-    supply.advance()
+    loader.advance()
     assert held.blocks == ["a"]
-    supply.advance(2.5 * A_MOMENT)
+    loader.advance(2.5 * A_MOMENT)
     assert held.blocks == ["a"] * 3 + ["b"]
     assert [alignment.result.done() for alignment in asked] == [True, False]
 
 
 @pytest.mark.usefixtures("clock")
-def test_an_alignment_ends_when_nobody_wants_it_any_more(supply: Supply, held: Held) -> None:
+def test_an_alignment_ends_when_nobody_wants_it_any_more(loader: MemoryLoader, held: Held) -> None:
     held.needed = 2
     held.go_on.set()
-    first = supply.ask(part(), "")
-    assert supply.ask(part(), "") is first
+    first = loader.ask(part(), "")
+    assert loader.ask(part(), "") is first
     wait([first.found], SECONDS)
-    supply.advance()
-    supply.leave(first)
-    assert list(supply.under_way.values()) == [first]
-    supply.leave(first)
-    supply.advance()
+    loader.advance()
+    loader.leave(first)
+    assert list(loader.under_way.values()) == [first]
+    loader.leave(first)
+    loader.advance()
     assert held.blocks == ["mem"]
-    again = supply.ask(part(), "")
+    again = loader.ask(part(), "")
     assert again is not first
-    supply.leave(first)
-    assert arrived(supply, again) == (ALIGNED, "cold")
+    loader.leave(first)
+    assert arrived(loader, again) == (ALIGNED, "cold")
 
 
-def test_a_file_that_hangs_holds_up_nobody_else(supply: Supply, held: Held) -> None:
-    hanging = supply.ask(part("hanging"), "")
+def test_a_file_that_hangs_holds_up_nobody_else(loader: MemoryLoader, held: Held) -> None:
+    hanging = loader.ask(part("hanging"), "")
     while not held.read:
         time.sleep(0.001)
-    supply.find = lambda part, tenant: (Found(ALIGNED), "cold")  # type: ignore[method-assign]
-    assert arrived(supply, supply.ask(part("other"), "")) == (ALIGNED, "cold")
+    loader.find = lambda part, tenant: (Found(ALIGNED), "cold")  # type: ignore[method-assign]
+    assert arrived(loader, loader.ask(part("other"), "")) == (ALIGNED, "cold")
     assert not hanging.result.done()
 
 
-def test_a_failure_is_told_and_not_kept(supply: Supply, held: Held) -> None:
+def test_a_failure_is_told_and_not_kept(loader: MemoryLoader, held: Held) -> None:
     held.wrong = PackageCorrupt("no such bytes")
     held.go_on.set()
     with pytest.raises(PackageCorrupt, match="no such bytes"):
-        arrived(supply, supply.ask(part(), ""))
+        arrived(loader, loader.ask(part(), ""))
     held.wrong = None
-    assert arrived(supply, supply.ask(part(), "")) == (ALIGNED, "cold")
+    assert arrived(loader, loader.ask(part(), "")) == (ALIGNED, "cold")
 
 
 def test_what_cannot_be_kept_fails_its_askers_and_not_the_engine(
-    supply: Supply, held: Held, monkeypatch: pytest.MonkeyPatch
+    loader: MemoryLoader, held: Held, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(key: object, memory: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(supply.warm, "put", full)
+    monkeypatch.setattr(loader.warm, "put", full)
     held.go_on.set()
     with pytest.raises(MemoryError):
-        arrived(supply, supply.ask(part(), ""))
-    assert supply.under_way == {}
+        arrived(loader, loader.ask(part(), ""))
+    assert loader.under_way == {}
 
 
-def test_a_prefetch_is_pending_until_its_memory_is_warm(supply: Supply, held: Held) -> None:
+def test_a_prefetch_is_pending_until_its_memory_is_warm(loader: MemoryLoader, held: Held) -> None:
     params = LoadParams(parts=(part(),))
-    supply.warm.limit = 0
-    assert supply.prefetch("ticket", params, True) == PENDING
-    assert supply.prefetch("ticket", params, True) == PENDING
+    loader.warm.limit = 0
+    assert loader.prefetch("ticket", params, True) == PENDING
+    assert loader.prefetch("ticket", params, True) == PENDING
     held.go_on.set()
-    wait([supply.ask(part(), "").found], SECONDS)
-    assert supply.prefetch("ticket", params, True) == "cold"
-    assert supply.prefetch("another", params, False) == "warm"
-    assert supply.prefetches == {}
-    supply.warm.put(("large", ""), ALIGNED)
-    assert supply.warm.get(("mem", "map")) is ALIGNED
-    assert supply.evict("mem")
-    assert not supply.evict("mem")
+    wait([loader.ask(part(), "").found], SECONDS)
+    assert loader.prefetch("ticket", params, True) == "cold"
+    assert loader.prefetch("another", params, False) == "warm"
+    assert loader.prefetches == {}
+    loader.warm.put(("large", ""), ALIGNED)
+    assert loader.warm.get(("mem", "map")) is ALIGNED
+    assert loader.evict("mem")
+    assert not loader.evict("mem")
 
 
-def test_a_prefetch_says_what_went_wrong(supply: Supply, held: Held) -> None:
+def test_a_prefetch_says_what_went_wrong(loader: MemoryLoader, held: Held) -> None:
     held.wrong = PackageCorrupt("no such bytes")
     held.go_on.set()
     params = LoadParams(parts=(part(),))
     found = PENDING
     while found == PENDING:
-        found = supply.prefetch("ticket", params, False)
+        found = loader.prefetch("ticket", params, False)
     assert found == "no such bytes."
 
 
-def test_what_was_aligned_once_is_read_from_disk(supply: Supply, tmp_path: Path) -> None:
-    supply.disk = DiskTier(tmp_path, 2**30, "weights", torch.bfloat16)
-    held = Held(supply)
+def test_what_was_aligned_once_is_read_from_disk(loader: MemoryLoader, tmp_path: Path) -> None:
+    loader.disk = DiskTier(tmp_path, 2**30, "weights", torch.bfloat16)
+    held = Held(loader)
     held.go_on.set()
-    assert arrived(supply, supply.ask(part(), "")) == (ALIGNED, "cold")
-    supply.disk.thread.shutdown()
-    supply.warm = WarmTier(2**30)
-    del supply.find, supply.block
+    assert arrived(loader, loader.ask(part(), "")) == (ALIGNED, "cold")
+    loader.disk.thread.shutdown()
+    loader.warm = WarmTier(2**30)
+    del loader.find, loader.block
     for _ in ("from disk", "from memory"):
-        found, temperature = arrived(supply, supply.ask(part(), ""))
+        found, temperature = arrived(loader, loader.ask(part(), ""))
         assert (found.ids, temperature) == (ALIGNED.ids, "warm")
-    assert supply.evict("mem")
+    assert loader.evict("mem")
     assert list(tmp_path.glob("*.aligned")) == []
 
 
 def test_a_package_is_aligned_by_its_map(
-    supply: Supply,
+    loader: MemoryLoader,
     make_package: Callable[..., Package],
     wmatrix: WMatrix,
     folder: Path,
@@ -229,44 +229,44 @@ def test_a_package_is_aligned_by_its_map(
 ) -> None:
     monkeypatch.setattr("awareness_vllm.align.realign.BLOCK", 7)
     package = make_package("the quick brown fox, naïve dogs")
-    supply.memories.folder = folder
-    supply.wmatrices["map"] = wmatrix
-    supply.embed = lambda ids: torch.randn(1000, 6, generator=torch.manual_seed(3))[ids]
-    found, _ = arrived(supply, supply.ask(part(publish(package, tmp_path).stem), ""))
-    expected = realign(package, wmatrix, folder, supply.embed, dtype=torch.bfloat16)
+    loader.memories.folder = folder
+    loader.wmatrices["map"] = wmatrix
+    loader.embed = lambda ids: torch.randn(1000, 6, generator=torch.manual_seed(3))[ids]
+    found, _ = arrived(loader, loader.ask(part(publish(package, tmp_path).stem), ""))
+    expected = realign(package, wmatrix, folder, loader.embed, dtype=torch.bfloat16)
     assert found.ids == expected.ids
     for one, other in zip(found.keys + found.values, expected.keys + expected.values, strict=True):
         assert torch.equal(one, other)
 
 
 def test_a_map_that_the_server_lacks_is_refused(
-    supply: Supply, make_package: Callable[..., Package], tmp_path: Path
+    loader: MemoryLoader, make_package: Callable[..., Package], tmp_path: Path
 ) -> None:
     memory = publish(make_package(), tmp_path).stem
     with pytest.raises(UnsupportedModel, match="another W-Matrix"):
-        arrived(supply, supply.ask(part(memory, "f" * 64), ""))
+        arrived(loader, loader.ask(part(memory, "f" * 64), ""))
 
 
 def test_a_truncated_package_changes_nothing_that_was_read(
-    supply: Supply, make_package: Callable[..., Package], tmp_path: Path
+    loader: MemoryLoader, make_package: Callable[..., Package], tmp_path: Path
 ) -> None:
     """safetensors maps files: reading on after one was truncated would kill the process."""
     package = make_package()
     path = publish(package, tmp_path)
-    memory, _ = arrived(supply, supply.ask(part(path.stem, ""), ""))
+    memory, _ = arrived(loader, loader.ask(part(path.stem, ""), ""))
     with path.open("r+b") as file:
         file.truncate(8)
     for before, after in zip(package.keys, memory.keys, strict=True):
         assert torch.equal(before, after)
 
 
-def test_the_heads_that_were_used_last_are_kept(supply: Supply) -> None:
+def test_the_heads_that_were_used_last_are_kept(loader: MemoryLoader) -> None:
     for number in range(HEADS):
-        supply.keep_head(f"head-{number}", ALIGNED)
-    assert arrived(supply, supply.ask(part("head-0"), "")) == (ALIGNED, "warm")
-    supply.keep_head("new", ALIGNED)
-    assert "head-0" in supply.heads
-    assert "head-1" not in supply.heads
+        loader.keep_head(f"head-{number}", ALIGNED)
+    assert arrived(loader, loader.ask(part("head-0"), "")) == (ALIGNED, "warm")
+    loader.keep_head("new", ALIGNED)
+    assert "head-0" in loader.heads
+    assert "head-1" not in loader.heads
 
 
 def test_several_ranks_look_their_embedding_up_together_and_once() -> None:

@@ -60,19 +60,19 @@ def full_map(wmatrix: WMatrix, geometry: Geometry) -> WMatrix:
 
 def test_a_cropped_package_says_so_and_comes_back(cropped: Package, tmp_path: Path) -> None:
     found = verify(publish(cropped, tmp_path))
-    assert found.manifest.begins == (0, len(TEXT) - 3)
+    assert found.manifest.first_tokens == (0, len(TEXT) - 3)
     assert torch.equal(found.keys[1], cropped.keys[1])
 
 
 def test_a_whole_package_says_nothing_of_it(whole: Package) -> None:
-    assert "begins" not in whole.manifest.model_dump_json()
+    assert "first_tokens" not in whole.manifest.model_dump_json()
 
 
-@pytest.mark.parametrize("begins", [(0,), (0, 1)])
+@pytest.mark.parametrize("first_tokens", [(0,), (0, 1)])
 def test_beginnings_that_are_not_those_of_the_states_are_refused(
-    cropped: Package, begins: tuple[int, ...], tmp_path: Path
+    cropped: Package, first_tokens: tuple[int, ...], tmp_path: Path
 ) -> None:
-    manifest = cropped.manifest.model_copy(update={"begins": begins})
+    manifest = cropped.manifest.model_copy(update={"first_tokens": first_tokens})
     with pytest.raises(PackageCorrupt):
         read(publish(replace(cropped, manifest=manifest), tmp_path))
 

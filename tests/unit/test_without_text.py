@@ -22,7 +22,7 @@ from awareness_vllm.fit import fit, gather
 from awareness_vllm.fit.config import FitConfig
 from awareness_vllm.fit.reader import Reader
 from awareness_vllm.models.hf import states
-from awareness_vllm.models.rope import strip
+from awareness_vllm.models.rope import unrotate
 from awareness_vllm.models.tokens import load_tokenizer, tokenize
 from awareness_vllm.packages.capture import capture
 from awareness_vllm.packages.file import Package, publish, read, verify, without_text
@@ -85,7 +85,7 @@ def test_each_source_token_but_the_first_becomes_one_of_the_targets(
     positions = torch.arange(sink, sink + count - 1)
     for i, layer in enumerate(manifest.target.layers):
         torch.testing.assert_close(
-            strip(memory.keys[i][sink:], positions, layer.positions), keys[i]
+            unrotate(memory.keys[i][sink:], positions, layer.positions), keys[i]
         )
         torch.testing.assert_close(memory.values[i][sink:], values[i])
 
@@ -113,21 +113,21 @@ def test_a_row_stands_where_the_source_token_ends(tiny_models: tuple[Path, Path]
     text = "naïve words, and 🦊 more of them"
     row = reader.read(text)
     package = capture(tiny_models[0], text)
-    assert len(row.places) == package.manifest.tokens - 1
-    assert row.features.shape == (len(row.places), reader.width)
-    assert (row.places.diff() >= 0).all()
-    assert row.places[-1] == len(row.ids) - len(reader.sink) - 1
+    assert len(row.positions) == package.manifest.tokens - 1
+    assert row.features.shape == (len(row.positions), reader.width)
+    assert (row.positions.diff() >= 0).all()
+    assert row.positions[-1] == len(row.ids) - len(reader.sink) - 1
     target, source = (
         tokenize(load_tokenizer(str(model)), text).spans[:, 1] for model in tiny_models[::-1]
     )
     # Of the target's tokens, the one that holds the last byte: no earlier one reaches it.
-    for place, end in zip(row.places.tolist(), source[1:], strict=True):
+    for place, end in zip(row.positions.tolist(), source[1:], strict=True):
         assert target[place] >= end
         assert place == 0 or target[place - 1] < end
     x, y = reader.pairs(text)
     assert torch.equal(x, row.features)
     truth = flat_states(reader.target_geometry, *states(reader.target_model, row.ids))
-    torch.testing.assert_close(y, truth[len(reader.sink) :][row.places])
+    torch.testing.assert_close(y, truth[len(reader.sink) :][row.positions])
 
 
 @pytest.fixture(scope="module")
@@ -155,12 +155,12 @@ def test_it_is_fitted_and_certified_like_any_other(
     assert len(wmatrix.encode) == wmatrix.manifest.source_width
 
     def recalled(
-        bench: object, cases: object, *, tails: list[int], **kwargs: object
+        harness: object, cases: object, *, tails: list[int], **kwargs: object
     ) -> CaseFigures:
         assert tails == []
-        arms = ("native", "memory", "tokens_only", "wrong_memory", "none")
+        conditions = ("native", "memory", "tokens_only", "wrong_memory", "none")
         ones = torch.ones(2, 2).numpy()
-        return CaseFigures({arm: ones for arm in arms}, ["fact"] * 2, [0, 0])
+        return CaseFigures({arm: ones for arm in conditions}, ["fact"] * 2, [0, 0])
 
     monkeypatch.setattr(certifying, "evaluate_cases", recalled)  # no random model recalls
     measured = certify(wmatrix, *tiny_models, anchors, [], limit=3, context=90, continuation=8)

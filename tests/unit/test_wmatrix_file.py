@@ -123,7 +123,7 @@ def test_a_truncated_file_is_noticed(saved: Path, share: float) -> None:
         ("bias", (1, 24)),
         ("sink.2.key", (1, 1, 4)),
         ("sink.3.key", (2, 1, 4)),
-        ("surprise", (1,)),
+        ("token_nll", (1,)),
     ],
 )
 def test_wrong_shapes_are_refused(
@@ -138,7 +138,7 @@ def test_an_unchanged_copy_is_accepted(wmatrix: WMatrix, saved: Path, tmp_path: 
     assert same(load(rewrite(saved, tmp_path / "w")), wmatrix)
 
 
-@pytest.mark.parametrize("change", [{"surprise": 1}, {"format": "awareness-wmatrix/2"}])
+@pytest.mark.parametrize("change", [{"token_nll": 1}, {"format": "awareness-wmatrix/2"}])
 def test_unknown_manifest_fields_and_formats_are_refused(
     saved: Path, tmp_path: Path, change: dict[str, Any]
 ) -> None:
@@ -166,17 +166,17 @@ def test_blank_rows_are_mapped_as_without_a_source(wmatrix: WMatrix) -> None:
     generator = torch.Generator().manual_seed(1)
     source = torch.randn(6, wmatrix.manifest.source.width, generator=generator)
     embeddings = torch.randn(6, 18, generator=generator)
-    blank = torch.tensor([True, False, False, True, False, False])
+    masked = torch.tensor([True, False, False, True, False, False])
     mixed, without, full = (
         torch.cat([s.flatten(1) for s in (*keys, *values)], dim=1)
         for keys, values in (
-            wmatrix.map(source, embeddings, blank),
+            wmatrix.map(source, embeddings, masked),
             wmatrix.map(None, embeddings),
             wmatrix.map(source, embeddings),
         )
     )
-    torch.testing.assert_close(mixed[blank], without[blank])
-    torch.testing.assert_close(mixed[~blank], full[~blank])
+    torch.testing.assert_close(mixed[masked], without[masked])
+    torch.testing.assert_close(mixed[~masked], full[~masked])
     assert ((without - full).abs().amax(1) > 0.1).all()
 
 

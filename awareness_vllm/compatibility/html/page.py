@@ -29,7 +29,7 @@ UNKNOWN = el("span", "nobody knows", class_="unknown")
 PUBLISHED = Basis(kind="prior", source="")
 UNKNOWN_SHARE = el("span", "none", class_="unknown")
 WITHOUT = "left with all of them lifted"
-ARMS = {
+CONDITIONS = {
     "native": "native: the target reads the text",
     "memory": "memory: the map alone",
     "tokens_only": "tokens only: the source's states blanked",
@@ -130,8 +130,8 @@ def of_report(report: CompatibilityReport) -> Iterator[Html]:
         yield kinds(report)
     if report.degradation:
         yield degradation(report.degradation)
-    if report.arms:
-        yield arms(report.arms)
+    if report.conditions:
+        yield conditions(report.conditions)
 
 
 def headline(report: CompatibilityReport) -> Html:
@@ -280,7 +280,7 @@ def degradation(found: Sequence[Share]) -> Html:
     return card(name, el("figure", shown, el("figcaption", caption)))
 
 
-def arms(found: dict[str, dict[str, float]]) -> Html:
+def conditions(found: dict[str, dict[str, float]]) -> Html:
     metrics = list(dict.fromkeys(name for known in found.values() for name in known))
     rows = [
         (arm_name(arm), [f"{known[m]:.3f}" if m in known else "" for m in metrics])
@@ -293,7 +293,7 @@ def arms(found: dict[str, dict[str, float]]) -> Html:
 def arm_name(arm: str) -> str:
     """`memory_tail_48` reads its last 48 tokens natively."""
     kind, _, tail = arm.partition("_tail_")
-    name = ARMS.get(kind, kind)
+    name = CONDITIONS.get(kind, kind)
     return f"{name.partition(':')[0]}, last {tail} tokens read natively" if tail else name
 
 

@@ -14,12 +14,12 @@ from pydantic import Field, ValidationError
 
 from awareness_vllm.files import home, write_whole
 from awareness_vllm.provenance import hardware, versions
-from awareness_vllm.schema import Strict
+from awareness_vllm.schema import FrozenModel
 
 FILE = "doctor.json"
 
 
-class Calibration(Strict):
+class Calibration(FrozenModel):
     """Fixed seconds, and units per second, of the parts of a load on a CPU.
 
     `read`: the package's bytes. `text`: tokenizing it, by token. `align`: the map, by numbers that

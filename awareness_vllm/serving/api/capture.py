@@ -17,7 +17,7 @@ from awareness_vllm.errors import UnsupportedRequest
 from awareness_vllm.models.tokens import Tokens
 from awareness_vllm.packages.capture import read_tokens
 from awareness_vllm.packages.file import Package, publish
-from awareness_vllm.serving.api.engine_client import Backstage
+from awareness_vllm.serving.api.engine_client import MemoryEngineClient
 from awareness_vllm.serving.connector.kv_reader import CAPTURE_KEY
 from awareness_vllm.serving.http import memories_of, tenant_of
 from awareness_vllm.serving.offline_capture import as_package
@@ -29,7 +29,7 @@ from awareness_vllm.serving.resolver import Memories
 class Capture:
     """A prompt that the engine was told to read back, under `key`."""
 
-    backstage: Backstage
+    engine_client: MemoryEngineClient
     memories: Memories
     tenant: str
     name: str
@@ -42,12 +42,12 @@ class Capture:
         try:
             response = await answer
         except BaseException:
-            await self.backstage.forget(self.key)
+            await self.engine_client.forget(self.key)
             raise
         if not isinstance(response, JSONResponse) or response.status_code != 200:
-            await self.backstage.forget(self.key)
+            await self.engine_client.forget(self.key)
             return response
-        states = await self.backstage.states(self.key)
+        states = await self.engine_client.states(self.key)
         published = await asyncio.to_thread(self._publish, states)
         body = json.loads(bytes(response.body))
         body[LONG] = {"id": published.stem, "name": self.name, "tokens": len(self.tokens.ids)}
@@ -74,13 +74,13 @@ async def announce(request: object, raw_request: Request, name: str) -> Capture:
         raise _refused(f"n: {request.n}", "n: 1")
     # The server's own tokens, and where each of them lies in the text.
     tokens = await asyncio.to_thread(read_tokens, memories.folder, request.prompt)
-    backstage: Backstage = raw_request.app.state.awareness_backstage
-    key = await backstage.announce(to_file=True)
+    engine_client: MemoryEngineClient = raw_request.app.state.awareness_engine_client
+    key = await engine_client.announce(to_file=True)
     text = request.prompt
     request.prompt = tokens.ids
     request.add_special_tokens = False
     request.kv_transfer_params = {**(request.kv_transfer_params or {}), CAPTURE_KEY: key}
-    return Capture(backstage, memories, tenant, name, text, tokens, key)
+    return Capture(engine_client, memories, tenant, name, text, tokens, key)
 
 
 def _refused(found: str, expected: str) -> UnsupportedRequest:

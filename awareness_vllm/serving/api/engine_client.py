@@ -29,7 +29,7 @@ from awareness_vllm.serving.connector.worker_extension import (
     STATE,
 )
 from awareness_vllm.serving.params import LoadParams
-from awareness_vllm.serving.request import Asked
+from awareness_vllm.serving.request import MemoryRequest
 from awareness_vllm.serving.resolver import Memories, head_name
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ WRITE_SECONDS = 120.0
 """A file of states that takes longer is given up."""
 
 
-class Backstage:
+class MemoryEngineClient:
     """Asks the engine; its workers answer through the extension."""
 
     def __init__(self, engine: EngineClient) -> None:
@@ -85,7 +85,9 @@ class Backstage:
             owners = [tenant for tenant, store in memories.stores.items() if store.has(memory)]
             if not owners:
                 raise missing(memory)
-            prompt = await asyncio.to_thread(memories.resolve, Asked(ids=(memory,)), owners[0])
+            prompt = await asyncio.to_thread(
+                memories.resolve, MemoryRequest(ids=(memory,)), owners[0]
+            )
             assert prompt.params is not None  # only a quality target can ask for native reading
             await self.prefetch(prompt.params, pin=True)
             logger.info("pinned %s", memory)

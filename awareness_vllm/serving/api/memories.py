@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
 from awareness_vllm.compatibility.appraisal import report
-from awareness_vllm.compatibility.case import Case, of_manifest
+from awareness_vllm.compatibility.case import CheckContext, of_manifest
 from awareness_vllm.compatibility.models import Model
 from awareness_vllm.compatibility.report import CompatibilityReport
 from awareness_vllm.compatibility.target import TargetConfig
@@ -28,13 +28,13 @@ from awareness_vllm.errors import (
 )
 from awareness_vllm.packages.manifest import Manifest, check_id, checked_manifest, read_manifest
 from awareness_vllm.packages.store import Store, missing
-from awareness_vllm.schema import Strict
+from awareness_vllm.schema import FrozenModel
 from awareness_vllm.serving.http import client_error, memories_of, tenant_of
-from awareness_vllm.serving.request import Asked
+from awareness_vllm.serving.request import MemoryRequest
 from awareness_vllm.serving.resolver import Memories, Prompt, check_fits
 
 if TYPE_CHECKING:
-    from awareness_vllm.serving.api.engine_client import Backstage
+    from awareness_vllm.serving.api.engine_client import MemoryEngineClient
 
 Found = TypeVar("Found")
 
@@ -43,7 +43,7 @@ class UnauthorizedResponse(BaseModel):
     error: Literal["Unauthorized"]
 
 
-class Memory(Strict):
+class Memory(FrozenModel):
     """A package, as its own manifest describes it: nothing is known of one with an `error`."""
 
     id: str
@@ -56,7 +56,7 @@ class Memory(Strict):
     error: str | None = None
 
 
-class MemoryList(Strict):
+class MemoryList(FrozenModel):
     """A page of the caller's memories, by ID. Bytes are not proven here, but before each use."""
 
     object: Literal["list"] = "list"
@@ -66,7 +66,7 @@ class MemoryList(Strict):
     has_more: bool
 
 
-class Compatibility(Strict):
+class Compatibility(FrozenModel):
     """What this server's model makes of a memory, used by default and alone in a prompt."""
 
     loadable: bool
@@ -85,13 +85,13 @@ class MemoryDetail(Memory):
     compatibility: Compatibility
 
 
-class MemoryLoad(Strict):
+class MemoryLoad(FrozenModel):
     id: str
     object: Literal["memory.load"] = "memory.load"
     temperature: Literal["cold", "warm"] = Field(description="What the memory was until now")
 
 
-class MemoryEvicted(Strict):
+class MemoryEvicted(FrozenModel):
     id: str
     object: Literal["memory.evicted"] = "memory.evicted"
     evicted: bool = Field(description="Whether it was warm; the package stays in the store")
@@ -142,7 +142,7 @@ async def load_memory(memory_id: str, raw_request: Request) -> MemoryLoad:
     with _client_errors("memory_id"):
         prompt = await _ask(raw_request, lambda m, tenant: _prompt(m, tenant, memory_id))
         assert prompt.params is not None  # only a quality target can ask for native reading
-        found = await _backstage(raw_request).prefetch(prompt.params)
+        found = await _engine_client(raw_request).prefetch(prompt.params)
     return MemoryLoad(id=memory_id, temperature="warm" if found == "warm" else "cold")
 
 
@@ -152,7 +152,7 @@ async def evict_memory(memory_id: str, raw_request: Request) -> MemoryEvicted:
     with _client_errors("memory_id"):
         # Its bytes are not proven: a damaged package is all the more reason to let states go.
         await _ask(raw_request, lambda m, tenant: m.stores[tenant].path(memory_id))
-    return MemoryEvicted(id=memory_id, evicted=await _backstage(raw_request).evict(memory_id))
+    return MemoryEvicted(id=memory_id, evicted=await _engine_client(raw_request).evict(memory_id))
 
 
 @contextmanager
@@ -173,8 +173,8 @@ async def _ask(raw_request: Request, look_up: Callable[[Memories, str], Found]) 
     return await asyncio.to_thread(run)
 
 
-def _backstage(raw_request: Request) -> Backstage:
-    return cast("Backstage", raw_request.app.state.awareness_backstage)
+def _engine_client(raw_request: Request) -> MemoryEngineClient:
+    return cast("MemoryEngineClient", raw_request.app.state.awareness_engine_client)
 
 
 def _page(store: Store, limit: int, after: str | None) -> MemoryList:
@@ -251,18 +251,18 @@ def _report(
         tokens = len(memories.resolve_one(memory_id, tenant).ids)
     except (NoWMatrix, UnsupportedRequest):  # the report says so, too
         tokens = manifest.tokens
-    case = Case(
+    check = CheckContext(
         subject=of_manifest(manifest, memory_id, path),
         target=Model(memories.geometry.name, memories.geometry),
         config=config,
-        shelf=memories.wmatrices,
+        registry=memories.wmatrices,
         tokens=tokens,
     )
-    return report(case)
+    return report(check)
 
 
 def _prompt(memories: Memories, tenant: str, memory_id: str) -> Prompt:
     """A prompt of this memory alone, as it is loaded where a request asks nothing more of it."""
-    prompt = memories.resolve(Asked(ids=(memory_id,)), tenant)
+    prompt = memories.resolve(MemoryRequest(ids=(memory_id,)), tenant)
     check_fits(f"memory {memory_id}", len(prompt.ids), 1, memories.max_model_len)
     return prompt

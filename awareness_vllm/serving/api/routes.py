@@ -37,14 +37,14 @@ from awareness_vllm.errors import AwarenessError, UnsupportedRequest
 from awareness_vllm.serving.api import memories as catalogue
 from awareness_vllm.serving.api.capture import announce
 from awareness_vllm.serving.api.chat_template import mark, split
-from awareness_vllm.serving.api.engine_client import Backstage
+from awareness_vllm.serving.api.engine_client import MemoryEngineClient
 from awareness_vllm.serving.api.validation import check_carried, refuse_memories
 from awareness_vllm.serving.config import CONNECTOR, PARAMS_KEY, ServingConfig
 from awareness_vllm.serving.connector.kv_reader import CAPTURE_KEY
 from awareness_vllm.serving.connector.worker_extension import BIND
 from awareness_vllm.serving.http import answer_unauthorized, client_error, memories_of, tenant_of
 from awareness_vllm.serving.params import kv_transfer_params
-from awareness_vllm.serving.request import LONG, SHORT, asked_of
+from awareness_vllm.serving.request import LONG, SHORT, parse_memory_request
 from awareness_vllm.serving.resolver import Memories, Prompt
 
 if TYPE_CHECKING:
@@ -95,9 +95,9 @@ class AwarenessEndpoints:
         model = engine_client.vllm_config.model_config
         memories = await asyncio.to_thread(Memories, config, model.model, model.max_model_len)
         await engine_client.collective_rpc(BIND)
-        backstage = Backstage(engine_client)
-        await backstage.pin(memories, config.pin)
-        state.awareness, state.awareness_backstage = memories, backstage
+        ours = MemoryEngineClient(engine_client)
+        await ours.pin(memories, config.pin)
+        state.awareness, state.awareness_engine_client = memories, ours
         state.awareness_target = target_config(engine_client.vllm_config, config.tail)
         logger.info("memories are served from %s", config.store)
 
@@ -209,7 +209,7 @@ async def answered(
     try:
         check_extras(request)
         body = request.model_extra
-        asked = asked_of(await raw_request.json() if body is None else body)
+        asked = parse_memory_request(await raw_request.json() if body is None else body)
         if asked is None:
             return await handler(request, raw_request)
         check_request(request, raw_request)
@@ -257,11 +257,15 @@ def in_chat(request: AnyRequest, raw_request: Request, render: Render) -> Use:
         if isinstance(rendered, ErrorResponse):
             return None
         head, rest = split(rendered.get("prompt") or "", text)
-        backstage: Backstage = raw_request.app.state.awareness_backstage
-        placed = prompt.after(backstage.tokens(head))
-        if placed.head and placed.tail is not None and not await backstage.keeps_head(placed.head):
+        engine_client: MemoryEngineClient = raw_request.app.state.awareness_engine_client
+        placed = prompt.after(engine_client.tokens(head))
+        if (
+            placed.head
+            and placed.tail is not None
+            and not await engine_client.keeps_head(placed.head)
+        ):
             placed = placed.natively()
-        ids = memories_of(raw_request).whole(placed, backstage.tokens(rest))
+        ids = memories_of(raw_request).whole(placed, engine_client.tokens(rest))
         carry(request, placed)["prompt_token_ids"] = ids
         return placed
 

@@ -28,13 +28,13 @@ from awareness_vllm.serving.config import ServingConfig
 from awareness_vllm.serving.connector.kv_reader import CAPTURE_KEY
 from awareness_vllm.serving.connector.metrics import (
     Failed,
-    Ledger,
     LoadMetrics,
     LoadStats,
+    LoadTracker,
     StepOutcomes,
 )
-from awareness_vllm.serving.connector.scheduler import SchedulerHalf, StepMetadata
-from awareness_vllm.serving.connector.worker import WorkerHalf
+from awareness_vllm.serving.connector.scheduler import ConnectorMetadata, ConnectorScheduler
+from awareness_vllm.serving.connector.worker import ConnectorWorker
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -61,11 +61,11 @@ class AwarenessConnector(KVConnectorBase_V1, SupportsHMA):
         self.config = ServingConfig.parse(transfer.kv_connector_extra_config)
         self.results = KVConnectorTransferResults()
         self.outcomes = StepOutcomes()
-        self.ledger = Ledger()
+        self.tracker = LoadTracker()
         if role == KVConnectorRole.SCHEDULER:
-            self.scheduler = SchedulerHalf(kv_cache_config)
+            self.scheduler = ConnectorScheduler(kv_cache_config)
         else:
-            self.worker = WorkerHalf(self.config, vllm_config, kv_cache_config)
+            self.worker = ConnectorWorker(self.config, vllm_config, kv_cache_config)
 
     # Worker half
 
@@ -74,7 +74,7 @@ class AwarenessConnector(KVConnectorBase_V1, SupportsHMA):
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         metadata = self._get_connector_metadata()
-        assert isinstance(metadata, StepMetadata)
+        assert isinstance(metadata, ConnectorMetadata)
         self.results.failed_recving.update(metadata.failed)
         self.results.finished_recving.update(metadata.failed)
         for load in metadata.loads:
@@ -98,7 +98,7 @@ class AwarenessConnector(KVConnectorBase_V1, SupportsHMA):
 
     def wait_for_save(self) -> None:
         metadata = self._get_connector_metadata()
-        assert isinstance(metadata, StepMetadata)
+        assert isinstance(metadata, ConnectorMetadata)
         for save in metadata.saves:
             try:
                 self.worker.save(save)
@@ -140,7 +140,7 @@ class AwarenessConnector(KVConnectorBase_V1, SupportsHMA):
             tokens = self.scheduler.tokens_to_load(request, num_computed_tokens)
         except Exception as error:
             logger.exception("request %s is prefilled instead", request.request_id)
-            self.ledger.failed(request.request_id, error)
+            self.tracker.failed(request.request_id, error)
             return 0, False
         return tokens, bool(tokens)
 
@@ -152,10 +152,10 @@ class AwarenessConnector(KVConnectorBase_V1, SupportsHMA):
         except Exception as error:
             logger.exception("request %s is prefilled instead", request.request_id)
             self.scheduler.step.failed.append(request.request_id)
-            self.ledger.failed(request.request_id, error)
+            self.tracker.failed(request.request_id, error)
         else:
             if num_external_tokens:
-                self.ledger.planned(request.request_id)
+                self.tracker.planned(request.request_id)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         try:
@@ -166,13 +166,13 @@ class AwarenessConnector(KVConnectorBase_V1, SupportsHMA):
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         # Of an aborted request nothing is remembered.
-        self.scheduler.failed |= self.ledger.outcomes.keys() & (
+        self.scheduler.failed |= self.tracker.outcomes.keys() & (
             connector_output.failed_recving or set()
         )
         meta = connector_output.kv_connector_worker_meta
         shares = meta.by_request if isinstance(meta, StepOutcomes) else {}
         try:
-            self.ledger.happened(shares, connector_output.finished_recving or ())
+            self.tracker.happened(shares, connector_output.finished_recving or ())
         except Exception:
             logger.exception("loads are not counted: %s", shares)
 
@@ -181,7 +181,7 @@ class AwarenessConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> tuple[bool, dict[str, Any] | None]:
         self.scheduler.finished(request.request_id)
         try:
-            return False, self.ledger.close(request)
+            return False, self.tracker.close(request)
         except Exception:
             logger.exception("the response of request %s has no report", request.request_id)
             return False, None
@@ -194,7 +194,7 @@ class AwarenessConnector(KVConnectorBase_V1, SupportsHMA):
     # Statistics: taken in the scheduler (in a worker there are none), shown by the front end
 
     def get_kv_connector_stats(self) -> LoadStats | None:
-        return self.ledger.take_stats()
+        return self.tracker.take_stats()
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> LoadStats:

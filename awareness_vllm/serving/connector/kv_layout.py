@@ -11,7 +11,7 @@ import torch
 from awareness_vllm.align.paged import Pages
 from awareness_vllm.errors import UnsupportedModel
 from awareness_vllm.models.geometry import Geometry
-from awareness_vllm.models.rope import table
+from awareness_vllm.models.rope import cos_sin_table
 from awareness_vllm.serving.resolver import Memories
 
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -60,12 +60,12 @@ def check_rotations(model: torch.nn.Module, geometry: Geometry, names: Iterable[
         if turns is None or not positions.rotary_dim:  # or it has a table, and makes no use of it
             continue
         rows = torch.arange(min(len(turns), ROTATIONS))
-        ours = torch.cat(table(rows, positions), dim=-1).to(turns)
+        ours = torch.cat(cos_sin_table(rows, positions), dim=-1).to(turns)
         close = 2 * torch.finfo(turns.dtype).eps  # another device's cosines, rounded
         same = ours.shape[1] == turns.shape[1] and torch.allclose(
             ours, turns[: len(rows)], rtol=0, atol=close
         )
-        if not same or getattr(rotary, "is_neox_style", True) == positions.woven:
+        if not same or getattr(rotary, "is_neox_style", True) == positions.interleaved:
             raise UnsupportedModel(
                 f"layer {name} turns its keys otherwise than {geometry.name}'s config says",
                 found=rotary,

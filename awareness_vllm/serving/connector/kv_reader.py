@@ -15,7 +15,7 @@ from torch import Tensor
 from awareness_vllm.errors import UnsupportedModel
 from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.serving.connector.kv_layout import layer_index
-from awareness_vllm.serving.connector.scheduler import SKIP, Save
+from awareness_vllm.serving.connector.scheduler import PAD_SLOT_ID, SaveSpec
 
 CAPTURE_KEY = "awareness_capture"
 """Our key in a capturing request's `kv_transfer_params`; its value names the file to write."""
@@ -24,8 +24,8 @@ DIGIT = 128
 """Numbers are written as digits of this base: integers that bfloat16 and float16 hold exactly."""
 
 
-def read_back(
-    layers: dict[str, Any], groups: dict[str, int], geometry: Geometry, save: Save
+def read_kv(
+    layers: dict[str, Any], groups: dict[str, int], geometry: Geometry, save: SaveSpec
 ) -> dict[str, Tensor]:
     """`layers.i.key` and `layers.i.value` [T, H, D] of a request, on the host.
 
@@ -35,8 +35,8 @@ def read_back(
     """
     tensors: dict[str, Tensor] = {}
     for name, group in groups.items():
-        slots = torch.tensor(save.slots[group], dtype=torch.int64)
-        if (slots == SKIP).any():
+        slot_mapping = torch.tensor(save.slot_mapping[group], dtype=torch.int64)
+        if (slot_mapping == PAD_SLOT_ID).any():
             raise UnsupportedModel(
                 f"layer {name} no longer holds the whole context",
                 found="blocks outside its sliding window were given back",
@@ -44,7 +44,7 @@ def read_back(
                 remedy="start with --disable-hybrid-kv-cache-manager, or a larger "
                 "--max-num-batched-tokens",
             )
-        key, value = read_slots(layers[name], slots)
+        key, value = read_slots(layers[name], slot_mapping)
         index = layer_index(name)
         heads = geometry.layers[index].heads
         if key.shape[1] != heads:
@@ -58,15 +58,16 @@ def read_back(
     return tensors
 
 
-def read_slots(layer: Any, slots: Tensor) -> tuple[Tensor, Tensor]:
+def read_slots(layer: Any, slot_mapping: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values [N, H, D] that a layer's cache holds in these slots, on the host."""
     cache = layer.kv_cache
     size, heads = cache.shape[2], layer.num_kv_heads
     where = [block_layout(layer, part) for part in ("key", "value")]
-    blocks, inverse = torch.unique(slots // size, return_inverse=True)
+    blocks, inverse = torch.unique(slot_mapping // size, return_inverse=True)
     raw = cache[blocks.to(cache.device)].flatten(1).cpu()
     key, value = (
-        raw[:, order].view(len(blocks), size, heads, -1)[inverse, slots % size] for order in where
+        raw[:, order].view(len(blocks), size, heads, -1)[inverse, slot_mapping % size]
+        for order in where
     )
     return key, value
 
@@ -84,14 +85,14 @@ def block_layout(layer: Any, part: str) -> Tensor:
     size, heads = scratch.shape[2], layer.num_kv_heads
     count = scratch.numel() // 2
     elements = torch.arange(count, device=scratch.device).view(size, heads, -1)
-    slots = torch.arange(size, device=scratch.device)
+    slot_mapping = torch.arange(size, device=scratch.device)
     found = torch.zeros(scratch.numel(), dtype=torch.int64, device=scratch.device)
     weight = 1
     while weight < count:
         digits = (elements // weight % DIGIT).to(scratch.dtype)
         other = torch.full_like(digits, -1)
         written = (digits, other) if part == "key" else (other, digits)
-        layer.impl.do_kv_cache_update(layer, *written, scratch, slots)
+        layer.impl.do_kv_cache_update(layer, *written, scratch, slot_mapping)
         raw = scratch.flatten().to(torch.int64)
         found += raw * weight
         weight *= DIGIT

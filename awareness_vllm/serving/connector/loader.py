@@ -55,14 +55,14 @@ class Alignment:
     found: Future[tuple[Found, str]]
     result: Future[tuple[Memory, str]] = field(default_factory=Future)
     work: Realignment | None = None
-    waiting: int = 1
+    waiters: int = 1
 
     @property
     def key(self) -> Key:
         return self.part.memory, self.part.wmatrix
 
 
-class Supply:
+class MemoryLoader:
     """Aligns each memory once, and keeps what was aligned.
 
     Threads read files; the mathematics is done between the engine's steps, one block of tokens at a
@@ -100,7 +100,7 @@ class Supply:
         if (memory := self.warm.get(key)) is not None:
             return there(part, memory)
         if (alignment := self.under_way.get(key)) is not None:
-            alignment.waiting += 1
+            alignment.waiters += 1
             return alignment
         alignment = Alignment(part, self.readers.submit(self.find, part, tenant))
         self.under_way[key] = alignment
@@ -108,8 +108,8 @@ class Supply:
 
     def leave(self, alignment: Alignment) -> None:
         """Want it no more; without anybody else who does, it ends where it is."""
-        alignment.waiting -= 1
-        if not alignment.waiting and self.under_way.get(alignment.key) is alignment:
+        alignment.waiters -= 1
+        if not alignment.waiters and self.under_way.get(alignment.key) is alignment:
             alignment.found.cancel()
             del self.under_way[alignment.key]
 

@@ -184,7 +184,7 @@ class LoadMetrics(KVConnectorPromMetrics):
             self.requests.labels(*engine, temperature).inc()
 
 
-class Ledger:
+class LoadTracker:
     """What the scheduler half knows of loads: the statistics since they were last taken, the ranks'
     shares of loads that have not ended on all of them, and the outcome for each request that lives,
     None while its load is under way.

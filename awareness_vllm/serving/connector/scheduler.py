@@ -20,12 +20,12 @@ MIN_COMPUTED = 8
 (a single row is a matrix-vector product), whose rounding differs from a prefill's: with a question
 shorter than this, the memory's last tokens are computed rather than loaded."""
 
-SKIP = -1
+PAD_SLOT_ID = -1
 """The slot of a token that is not to be written: its block is outside a window (a null block)."""
 
 
 @dataclass(frozen=True)
-class Load:
+class LoadSpec:
     """Write the memories' tokens from the prompt's position `begin` on; `ids` are those of all of
     them. `slots[g]` are KV cache group g's slots, SKIP or not."""
 
@@ -33,25 +33,25 @@ class Load:
     params: LoadParams
     ids: list[int]
     begin: int
-    slots: tuple[list[int], ...]
+    slot_mapping: tuple[list[int], ...]
 
 
 @dataclass(frozen=True)
-class Save:
+class SaveSpec:
     """Read back the first `tokens` tokens of a request (capture), under a name."""
 
     name: str
     tokens: int
-    slots: tuple[list[int], ...]
+    slot_mapping: tuple[list[int], ...]
 
 
 @dataclass
-class StepMetadata(KVConnectorMetadata):
+class ConnectorMetadata(KVConnectorMetadata):
     """What the worker half does in one engine step."""
 
-    loads: list[Load] = field(default_factory=list)
+    loads: list[LoadSpec] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
-    saves: list[Save] = field(default_factory=list)
+    saves: list[SaveSpec] = field(default_factory=list)
 
 
 @dataclass
@@ -63,7 +63,7 @@ class Capturing:
     blocks: list[list[int]]
 
 
-class SchedulerHalf:
+class ConnectorScheduler:
     """Keeps nothing of a request but the loads of the step at hand, the failures to remember, and
     the blocks of those whose prompt is captured."""
 
@@ -71,7 +71,7 @@ class SchedulerHalf:
         specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
         self.block_sizes = [spec.block_size for spec in specs]
         self.windows = [getattr(spec, "sliding_window", None) for spec in specs]
-        self.step = StepMetadata()
+        self.step = ConnectorMetadata()
         self.failed: set[str] = set()
         self.capturing: dict[str, Capturing] = {}
 
@@ -91,22 +91,28 @@ class SchedulerHalf:
         assert request.prompt_token_ids is not None
         tokens = loadable(params, request)
         begin = tokens - external
-        block_ids = [[SKIP if b.is_null else b.block_id for b in group] for group in blocks.blocks]
+        block_ids = [
+            [PAD_SLOT_ID if b.is_null else b.block_id for b in group] for group in blocks.blocks
+        ]
         self.step.loads.append(
-            Load(
+            LoadSpec(
                 request_id=request.request_id,
                 params=params,
                 ids=list(request.prompt_token_ids[: params.tokens]),
                 begin=begin,
-                slots=self.slots(block_ids, begin, tokens),
+                slot_mapping=self.slot_mapping(block_ids, begin, tokens),
             )
         )
 
-    def slots(self, block_ids: list[list[int]], begin: int, end: int) -> tuple[list[int], ...]:
+    def slot_mapping(
+        self, block_ids: list[list[int]], begin: int, end: int
+    ) -> tuple[list[int], ...]:
         """Per group, the slots of positions begin … end-1; SKIP where there is no real block."""
         return tuple(
             [
-                SKIP if (block := group[p // size]) == SKIP else block * size + p % size
+                PAD_SLOT_ID
+                if (block := group[p // size]) == PAD_SLOT_ID
+                else block * size + p % size
                 for p in range(begin, end)
             ]
             for group, size in zip(block_ids, self.block_sizes, strict=True)
@@ -149,20 +155,20 @@ class SchedulerHalf:
         if computed + output.num_scheduled_tokens[request] < found.tokens:
             return
         del self.capturing[request]
-        slots = list(self.slots(found.blocks, 0, found.tokens))
+        slot_mapping = list(self.slot_mapping(found.blocks, 0, found.tokens))
         for group, window in enumerate(self.windows):
             if window and window < found.tokens and computed:
-                slots[group] = [SKIP] * found.tokens
-        self.step.saves.append(Save(found.name, found.tokens, tuple(slots)))
+                slot_mapping[group] = [PAD_SLOT_ID] * found.tokens
+        self.step.saves.append(SaveSpec(found.name, found.tokens, tuple(slot_mapping)))
 
     def finished(self, request: str) -> None:
         """Forget a request."""
         self.failed.discard(request)
         self.capturing.pop(request, None)
 
-    def take_step(self) -> StepMetadata:
+    def take_step(self) -> ConnectorMetadata:
         """The step's work, handed over once."""
-        step, self.step = self.step, StepMetadata()
+        step, self.step = self.step, ConnectorMetadata()
         return step
 
 

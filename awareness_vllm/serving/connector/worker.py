@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from vllm.logger import init_logger
 
-from awareness_vllm.align.kv_writer import Writer
+from awareness_vllm.align.kv_writer import KVWriter
 from awareness_vllm.align.paged import Latent, PagedMap, Pages
 from awareness_vllm.errors import AwarenessError, LoadTimeout, PackageCorrupt
 from awareness_vllm.models.geometry import Geometry
@@ -26,16 +26,16 @@ from awareness_vllm.serving.connector.kv_layout import (
     pages_of,
     slice_of_rank,
 )
-from awareness_vllm.serving.connector.kv_reader import read_back
+from awareness_vllm.serving.connector.kv_reader import read_kv
 from awareness_vllm.serving.connector.loader import (
     A_MOMENT,
     AT_ONCE,
     Alignment,
-    Supply,
+    MemoryLoader,
     coldest,
     embedding_of,
 )
-from awareness_vllm.serving.connector.scheduler import Load, Save
+from awareness_vllm.serving.connector.scheduler import LoadSpec, SaveSpec
 from awareness_vllm.serving.params import Part
 from awareness_vllm.serving.resolver import Memories
 from awareness_vllm.serving.tiers import Memory
@@ -69,10 +69,10 @@ class Loaded:
 
 
 @dataclass
-class Waiting:
+class PendingLoad:
     """A load, since when it is wanted, and its memories, there already or on their way."""
 
-    load: Load
+    load: LoadSpec
     since: float
     alignments: list[Alignment]
 
@@ -82,7 +82,7 @@ class Waiting:
 
 
 @dataclass(frozen=True)
-class Stretch:
+class TokenSpan:
     """Positions begin … end-1 of a prompt, from the memory `part`, whose first id is at `first`."""
 
     part: Part
@@ -91,7 +91,7 @@ class Stretch:
     end: int
 
 
-class WorkerHalf:
+class ConnectorWorker:
     """Knows where each layer's blocks are, and which loads wait for their memories."""
 
     def __init__(
@@ -112,16 +112,16 @@ class WorkerHalf:
             vllm_config.parallel_config.tensor_parallel_size,
         )
         check_layers(self.memories, self.groups)
-        self.writer = self.writer_of(self.memories.geometry)
-        self.supply = Supply(config, self.memories, self.dtype)
+        self.writer = self.kv_writer_of(self.memories.geometry)
+        self.loader = MemoryLoader(config, self.memories, self.dtype)
         self.deadline = config.load_timeout
-        self.waiting: dict[str, Waiting] = {}
+        self.pending: dict[str, PendingLoad] = {}
         self.captures = Captures(everything=config.capture)
 
-    def writer_of(self, geometry: Geometry) -> Writer:
+    def kv_writer_of(self, geometry: Geometry) -> KVWriter:
         """What writes into this process's layers."""
         found = {layer_index(name): self.layers[name] for name in self.groups}
-        return Writer(
+        return KVWriter(
             layers=found,
             groups={layer_index(name): group for name, group in self.groups.items()},
             heads={
@@ -135,7 +135,7 @@ class WorkerHalf:
     def bind_model(self, model: Any) -> None:
         """Take the running model, for its embedding, and load the W-Matrices that lead to it."""
         check_rotations(model, self.memories.geometry, self.groups)
-        self.supply.embed = embedding_of(model, *self.embedding)
+        self.loader.embed = embedding_of(model, *self.embedding)
         for entry in self.memories.wmatrices:
             if entry.manifest.target.same_model(self.memories.geometry):
                 self.prepare(entry.digest, load_wmatrix(entry.path))
@@ -153,37 +153,37 @@ class WorkerHalf:
         On CUDA the fused operators decode straight into the pages. A CPU's pages are packed in ways
         that only vLLM's own operator knows, and a residual map adds to states that it must see.
         """
-        self.supply.wmatrices[digest] = wmatrix
+        self.loader.wmatrices[digest] = wmatrix
         device = next(iter(self.layers[name] for name in self.groups)).kv_cache.device
         if device.type != "cuda" or wmatrix.manifest.residual:
             wmatrix.map(None, torch.zeros(WARM_UP_ROWS, wmatrix.manifest.embedding_width))
             return
         paged = PagedMap(wmatrix, self.writer.heads, self.memories.max_model_len, device)
-        self.supply.paged[digest] = paged
+        self.loader.paged[digest] = paged
         paged.warm_up(self.pages())
 
     def pages(self) -> list[Pages]:
         return [pages_of(self.layers[name]) for name in self.groups]
 
-    def begin(self, load: Load) -> None:
+    def begin(self, load: LoadSpec) -> None:
         """Want a load; `ready` says when it can be finished."""
-        alignments = [self.supply.ask(s.part, load.params.tenant) for s in stretches(load)]
-        self.waiting[load.request_id] = Waiting(load, time.perf_counter(), alignments)
+        alignments = [self.loader.ask(s.part, load.params.tenant) for s in token_spans(load)]
+        self.pending[load.request_id] = PendingLoad(load, time.perf_counter(), alignments)
 
     def ready(self, *, idle: bool = False) -> list[str]:
         """The requests whose loads can be finished in this step, by writing them or by failing.
 
         With `idle` there is nothing else to do than to align, or to wait a moment for a file.
         """
-        waiting = list(self.waiting.values())
-        if idle and waiting and not any(a.found.done() for w in waiting for a in w.alignments):
-            wait([a.found for w in waiting for a in w.alignments], IDLE_SECONDS, FIRST_COMPLETED)
-        self.supply.advance(AT_ONCE if idle else A_MOMENT)
+        pending = list(self.pending.values())
+        if idle and pending and not any(a.found.done() for w in pending for a in w.alignments):
+            wait([a.found for w in pending for a in w.alignments], IDLE_SECONDS, FIRST_COMPLETED)
+        self.loader.advance(AT_ONCE if idle else A_MOMENT)
         found: list[str] = []
         tokens = 0
-        for entry in waiting:
+        for entry in pending:
             if entry.arrived:
-                tokens += len(entry.load.slots[0])
+                tokens += len(entry.load.slot_mapping[0])
                 if found and tokens > MOST_LOADED:
                     break
             elif time.perf_counter() - entry.since < self.deadline:
@@ -193,10 +193,10 @@ class WorkerHalf:
 
     def drop(self, request: str) -> bool:
         """Forget the load of a request that has ended; whether there was one."""
-        if (entry := self.waiting.pop(request, None)) is None:
+        if (entry := self.pending.pop(request, None)) is None:
             return False
         for alignment in entry.alignments:
-            self.supply.leave(alignment)
+            self.loader.leave(alignment)
         return True
 
     @torch.inference_mode()
@@ -207,7 +207,7 @@ class WorkerHalf:
             AwarenessError: a memory cannot be read, is not what the prompt says, or was not aligned
                 in time (which goes on: the next request finds it warm).
         """
-        entry = self.waiting.pop(request)
+        entry = self.pending.pop(request)
         load = entry.load
         if not entry.arrived:
             raise LoadTimeout(
@@ -217,13 +217,13 @@ class WorkerHalf:
                 remedy="pin it, or raise --load-timeout",
             )
         found = [alignment.result.result() for alignment in entry.alignments]
-        slots = [torch.tensor(group, dtype=torch.int64) for group in load.slots]
-        for stretch, (memory, _) in zip(stretches(load), found, strict=True):
-            self.check(memory, stretch, load)
-            own = [group[stretch.begin - load.begin : stretch.end - load.begin] for group in slots]
-            self.place(memory, stretch, own)
+        slot_mapping = [torch.tensor(group, dtype=torch.int64) for group in load.slot_mapping]
+        for span, (memory, _) in zip(token_spans(load), found, strict=True):
+            self.check(memory, span, load)
+            own = [group[span.begin - load.begin : span.end - load.begin] for group in slot_mapping]
+            self.place(memory, span, own)
         temperature = "hot" if load.begin else coldest(t for _, t in found)
-        tokens, seconds = len(slots[0]), time.perf_counter() - entry.since
+        tokens, seconds = len(slot_mapping[0]), time.perf_counter() - entry.since
         logger.info(
             "loaded %s: %d tokens, %s, %.0f ms",
             " ".join(part.memory for part in load.params.parts),
@@ -231,11 +231,11 @@ class WorkerHalf:
             temperature,
             1e3 * seconds,
         )
-        return Loaded(temperature, tokens, self.writer.bytes_in(slots), seconds)
+        return Loaded(temperature, tokens, self.writer.bytes_in(slot_mapping), seconds)
 
-    def check(self, memory: Memory, stretch: Stretch, load: Load) -> None:
+    def check(self, memory: Memory, span: TokenSpan, load: LoadSpec) -> None:
         """Refuse a prompt that is not the memory's text: its states would lie."""
-        part, first = stretch.part, stretch.first
+        part, first = span.part, span.first
         if memory.ids[part.skip :] != load.ids[first : first + part.tokens]:
             raise PackageCorrupt(
                 f"the prompt of request {load.request_id} is not its memory's",
@@ -243,40 +243,40 @@ class WorkerHalf:
                 expected=f"the {len(memory.ids) - part.skip} ids of {part.memory}",
             )
 
-    def place(self, memory: Memory, stretch: Stretch, slots: list[Tensor]) -> None:
+    def place(self, memory: Memory, span: TokenSpan, slot_mapping: list[Tensor]) -> None:
         """Write a stretch of a memory into each KV cache group's slots."""
         # The memory's token of position p stands at p + offset.
-        offset = stretch.first - stretch.part.skip
-        begin = stretch.begin - offset
+        offset = span.first - span.part.skip
+        begin = span.begin - offset
         if isinstance(memory, Latent):
-            by_layer = [slots[group] for group in self.groups.values()]
-            paged = self.supply.paged[stretch.part.wmatrix]
+            by_layer = [slot_mapping[group] for group in self.groups.values()]
+            paged = self.loader.paged[span.part.wmatrix]
             paged.write(memory, self.pages(), by_layer, begin, offset)
             return
-        self.writer.place(memory.keys, memory.values, begin, offset, slots)
+        self.writer.place(memory.keys, memory.values, begin, offset, slot_mapping)
 
-    def save(self, save: Save) -> None:
+    def save(self, save: SaveSpec) -> None:
         """Read a request's states back, where that was announced."""
         if self.captures.expects(save.name):
             states = functools.partial(
-                read_back, self.layers, self.groups, self.memories.geometry, save
+                read_kv, self.layers, self.groups, self.memories.geometry, save
             )
             self.captures.take(save.name, states)
 
     def keep_head(self, capture: str, name: str, ids: list[int]) -> str:
         """Keep captured states as the head that prompts begin with; what went wrong, or nothing."""
         try:
-            self.supply.keep_head(name, as_memory(self.captures.collect(capture), ids))
+            self.loader.keep_head(name, as_memory(self.captures.collect(capture), ids))
         except AwarenessError as error:
             return str(error)
         return ""
 
 
-def stretches(load: Load) -> Iterator[Stretch]:
+def token_spans(load: LoadSpec) -> Iterator[TokenSpan]:
     """The memories that a load takes tokens from, and which."""
-    first, last = 0, load.begin + len(load.slots[0])
+    first, last = 0, load.begin + len(load.slot_mapping[0])
     for part in load.params.parts:
         begin, end = max(load.begin, first), min(last, first + part.tokens)
         if begin < end:
-            yield Stretch(part, first, begin, end)
+            yield TokenSpan(part, first, begin, end)
         first += part.tokens

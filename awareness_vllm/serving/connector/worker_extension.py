@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from awareness_vllm.serving.params import LoadParams
 
 if TYPE_CHECKING:
-    from awareness_vllm.serving.connector.worker import WorkerHalf
+    from awareness_vllm.serving.connector.worker import ConnectorWorker
 
 BIND = "awareness_bind_model"
 PREFETCH = "awareness_prefetch"
@@ -27,7 +27,7 @@ class AwarenessWorkerExtension:
     model_runner: Any
 
     @property
-    def awareness(self) -> WorkerHalf:
+    def awareness(self) -> ConnectorWorker:
         from vllm.distributed.kv_transfer import get_kv_transfer_group
 
         return get_kv_transfer_group().worker  # type: ignore[attr-defined]
@@ -37,10 +37,10 @@ class AwarenessWorkerExtension:
         self.awareness.bind_model(self.model_runner.get_model())
 
     def awareness_prefetch(self, ticket: str, params: str, pin: bool) -> str:
-        return self.awareness.supply.prefetch(ticket, LoadParams.model_validate_json(params), pin)
+        return self.awareness.loader.prefetch(ticket, LoadParams.model_validate_json(params), pin)
 
     def awareness_evict(self, memory: str) -> bool:
-        return self.awareness.supply.evict(memory)
+        return self.awareness.loader.evict(memory)
 
     def awareness_announce(self, name: str, path: str) -> None:
         self.awareness.captures.announce(name, path)

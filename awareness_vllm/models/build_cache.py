@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from awareness_vllm.models.geometry import Geometry
-from awareness_vllm.models.rope import apply
+from awareness_vllm.models.rope import rotate
 
 if TYPE_CHECKING:
     from transformers import DynamicCache
@@ -18,7 +18,7 @@ States = Sequence[Sequence[Tensor]]
 """Keys and values, each per layer [T, H, D]."""
 
 
-def inject(target: Geometry, states: States, sinks: States) -> DynamicCache:
+def build_cache(target: Geometry, states: States, sinks: States) -> DynamicCache:
     """The cache of sinks, as cached, and of position-free states that follow them, in bfloat16."""
     from transformers import DynamicCache
 
@@ -27,7 +27,7 @@ def inject(target: Geometry, states: States, sinks: States) -> DynamicCache:
     positions = torch.arange(sink, sink + len(keys[0]))
     cache = DynamicCache()
     for i, layer in enumerate(target.layers):
-        key = torch.cat((sink_keys[i].float(), apply(keys[i], positions, layer.positions)))
+        key = torch.cat((sink_keys[i].float(), rotate(keys[i], positions, layer.positions)))
         value = torch.cat((sink_values[i].float(), values[i].float()))
         key, value = (s.bfloat16().transpose(0, 1)[None] for s in (key, value))
         cache.update(key, value, i)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from awareness_vllm.fit.checkpoint import Workspace
+from awareness_vllm.fit.checkpoint import Checkpoint
 from awareness_vllm.fit.reader import Reader
 from awareness_vllm.models.tokens import load_tokenizer, tokenize
 from awareness_vllm.wmatrix.file import WMatrix
@@ -19,7 +19,7 @@ of 262k would cost more than the rest of a step."""
 
 
 @dataclass(frozen=True)
-class Lesson:
+class CalibrationExample:
     """A memory and what follows it.
 
     `features` [T, F] bfloat16, standardised; `ids` [N], the continuation's; `likely` [K], the
@@ -32,7 +32,7 @@ class Lesson:
     native: Tensor
 
 
-class Lessons:
+class CalibrationExamples:
     """The lessons of pairs of context and continuation, read at first use and then kept on disk."""
 
     def __init__(
@@ -40,7 +40,7 @@ class Lessons:
         reader: Reader,
         wmatrix: WMatrix,
         pairs: Sequence[tuple[str, str]],
-        work: Workspace,
+        work: Checkpoint,
         name: str,
     ) -> None:
         self.reader, self.wmatrix, self.pairs = reader, wmatrix, pairs
@@ -49,7 +49,7 @@ class Lessons:
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, index: int) -> Lesson:
+    def __getitem__(self, index: int) -> CalibrationExample:
         name = f"{self.name}-{index:05}"
         if (kept := self.work.load(name)) is None:
             lesson = self.read(*self.pairs[index])
@@ -61,10 +61,10 @@ class Lessons:
             self.work.save(name, tensors, {"ids": lesson.ids})
             return lesson
         tensors, note = kept
-        return Lesson(ids=note["ids"], **tensors)
+        return CalibrationExample(ids=note["ids"], **tensors)
 
     @torch.no_grad()
-    def read(self, context: str, continuation: str) -> Lesson:
+    def read(self, context: str, continuation: str) -> CalibrationExample:
         """Both models read the text."""
         reader = self.reader
         ids = tokenize(load_tokenizer(str(reader.target)), continuation).ids
@@ -72,5 +72,5 @@ class Lessons:
         native = reader.logits([*row.ids, *ids], len(ids))
         likely = native.topk(min(LIKELY, native.shape[1]), dim=-1).indices.unique()
         features = ((row.features - self.wmatrix.mean) * self.wmatrix.scale).bfloat16()
-        features[row.blank.nonzero()[:, 0], : reader.width] = 0
-        return Lesson(features, ids, likely, native[:, likely])
+        features[row.masked.nonzero()[:, 0], : reader.width] = 0
+        return CalibrationExample(features, ids, likely, native[:, likely])
