@@ -30,7 +30,7 @@ from awareness_vllm.packages.store import locate
 from awareness_vllm.wmatrix.certificate import Interval, Plan, cheapest, with_tail
 from awareness_vllm.wmatrix.file import WMatrix, load
 from awareness_vllm.wmatrix.heads import head_mapping_summary, table
-from awareness_vllm.wmatrix.registry import WMatrixEntry, entries, leading
+from awareness_vllm.wmatrix.registry import Registry, WMatrixEntry
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -176,7 +176,7 @@ class KVCacheAligner:
     def head_mapping_summary(self, top: int = 3) -> str:
         """A table: for each target head the source heads that it listens to most, by their share
         of the map's weight."""
-        wmatrix, _ = self._map(text=True)
+        wmatrix, _ = self._map(has_text=True)
         if isinstance(wmatrix, TrainingFree):
             return table(wmatrix.head_mapping())
         return table(head_mapping_summary(wmatrix, top))
@@ -200,7 +200,7 @@ class KVCacheAligner:
             )
         return package
 
-    def _map(self, text: bool) -> tuple[WMatrix, WMatrixEntry | None]:
+    def _map(self, has_text: bool) -> tuple[WMatrix, WMatrixEntry | None]:
         """What maps the states, and the file that it is from."""
         if not self.configuration.learned:
             warn(self.configuration, self.source_geometry, self.target_geometry)
@@ -212,7 +212,8 @@ class KVCacheAligner:
                 sink,
                 states(self.target_model, sink),
             ), None
-        entry = leading(entries(self.paths), self.source_geometry, self.target_geometry, text=text)
+        registry = Registry.read(self.paths)
+        entry = registry.find(self.source_geometry, self.target_geometry, has_text)
         return load(entry.path), entry
 
     def _realign(self, package: Package, wmatrix: WMatrix) -> AlignedMemory:

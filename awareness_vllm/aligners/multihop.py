@@ -27,7 +27,7 @@ from awareness_vllm.packages.file import Package
 from awareness_vllm.packages.manifest import Manifest, read_manifest
 from awareness_vllm.packages.store import locate
 from awareness_vllm.wmatrix.file import WMatrix, load
-from awareness_vllm.wmatrix.registry import WMatrixEntry, ends, entries
+from awareness_vllm.wmatrix.registry import Registry
 from awareness_vllm.wmatrix.routes import Hops, best, expected, names, note
 
 CONTEXT, CONTINUATION = 300, 60
@@ -74,7 +74,7 @@ class MultiHopAligner:
     """Finds ways over W-Matrices, and folds them.
 
     Args:
-        wmatrices: files or folders of them, by default `$AWARENESS_HOME/wmatrices`.
+        wmatrices: a registry, or files and folders, by default `$AWARENESS_HOME/wmatrices`.
         models: folders of models, besides `$AWARENESS_HOME/models/NAME`; they are needed only to
             measure and to learn bridges.
         store: folder in which IDs of memories are looked up.
@@ -82,12 +82,12 @@ class MultiHopAligner:
 
     def __init__(
         self,
-        wmatrices: Sequence[str | Path] | None = None,
+        wmatrices: Registry | Sequence[str | Path] | None = None,
         *,
         models: Sequence[str | Path] = (),
         store: Path | None = None,
     ) -> None:
-        self.registry = entries(wmatrices)
+        self.registry = Registry.read(wmatrices)
         self.models = list(models)
         self.store = store
 
@@ -122,9 +122,8 @@ class MultiHopAligner:
         if start.same_model(end):
             return AlignmentPath((start.name,), (), 1.0, 1.0, "exact", "one model: a copy")
         context = memory.tokens if memory else None
-        with_text = memory is None or memory.has_text
-        usable = [e for e in self.registry if e.manifest.reads_tokens == with_text]
-        known = [e for e in usable if uncertified or e.certificate]
+        usable = self.registry.usable(memory is None or memory.has_text)
+        known = usable if uncertified else usable.certified()
         direct = best(known, start, end, context, direct=True)
         others = best(known, start, end, context, direct=False)
         ways = [way for way in (direct, others) if way]
@@ -169,7 +168,7 @@ class MultiHopAligner:
             geometry = geometry_of(model)
             self.models.append(model)
             return geometry
-        known = ends(self.registry)
+        known = self.registry.models()
         found = [g for g in known if g.name == str(model)]
         if len(found) == 1:
             return found[0]
@@ -177,7 +176,7 @@ class MultiHopAligner:
         near = difflib.get_close_matches(str(model), all_names, cutoff=0.3) or all_names
         raise BadInput(
             f"{len(found) or 'no'} models of the W-Matrices are named {str(model)!r}",
-            found="; ".join(map(str, self.registry)) or "no W-Matrix at all",
+            found=self.registry,
             expected=f"one of {', '.join(near)}" if near else "a W-Matrix that leads from or to it",
             remedy="give the model's folder" if found else "give a known name, or more W-Matrices",
         )
@@ -254,7 +253,7 @@ class MultiHopAligner:
             )
         return manifest
 
-    def _no_way(self, usable: Sequence[WMatrixEntry], start: Geometry, end: Geometry) -> NoWMatrix:
+    def _no_way(self, usable: Registry, start: Geometry, end: Geometry) -> NoWMatrix:
         unmeasured = best(usable, start, end, None, direct=True) or best(
             usable, start, end, None, direct=False
         )
@@ -264,7 +263,7 @@ class MultiHopAligner:
             remedy = f"`awareness certify` {missing}, or ask for uncertified maps too"
         return NoWMatrix(
             f"no way leads from {start.name} to {end.name}",
-            found="; ".join(map(str, self.registry)) or "no W-Matrix at all",
+            found=self.registry,
             expected="certified W-Matrices that lead there, one after another",
             remedy=remedy,
         )

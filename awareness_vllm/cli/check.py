@@ -11,7 +11,7 @@ from awareness_vllm.cli.options import add_wmatrices
 
 if TYPE_CHECKING:
     from awareness_vllm.compatibility.report import CompatibilityReport
-    from awareness_vllm.wmatrix.registry import WMatrixEntry
+    from awareness_vllm.wmatrix.registry import Registry
 
 HELP = "say what a memory would be on a target, how sure that is, and what would raise it"
 CONFIG = {
@@ -65,7 +65,7 @@ def listing(args: argparse.Namespace) -> SimpleNamespace:
     return SimpleNamespace(id="a memory", source_model=args.source, token_count=args.tokens)
 
 
-def write_page(path: Path, report: CompatibilityReport, registry: list[WMatrixEntry]) -> None:
+def write_page(path: Path, report: CompatibilityReport, registry: Registry) -> None:
     """The report, the matrix of all W-Matrices, and the heads of the one that it speaks of."""
     from awareness_vllm.compatibility.html.page import page
     from awareness_vllm.compatibility.matrix import of_shelf

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from awareness_vllm.compatibility.case import CheckContext
+from awareness_vllm.compatibility.context import CheckContext
 from awareness_vllm.compatibility.estimate import predict
 from awareness_vllm.compatibility.report import Action
 from awareness_vllm.wmatrix.certificate import measured_for
@@ -61,8 +61,7 @@ def hops(check: CheckContext, retention: float | None) -> Iterator[Action]:
     source, target = check.subject.source.geometry, check.target.geometry
     if source is None or target is None:
         return
-    known = [entry for entry in check.registry if entry.certificate]
-    way = best(known, source, target, check.tokens, direct=False)
+    way = best(check.registry.certified(), source, target, check.tokens, direct=False)
     kept = expected(way, check.tokens) if way else None
     if way is None or kept is None or (retention is not None and kept <= retention):
         return

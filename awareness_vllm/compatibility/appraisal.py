@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from statistics import fmean
 
 from awareness_vllm.compatibility.advice import advice
-from awareness_vllm.compatibility.case import CheckContext
+from awareness_vllm.compatibility.context import CheckContext
 from awareness_vllm.compatibility.estimate import at_tail, predict
 from awareness_vllm.compatibility.load_time.cost import load_times_s, target_memory_gb
 from awareness_vllm.compatibility.load_time.speed import saved
@@ -14,11 +13,9 @@ from awareness_vllm.compatibility.priors import find_name, positional_impact, pu
 from awareness_vllm.compatibility.report import (
     COPIED,
     LEVELS,
-    UNUSABLE,
     Basis,
     CompatibilityReport,
     Curve,
-    RiskFactor,
     Share,
     level_of,
 )
@@ -37,7 +34,7 @@ def report(check: CheckContext) -> CompatibilityReport:
     """
     interval, basis = expected(check) or (None, None)
     dangers, certificate = risks(check), check.certificate
-    score = scored(interval, dangers)
+    score = scored(check, interval)
     level, recommendation = level_of(capped(score, facts(check)))
     if basis is not None and basis.kind == "prior":
         recommendation += ", going by published figures that nobody here measured"
@@ -55,6 +52,7 @@ def report(check: CheckContext) -> CompatibilityReport:
         basis=basis,
         level=level,
         recommendation=recommendation,
+        refusal=None if check.refusal is None else str(check.refusal),
         facts=facts(check),
         on_itself=check.found.retention if check.found else None,
         head_mapping_quality=head_mapping(check),
@@ -73,11 +71,13 @@ def report(check: CheckContext) -> CompatibilityReport:
 
 
 def expected(check: CheckContext) -> Known | None:
-    """Retention and where it comes from; None where nobody knows.
+    """Retention and where it comes from; None where it is unknown, or the memory refused.
 
     A memory's own last part is few tokens: where there is a certificate, it errs less
     (docs/fidelity-log.md), and the measurement stands beside it.
     """
+    if check.refusal is not None:
+        return None
     if check.exact:
         return COPIED, Basis(kind="exact", source="the same model: its states are copied")
     if check.certificate is not None and check.entry is not None:
@@ -93,9 +93,9 @@ def expected(check: CheckContext) -> Known | None:
     return published_retention(ends[0], ends[1], check.tokens, check.kind)
 
 
-def scored(retention: Interval | None, dangers: Sequence[RiskFactor]) -> float | None:
-    """Retention between 0 and 1; 0 where the memory cannot be loaded at all."""
-    if any(UNUSABLE in danger.description for danger in dangers):
+def scored(check: CheckContext, retention: Interval | None) -> float | None:
+    """Retention between 0 and 1; 0 where the memory cannot be loaded."""
+    if check.refusal is not None:
         return 0.0
     return None if retention is None else min(max(retention.mean, 0.0), 1.0)
 
@@ -111,6 +111,8 @@ def capped(score: float | None, recalled: Interval | None) -> float | None:
 
 def facts(check: CheckContext) -> Interval | None:
     """Fact recall as a share of native."""
+    if check.refusal is not None:
+        return None
     if check.exact:
         return COPIED
     return check.certificate.facts if check.certificate else None

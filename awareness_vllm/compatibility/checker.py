@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from awareness_vllm.compatibility.appraisal import report
-from awareness_vllm.compatibility.case import CheckContext, Listing, subject
+from awareness_vllm.compatibility.context import CheckContext, Listing, subject
 from awareness_vllm.compatibility.models import model
 from awareness_vllm.compatibility.report import CompatibilityReport
 from awareness_vllm.compatibility.target import TargetConfig
 from awareness_vllm.errors import BadInput
-from awareness_vllm.wmatrix.registry import entries
+from awareness_vllm.wmatrix.registry import Registry
 
 if TYPE_CHECKING:
     from awareness_vllm.packages.file import Package
@@ -22,14 +22,17 @@ class MemoryCompatibilityChecker:
     """Checks memories against targets.
 
     Args:
-        wmatrices: files or folders of them, by default `$AWARENESS_HOME/wmatrices`.
+        wmatrices: a registry, or files and folders, by default `$AWARENESS_HOME/wmatrices`.
         store: folder in which IDs of memories are looked up.
     """
 
     def __init__(
-        self, wmatrices: Sequence[str | Path] | None = None, *, store: Path | None = None
+        self,
+        wmatrices: Registry | Sequence[str | Path] | None = None,
+        *,
+        store: Path | None = None,
     ) -> None:
-        self.registry = entries(wmatrices)
+        self.registry = Registry.read(wmatrices)
         self.store = store
 
     def check(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from awareness_vllm.compatibility.report import Basis, Cell, Matrix
 from awareness_vllm.models.geometry import Geometry
-from awareness_vllm.wmatrix.registry import WMatrixEntry, best, entries
+from awareness_vllm.wmatrix.registry import Registry, WMatrixEntry, best
 
 
 def matrix(paths: Sequence[Path] | None = None, *, priors: Iterable[Cell] = ()) -> Matrix:
@@ -23,10 +23,10 @@ def matrix(paths: Sequence[Path] | None = None, *, priors: Iterable[Cell] = ()) 
     Raises:
         WMatrixCorrupt: a file that was named itself.
     """
-    return of_shelf(entries(paths), priors)
+    return of_shelf(Registry.read(paths), priors)
 
 
-def of_shelf(registry: Sequence[WMatrixEntry], priors: Iterable[Cell] = ()) -> Matrix:
+def of_shelf(registry: Registry, priors: Iterable[Cell] = ()) -> Matrix:
     """`matrix` of W-Matrices that have been read."""
     names = names_of(g for e in registry for g in (e.manifest.source, e.manifest.target))
     pairs: defaultdict[tuple[str, str], list[WMatrixEntry]] = defaultdict(list)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from awareness_vllm.compatibility.priors import known_name
-from awareness_vllm.errors import BadInput, NoWMatrix
+from awareness_vllm.errors import BadInput
 from awareness_vllm.models.describe import geometry_of, is_model_folder
 from awareness_vllm.models.geometry import Geometry
-from awareness_vllm.wmatrix.registry import WMatrixEntry, ends, leading
+from awareness_vllm.wmatrix.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,7 @@ class Model:
     geometry: Geometry | None
 
 
-def model(given: str | Path, registry: Sequence[WMatrixEntry]) -> Model:
+def model(given: str | Path, registry: Registry) -> Model:
     """A model by its folder or a name.
 
     Raises:
@@ -31,33 +30,14 @@ def model(given: str | Path, registry: Sequence[WMatrixEntry]) -> Model:
     if is_model_folder(given):
         geometry = geometry_of(given)
         return Model(geometry.name, geometry)
-    known = ends(registry)
+    known = registry.models()
     found = [geometry for geometry in known if geometry.name == str(given)]
     if len(found) > 1:
         raise BadInput(
             f"{len(found)} models of the W-Matrices are named {str(given)!r}",
-            found="; ".join(map(str, registry)),
+            found=registry,
             remedy="give the model's folder",
         )
     if found:
         return Model(found[0].name, found[0])
     return Model(known_name(str(given), {geometry.name for geometry in known}), None)
-
-
-def same(source: Model, target: Model) -> bool:
-    """Whether states of one are states of the other: they are copied."""
-    if source.geometry is None or target.geometry is None:
-        return False
-    return source.geometry.same_model(target.geometry)
-
-
-def map_between(
-    registry: Sequence[WMatrixEntry], source: Model, target: Model, *, text: bool = True
-) -> WMatrixEntry | None:
-    """The best W-Matrix from one to the other, certified if any is."""
-    if source.geometry is None or target.geometry is None:
-        return None
-    try:
-        return leading(registry, source.geometry, target.geometry, text=text)
-    except NoWMatrix:
-        return None

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from awareness_vllm.compatibility.case import CheckContext, OnTheSpot, Subject
+from awareness_vllm.compatibility.context import CheckContext, OnTheSpot, Subject
 from awareness_vllm.errors import BadInput, PackageCorrupt
 from awareness_vllm.evaluate.bootstrap import retention
 from awareness_vllm.evaluate.conditions import EvalHarness, tail_condition, token_nll

@@ -29,8 +29,6 @@ COPIED = Interval(mean=1, ci_low=1, ci_high=1)
 """What a model keeps of its own memory."""
 REMAINDER = "remainder"
 """The share of a loss that is left with all constraints lifted."""
-UNUSABLE = "it cannot be loaded"
-"""What a risk says that leaves nothing to estimate."""
 
 
 class Basis(FrozenModel):
@@ -83,11 +81,12 @@ class CompatibilityReport(FrozenModel):
     """What a memory would be on a target. Figures that nobody knows are None.
 
     `estimated_retention` lies within `ci_low` … `ci_high` for 95 % of memories like this one where
-    its basis is measured. `head_mapping_quality` is the overlap of the attention distributions
-    with native ones, 0 to 1; `positional_compatibility` what is left after the conversion of
-    positions, 0 to 1. `estimated_load_time_s` is that of a cold load; `load_times_s` has the
-    others. `facts` is fact recall as a share of native, `on_itself` retention as measured on the
-    memory's own last part.
+    its basis is measured. `refusal` is the error with which a server refuses the memory: its score
+    is 0 then, and nothing is estimated. `head_mapping_quality` is the overlap of the attention
+    distributions with native ones, 0 to 1; `positional_compatibility` what is left after the
+    conversion of positions, 0 to 1. `estimated_load_time_s` is that of a cold load; `load_times_s`
+    has the others. `facts` is fact recall as a share of native, `on_itself` retention as measured
+    on the memory's own last part.
     """
 
     memory: str
@@ -101,6 +100,7 @@ class CompatibilityReport(FrozenModel):
     basis: Basis | None
     level: Level | None
     recommendation: str
+    refusal: str | None = None
     facts: Interval | None = None
     on_itself: Interval | None = None
     head_mapping_quality: float | None

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from awareness_vllm.compatibility.case import CheckContext
+from awareness_vllm.compatibility.context import CheckContext
 from awareness_vllm.compatibility.load_time.cost import target_memory_gb
-from awareness_vllm.compatibility.report import UNUSABLE, Impact, RiskFactor
+from awareness_vllm.compatibility.report import Impact, RiskFactor
 from awareness_vllm.compatibility.target import TargetConfig
-from awareness_vllm.errors import AwarenessError
 from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.wmatrix.certificate import TIERS
 
@@ -34,27 +33,10 @@ def risks(check: CheckContext) -> tuple[RiskFactor, ...]:
 
 
 @risk
-def no_way(check: CheckContext) -> Iterator[tuple[Impact, str]]:
-    """A memory of another model that nothing realigns."""
-    known = check.subject.source.geometry and check.target.geometry
-    if check.exact or check.entry is not None or not known:
-        return
-    ends = f"from {check.subject.source.name} to {check.target.name}"
-    yield "high", f"no W-Matrix leads {ends}: {UNUSABLE}"
-
-
-@risk
-def lost_states(check: CheckContext) -> Iterator[tuple[Impact, str]]:
-    """States that a window has lost, in layers that are read."""
-    manifest = check.subject.manifest
-    if manifest is None:
-        return
-    read = check.entry.manifest.layers if check.entry else ()
-    layers = range(len(manifest.geometry.layers)) if check.exact else read
-    try:
-        manifest.check_whole(layers)
-    except AwarenessError as error:
-        yield "high", f"{error.what}: {UNUSABLE}"
+def refused(check: CheckContext) -> Iterator[tuple[Impact, str]]:
+    """A memory that a server does not load."""
+    if check.refusal is not None:
+        yield "high", f"it cannot be loaded: {check.refusal.what}"
 
 
 @risk
@@ -106,12 +88,8 @@ def findings(config: TargetConfig, geometry: Geometry, tokens: int) -> tuple[Ris
 
 
 def room(config: TargetConfig, geometry: Geometry, tokens: int) -> tuple[RiskFactor, ...]:
-    """Whether context window and devices have room for the memory."""
+    """Whether the devices have room for the memory, and anything of it is loaded."""
     found = []
-    longest = config.context_length or geometry.max_positions
-    if tokens >= longest:
-        says = f"the memory's {tokens} tokens do not fit a context window of {longest}"
-        found.append(RiskFactor(description=f"{says}: {UNUSABLE}", impact="high"))
     each = target_memory_gb(geometry, tokens, config) / config.num_gpus
     if config.memory_gb is not None and each > config.memory_gb:
         says = f"the memory takes {each:.3g} GB of each device, which has {config.memory_gb:g} GB"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from awareness_vllm.compatibility.mismatch import mean, structural_mismatch
-from awareness_vllm.compatibility.models import Model, map_between, model, same
+from awareness_vllm.compatibility.models import Model, model
 from awareness_vllm.compatibility.priors import (
     COLUMN,
     find_name,
@@ -20,7 +20,8 @@ from awareness_vllm.compatibility.report import COPIED, Basis, Estimate, level_o
 from awareness_vllm.compatibility.target import TargetConfig
 from awareness_vllm.errors import BadInput
 from awareness_vllm.wmatrix.certificate import TIERS, Certificate, Interval
-from awareness_vllm.wmatrix.registry import WMatrixEntry, entries
+from awareness_vllm.wmatrix.registry import Registry, WMatrixEntry
+from awareness_vllm.wmatrix.verdict import Verdict, verdict
 
 Risk = Literal["Low", "Medium", "High"]
 
@@ -36,11 +37,11 @@ class CompatibilityChecker:
     """Estimates what is kept between two models.
 
     Args:
-        wmatrices: files or folders of them, by default `$AWARENESS_HOME/wmatrices`.
+        wmatrices: a registry, or files and folders, by default `$AWARENESS_HOME/wmatrices`.
     """
 
-    def __init__(self, wmatrices: Sequence[str | Path] | None = None) -> None:
-        self.registry = entries(wmatrices)
+    def __init__(self, wmatrices: Registry | Sequence[str | Path] | None = None) -> None:
+        self.registry = Registry.read(wmatrices)
 
     def estimate(
         self,
@@ -79,13 +80,20 @@ class CompatibilityChecker:
         config = TargetConfig.read(target_config)
         if target.geometry is not None:
             config.check(target.geometry)
-        if same(source, target):
+        found = _verdict(self.registry, source, target)
+        if found is not None and found.exact:
             return _copy(source, target)
-        entry = map_between(self.registry, source, target)
+        entry = found.entry if found else None
         if entry is not None and entry.certificate is not None:
             return _certified(source, target, entry, entry.certificate)
         published = _published(source, target, vectors=vector_listing is not None)
         return _uncertified(source, target, entry, published)
+
+
+def _verdict(registry: Registry, source: Model, target: Model) -> Verdict | None:
+    if source.geometry is None or target.geometry is None:
+        return None
+    return verdict(source.name, source.geometry, target.geometry, registry)
 
 
 def _copy(source: Model, target: Model) -> Estimate:

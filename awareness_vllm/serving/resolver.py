@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from awareness_vllm.align.realign import prompt_ids
-from awareness_vllm.errors import ContextTooLong, NoWMatrix, QualityUnreachable, UnsupportedRequest
+from awareness_vllm.errors import QualityUnreachable, UnsupportedRequest
 from awareness_vllm.models.describe import geometry_of, resolve_folder
-from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.models.tokens import load_tokenizer, prefix_ids
 from awareness_vllm.packages.file import read_text, read_tokens
 from awareness_vllm.packages.manifest import read_manifest
@@ -23,7 +22,8 @@ from awareness_vllm.serving.params import LoadParams, Part
 from awareness_vllm.serving.request import MemoryRequest
 from awareness_vllm.serving.tenants import Tenants
 from awareness_vllm.wmatrix.certificate import Plan, cheapest, with_tail
-from awareness_vllm.wmatrix.registry import WMatrixEntry, best
+from awareness_vllm.wmatrix.registry import Registry, WMatrixEntry
+from awareness_vllm.wmatrix.verdict import check_fits, verdict
 
 RESOLVED = 1024
 """Memories whose prompt ids are kept, so that a hot request does not tokenize them again."""
@@ -169,7 +169,7 @@ class Memories:
         }
         # An ID names bytes, which `checked_path` has proven: what they resolve to cannot change.
         self._resolve_once = functools.lru_cache(RESOLVED)(self._resolve)
-        self.wmatrices = [WMatrixEntry.read(Path(p)) for p in config.wmatrices]
+        self.registry = Registry.read(config.wmatrices)
 
     def serve(self, max_model_len: int) -> None:
         """Say how many tokens the engine takes: LongRoPE's positions are chosen by it."""
@@ -201,44 +201,16 @@ class Memories:
 
     def _resolve(self, path: Path) -> Resolved:
         manifest = read_manifest(path)
-        source = manifest.geometry
-        if not manifest.has_text:
-            raise UnsupportedRequest(
-                f"memory {path.stem} has no text",
-                found="a package captured without text",
-                expected="one whose text this server could read itself, should a load fail",
-                remedy="capture it with its text",
-            )
-        if source.same_model(self.geometry):
-            manifest.check_whole(range(len(source.layers)))
+        found = verdict(path.stem, manifest.geometry, self.geometry, self.registry, manifest)
+        if found.refusal is not None:
+            raise found.refusal
+        if found.entry is None:
             ids = read_tokens(path)
-            own = len(self.prefix) if ids[: len(self.prefix)] == self.prefix else 0
-            return Resolved(path.stem, path, None, ids, own)
-        check_positions(path.stem, source, self.geometry)
-        entry = self.wmatrix_for(path.stem, source)
-        manifest.check_whole(entry.manifest.layers)
-        sink = entry.manifest.sink
+            prefix = len(self.prefix) if ids[: len(self.prefix)] == self.prefix else 0
+            return Resolved(path.stem, path, None, ids, prefix)
+        sink = found.entry.manifest.sink
         ids = prompt_ids(read_text(path), sink, self.folder)
-        return Resolved(path.stem, path, entry, ids, len(sink))
-
-    def wmatrix_for(self, memory_id: str, source: Geometry) -> WMatrixEntry:
-        """The best W-Matrix from a source model to the served one. Raises NoWMatrix."""
-        from_source = [
-            e
-            for e in self.wmatrices
-            if e.manifest.source.same_model(source) and e.manifest.reads_tokens
-        ]
-        if fit := [e for e in from_source if e.manifest.target.same_model(self.geometry)]:
-            return best(fit)
-        other = [f"{e.path.name} leads to {e.manifest.target.name}" for e in from_source]
-        known = [f"{e.manifest.source.name} → {e.manifest.target.name}" for e in self.wmatrices]
-        raise NoWMatrix(
-            f"memory {memory_id} was captured on {source.name}, "
-            f"this server runs {self.geometry.name}",
-            found="; ".join(other) or f"W-Matrices {known or 'none'}",
-            expected=f"a W-Matrix {source.name} → {self.geometry.name} for these exact weights",
-            remedy="fit one with `awareness fit` and start the server with --wmatrix FILE",
-        )
+        return Resolved(path.stem, path, found.entry, ids, len(sink))
 
     def whole(self, prompt: Prompt, own: list[int]) -> list[int]:
         """The memories' ids, then the prompt's own.
@@ -271,42 +243,6 @@ class Memories:
         """A prompt's own ids: the tokenizer's prefix stands before the memory already."""
         count = len(self.prefix)
         return ids[count:] if count and ids[:count] == self.prefix else ids
-
-
-def check_positions(memory_id: str, source: Geometry, served: Geometry) -> None:
-    """Refuse a memory of the served model itself whose cache was another.
-
-    Raises:
-        NoWMatrix
-    """
-    if (source.weights, source.tokenizer) != (served.weights, served.tokenizer):
-        return
-    differing = (
-        pair for pair in zip(source.layers, served.layers, strict=True) if len(set(pair)) > 1
-    )
-    then, now = next(differing, (None, None))
-    if then != now:
-        raise NoWMatrix(
-            f"memory {memory_id} was captured on this model, but with other positions or windows",
-            found=then,
-            expected=now,
-            remedy="capture it on this server (LongRoPE's factors depend on --max-model-len)",
-        )
-
-
-def check_fits(what: str, memory: int, prompt: int, limit: int) -> None:
-    """Refuse so many tokens of memory and of prompt that none is left to answer with.
-
-    Raises:
-        ContextTooLong
-    """
-    if memory + prompt >= limit:
-        raise ContextTooLong(
-            f"{what} does not fit",
-            found=f"{memory} tokens of memory and {prompt} of prompt",
-            expected=f"fewer than {limit} (max_model_len)",
-            remedy="use a shorter memory, or start the server with a larger --max-model-len",
-        )
 
 
 def tail_for(memories: Sequence[Resolved], quality_target: float) -> int:

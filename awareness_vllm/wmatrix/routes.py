@@ -5,11 +5,10 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections.abc import Sequence
 
 from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.wmatrix.certificate import with_tail
-from awareness_vllm.wmatrix.registry import WMatrixEntry
+from awareness_vllm.wmatrix.registry import Registry, WMatrixEntry
 
 Hops = tuple[WMatrixEntry, ...]
 SMALLEST = 1e-9
@@ -44,7 +43,7 @@ def expected(hops: Hops, context: int | None) -> float | None:
 
 
 def best(
-    registry: Sequence[WMatrixEntry],
+    registry: Registry,
     start: Geometry,
     end: Geometry,
     context: int | None,
@@ -77,9 +76,7 @@ def best(
     return None
 
 
-def note(
-    usable: Sequence[WMatrixEntry], start: Geometry, end: Geometry, way: Hops, direct: Hops | None
-) -> str:
+def note(usable: Registry, start: Geometry, end: Geometry, way: Hops, direct: Hops | None) -> str:
     """How the direct map fared against the way that was found."""
     if way is direct:
         return "the direct map: no other way is expected to keep more"

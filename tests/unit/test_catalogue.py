@@ -46,7 +46,7 @@ from awareness_vllm.serving.params import LoadParams
 from awareness_vllm.serving.resolver import Memories
 from awareness_vllm.wmatrix.certificate import Certificate
 from awareness_vllm.wmatrix.file import WMatrix
-from awareness_vllm.wmatrix.registry import WMatrixEntry
+from awareness_vllm.wmatrix.registry import Registry, WMatrixEntry
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
@@ -155,9 +155,8 @@ def map_in(wmatrix: WMatrix) -> Callable[..., None]:
         certificate = None if kept is None else certificate_with(kept)
         update = {"target": target, "certificate": certificate, "sink": (2,)}
         manifest = wmatrix.manifest.model_copy(update=update)
-        server.memories.wmatrices.append(
-            WMatrixEntry(Path("/maps/pair.wmatrix"), manifest, "d" * 64)
-        )
+        entry = WMatrixEntry(Path("/maps/pair.wmatrix"), manifest, "d" * 64)
+        server.memories.registry = Registry((entry,))
 
     return give
 
@@ -326,11 +325,11 @@ def test_published_figures_certify_no_map(
     memory = published()
     map_in(server, 0.875)
     assert server.memories is not None
-    entry = server.memories.wmatrices.pop()
+    (entry,) = server.memories.registry
     assert entry.certificate is not None
     prior = {"retention": {"mean": 0.91, "ci_low": 0.84, "ci_high": 0.98}, "basis": "prior"}
     manifest = entry.manifest.model_copy(update={"certificate": prior})
-    server.memories.wmatrices.append(WMatrixEntry(entry.path, manifest, "e" * 64))
+    server.memories.registry = Registry((WMatrixEntry(entry.path, manifest, "e" * 64),))
     found = server.get(memory)["compatibility"]
     assert (found["certified"], found["retention"]) == (False, None)
 
@@ -342,7 +341,7 @@ def test_a_check_says_what_the_certificate_predicts(
     map_in(server, 0.875)
     assert server.memories is not None
     found = server.ask(CHECK, memory).json()
-    entry = server.memories.wmatrices[0]
+    (entry,) = server.memories.registry
     tokens = len(server.memories.resolve_one(memory, "acme").ids)
     expected = predict(entry.certificate, tokens, 16)
     assert (found["estimated_retention"], found["tokens"]) == (expected.mean, tokens)
@@ -368,20 +367,24 @@ NOTHING = {"loadable": False, "wmatrix": None, "prompt_tokens": None, "retention
 
 
 def unusable(server: Server, memory: str, status: int) -> str:
-    """Why a memory cannot be loaded, which both routes must say alike."""
+    """Why a memory cannot be loaded, which all three routes must say alike."""
     found = server.get(memory)["compatibility"]
     reason = found.pop("reason")
     assert found == {**NOTHING, "certified": False}
     response = server.ask(LOAD, memory)
     assert response.status_code == status
     assert response.json()["error"]["message"].startswith(reason)
+    report = server.ask(CHECK, memory).json()
+    assert report["refusal"] == reason
+    assert (report["compatibility_score"], report["level"]) == (0.0, "Poor")
+    assert (report["estimated_retention"], report["facts"]) == (None, None)
     assert server.engine.calls == []
     return str(reason)
 
 
 def test_a_memory_without_a_map_cannot_be_loaded(server: Server, published: Publish) -> None:
     reason = unusable(server, published(), 422)
-    assert "was captured on tiny" in reason
+    assert "no W-Matrix leads from tiny to target" in reason
     assert "Remedy: fit one" in reason
 
 

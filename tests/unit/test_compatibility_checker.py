@@ -23,7 +23,7 @@ from awareness_vllm.errors import BadInput
 from awareness_vllm.models.geometry import Geometry, LayerGeometry, Positions
 from awareness_vllm.wmatrix.certificate import Certificate, Interval, Metrics, Protocol
 from awareness_vllm.wmatrix.file import WMatrix
-from awareness_vllm.wmatrix.registry import WMatrixEntry
+from awareness_vllm.wmatrix.registry import Registry, WMatrixEntry
 
 pytestmark = pytest.mark.unit
 
@@ -71,15 +71,15 @@ def over(wmatrix: WMatrix, geometry: Geometry) -> MakeChecker:
         return geometry.model_copy(update={"name": name, "weights": name * 8, "layers": layers})
 
     def make(*maps: tuple[str, str, Certificate | None], **update: Any) -> CompatibilityChecker:
-        checker = CompatibilityChecker([])
+        entries = []
         for i, (source, target, found) in enumerate(maps):
             document = found and found.model_dump(mode="json")
             ends = {"source": model(source), "target": model(target)}
             manifest = wmatrix.manifest.model_copy(
                 update={**ends, "certificate": document, **update}
             )
-            checker.registry.append(WMatrixEntry(Path(f"{i}.wmatrix"), manifest, f"digest-{i}"))
-        return checker
+            entries.append(WMatrixEntry(Path(f"{i}.wmatrix"), manifest, f"digest-{i}"))
+        return CompatibilityChecker(Registry(tuple(entries)))
 
     return make
 
@@ -94,7 +94,7 @@ def test_it_is_exported_without_loading_torch() -> None:
 
 def test_a_home_without_maps_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWARENESS_HOME", str(tmp_path / "fresh"))
-    assert CompatibilityChecker().registry == []
+    assert CompatibilityChecker().registry == Registry()
 
 
 def test_the_best_certificate_of_the_pair_is_the_estimate(over: MakeChecker) -> None:
@@ -258,11 +258,11 @@ def test_unknown_names_get_the_nearest_of_both_kinds(over: MakeChecker) -> None:
 
 
 def test_two_models_of_one_name_are_told_apart_by_folder(over: MakeChecker) -> None:
-    checker = over(("a", "b", None), ("a", "b", None))
-    entry = checker.registry[1]
+    first, entry = over(("a", "b", None), ("a", "b", None)).registry
     other = entry.manifest.source.model_copy(update={"weights": "z" * 64})
     manifest = entry.manifest.model_copy(update={"source": other})
-    checker.registry[1] = WMatrixEntry(entry.path, manifest, entry.digest)
+    second = WMatrixEntry(entry.path, manifest, entry.digest)
+    checker = CompatibilityChecker(Registry((first, second)))
     with pytest.raises(BadInput, match=r"2 models .* 'a'.*folder"):
         checker.estimate(source_model="a", target_model="b")
 

@@ -28,7 +28,7 @@ from awareness_vllm.serving.params import LoadParams
 from awareness_vllm.serving.request import MemoryRequest
 from awareness_vllm.serving.resolver import Memories, head_name
 from awareness_vllm.wmatrix.certificate import Certificate, Interval, Plan, measured_for
-from awareness_vllm.wmatrix.registry import WMatrixEntry
+from awareness_vllm.wmatrix.registry import Registry, WMatrixEntry
 
 pytestmark = pytest.mark.unit
 
@@ -125,7 +125,7 @@ def serving_target(
     config = ServingConfig(store=str(store), wmatrices=(str(wmatrix),), tail=tail)
     memories = Memories(config, str(models[1]), 1000)
     if measured:
-        memories.wmatrices = [certified(entry) for entry in memories.wmatrices]
+        memories.registry = Registry(tuple(map(certified, memories.registry)))
     return memories
 
 

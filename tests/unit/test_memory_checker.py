@@ -18,7 +18,7 @@ from awareness_vllm import MemoryCompatibilityChecker
 from awareness_vllm.anchors.corpus import Document
 from awareness_vllm.cli.main import main
 from awareness_vllm.compatibility import appraisal, on_the_spot
-from awareness_vllm.compatibility.case import OnTheSpot
+from awareness_vllm.compatibility.context import OnTheSpot
 from awareness_vllm.compatibility.estimate import predict
 from awareness_vllm.compatibility.report import CompatibilityReport, level_of
 from awareness_vllm.errors import BadInput, PackageCorrupt
@@ -116,7 +116,7 @@ def test_the_certificate_speaks_for_a_memory_of_this_length(
 ) -> None:
     checker = certify()
     report = checker.check(package=memory, target_model=tiny_models[1])
-    entry = checker.registry[0]
+    (entry,) = checker.registry
     expected = predict(entry.certificate, memory.manifest.tokens, 16)
     assert report.estimated_retention == report.compatibility_score == expected.mean
     assert report.confidence_interval == (expected.ci_low, expected.ci_high)

@@ -27,7 +27,7 @@ from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.packages.file import Package
 from awareness_vllm.wmatrix.certificate import Certificate, Interval, Plan, Protocol
 from awareness_vllm.wmatrix.file import WMatrix, load
-from awareness_vllm.wmatrix.registry import WMatrixEntry
+from awareness_vllm.wmatrix.registry import Registry, WMatrixEntry
 
 pytestmark = pytest.mark.unit
 
@@ -41,15 +41,15 @@ def over(wmatrix: WMatrix, geometry: Geometry) -> Callable[..., MultiHopAligner]
         return geometry.model_copy(update={"name": name, "weights": name * 8})
 
     def make(predecessors: int | None = 1, **given: Any) -> MultiHopAligner:
-        aligner = MultiHopAligner([])
+        entries = []
         for ends, kept in given.items():
             source, target = (model(name) for name in ends.split("_")[:2])
             update = {"source": source, "target": target, "predecessors": predecessors}
             manifest = wmatrix.manifest.model_copy(update=update)
             entry = WMatrixEntry(Path(f"{ends}.wmatrix"), manifest, ends)
             entry.__dict__["certificate"] = certified(kept)
-            aligner.registry.append(entry)
-        return aligner
+            entries.append(entry)
+        return MultiHopAligner(Registry(tuple(entries)))
 
     return make
 
@@ -157,10 +157,9 @@ def test_uncertified_maps_are_used_where_asked_for(over: Callable[..., MultiHopA
 def test_an_older_versions_certificate_is_none(
     over: Callable[..., MultiHopAligner], caplog: pytest.LogCaptureFixture
 ) -> None:
-    aligner = over(a_b=0.9)
-    entry = aligner.registry[0]
+    (entry,) = over(a_b=0.9).registry
     manifest = entry.manifest.model_copy(update={"certificate": {"retention": {"mean": 0.9}}})
-    aligner.registry = [replace(entry, manifest=manifest)]
+    aligner = MultiHopAligner(Registry((replace(entry, manifest=manifest),)))
     with pytest.raises(NoWMatrix, match="certify"):
         aligner.find_optimal_path("a", "b")
     assert "certify it again" in caplog.text
@@ -187,10 +186,10 @@ def test_what_leads_nowhere_is_said(over: Callable[..., MultiHopAligner]) -> Non
         over(a_b=0.9, b_c=0.9).find_optimal_path("c", "a")
     with pytest.raises(BadInput, match=r"no models .* 'gemma'\. .*one of gemma3-270m"):
         over(**{"gemma3-270m_smollm2-135m": 0.5}).find_optimal_path("gemma", "smollm2-135m")
-    aligner = over(a_b=0.9)
-    twin = aligner.registry[0].manifest
+    (entry,) = over(a_b=0.9).registry
+    twin = entry.manifest
     twin = twin.model_copy(update={"target": twin.target.model_copy(update={"weights": "x"})})
-    aligner.registry.append(replace(aligner.registry[0], manifest=twin))
+    aligner = MultiHopAligner(Registry((entry, replace(entry, manifest=twin))))
     with pytest.raises(BadInput, match=r"2 models .*give the model's folder"):
         aligner.find_optimal_path("a", "b")
 

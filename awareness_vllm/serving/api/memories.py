@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
 from awareness_vllm.compatibility.appraisal import report
-from awareness_vllm.compatibility.case import CheckContext, of_manifest
+from awareness_vllm.compatibility.context import CheckContext, of_manifest
 from awareness_vllm.compatibility.models import Model
 from awareness_vllm.compatibility.report import CompatibilityReport
 from awareness_vllm.compatibility.target import TargetConfig
@@ -31,7 +31,8 @@ from awareness_vllm.packages.store import Store, missing
 from awareness_vllm.schema import FrozenModel
 from awareness_vllm.serving.http import client_error, memories_of, tenant_of
 from awareness_vllm.serving.request import MemoryRequest
-from awareness_vllm.serving.resolver import Memories, Prompt, check_fits
+from awareness_vllm.serving.resolver import Memories, Prompt
+from awareness_vllm.wmatrix.verdict import check_fits
 
 if TYPE_CHECKING:
     from awareness_vllm.serving.api.engine_client import MemoryEngineClient
@@ -249,13 +250,13 @@ def _report(
     manifest = checked_manifest(path)
     try:
         tokens = len(memories.resolve_one(memory_id, tenant).ids)
-    except (NoWMatrix, UnsupportedRequest):  # the report says so, too
+    except (NoWMatrix, UnsupportedRequest):  # the report's verdict says so, too
         tokens = manifest.tokens
     check = CheckContext(
         subject=of_manifest(manifest, memory_id, path),
         target=Model(memories.geometry.name, memories.geometry),
-        config=config,
-        registry=memories.wmatrices,
+        config=config.model_copy(update={"context_length": memories.max_model_len}),
+        registry=memories.registry,
         tokens=tokens,
     )
     return report(check)

@@ -136,7 +136,7 @@ class ConnectorWorker:
         """Take the running model, for its embedding, and load the W-Matrices that lead to it."""
         check_rotations(model, self.memories.geometry, self.groups)
         self.loader.embed = embedding_of(model, *self.embedding)
-        for entry in self.memories.wmatrices:
+        for entry in self.memories.registry:
             if entry.manifest.target.same_model(self.memories.geometry):
                 self.prepare(entry.digest, load_wmatrix(entry.path))
                 logger.info("W-Matrix %s loaded (%s)", entry.path.name, entry.manifest.standing)

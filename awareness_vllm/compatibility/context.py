@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from awareness_vllm.compatibility.degradation import Degradation, load_for
-from awareness_vllm.compatibility.models import Model, map_between, model, same
+from awareness_vllm.compatibility.models import Model, model
 from awareness_vllm.compatibility.target import TargetConfig
-from awareness_vllm.errors import BadInput
+from awareness_vllm.errors import AwarenessError, BadInput
 from awareness_vllm.packages.manifest import Manifest, checked_manifest
 from awareness_vllm.packages.store import locate
 from awareness_vllm.wmatrix.certificate import Certificate, Interval
-from awareness_vllm.wmatrix.registry import WMatrixEntry
+from awareness_vllm.wmatrix.registry import Registry, WMatrixEntry
+from awareness_vllm.wmatrix.verdict import Verdict, verdict
 
 if TYPE_CHECKING:
     from awareness_vllm.packages.file import Package
@@ -61,21 +61,36 @@ class CheckContext:
     subject: Subject
     target: Model
     config: TargetConfig
-    registry: Sequence[WMatrixEntry]
+    registry: Registry
     tokens: int
     kind: str | None = None
     found: OnTheSpot | None = None
 
+    @functools.cached_property
+    def verdict(self) -> Verdict | None:
+        """Whether a server loads the memory, and how; None where one of the two models is known by
+        its published name alone."""
+        source, target, name = self.subject.source.geometry, self.target.geometry, self.subject.name
+        if source is None or target is None:
+            return None
+        limit = self.config.context_length or target.max_positions
+        found = verdict(name, source, target, self.registry, self.subject.manifest)
+        return found.within(name, self.tokens, limit)
+
     @property
     def exact(self) -> bool:
         """Whether the memory is the target's own."""
-        return same(self.subject.source, self.target)
+        return self.verdict is not None and self.verdict.exact
 
-    @functools.cached_property
+    @property
     def entry(self) -> WMatrixEntry | None:
-        """The W-Matrix that would realign it."""
-        text = self.subject.manifest is None or self.subject.manifest.has_text
-        return map_between(self.registry, self.subject.source, self.target, text=text)
+        """The W-Matrix that realigns it."""
+        return self.verdict.entry if self.verdict else None
+
+    @property
+    def refusal(self) -> AwarenessError | None:
+        """The error with which a server refuses it."""
+        return self.verdict.refusal if self.verdict else None
 
     @property
     def certificate(self) -> Certificate | None:
@@ -88,7 +103,7 @@ class CheckContext:
 
 
 def subject(
-    given: Listing | Package | str | Path, store: Path | None, registry: Sequence[WMatrixEntry]
+    given: Listing | Package | str | Path, store: Path | None, registry: Registry
 ) -> Subject:
     """The memory that somebody asks about: a listing, a package, its file or its ID.
 
