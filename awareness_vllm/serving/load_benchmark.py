@@ -302,8 +302,6 @@ def calibrated(*, again: bool = False) -> Calibration:
     """What was measured of this machine; measured now where nobody did, and kept."""
     found = saved()
     if found is None or not found.here or again:
-        from awareness_vllm.serving.load_benchmark import calibrate
-
         found = calibrate()
         found.save()
     return found
