@@ -70,7 +70,7 @@ def write_page(path: Path, report: CompatibilityReport, registry: list[WMatrixEn
     from awareness_vllm.compatibility.html.page import page
     from awareness_vllm.compatibility.matrix import of_shelf
     from awareness_vllm.wmatrix.file import load
-    from awareness_vllm.wmatrix.heat_map import head_shares
+    from awareness_vllm.wmatrix.heads import head_shares
 
     basis = report.basis
     entry = next((e for e in registry if basis and e.digest == basis.digest), None)

@@ -22,9 +22,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="show published figures that nobody measured here, too",
     )
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page to look at")
-    parser.add_argument(
-        "--png", type=Path, metavar="FILE", help="draw the matrix into a picture (matplotlib)"
-    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -40,14 +37,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         from awareness_vllm.compatibility.html.page import page
 
         args.html.write_text(page(matrix=found), encoding="utf-8")
-    if args.png:
-        from awareness_vllm.compatibility.matrix_image import matrix_image
-
-        matrix_image(found, args.png)
     return {
         "matrix": found.model_dump(mode="json"),
         "html": str(args.html) if args.html else None,
-        "png": str(args.png) if args.png else None,
         "table": table(found),
     }
 
@@ -73,6 +65,5 @@ def table(matrix: Matrix) -> str:
 
 def show(result: dict[str, Any]) -> None:
     print(result["table"])
-    for file in (result["html"], result["png"]):
-        if file:
-            print(file)
+    if result["html"]:
+        print(result["html"])

@@ -16,8 +16,7 @@ from awareness_vllm.compatibility.report import (
     Share,
 )
 from awareness_vllm.wmatrix.certificate import Interval
-from awareness_vllm.wmatrix.heads import Head
-from awareness_vllm.wmatrix.heat_map import HeadShares
+from awareness_vllm.wmatrix.heads import Head, HeadShares
 
 HOSTILE = """<script>document.title='taken'</script><img src=x onerror="document.title='taken'">"""
 DIGEST = "5c1f" * 16

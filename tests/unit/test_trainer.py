@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +15,12 @@ from awareness_vllm.errors import BadInput, UnsupportedModel
 from awareness_vllm.fit import gather
 from awareness_vllm.fit.trainer import WMatrixTrainer, of_domains
 from awareness_vllm.wmatrix.file import WMatrix, load
-from awareness_vllm.wmatrix.heads import Head, head_mapping_summary, heads, layer_correspondence
-from awareness_vllm.wmatrix.heat_map import shares
+from awareness_vllm.wmatrix.heads import (
+    Head,
+    head_mapping_summary,
+    head_shares,
+    layer_correspondence,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -105,16 +108,13 @@ def test_layers_correspond(wmatrix: WMatrix) -> None:
 
 
 def test_heads_prints_and_draws(
-    wmatrix: WMatrix,
-    tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    wmatrix: WMatrix, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    path, plot = tmp_path / "a.wmatrix", tmp_path / "a.png"
+    path, html = tmp_path / "a.wmatrix", tmp_path / "a.html"
     wmatrix.save(path)
     assert main(["heads", str(path), "--top", "2", "--json"]) == 0
     found = json.loads(capfd.readouterr().out)
-    assert (found["source"], found["target"], found["plot"]) == ("tiny", "target", None)
+    assert (found["source"], found["target"], found["html"]) == ("tiny", "target", None)
     assert [row["target"] for row in found["heads"][:2]] == [
         "layer 0 head 0 key",
         "layer 1 head 0 key",
@@ -125,20 +125,17 @@ def test_heads_prints_and_draws(
     assert lines[0] == "target ← tiny, shares of the map's weight"
     assert lines[1].startswith("layer 0 head 0 key")
     assert "(tokens " in lines[1]
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert main(["heads", str(path), "--plot", str(plot), "--json"]) == 1
-    assert "awareness-vllm[bench]" in json.loads(capfd.readouterr().out)["error"]["remedy"]
-    monkeypatch.undo()
-    pytest.importorskip("matplotlib")
-    assert main(["heads", str(path), "--plot", str(plot)]) == 0
-    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert main(["heads", str(path), "--html", str(html)]) == 0
+    assert capfd.readouterr().out.splitlines()[-1] == str(html)
+    assert "Share of each head of tiny in each head of target" in html.read_text()
 
 
 def test_the_heat_map_holds_every_share(wmatrix: WMatrix) -> None:
     rows = head_mapping_summary(wmatrix, top=2**31)
-    across = [head for head, _ in heads(wmatrix.manifest.source, wmatrix.manifest.layers)]
-    found = shares(rows, across)
-    assert found.shape == (6, 6)
+    table = head_shares(wmatrix)
+    assert table.shares.shape == (6, 6)
+    assert table.down == tuple(row.target for row in rows)
     tokens = [row.tokens for row in rows]
-    assert found.sum(1) + tokens == pytest.approx(1)
-    assert found[2, across.index(rows[2].shares[0][0])] == rows[2].shares[0][1]
+    assert table.shares.sum(1) + tokens == pytest.approx(1)
+    strongest, share = rows[2].shares[0]
+    assert table.shares[2, table.across.index(strongest)] == share
