@@ -103,6 +103,28 @@ def full(basis: Basis | None = MEASURED, name: str = "smollm2-135m") -> Compatib
     )
 
 
+def hostile() -> CompatibilityReport:
+    """A report whose free texts are all markup, each with its field's name before it."""
+
+    def text(field: str) -> str:
+        return f"{field} {HOSTILE}"
+
+    basis = Basis(kind="measured", source=text("basis"), digest=text("digest"))
+    update = dict(
+        memory=text("memory"),
+        target=text("target"),
+        recommendation=text("recommendation"),
+        positional_basis=Basis(kind="prior", source=text("positional_basis")),
+        load_times_s={text("load_times_s"): 1.0},
+        risk_factors=(RiskFactor(description=text("risk_factors"), impact="low"),),
+        actions=(Action(description=text("actions"), gain=None, basis="estimated"),),
+        conditions={text("conditions"): {text("metric"): 1.0}},
+        kinds={text("kinds"): interval(0.9)},
+        degradation=(Share(source=text("degradation"), share=interval(1), prior=None),),
+    )
+    return full(basis, text("source")).model_copy(update=update)
+
+
 def empty() -> CompatibilityReport:
     """A report in which next to nothing is known."""
     return CompatibilityReport(
