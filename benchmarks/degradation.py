@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from attribution.attribution import attribute
+from plotting import pyplot
 
 from awareness_vllm.anchors.corpus import load
 from awareness_vllm.compatibility.degradation import SOURCES, Degradation, Part
@@ -110,14 +111,9 @@ def nats(i: Interval) -> str:
 def plot(found: Degradation, title: str, path: Path) -> None:
     """Shares at the protocol's length beside the published ones; divergence by kind of text and by
     length of context."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     length = 300 if 300 in found.contexts else min(found.contexts)
     lost = found.contexts[length]
-    figure, (left, middle, right) = pyplot.subplots(
+    figure, (left, middle, right) = pyplot().subplots(
         1, 3, figsize=(17, 4.5), layout="constrained", width_ratios=(1, 1.3, 1)
     )
     shares = {"by KL": lost.all.kl.shares, "by NLL": lost.all.nll.shares}

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from awareness_demo.anchors import held_out_dir
+from plotting import pyplot
 
 from awareness_vllm.anchors.corpus import load, split
 from awareness_vllm.evaluate.bootstrap import retention
@@ -153,12 +154,7 @@ def measured(
 
 
 def plot(document: dict[str, Any], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    figure, axes = pyplot().subplots(figsize=(6, 4), layout="constrained")
     for calibrated, mark, label in ((False, "o-", "ridge alone"), (True, "s", "calibrated")):
         points = sorted(
             (p for p in document["points"] if bool(p["calibration"]) is calibrated),

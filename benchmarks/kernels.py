@@ -34,6 +34,7 @@ from unittest import mock
 
 import torch
 from awareness_kernels import ops, reference
+from plotting import pyplot
 from torch import Tensor
 
 from awareness_vllm.provenance import hardware
@@ -546,17 +547,12 @@ def summary(document: Document) -> list[str]:
 
 def plot(document: Document, path: Path) -> None:
     """The fraction of the floor and both ratios against tokens, a column for each operation."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     labels = {
         "of_floor": "fraction of the larger floor",
         "eager_ratio": "times faster than eager torch",
         "compiled_ratio": "times faster than torch.compile",
     }
-    figure, grid = pyplot.subplots(
+    figure, grid = pyplot().subplots(
         len(labels), len(PAGES), figsize=(12, 9), sharex=True, layout="constrained"
     )
     for (column, label), line in zip(labels.items(), grid, strict=True):

@@ -68,14 +68,14 @@ def listing(args: argparse.Namespace) -> SimpleNamespace:
 def write_page(path: Path, report: CompatibilityReport, registry: Registry) -> None:
     """The report, the matrix of all W-Matrices, and the heads of the one that it speaks of."""
     from awareness_vllm.compatibility.html.page import page
-    from awareness_vllm.compatibility.matrix import of_shelf
+    from awareness_vllm.compatibility.matrix import of_registry
     from awareness_vllm.wmatrix.file import load
-    from awareness_vllm.wmatrix.heat_map import head_shares
+    from awareness_vllm.wmatrix.heads import head_shares
 
     basis = report.basis
     entry = next((e for e in registry if basis and e.digest == basis.digest), None)
     heads = head_shares(load(entry.path)) if entry else None
-    document = page(report=report, matrix=of_shelf(registry), heads=heads)
+    document = page(report=report, matrix=of_registry(registry), heads=heads)
     path.write_text(document, encoding="utf-8")
 
 

@@ -11,26 +11,28 @@ HELP = "print, for each target head, the source heads that weigh most in a W-Mat
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("wmatrix", type=Path, metavar="FILE.wmatrix")
-    parser.add_argument("--top", type=int, default=3, metavar="N", help="so many heads of each")
     parser.add_argument(
-        "--plot", type=Path, metavar="FILE.png", help="draw all shares as a heat map (matplotlib)"
+        "--top", type=int, default=3, metavar="N", help="source heads to print for each target head"
+    )
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="write a page with all shares as a heat map"
     )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from awareness_vllm.wmatrix.file import load
-    from awareness_vllm.wmatrix.heads import head_mapping_summary, table
+    from awareness_vllm.wmatrix.heads import head_mapping_summary, head_shares, table
 
     wmatrix = load(args.wmatrix)
-    if args.plot:
-        from awareness_vllm.wmatrix.heat_map import heat_map
+    if args.html:
+        from awareness_vllm.compatibility.html.page import page
 
-        heat_map(wmatrix, args.plot)
+        args.html.write_text(page(heads=head_shares(wmatrix)), encoding="utf-8")
     rows = head_mapping_summary(wmatrix, args.top)
     return {
         "source": wmatrix.manifest.source.name,
         "target": wmatrix.manifest.target.name,
-        "plot": str(args.plot) if args.plot else None,
+        "html": str(args.html) if args.html else None,
         "heads": [
             {
                 "target": str(row.target),
@@ -46,5 +48,5 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def show(result: dict[str, Any]) -> None:
     print(f"{result['target']} ← {result['source']}, shares of the map's weight")
     print(result["table"])
-    if result["plot"]:
-        print(result["plot"])
+    if result["html"]:
+        print(result["html"])

@@ -1,4 +1,4 @@
-"""`awareness matrix`: what memories of each model keep on each other one."""
+"""`awareness matrix`: retention of each model's memories on each other model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from awareness_vllm.cli.options import add_wmatrices
 if TYPE_CHECKING:
     from awareness_vllm.compatibility.report import Matrix
 
-HELP = "print what each pair of models keeps: measured by certificates, or published (a prior)"
+HELP = "print the retention of each pair of models: measured by certificates, or published (priors)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,12 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--priors",
         action="store_true",
-        help="show published figures that nobody measured here, too",
+        help="add published figures, which were not measured here",
     )
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page to look at")
-    parser.add_argument(
-        "--png", type=Path, metavar="FILE", help="draw the matrix into a picture (matplotlib)"
-    )
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write the matrix as a page")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -35,25 +32,20 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         from awareness_vllm.compatibility.priors import published_cells
 
         priors = published_cells()
-    found = matrix(args.wmatrix, priors=priors)
+    known = matrix(args.wmatrix, priors=priors)
     if args.html:
         from awareness_vllm.compatibility.html.page import page
 
-        args.html.write_text(page(matrix=found), encoding="utf-8")
-    if args.png:
-        from awareness_vllm.compatibility.matrix_image import matrix_image
-
-        matrix_image(found, args.png)
+        args.html.write_text(page(matrix=known), encoding="utf-8")
     return {
-        "matrix": found.model_dump(mode="json"),
+        "matrix": known.model_dump(mode="json"),
         "html": str(args.html) if args.html else None,
-        "png": str(args.png) if args.png else None,
-        "table": table(found),
+        "table": table(known),
     }
 
 
 def table(matrix: Matrix) -> str:
-    """A line for each pair of which something is known or could be."""
+    """A line for each pair that has a cell."""
     from awareness_vllm.compatibility.html.figures import figure, is_prior
 
     rows = []
@@ -61,18 +53,17 @@ def table(matrix: Matrix) -> str:
         for target in matrix.targets:
             if (cell := matrix.cell(source, target)) is None:
                 continue
-            says = figure(cell.retention, cell.basis) if cell.retention else "not certified"
-            rows.append((source, target, says + (" (prior)" if is_prior(cell.basis) else "")))
+            value = figure(cell.retention, cell.basis) if cell.retention else "not certified"
+            rows.append((source, target, value + (" (prior)" if is_prior(cell.basis) else "")))
     if not rows:
         return (
             "no W-Matrix here: make one with `awareness fit`, or show what is published (--priors)"
         )
     first, second = (max(len(row[i]) for row in rows) for i in (0, 1))
-    return "\n".join(f"{a:{first}} → {b:{second}}  {says}" for a, b, says in rows)
+    return "\n".join(f"{a:{first}} → {b:{second}}  {value}" for a, b, value in rows)
 
 
 def show(result: dict[str, Any]) -> None:
     print(result["table"])
-    for file in (result["html"], result["png"]):
-        if file:
-            print(file)
+    if result["html"]:
+        print(result["html"])

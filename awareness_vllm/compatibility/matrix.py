@@ -1,4 +1,4 @@
-"""The compatibility matrix: what the W-Matrices at hand were measured to keep, beside priors."""
+"""The compatibility matrix: measured retention of every pair with a W-Matrix, beside priors."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from awareness_vllm.wmatrix.registry import Registry, WMatrixEntry, best
 
 
 def matrix(paths: Sequence[Path] | None = None, *, priors: Iterable[Cell] = ()) -> Matrix:
-    """Every pair that a W-Matrix joins, and the published cells that are given.
+    """A cell for every pair that a W-Matrix joins, then the published ones.
 
     Args:
         paths: W-Matrix files and folders of them, by default `$AWARENESS_HOME/wmatrices`.
-        priors: cells that somebody else published.
+        priors: published cells.
 
     Raises:
-        WMatrixCorrupt: a file that was named itself.
+        WMatrixCorrupt: a file in `paths` is unreadable (in a folder it is passed over).
     """
-    return of_shelf(Registry.read(paths), priors)
+    return of_registry(Registry.read(paths), priors)
 
 
-def of_shelf(registry: Registry, priors: Iterable[Cell] = ()) -> Matrix:
-    """`matrix` of W-Matrices that have been read."""
+def of_registry(registry: Registry, priors: Iterable[Cell] = ()) -> Matrix:
+    """`matrix` of W-Matrices whose manifests have been read."""
     names = names_of(g for e in registry for g in (e.manifest.source, e.manifest.target))
     pairs: defaultdict[tuple[str, str], list[WMatrixEntry]] = defaultdict(list)
     for entry in registry:
         ends = (entry.manifest.source, entry.manifest.target)
         pairs[names[fingerprint(ends[0])], names[fingerprint(ends[1])]].append(entry)
-    cells = [*(cell(*pair, best(found)) for pair, found in pairs.items()), *priors]
+    cells = [*(cell(*pair, best(joining)) for pair, joining in pairs.items()), *priors]
     # One order for both sides: a model's own cell lies on the diagonal.
     models = dict.fromkeys(name for c in cells for name in (c.source, c.target))
     sources, targets = {c.source for c in cells}, {c.target for c in cells}
@@ -45,19 +45,17 @@ def of_shelf(registry: Registry, priors: Iterable[Cell] = ()) -> Matrix:
 
 
 def cell(source: str, target: str, entry: WMatrixEntry) -> Cell:
-    """What one W-Matrix was measured to keep on its own; nothing where nobody measured it."""
-    if (found := entry.certificate) is None:
+    """The certified retention of one W-Matrix, of its map alone; empty without a certificate."""
+    if (certificate := entry.certificate) is None:
         return Cell(source=source, target=target, retention=None, basis=None)
-    told = (
-        f"{entry.path.name}: {found.counts['texts']} texts of {found.protocol.context} tokens, "
-        f"{found.measured}"
-    )
-    basis = Basis(kind="measured", source=told, digest=entry.digest)
-    return Cell(source=source, target=target, retention=found.retention, basis=basis)
+    protocol = f"{certificate.counts['texts']} texts of {certificate.protocol.context} tokens"
+    origin = f"{entry.path.name}: {protocol}, {certificate.measured}"
+    basis = Basis(kind="measured", source=origin, digest=entry.digest)
+    return Cell(source=source, target=target, retention=certificate.retention, basis=basis)
 
 
 def names_of(models: Iterable[Geometry]) -> dict[str, str]:
-    """A name for each model, by fingerprint; different models of one name carry it in theirs."""
+    """A name for each model, by fingerprint; models that share a name have it appended."""
     names: dict[str, str] = {}
     for model in models:
         names.setdefault(fingerprint(model), model.name)
@@ -69,6 +67,6 @@ def names_of(models: Iterable[Geometry]) -> dict[str, str]:
 
 
 def fingerprint(model: Geometry) -> str:
-    """The same for the same model, as `Geometry.same_model` understands it."""
+    """A digest of what `Geometry.same_model` compares."""
     identity = [model.weights, model.tokenizer, [x.model_dump(mode="json") for x in model.layers]]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,6 +35,21 @@ class HeadSources:
     tokens: float
 
 
+@dataclass(frozen=True)
+class HeadShares:
+    """The share of each source head in each target head.
+
+    `shares` [target heads, source heads] has a row for each of `down` and a column for each of
+    `across`; what a row lacks to 1 is the share of the target's own embeddings.
+    """
+
+    source: str
+    target: str
+    across: tuple[Head, ...]
+    down: tuple[Head, ...]
+    shares: np.ndarray
+
+
 def head_mapping_summary(wmatrix: WMatrix, top: int = 3) -> list[HeadSources]:
     """For each target head, the `top` source heads that weigh most in the map.
 
@@ -44,7 +60,7 @@ def head_mapping_summary(wmatrix: WMatrix, top: int = 3) -> list[HeadSources]:
     encode, decode = wmatrix.encode.float(), wmatrix.decode.float()
     sources = list(heads(manifest.source, manifest.layers))
     targets = heads(manifest.target, range(len(manifest.target.layers)))
-    found = []
+    summary = []
     for target, columns in targets:
         block = decode[:, columns]
         rows = ((encode @ (block @ block.T)) * encode).sum(1)
@@ -52,10 +68,20 @@ def head_mapping_summary(wmatrix: WMatrix, top: int = 3) -> list[HeadSources]:
         order = weights.argsort(descending=True)[:top].tolist()
         total = rows.sum().item() or 1.0
         shares = tuple((sources[i][0], weights[i].item() / total) for i in order)
-        found.append(
-            HeadSources(target, shares, rows[manifest.source_width :].sum().item() / total)
-        )
-    return found
+        tokens = rows[manifest.source_width :].sum().item() / total
+        summary.append(HeadSources(target, shares, tokens))
+    return summary
+
+
+def head_shares(wmatrix: WMatrix) -> HeadShares:
+    """The shares of all source heads in all target heads, as one table."""
+    manifest = wmatrix.manifest
+    across = tuple(head for head, _ in heads(manifest.source, manifest.layers))
+    rows = head_mapping_summary(wmatrix, top=len(across))
+    by_head = [dict(row.shares) for row in rows]
+    shares = np.array([[row[head] for head in across] for row in by_head])
+    down = tuple(row.target for row in rows)
+    return HeadShares(manifest.source.name, manifest.target.name, across, down, shares)
 
 
 def table(rows: Sequence[HeadSources]) -> str:

@@ -19,12 +19,14 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from filelock import FileLock
+
 from awareness_demo.mathematics import mathematics
 from awareness_demo.sources import ANCHORS, DOMAINS, HELD_OUT, Source
 from awareness_vllm.anchors.corpus import MINIMUM, Document
 from awareness_vllm.anchors.facts import fact_cases, fact_texts
 from awareness_vllm.errors import BadInput
-from awareness_vllm.files import anchors_dir, home, locked, write_whole
+from awareness_vllm.files import anchors_dir, home, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +54,7 @@ def install(progress: Progress = print) -> dict[str, Path]:
     Returns:
         Folder of each source that is there now, by `anchors/<source>` or `held-out/<source>`.
     """
-    with locked(home() / ".anchors.lock"):
+    with FileLock(home() / ".anchors.lock"):
         folders: dict[str, Path] = {}
         for root, sources in ((anchors_dir(), ANCHORS), (held_out_dir(), HELD_OUT)):
             for source in sources:

@@ -16,8 +16,7 @@ from awareness_vllm.compatibility.report import (
     Share,
 )
 from awareness_vllm.wmatrix.certificate import Interval
-from awareness_vllm.wmatrix.heads import Head
-from awareness_vllm.wmatrix.heat_map import HeadShares
+from awareness_vllm.wmatrix.heads import Head, HeadShares
 
 HOSTILE = """<script>document.title='taken'</script><img src=x onerror="document.title='taken'">"""
 DIGEST = "5c1f" * 16
@@ -102,6 +101,28 @@ def full(basis: Basis | None = MEASURED, name: str = "smollm2-135m") -> Compatib
             Share(source=REMAINDER, share=interval(0.05, 0.02), prior=None),
         ),
     )
+
+
+def hostile() -> CompatibilityReport:
+    """A report whose free texts are all markup, each with its field's name before it."""
+
+    def text(field: str) -> str:
+        return f"{field} {HOSTILE}"
+
+    basis = Basis(kind="measured", source=text("basis"), digest=text("digest"))
+    update = dict(
+        memory=text("memory"),
+        target=text("target"),
+        recommendation=text("recommendation"),
+        positional_basis=Basis(kind="prior", source=text("positional_basis")),
+        load_times_s={text("load_times_s"): 1.0},
+        risk_factors=(RiskFactor(description=text("risk_factors"), impact="low"),),
+        actions=(Action(description=text("actions"), gain=None, basis="estimated"),),
+        conditions={text("conditions"): {text("metric"): 1.0}},
+        kinds={text("kinds"): interval(0.9)},
+        degradation=(Share(source=text("degradation"), share=interval(1), prior=None),),
+    )
+    return full(basis, text("source")).model_copy(update=update)
 
 
 def empty() -> CompatibilityReport:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import bz2
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -195,6 +197,23 @@ def test_prepare_makes_a_folder_once_and_again_when_altered(
     assert (folders["gemma3-270m"] / "config.json").read_text() == "gemma3-270m"
     left = [path.name for path in (awareness_home / "models").iterdir() if path.is_dir()]
     assert sorted(left) == ["gemma3-270m", "smollm2-135m"]
+
+
+def test_whoever_comes_second_waits_and_makes_nothing(
+    awareness_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+
+    def convert(model: models.DemoModel, gguf: Path, folder: Path, progress: object) -> None:
+        time.sleep(0.2)
+        folder.mkdir()
+        made.append(model.name)
+
+    monkeypatch.setattr(models, "_gguf", lambda model, scratch, progress: scratch / "x.gguf")
+    monkeypatch.setattr(models, "_convert", convert)
+    with ThreadPoolExecutor(2) as both:
+        list(both.map(lambda _: models.prepare("smollm2-135m", lambda line: None), range(2)))
+    assert made == ["smollm2-135m"]
 
 
 def test_unknown_models_and_missing_packages_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,10 @@ def test_the_wheel_holds_the_two_packages_and_nothing_else(tmp_path: Path) -> No
     assert wanted <= set(names)
     assert {"awareness_vllm/py.typed", "awareness_kernels/py.typed"} <= set(names)
     assert "awareness_vllm/compatibility/priors.json" in names
-    assert "awareness_vllm/compatibility/html/page.css" in names
+    html = ROOT / "awareness_vllm" / "compatibility" / "html"
+    beside = {path.relative_to(ROOT).as_posix() for path in html.iterdir() if path.is_file()}
+    assert "awareness_vllm/compatibility/html/page.html.j2" in beside
+    assert beside <= set(names)
 
 
 @pytest.mark.parametrize(

@@ -171,21 +171,3 @@ def test_without_the_flag_there_are_no_priors_and_a_new_home_is_empty(
     monkeypatch.setenv("AWARENESS_HOME", str(tmp_path / "new"))
     assert main(["matrix"]) == 0
     assert "awareness fit" in capfd.readouterr().out
-
-
-def test_a_picture_needs_matplotlib(
-    put: Callable[..., Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    # Two dollar signs would begin a formula.
-    argv = ["matrix", "--wmatrix", str(put("ab", "a$x", "b$x_{$", 0.9))]
-    argv += [str(put("ba", "b", "a", None)), "--png", str(tmp_path / "m.png")]
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert main([*argv, "--json"]) == 1
-    assert "awareness-vllm[bench]" in json.loads(capfd.readouterr().out)["error"]["remedy"]
-    monkeypatch.undo()
-    pytest.importorskip("matplotlib")
-    assert main(argv) == 0
-    assert (tmp_path / "m.png").read_bytes().startswith(b"\x89PNG")
