@@ -1,4 +1,4 @@
-"""matplotlib, which draws pictures for files and is not needed for anything else."""
+"""matplotlib, an optional dependency that only plots need."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from awareness_vllm.errors import BadInput
 
 
 def pyplot() -> Any:
-    """`matplotlib.pyplot` that draws without a screen.
+    """`matplotlib.pyplot` with a backend that needs no screen.
 
     Raises:
         BadInput: matplotlib is not installed.

@@ -19,12 +19,14 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from filelock import FileLock
+
 from awareness_demo.mathematics import mathematics
 from awareness_demo.sources import ANCHORS, DOMAINS, HELD_OUT, Source
 from awareness_vllm.anchors.corpus import MINIMUM, Document
 from awareness_vllm.anchors.facts import fact_cases, fact_texts
 from awareness_vllm.errors import BadInput
-from awareness_vllm.files import anchors_dir, home, locked, write_whole
+from awareness_vllm.files import anchors_dir, atomic_write, home
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +54,8 @@ def install(progress: Progress = print) -> dict[str, Path]:
     Returns:
         Folder of each source that is there now, by `anchors/<source>` or `held-out/<source>`.
     """
-    with locked(home() / ".anchors.lock"):
+    home().mkdir(parents=True, exist_ok=True)
+    with FileLock(home() / ".anchors.lock"):
         folders: dict[str, Path] = {}
         for root, sources in ((anchors_dir(), ANCHORS), (held_out_dir(), HELD_OUT)):
             for source in sources:
@@ -71,7 +74,8 @@ def install(progress: Progress = print) -> dict[str, Path]:
         for folder, write in made:
             if _install(folder, write, progress):
                 folders[f"{folder.parent.name}/{folder.name}"] = folder
-        write_whole(anchors_dir() / "domains.json", json.dumps(DOMAINS, indent=2) + "\n")
+        with atomic_write(anchors_dir() / "domains.json") as draft:
+            draft.write_text(json.dumps(DOMAINS, indent=2) + "\n")
     return folders
 
 

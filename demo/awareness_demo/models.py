@@ -18,8 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from awareness_vllm.errors import BadInput
-from awareness_vllm.files import file_digest, locked, models_dir
+from awareness_vllm.files import file_digest, models_dir
 
 Progress = Callable[[str], None]
 
@@ -103,7 +105,7 @@ def write_record(folder: Path, gguf_sha256: str) -> None:
 
 def _prepare(model: DemoModel, root: Path, progress: Progress) -> Path:
     folder = root / model.name
-    with locked(root / f".{model.name}.lock"):
+    with FileLock(root / f".{model.name}.lock"):
         if folder.exists():
             progress(f"{model.name}: verifying {folder}")
             if is_prepared(folder, model.gguf_sha256):
