@@ -1,4 +1,4 @@
-"""A target's cache made of given states, with gradients into them."""
+"""A transformers cache built from states, differentiable in them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,14 @@ States = Sequence[Sequence[Tensor]]
 
 
 def build_cache(target: Geometry, states: States, sinks: States) -> DynamicCache:
-    """The cache of sinks, as cached, and of position-free states that follow them, in bfloat16."""
+    """The target's cache of the sink's states, as cached, and of position-free `states` after them.
+
+    Args:
+        states, sinks: keys and values, per layer [T, H, D] and [S, H, D].
+
+    Returns:
+        a bfloat16 cache of S + T tokens.
+    """
     from transformers import DynamicCache
 
     (keys, values), (sink_keys, sink_values) = states, sinks
