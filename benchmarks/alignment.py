@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from awareness_vllm.align.realign import BLOCK, realign
-from awareness_vllm.fit.layers import evenly_spread
+from awareness_vllm.fit.layers import spread_layers
 from awareness_vllm.models.describe import geometry_of, resolve_folder
 from awareness_vllm.models.hf import load_model, sink_ids, sink_states
 from awareness_vllm.packages.capture import capture
@@ -36,7 +36,7 @@ def random_map(source: Path, target: Path, rank: int) -> WMatrix:
     manifest = WMatrixManifest(
         source=geometries[0],
         target=geometries[1],
-        layers=evenly_spread(None, len(geometries[0].layers)),
+        layers=spread_layers(None, len(geometries[0].layers)),
         rank=rank,
         predecessors=3,
         sink=tuple(sink),

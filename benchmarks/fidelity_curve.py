@@ -30,7 +30,7 @@ from awareness_vllm.fit.checkpoint import Checkpoint
 from awareness_vllm.fit.config import FitConfig
 from awareness_vllm.fit.gather import gather
 from awareness_vllm.fit.reader import Reader
-from awareness_vllm.fit.regress import solved, weighting
+from awareness_vllm.fit.regress import solve_map, weighting
 from awareness_vllm.models.hf import load_model
 from awareness_vllm.provenance import hardware, versions
 from awareness_vllm.wmatrix.certificate import Certificate
@@ -124,7 +124,7 @@ def solutions(args: argparse.Namespace) -> dict[str, WMatrix]:
     for rank in args.ranks:
         one = FitConfig(tokens=args.tokens, calibration=0, rank=rank, ridge=ridge)
         sums = copy.deepcopy(statistics)
-        found[f"rank {rank}"] = solved(reader, documents[0], sums, weight, one)
+        found[f"rank {rank}"] = solve_map(reader, documents[0], sums, weight, one)
     return found
 
 

@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                     weights=(geometries[0].weights, geometries[1].weights),
                     configuration=asdict(configuration),
                     retention=found["retention"],
-                    conditions=found["arms"],
+                    conditions=found["conditions"],
                     context=args.context,
                     n=found["n"],
                     texts=digest(texts),

@@ -93,7 +93,7 @@ def read_cases(path: Path) -> list[dict[str, str]]:
 
 
 def show(result: dict[str, Any]) -> None:
-    for arm, figures in result["arms"].items():
+    for arm, figures in result["conditions"].items():
         print(f"{arm:22}" + "".join(f"{name} {value:8.4f}   " for name, value in figures.items()))
     shares = {"retention": result["retention"]} if "retention" in result else {}
     for name, r in {**shares, **result["tails"]}.items():

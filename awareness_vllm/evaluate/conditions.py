@@ -10,7 +10,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch import Tensor
 from awareness_vllm.align.realign import AlignedMemory, copy, prompt_ids, realign
 from awareness_vllm.errors import BadInput, UnsupportedModel
 from awareness_vllm.models.describe import geometry_of, resolve_folder
-from awareness_vllm.models.hf import last_logits, load_model, states
+from awareness_vllm.models.hf import inputs_after, last_logits, load_model, states
 from awareness_vllm.models.tokens import load_tokenizer, tokenize
 from awareness_vllm.packages.capture import capture, read_tokens
 from awareness_vllm.packages.file import Package
@@ -121,7 +121,8 @@ class EvalHarness:
         """
         memory, recomputed = cut_tail(memory, tail)
         ids = [*recomputed, *ids]
-        logits = last_logits(self.target_model, ids, scored + 1, **after(memory, ids))
+        inputs = inputs_after(memory.keys, memory.values, ids)
+        logits = last_logits(self.target_model, ids, scored + 1, **inputs)
         return logits[:-1].float().log_softmax(-1)
 
     def conditions(
@@ -166,18 +167,6 @@ def cut_tail(memory: AlignedMemory, tail: int) -> tuple[AlignedMemory, list[int]
     end = max(min(1, len(memory.ids)), len(memory.ids) - tail)
     keys, values = [k[:end] for k in memory.keys], [v[:end] for v in memory.values]
     return AlignedMemory(memory.ids[:end], keys, values), memory.ids[end:]
-
-
-def after(memory: AlignedMemory, ids: Sequence[int]) -> dict[str, Any]:
-    """The model's inputs that make it read ids after a memory: a float32 cache, positions."""
-    from transformers import DynamicCache
-
-    cache = DynamicCache()
-    for i, (key, value) in enumerate(zip(memory.keys, memory.values, strict=True)):
-        cache.update(key.float().transpose(0, 1)[None], value.float().transpose(0, 1)[None], i)
-    begin = len(memory.ids)
-    positions = torch.arange(begin, begin + len(ids))[None]
-    return {"past_key_values": cache, "position_ids": positions}
 
 
 def token_nll(logprobs: Tensor, ids: Sequence[int]) -> Tensor:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from awareness_vllm.align.realign import AlignedMemory
-from awareness_vllm.evaluate.conditions import EvalHarness, after
+from awareness_vllm.evaluate.conditions import EvalHarness
+from awareness_vllm.models.hf import inputs_after
 from awareness_vllm.wmatrix.certificate import Metrics
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def attention(model: PreTrainedModel, memory: AlignedMemory, ids: list[int]) -> 
     with eager(model):
         out = model(
             torch.tensor([ids]),
-            **after(memory, ids),
+            **inputs_after(memory.keys, memory.values, ids),
             output_attentions=True,
             logits_to_keep=1,
         )
@@ -84,8 +85,8 @@ def gradient_norm(model: PreTrainedModel, memory: AlignedMemory, ids: list[int])
     """Norm of the gradient of the next-token loss over the ids, in all states of the memory."""
     leaves = [s.float().clone().requires_grad_() for s in (*memory.keys, *memory.values)]
     half = len(memory.keys)
-    injected = AlignedMemory(memory.ids, leaves[:half], leaves[half:])
-    logits = model(torch.tensor([ids]), **after(injected, ids)).logits[0, :-1]
+    inputs = inputs_after(leaves[:half], leaves[half:], ids)
+    logits = model(torch.tensor([ids]), **inputs).logits[0, :-1]
     loss = torch.nn.functional.cross_entropy(logits.float(), torch.tensor(ids[1:]))
     gradients = torch.autograd.grad(loss, leaves)
     return math.sqrt(sum(g.square().sum().item() for g in gradients))

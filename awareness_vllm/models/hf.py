@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,27 @@ def cache_states(cache: DynamicCache, repeats: int = 1) -> tuple[list[Tensor], l
     keys = [layer.keys[0, ::repeats].transpose(0, 1) for layer in layers]
     values = [layer.values[0, ::repeats].transpose(0, 1) for layer in layers]
     return keys, values
+
+
+def inputs_after(
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    ids: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Any]:
+    """The inputs of a model that reads ids after states, per layer [T, H, D]: a cache in `dtype`,
+    differentiable in the states, and the ids' positions."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    for i, layer in enumerate(zip(keys, values, strict=True)):
+        key, value = (state.to(dtype).transpose(0, 1)[None] for state in layer)
+        cache.update(key, value, i)
+    begin = len(keys[0])
+    return {
+        "past_key_values": cache,
+        "position_ids": torch.arange(begin, begin + len(ids))[None],
+    }
 
 
 def cache_repeats(config: Any) -> int:

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -88,19 +88,8 @@ def without_text(package: Package) -> Package:
 
     This is no secrecy: prompts can be rebuilt from KV states.
     """
-    count = package.manifest.tokens
-    return build(
-        geometry=package.geometry,
-        text="",
-        tokens=[0] * count,
-        spans=np.zeros((count, 2), np.int64),
-        keys=package.keys,
-        values=package.values,
-        engine=package.manifest.engine,
-        versions=package.manifest.versions,
-        name=package.manifest.name,
-        has_text=False,
-    )
+    spans = np.zeros((package.manifest.tokens, 2), np.int64)
+    return _rebuild(package, text="", tokens=[0] * len(spans), spans=spans, has_text=False)
 
 
 def beginning(package: Package, tokens: int) -> Package:
@@ -110,18 +99,23 @@ def beginning(package: Package, tokens: int) -> Package:
     while tokens and not is_boundary(raw, end := int(package.spans[tokens - 1, 1])):
         tokens -= 1
     counts = [tokens - len(package.tokens) + len(key) for key in package.keys]
-    return build(
-        geometry=package.geometry,
+    return _rebuild(
+        package,
         text=raw[:end].decode() if tokens else "",
         tokens=package.tokens[:tokens],
         spans=package.spans[:tokens],
         keys=[key[: max(0, n)] for key, n in zip(package.keys, counts, strict=True)],
         values=[value[: max(0, n)] for value, n in zip(package.values, counts, strict=True)],
-        engine=package.manifest.engine,
-        versions=package.manifest.versions,
-        name=package.manifest.name,
-        has_text=package.manifest.has_text,
     )
+
+
+def _rebuild(package: Package, **changes: Any) -> Package:
+    """A package with other arguments of `build`."""
+    captured = {
+        name: getattr(package, name) for name in ("text", "tokens", "spans", "keys", "values")
+    }
+    origin = package.manifest.model_dump(include={"engine", "versions", "name", "has_text"})
+    return build(**{"geometry": package.geometry, **captured, **origin, **changes})
 
 
 def is_boundary(raw: bytes, end: int) -> bool:

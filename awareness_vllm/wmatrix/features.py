@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -52,6 +52,12 @@ def split_states(geometry: Geometry, flat: Tensor) -> tuple[list[Tensor], list[T
         for part, layer in zip(flat.split(widths * 2, dim=1), geometry.layers * 2, strict=True)
     ]
     return shaped[: len(widths)], shaped[len(widths) :]
+
+
+def state_columns(geometry: Geometry, layers: Iterable[int]) -> Tensor:
+    """The indices of some layers' keys, then values, among the columns of `flat_states`."""
+    parts = split_states(geometry, torch.arange(geometry.width)[None])
+    return torch.cat([part[layer].flatten() for part in parts for layer in layers])
 
 
 def masked_rows(index: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attribution.constraints import Block
-from awareness_vllm.fit.solve import JUDGES, RIDGES, leading_right_vectors
+from awareness_vllm.fit.solve import RIDGE_TARGETS, RIDGES, leading_right_vectors
 from awareness_vllm.fit.statistics import Statistics
 
 
@@ -18,9 +18,9 @@ class Scaling:
     """What standardises features [F] and targets [O]: their means over the anchors, and scales."""
 
     x_mean: Tensor
-    x_scale: Tensor
+    x_std: Tensor
     y_mean: Tensor
-    y_scale: Tensor
+    y_std: Tensor
 
 
 @dataclass(frozen=True)
@@ -43,22 +43,22 @@ class ConstrainedMap:
             blank: [T] bool, rows whose source states say nothing.
         """
         by = self.scaling
-        x = (features - by.x_mean) / by.x_scale
+        x = (features - by.x_mean) / by.x_std
         x[masked.nonzero()[:, 0], :width] = 0
-        return by.y_mean + x @ self.solution * by.y_scale
+        return by.y_mean + x @ self.solution * by.y_std
 
     def reduced(self, states: Tensor) -> Tensor:
         """What the map of limited rank would give in place of its states at full rank, [T, O]."""
         by = self.scaling
-        metric = self.weight / by.y_scale
+        metric = self.weight / by.y_std
         fitted = (states - by.y_mean) * metric
         return by.y_mean + fitted @ self.span @ self.span.T / metric
 
 
 @dataclass(frozen=True)
 class Regression:
-    """The sums over anchors, centred: `gram` [F, F] and `cross` [F, O] of standardised features and
-    targets, with held-out rows `x` [N, F] and `y` [N, O], standardised alike."""
+    """The sums over anchors, centred: `gram` [F, F] and `cross` [F, O] of standardised features
+    and targets, with held-out rows `x` [N, F] and `y` [N, O], standardised alike."""
 
     scaling: Scaling
     gram: Tensor
@@ -71,18 +71,18 @@ class Regression:
     def of(cls, sums: Statistics, held_out: tuple[Tensor, Tensor], weight: Tensor) -> Regression:
         """From the sums, which are consumed, rows [N, F] and [N, O] of held-out documents, and the
         importance of each standardised target, [O]."""
-        x_mean = sums.x_mean + sums.x_scale * sums.x_sum / sums.rows
-        y_mean = sums.y_mean + sums.y_scale * sums.y_sum / sums.rows
-        gram, cross = sums.centred()
+        x_mean = sums.x_mean + sums.x_std * sums.x_sum / sums.rows
+        y_mean = sums.y_mean + sums.y_std * sums.y_sum / sums.rows
+        gram, cross = sums.covariances()
         gram = gram.triu_().add_(gram.triu(1).T)
         x, y = held_out
         return cls(
-            scaling=Scaling(x_mean, sums.x_scale, y_mean, sums.y_scale),
+            scaling=Scaling(x_mean, sums.x_std, y_mean, sums.y_std),
             gram=gram,
             cross=cross,
             weight=weight,
-            x=(x - x_mean) / sums.x_scale,
-            y=(y - y_mean) / sums.y_scale,
+            x=(x - x_mean) / sums.x_std,
+            y=(y - y_mean) / sums.y_std,
         )
 
     def solution(self, blocks: Sequence[Block], ridge: float) -> Tensor:
@@ -100,7 +100,7 @@ class Regression:
     def choose_ridge(self, blocks: Sequence[Block]) -> float:
         """The ridge of RIDGES that explains the held-out rows best. Some of the targets, evenly
         spread over all blocks, stand for all of them."""
-        step = max(1, len(self.weight) // JUDGES)
+        step = max(1, len(self.weight) // RIDGE_TARGETS)
         some = [replace(block, columns=block.columns[::step]) for block in blocks]
         columns = torch.cat([block.columns for block in some])
 

@@ -117,7 +117,7 @@ def standardised(sums: Statistics, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor
     """The rows that were summed, centred and divided by their scales, in float64."""
     split = len(x) * 4 // 5
     rows = []
-    for values, scale in ((x, sums.x_scale), (y, sums.y_scale)):
+    for values, scale in ((x, sums.x_std), (y, sums.y_std)):
         some = values[:split].double()
         rows.append((some - some.mean(0)) / scale)
     return rows[0], rows[1]
@@ -206,7 +206,7 @@ Y = X @ random(WIDTH + FREE, TARGET.width, seed=1) + 3 + random(500, TARGET.widt
 def test_without_constraints_it_is_the_plain_ridge() -> None:
     found, sums = regression(X, Y)
     x, y = standardised(sums, X, Y)
-    every = blocks(SOURCE, READ, TARGET, sums.x_scale, frozenset({HEADS, LAYERS}))
+    every = blocks(SOURCE, READ, TARGET, sums.x_std, frozenset({HEADS, LAYERS}))
     assert len(every) == 1
     fitted = x.float() @ found.solution(every, 0.02)
     torch.testing.assert_close(fitted, ridge_fit(x, y, 0.02).float(), atol=1e-2, rtol=0)
@@ -215,9 +215,9 @@ def test_without_constraints_it_is_the_plain_ridge() -> None:
 def test_with_constraints_it_is_the_ridge_on_what_may_be_read() -> None:
     found, sums = regression(X, Y)
     x, y = standardised(sums, X, Y)
-    raw, free = x * sums.x_scale, x[:, WIDTH:]
+    raw, free = x * sums.x_std, x[:, WIDTH:]
     for lifted in (frozenset({LAYERS}), NAIVE):
-        bound = blocks(SOURCE, READ, TARGET, sums.x_scale, lifted)
+        bound = blocks(SOURCE, READ, TARGET, sums.x_std, lifted)
         fitted = x.float() @ found.solution(bound, 0.02)
         for part_, layer, head in np.ndindex(2, 2, 2):
             merged = []
@@ -225,7 +225,7 @@ def test_with_constraints_it_is_the_ridge_on_what_may_be_read() -> None:
             for place in (0, 1) if lifted else (layer,):
                 begin = part_ * 16 + place * 8 + head * 4
                 pair = [slice(begin, begin + 2), slice(begin + 2, begin + 4)]
-                spread = torch.stack([sums.x_scale[p] for p in pair]).square().sum(0).sqrt()
+                spread = torch.stack([sums.x_std[p] for p in pair]).square().sum(0).sqrt()
                 merged.append(sum(raw[:, p] for p in pair) / spread)
             columns = slice(
                 part_ * 12 + layer * 6 + head * 3, part_ * 12 + layer * 6 + head * 3 + 3
@@ -237,7 +237,7 @@ def test_with_constraints_it_is_the_ridge_on_what_may_be_read() -> None:
 def test_dense_from_one_layer_it_is_the_ridge_on_that_layer() -> None:
     found, sums = regression(X, Y)
     x, y = standardised(sums, X, Y)
-    bound = blocks(SOURCE, READ, TARGET, sums.x_scale, frozenset({HEADS}))
+    bound = blocks(SOURCE, READ, TARGET, sums.x_std, frozenset({HEADS}))
     fitted = x.float() @ found.solution(bound, 0.02)
     for layer in range(2):
         source, target = (
@@ -252,11 +252,11 @@ def test_dense_from_one_layer_it_is_the_ridge_on_that_layer() -> None:
 def test_the_reduced_map_is_that_of_reduced_rank_ridge(rank: int) -> None:
     weight = random(TARGET.width, seed=3).abs() + 0.1
     found, sums = regression(X, Y, weight)
-    every = blocks(SOURCE, READ, TARGET, sums.x_scale, frozenset({HEADS, LAYERS}))
+    every = blocks(SOURCE, READ, TARGET, sums.x_std, frozenset({HEADS, LAYERS}))
     whole = found.solve(every, rank)
-    x_mean, x_scale = sums.x_mean.clone(), sums.x_scale.clone()
+    x_mean, x_std = sums.x_mean.clone(), sums.x_std.clone()
     encode, decode, bias = reduced_rank_ridge(sums, rank, whole.ridge, weight)
-    direct = (X - x_mean) / x_scale @ encode @ decode + bias
+    direct = (X - x_mean) / x_std @ encode @ decode + bias
     states = whole.states(X, torch.zeros(len(X), dtype=torch.bool), WIDTH)
     torch.testing.assert_close(whole.reduced(states), direct, atol=2e-2, rtol=0)
     if rank >= TARGET.width:
@@ -265,7 +265,7 @@ def test_the_reduced_map_is_that_of_reduced_rank_ridge(rank: int) -> None:
 
 def test_what_says_nothing_is_taken_for_the_mean() -> None:
     found, sums = regression(X, Y)
-    every = blocks(SOURCE, READ, TARGET, sums.x_scale, frozenset({HEADS, LAYERS}))
+    every = blocks(SOURCE, READ, TARGET, sums.x_std, frozenset({HEADS, LAYERS}))
     whole = found.solve(every, 4)
     masked = torch.tensor([False, True])
     mean = X[:2].clone()
@@ -281,14 +281,14 @@ def test_the_ridge_is_chosen_on_held_out_rows() -> None:
     noise, _ = regression(few, random(60, TARGET.width, seed=5))
     plain, _ = regression(X, X @ random(WIDTH + FREE, TARGET.width, seed=1))
     for found, ridge in ((noise, RIDGES[-1]), (plain, RIDGES[0])):
-        bound = blocks(SOURCE, READ, TARGET, found.scaling.x_scale, frozenset({HEADS, LAYERS}))
+        bound = blocks(SOURCE, READ, TARGET, found.scaling.x_std, frozenset({HEADS, LAYERS}))
         assert found.choose_ridge(bound) == ridge
 
 
 def r2_by_part(truth: Tensor, lifted: Lifted) -> float:
     """The share of the variance of held-out rows that the map explains at full rank."""
     found, sums = regression(X, truth)
-    whole = found.solve(blocks(SOURCE, READ, TARGET, sums.x_scale, lifted), 4)
+    whole = found.solve(blocks(SOURCE, READ, TARGET, sums.x_std, lifted), 4)
     rows = slice(len(X) * 4 // 5, None)
     states = whole.states(X[rows], torch.zeros(len(X[rows]), dtype=torch.bool), WIDTH)
     return 1 - ((truth[rows] - states).var() / truth[rows].var()).item()
