@@ -33,7 +33,7 @@ from small_models import GENERATED, make
 from awareness_vllm.anchors.corpus import Document, load, windows
 from awareness_vllm.evaluate.bootstrap import mean, resamples
 from awareness_vllm.evaluate.conditions import EvalHarness
-from awareness_vllm.evaluate.evaluate import TextFigures, cut_evenly, evaluate_texts
+from awareness_vllm.evaluate.evaluate import TextFigures, evaluate_texts, take_excerpts
 from awareness_vllm.evaluate.flops import map_flop, prefill_flop, share_of_prefill
 from awareness_vllm.files import anchors_dir, wmatrices_dir
 from awareness_vllm.fit.config import FitConfig
@@ -160,7 +160,7 @@ def measured(name: str, protocol: Protocol) -> tuple[TextFigures, dict[str, Any]
     if protocol.through == "vllm":
         from served_arms import served_texts  # imports vLLM, which the other way does not need
 
-        figures = served_texts(harness, cut_evenly(harness, texts, **sizes), max_model_len=LIMIT)
+        figures = served_texts(harness, take_excerpts(harness, texts, **sizes), max_model_len=LIMIT)
     else:
         figures = evaluate_texts(harness, texts, **sizes)
     native = prefill_flop(harness.target_model, CONTEXT)

@@ -30,7 +30,7 @@ from awareness_vllm.compatibility.on_the_spot import measure_with
 from awareness_vllm.errors import BadInput
 from awareness_vllm.evaluate.bootstrap import retention
 from awareness_vllm.evaluate.conditions import EvalHarness, cut_tail, token_nll
-from awareness_vllm.evaluate.evaluate import cut_evenly, joined
+from awareness_vllm.evaluate.evaluate import join_documents, take_excerpts
 from awareness_vllm.provenance import hardware, versions
 from awareness_vllm.wmatrix.certificate import TAIL, Interval
 from awareness_vllm.wmatrix.file import load
@@ -76,8 +76,8 @@ def cases(
         {"kind": kind, "length": length, "name": name, "text": text, "ids": ids}
         for kind, found in documents().items()
         for length in lengths
-        for name, text, ids in cut_evenly(
-            harness, joined(found, length + continuation), length, continuation, each
+        for name, text, ids in take_excerpts(
+            harness, join_documents(found, length + continuation), length, continuation, each
         )
     ]
 

@@ -23,7 +23,7 @@ from awareness_demo.anchors import held_out_dir
 from awareness_vllm.anchors.corpus import load, split
 from awareness_vllm.evaluate.bootstrap import retention
 from awareness_vllm.evaluate.conditions import EvalHarness
-from awareness_vllm.evaluate.evaluate import cut_evenly
+from awareness_vllm.evaluate.evaluate import take_excerpts
 from awareness_vllm.evaluate.flops import map_flop, prefill_flop
 from awareness_vllm.files import anchors_dir, models_dir
 from awareness_vllm.fit.checkpoint import Checkpoint
@@ -134,7 +134,7 @@ def measured(
     """Each map's retention with its interval, on the same texts."""
     harness = EvalHarness(args.source, args.target, next(iter(maps.values())))
     texts = load([held_out_dir() / name for name in HELD_OUT])
-    cuts = cut_evenly(harness, texts, CONTEXT, CONTINUATION, args.texts)
+    cuts = take_excerpts(harness, texts, CONTEXT, CONTINUATION, args.texts)
     nll: dict[str, list[float]] = {name: [] for name in ("native", "none", *maps)}
     for _, context, ids in cuts:
         package, read, sink = harness.package(context), harness.ids(context), harness.sink()

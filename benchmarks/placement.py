@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from awareness_vllm.evaluate.bootstrap import mean
-from awareness_vllm.evaluate.evaluate import evenly
+from awareness_vllm.evaluate.evaluate import sample_evenly
 
 MAX_TOKENS = 24
 
@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=60)
     args = parser.parse_args()
     chat = Chat(args.url)
-    cases = evenly([json.loads(line) for line in args.cases.open()], args.limit)
+    cases = sample_evenly([json.loads(line) for line in args.cases.open()], args.limit)
     found: dict[str, list[float]] = {}
     for case in tqdm(cases):
         for arm, reply in arms(chat, case["context"], question_of(case)).items():

@@ -13,7 +13,7 @@ from forced import Prompt, engine, scored
 from torch import Tensor
 
 from awareness_vllm.evaluate.conditions import CONDITIONS, EvalHarness
-from awareness_vllm.evaluate.evaluate import Cut, TextFigures, measures, paired
+from awareness_vllm.evaluate.evaluate import Excerpt, TextFigures, pair_indices, text_metrics
 from awareness_vllm.packages.file import publish
 from awareness_vllm.serving.offline import OfflineMemories
 from awareness_vllm.wmatrix.file import WMatrix
@@ -22,7 +22,7 @@ PATIENCE = 86_400.0
 """Seconds: a memory that is late would be read natively, and nobody waits here."""
 
 
-def served_texts(harness: EvalHarness, cuts: Sequence[Cut], **args: Any) -> TextFigures:
+def served_texts(harness: EvalHarness, cuts: Sequence[Excerpt], **args: Any) -> TextFigures:
     """What `evaluate_texts` measures with transformers, on the same cuts.
 
     Packages are captured with transformers, which keeps all states. The target is vLLM's, in its
@@ -41,14 +41,14 @@ def served_texts(harness: EvalHarness, cuts: Sequence[Cut], **args: Any) -> Text
         memories = [publish(harness.package(text), store).stem for _, text, _ in cuts]
         loaded = {
             "memory": memories,
-            "wrong_memory": [memories[other] for _, other in sorted(paired(len(cuts)))],
+            "wrong_memory": [memories[other] for _, other in sorted(pair_indices(len(cuts)))],
         }
         conditions = said(harness, harness.wmatrix, store, cuts, natively, loaded, args)
         tokens = {"tokens_only": memories}
         conditions |= said(harness, masked(harness.wmatrix), store, cuts, {}, tokens, args)
     figures = {
         arm: [
-            measures(native, logprobs, ids)
+            text_metrics(native, logprobs, ids)
             for native, logprobs, (_, _, ids) in zip(
                 conditions["native"], conditions[arm], cuts, strict=True
             )
@@ -63,7 +63,7 @@ def said(
     harness: EvalHarness,
     wmatrix: WMatrix,
     store: Path,
-    cuts: Sequence[Cut],
+    cuts: Sequence[Excerpt],
     natively: Mapping[str, list[list[int]]],
     loaded: Mapping[str, list[str]],
     args: dict[str, Any],

@@ -23,7 +23,7 @@ from awareness_vllm.align.realign import AlignedMemory
 from awareness_vllm.anchors.corpus import load
 from awareness_vllm.evaluate.bootstrap import retention
 from awareness_vllm.evaluate.conditions import EvalHarness, token_nll
-from awareness_vllm.evaluate.evaluate import cut_evenly, joined
+from awareness_vllm.evaluate.evaluate import join_documents, take_excerpts
 from awareness_vllm.models.describe import geometry_of
 from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.models.rope import rerotate
@@ -66,9 +66,9 @@ def following(memories: list[AlignedMemory], skip: int, target: Geometry) -> Ali
 def measure(harness: EvalHarness, args: argparse.Namespace) -> dict[str, Any]:
     """Retention with the context in 1, 2 and 4 memories."""
     target, skip = geometry_of(harness.target), harness.sink()
-    long = joined(load([Path(p) for p in args.texts]), args.context + args.continuation)
+    long = join_documents(load([Path(p) for p in args.texts]), args.context + args.continuation)
     surprises: dict[str, list[float]] = {}
-    cuts = cut_evenly(harness, long, args.context, args.continuation, args.limit)
+    cuts = take_excerpts(harness, long, args.context, args.continuation, args.limit)
     for _, text, ids in tqdm(cuts, desc="several"):
         whole = harness.ids(text)
         conditions = {"native": harness.native(whole), "none": harness.native(whole[: skip or 1])}

@@ -34,7 +34,7 @@ from awareness_vllm.compatibility.degradation import (
 from awareness_vllm.errors import BadInput
 from awareness_vllm.evaluate.certify import rows_by
 from awareness_vllm.evaluate.conditions import EvalHarness, kl_divergence, token_nll
-from awareness_vllm.evaluate.evaluate import Cut, cut_evenly, joined
+from awareness_vllm.evaluate.evaluate import Excerpt, join_documents, take_excerpts
 from awareness_vllm.files import file_digest
 from awareness_vllm.fit.checkpoint import Checkpoint, open_checkpoint
 from awareness_vllm.fit.config import FitConfig
@@ -158,16 +158,16 @@ def fitted(
 
 def cut(
     harness: EvalHarness, texts: Sequence[Document], context: int, continuation: int, limit: int
-) -> list[Cut]:
+) -> list[Excerpt]:
     """Contexts of that length with what follows them.
 
     Raises:
         BadInput: fewer than two.
     """
-    cuts = cut_evenly(harness, texts, context, continuation, limit)
+    cuts = take_excerpts(harness, texts, context, continuation, limit)
     if len(cuts) < (limit or len(texts)):
-        cuts = cut_evenly(
-            harness, joined(texts, context + continuation), context, continuation, limit
+        cuts = take_excerpts(
+            harness, join_documents(texts, context + continuation), context, continuation, limit
         )
     if len(cuts) < 2:
         raise BadInput(
@@ -184,7 +184,7 @@ def lost(
     wmatrix: WMatrix,
     reader: Reader,
     maps: Maps,
-    cuts: Sequence[Cut],
+    cuts: Sequence[Excerpt],
     *,
     progress: bool,
 ) -> Lost:
