@@ -1,4 +1,4 @@
-"""matplotlib, an optional dependency that only plots need."""
+"""matplotlib, which draws pictures for files and is not needed for anything else."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from awareness_vllm.errors import BadInput
 
 
 def pyplot() -> Any:
-    """`matplotlib.pyplot` with a backend that needs no screen.
+    """`matplotlib.pyplot` that draws without a screen.
 
     Raises:
         BadInput: matplotlib is not installed.

@@ -44,7 +44,7 @@ def head_mapping_summary(wmatrix: WMatrix, top: int = 3) -> list[HeadSources]:
     encode, decode = wmatrix.encode.float(), wmatrix.decode.float()
     sources = list(heads(manifest.source, manifest.layers))
     targets = heads(manifest.target, range(len(manifest.target.layers)))
-    mapping = []
+    summary = []
     for target, columns in targets:
         block = decode[:, columns]
         rows = ((encode @ (block @ block.T)) * encode).sum(1)
@@ -53,8 +53,8 @@ def head_mapping_summary(wmatrix: WMatrix, top: int = 3) -> list[HeadSources]:
         total = rows.sum().item() or 1.0
         shares = tuple((sources[i][0], weights[i].item() / total) for i in order)
         tokens = rows[manifest.source_width :].sum().item() / total
-        mapping.append(HeadSources(target, shares, tokens))
-    return mapping
+        summary.append(HeadSources(target, shares, tokens))
+    return summary
 
 
 def table(rows: Sequence[HeadSources]) -> str:

@@ -53,7 +53,6 @@ def install(progress: Progress = print) -> dict[str, Path]:
     Returns:
         The folder of each installed source, by `anchors/<source>` or `held-out/<source>`.
     """
-    home().mkdir(parents=True, exist_ok=True)
     with FileLock(home() / ".anchors.lock"):
         folders: dict[str, Path] = {}
         for root, sources in ((anchors_dir(), ANCHORS), (held_out_dir(), HELD_OUT)):
