@@ -1,4 +1,4 @@
-"""Time the cold alignment of a memory beside the matrix products that it cannot do without.
+"""Time of the cold alignment of a memory, beside the matrix products that it needs.
 
     python benchmarks/alignment.py --source SMOLLM2 --target GEMMA3 --text FILE --rank 1024
 
@@ -30,7 +30,7 @@ CHARACTERS = 12_000
 
 
 def random_map(source: Path, target: Path, rank: int) -> WMatrix:
-    """A map between two models, every weight drawn at random."""
+    """A map of random weights between two models."""
     geometries = geometry_of(source), geometry_of(target)
     sink = sink_ids(target)
     manifest = WMatrixManifest(
@@ -61,7 +61,7 @@ def random_map(source: Path, target: Path, rank: int) -> WMatrix:
 
 
 def milliseconds(run: Callable[[], object], repeats: int) -> float:
-    """Median of some runs after two that do not count."""
+    """The median of `repeats` runs after two warm-up runs."""
     times = []
     for _ in range(repeats + 2):
         begin = time.perf_counter()
