@@ -1,10 +1,11 @@
-"""Files that others may change while we read them, or read while we write them."""
+"""Files of the product: where they are, reads that survive truncation, atomic writes."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import os
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,13 +14,13 @@ from awareness_vllm.errors import BadInput, UnsupportedModel
 
 @contextlib.contextmanager
 def private_copy(path: Path) -> Iterator[str]:
-    """A path to a copy of a file in memory, for libraries that map what they open.
+    """The path of an in-memory copy of a file, for libraries that map the files they open.
 
-    safetensors maps its files, and whoever truncates one kills the process that reads on (SIGBUS).
-    What was mapped through this path stays valid after it.
+    safetensors maps its files; whoever truncates one kills the process that reads on (SIGBUS).
+    What was mapped through this path stays valid after the block.
 
     Raises:
-        OSError: unreadable, or truncated meanwhile.
+        OSError: unreadable, or truncated during the copy.
     """
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -36,14 +37,24 @@ def private_copy(path: Path) -> Iterator[str]:
             os.close(copy)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file atomically: whole or not at all, and nothing is left beside it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to; that file takes the place of `path` when the block ends,
+    and is removed where the block fails."""
+    with draft_file(path.parent) as draft:
+        yield draft
+        draft.chmod(0o644)
+        os.replace(draft, path)
+
+
+@contextlib.contextmanager
+def draft_file(folder: Path) -> Iterator[Path]:
+    """A new path in a folder; what is still there when the block ends is removed."""
+    draft = folder / f".draft-{uuid.uuid4().hex}"
     try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
+        yield draft
     finally:
-        temporary.unlink(missing_ok=True)
+        draft.unlink(missing_ok=True)
 
 
 def home() -> Path:
@@ -72,7 +83,7 @@ def default_store() -> Path:
 
 
 def file_digest(path: Path) -> str:
-    """sha256 of a whole file, in hex."""
+    """sha256 of a whole file, in hex. Raises UnsupportedModel where it cannot be read."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -81,7 +92,7 @@ def file_digest(path: Path) -> str:
 
 
 def read_text_file(path: Path) -> str:
-    """A file's text, line ends as they are.
+    """The text of a file, line ends unchanged.
 
     Raises:
         BadInput: missing, or not UTF-8.

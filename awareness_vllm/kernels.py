@@ -1,4 +1,4 @@
-"""The kernels of `kernels/awareness_kernels`, under the product's name."""
+"""The operators of `kernels/awareness_kernels`, imported from here by the rest of the product."""
 
 from awareness_kernels import ops
 from awareness_kernels.reference import (

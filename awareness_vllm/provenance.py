@@ -1,4 +1,4 @@
-"""On which machine, and with which versions, something was made or measured."""
+"""Hardware and library versions, recorded beside everything that is made or measured."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def hardware() -> str:
-    """Cores and the processor's name, where the system tells it."""
+    """The number of cores and the processor's name (of its architecture where unknown)."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
@@ -21,5 +21,5 @@ def hardware() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of the libraries whose numerics decide a result."""
+    """Versions of the libraries whose numerics decide a result, by name."""
     return {name: importlib.metadata.version(name) for name in ("torch", "transformers")}

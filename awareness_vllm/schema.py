@@ -1,4 +1,4 @@
-"""The base of everything that is read from files, requests and configurations."""
+"""The base class of manifests, requests and configurations."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from pydantic import BaseModel, ConfigDict
 
 
 class FrozenModel(BaseModel):
-    """Base of every manifest: frozen, and unknown fields are refused."""
+    """A pydantic model that is immutable and refuses unknown fields."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -1,4 +1,4 @@
-"""Time the cold alignment of a memory beside the matrix products that it cannot do without.
+"""Time of the cold alignment of a memory, beside the matrix products that it needs.
 
     python benchmarks/alignment.py --source SMOLLM2 --target GEMMA3 --text FILE --rank 1024
 
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from awareness_vllm.align.realign import BLOCK, realign
-from awareness_vllm.fit.layers import evenly_spread
+from awareness_vllm.fit.layers import spread_layers
 from awareness_vllm.models.describe import geometry_of, resolve_folder
 from awareness_vllm.models.hf import load_model, sink_ids, sink_states
 from awareness_vllm.packages.capture import capture
@@ -30,13 +30,13 @@ CHARACTERS = 12_000
 
 
 def random_map(source: Path, target: Path, rank: int) -> WMatrix:
-    """A map between two models, every weight drawn at random."""
+    """A map of random weights between two models."""
     geometries = geometry_of(source), geometry_of(target)
     sink = sink_ids(target)
     manifest = WMatrixManifest(
         source=geometries[0],
         target=geometries[1],
-        layers=evenly_spread(None, len(geometries[0].layers)),
+        layers=spread_layers(None, len(geometries[0].layers)),
         rank=rank,
         predecessors=3,
         sink=tuple(sink),
@@ -61,7 +61,7 @@ def random_map(source: Path, target: Path, rank: int) -> WMatrix:
 
 
 def milliseconds(run: Callable[[], object], repeats: int) -> float:
-    """Median of some runs after two that do not count."""
+    """The median of `repeats` runs after two warm-up runs."""
     times = []
     for _ in range(repeats + 2):
         begin = time.perf_counter()

@@ -1,17 +1,17 @@
-"""What converting between positional encodings costs, measured between small models.
+"""The cost of converting between positional encodings, measured between small models.
 
     python benchmarks/conversions.py [--through vllm] [--limit N] [--only ROW …] [--out FILE.json]
 
 For each conversion of the published table a W-Matrix is fitted between two models of
 `benchmarks/small_models.py` (made when missing), alike but for the encodings: same texts, same
 tokenizer, same sizes, other seeds; same rank and anchors for every map. Then five arms on the
-held-out sources, with transformers or through vLLM's offline engine. A row's *impact* is what its
-retention lacks of that of the RoPE → RoPE map, as a share of it; the published column is a prior
-and decides nothing.
+held-out sources, with transformers or through vLLM's offline engine. A row's *impact* is the
+relative loss of retention against the RoPE → RoPE map; the published column is a prior and decides
+nothing.
 
-About half of the texts go on as they were written, the others quote their own context.
+About half of the texts continue as written, the others quote their own context.
 
-The maps are kept in `$AWARENESS_HOME/wmatrices`, and not fitted again where they are there.
+The maps are saved in `$AWARENESS_HOME/wmatrices`, and reused.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from small_models import GENERATED, make
 from awareness_vllm.anchors.corpus import Document, load, windows
 from awareness_vllm.evaluate.bootstrap import mean, resamples
 from awareness_vllm.evaluate.conditions import EvalHarness
-from awareness_vllm.evaluate.evaluate import TextFigures, cut_evenly, evaluate_texts
+from awareness_vllm.evaluate.evaluate import TextFigures, evaluate_texts, take_excerpts
 from awareness_vllm.evaluate.flops import map_flop, prefill_flop, share_of_prefill
 from awareness_vllm.files import anchors_dir, wmatrices_dir
 from awareness_vllm.fit.config import FitConfig
@@ -49,7 +49,7 @@ from awareness_vllm.wmatrix.manifest import WMatrixManifest, is_readable, read_m
 HELD_OUT = ("crawl", "debian-history", "wordnet")
 CONTEXT, CONTINUATION = 300, 60
 CHARACTERS, LIMIT = 1600, 500
-"""Of a piece of an anchor, and its tokens: no model has seen later positions in training."""
+"""Characters and tokens of a piece of an anchor: the models were trained on no later positions."""
 KINDS = ("prose", "quotes")
 
 
@@ -88,12 +88,10 @@ def anchor_pieces(folder: Path) -> list[Document]:
 
 
 def evaluation_texts(folder: Path, documents: Sequence[Document]) -> list[Document]:
-    """A context from each document that is long enough, and what follows it.
-
-    With some the text itself goes on, with others spans of the context come again, by the name.
-    """
+    """A context and a continuation from each document that is long enough: by its name the text
+    itself, or quotes of the context."""
     tokenizer = load_tokenizer(str(folder))
-    found: list[Document] = []
+    texts: list[Document] = []
     for document in documents:
         tokens = tokenize(tokenizer, document.text)
         if len(tokens.ids) < CONTEXT + CONTINUATION + 1:
@@ -103,12 +101,12 @@ def evaluation_texts(folder: Path, documents: Sequence[Document]) -> list[Docume
         if kind == "quotes":
             head = text.encode()[: tokens.spans[CONTEXT - 1, 1]].decode(errors="ignore")
             text = head + "".join(quotes(head, document.name))
-        found.append(Document(f"{kind}/{document.name}", text))
-    return found
+        texts.append(Document(f"{kind}/{document.name}", text))
+    return texts
 
 
 def quotes(text: str, seed: str, words: int = 24, count: int = 4) -> list[str]:
-    """Spans of a text's words, each on a line of its own."""
+    """Spans of a text's words, each on its own line."""
     rng, split = random.Random(seed), text.split(" ")
     starts = (rng.randrange(max(1, len(split) - words)) for _ in range(count))
     return ["\n" + " ".join(split[i : i + words]) for i in starts]
@@ -116,8 +114,8 @@ def quotes(text: str, seed: str, words: int = 24, count: int = 4) -> list[str]:
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a conversion is measured: its map's fit, at most `limit` texts, `through` what the target
-    is run, and whether the models are those that a few `short` steps give."""
+    """The measurement of a conversion: its map's fit, at most `limit` texts, the target's engine
+    (`through`), and whether the models are the `short` ones of a few training steps."""
 
     config: FitConfig
     limit: int | None
@@ -125,20 +123,20 @@ class Protocol:
     short: bool
 
 
-def mapped(source: Path, target: Path, config: FitConfig) -> WMatrix:
-    """The W-Matrix between two models, fitted unless it has been."""
+def load_or_fit(source: Path, target: Path, config: FitConfig) -> WMatrix:
+    """The W-Matrix between two models, fitted unless saved by an earlier run."""
     suffix = "" if config.predecessors is not None else "-without-text"
     name = f"{source.parent.name}-{source.name}--{target.name}{suffix}"
     path = wmatrices_dir() / f"{name}.wmatrix"
-    if is_readable(path) and is_of(read_manifest(path), source, target, config):
+    if is_readable(path) and is_fit_of(read_manifest(path), source, target, config):
         return load_wmatrix(path)
     wmatrix = fit(source, target, anchor_pieces(target), config)
     wmatrix.register(name)
     return wmatrix
 
 
-def is_of(manifest: WMatrixManifest, source: Path, target: Path, config: FitConfig) -> bool:
-    """Whether a W-Matrix is what a fit would give again."""
+def is_fit_of(manifest: WMatrixManifest, source: Path, target: Path, config: FitConfig) -> bool:
+    """Whether a W-Matrix is the result of this fit."""
     ends = ((manifest.source, source), (manifest.target, target))
     if not all(geometry.same_model(geometry_of(folder)) for geometry, folder in ends):
         return False
@@ -146,58 +144,58 @@ def is_of(manifest: WMatrixManifest, source: Path, target: Path, config: FitConf
     return fitted == asdict(config)
 
 
-def measured(name: str, protocol: Protocol) -> tuple[TextFigures, dict[str, Any]]:
-    """One conversion: its figures text by text, and what is said of its map."""
+def measure_conversion(name: str, protocol: Protocol) -> tuple[TextFigures, dict[str, Any]]:
+    """One conversion: its figures by text, and facts about its map."""
     conversion = CONVERSIONS[name]
     source, target = (
         make(model, short=protocol.short) for model in (conversion.source, conversion.target)
     )
-    wmatrix = mapped(source, target, protocol.config)
+    wmatrix = load_or_fit(source, target, protocol.config)
     harness = EvalHarness(source, target, wmatrix)
-    # Of sources that no model and no map has seen.
+    # Sources that no model and no map was trained on.
     texts = evaluation_texts(target, load([held_out_dir() / name for name in HELD_OUT]))
     sizes = {"context": CONTEXT, "continuation": CONTINUATION, "limit": protocol.limit}
     if protocol.through == "vllm":
         from served_arms import served_texts  # imports vLLM, which the other way does not need
 
-        figures = served_texts(harness, cut_evenly(harness, texts, **sizes), max_model_len=LIMIT)
+        figures = served_texts(harness, take_excerpts(harness, texts, **sizes), max_model_len=LIMIT)
     else:
         figures = evaluate_texts(harness, texts, **sizes)
     native = prefill_flop(harness.target_model, CONTEXT)
-    said = {
+    about = {
         "r2": wmatrix.manifest.r2,
         "position_embeddings": wmatrix.manifest.position_embeddings,
         "ridge": wmatrix.manifest.fit["ridge"],
         "share_of_prefill": share_of_prefill(map_flop(wmatrix), native, CONTEXT, 0),
     }
-    return figures, said
+    return figures, about
 
 
 def row(name: str, figures: TextFigures, reference: TextFigures | None) -> dict[str, Any]:
-    """What was measured of a conversion."""
+    """The row of a conversion."""
     conversion = CONVERSIONS[name]
     kinds = np.array([text.split("/")[0] for text in figures.names])
-    found = {
+    result = {
         **asdict(conversion),
         **figures.summary(),
         "tokens_only": figures.retention("tokens_only"),
         "worth": mean(figures.nll("none") - figures.nll("native")),
         "kinds": {kind: figures.retention(rows=np.flatnonzero(kinds == kind)) for kind in KINDS},
     }
-    return found | ({"impact": impact(figures, reference)} if reference else {})
+    return result | ({"impact": impact(figures, reference)} if reference else {})
 
 
 def impact(figures: TextFigures, reference: TextFigures) -> dict[str, float]:
     """1 − retention as a share of the reference's, on the same texts, with its interval."""
 
-    def kept(one: TextFigures, rows: np.ndarray) -> np.ndarray:
-        native, memory, none = (one.nll(arm)[rows] for arm in ("native", "memory", "none"))
+    def retention_of(one: TextFigures, rows: np.ndarray) -> np.ndarray:
+        native, memory, none = (one.nll(name)[rows] for name in ("native", "memory", "none"))
         return (none - memory).sum(-1) / (none - native).sum(-1)
 
     everything, picks = np.arange(len(figures.names)), resamples(len(figures.names))
-    draws = 1 - kept(figures, picks) / kept(reference, picks)
+    draws = 1 - retention_of(figures, picks) / retention_of(reference, picks)
     low, high = np.quantile(draws, (0.025, 0.975))
-    value = 1 - kept(figures, everything) / kept(reference, everything)
+    value = 1 - retention_of(figures, everything) / retention_of(reference, everything)
     return {"mean": float(value), "ci_low": float(low), "ci_high": float(high)}
 
 
@@ -206,17 +204,17 @@ def markdown(rows: dict[str, dict[str, Any]]) -> str:
     head = ("conversion", "worth, nats", "retention", "prose", "quotes", "tokens only")
     head += ("impact, %", "bar, %", "published, % (prior)")
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for found in rows.values():
-        kept, lost = found["retention"], found.get("impact")
+    for entry in rows.values():
+        retention, lost = entry["retention"], entry.get("impact")
         cells = (
-            found["label"],
-            f"{found['worth']['mean']:.2f}",
-            f"{kept['mean']:.3f} ({kept['ci_low']:.3f} … {kept['ci_high']:.3f})",
-            *(f"{found['kinds'][kind]['mean']:.3f}" for kind in KINDS),
-            f"{found['tokens_only']['mean']:.3f}",
+            entry["label"],
+            f"{entry['worth']['mean']:.2f}",
+            f"{retention['mean']:.3f} ({retention['ci_low']:.3f} … {retention['ci_high']:.3f})",
+            *(f"{entry['kinds'][kind]['mean']:.3f}" for kind in KINDS),
+            f"{entry['tokens_only']['mean']:.3f}",
             "{mean:.1%} ({ci_low:.1%} … {ci_high:.1%})".format(**lost) if lost else "",
-            f"≤ {found['bar']:.0%}",
-            found["published"],
+            f"≤ {entry['bar']:.0%}",
+            entry["published"],
         )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -245,9 +243,9 @@ def main() -> None:
     rows: dict[str, dict[str, Any]] = {}
     reference: TextFigures | None = None
     for name in args.only:
-        figures, said = measured(name, protocol)
+        figures, about = measure_conversion(name, protocol)
         reference = figures if name == REFERENCE else reference
-        rows[name] = row(name, figures, reference) | {"map": said}
+        rows[name] = row(name, figures, reference) | {"map": about}
         print(markdown(rows), flush=True)
     document = {
         "through": args.through,

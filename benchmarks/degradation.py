@@ -1,4 +1,4 @@
-"""What a pair's loss comes from, measured by maps with and without constraints, beside the table.
+"""The sources of a pair's loss, measured by maps with and without constraints, beside the table.
 
     python benchmarks/degradation.py --source S --target T --wmatrix pair.wmatrix \
         --texts HELD_OUT… --contexts 150 300 600 --limit 8 16 8 --out FILE.json --plot FILE.png \
@@ -6,11 +6,11 @@
 
 Five constraints, one for each published source of degradation, make a naive conversion of a map;
 all 32 maps in between are fitted on the same anchors and measured on the same texts (definitions:
-`awareness_vllm/compatibility/constraints.py`). The loss is by how much the target's predictions are
-worse after the memory than after native reading, in nats: of the tokens that came (NLL), and as the
-divergence from native predictions (KL). What a constraint is said to cost is what lifting it takes
-away, a mean over all orders to lift them in (Shapley values): with what is left when all are lifted
-these add up to the loss. By kind of text and by length of context. `--record` keeps the figures
+`benchmarks/attribution/constraints.py`). The loss is by how much the target's predictions are
+worse after the memory than after native reading, in nats: of the actual tokens (NLL), and as the
+divergence from native predictions (KL). The cost of a constraint is the loss that lifting it
+removes, a mean over all orders of lifting (Shapley values): with the remainder when all are lifted
+these add up to the loss. By kind of text and by length of context. `--record` saves the figures
 beside the W-Matrix, where `load_for` finds them; the plot needs matplotlib.
 """
 
@@ -33,7 +33,7 @@ from awareness_vllm.wmatrix.certificate import Interval
 
 def main() -> None:
     args = arguments()
-    found = attribute(
+    result = attribute(
         args.wmatrix,
         args.source,
         args.target,
@@ -44,14 +44,14 @@ def main() -> None:
         tokens=args.tokens,
         folder=args.work,
     )
-    print("\n".join(lines(found)))
+    print("\n".join(lines(result)))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(found.model_dump_json(indent=1) + "\n")
+        args.out.write_text(result.model_dump_json(indent=1) + "\n")
     if args.record:
-        print(f"kept in {found.save(args.wmatrix)}")
+        print(f"kept in {result.save(args.wmatrix)}")
     if args.plot:
-        plot(found, f"{Path(args.source).name} → {Path(args.target).name}", args.plot)
+        plot(result, f"{Path(args.source).name} → {Path(args.target).name}", args.plot)
 
 
 def arguments() -> argparse.Namespace:
@@ -74,10 +74,10 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def lines(found: Degradation) -> list[str]:
+def lines(result: Degradation) -> list[str]:
     """The figures for a terminal, in nats; shares beside the published ones."""
     rows = []
-    for length, lost in found.contexts.items():
+    for length, lost in result.contexts.items():
         for kind, measures in {"all": lost.all, **lost.kinds}.items():
             for measure, part in (("NLL", measures.nll), ("KL", measures.kl)):
                 head = f"{length} tokens, {kind}, {part.n} texts, by {measure}"
@@ -87,19 +87,19 @@ def lines(found: Degradation) -> list[str]:
 
 def part_lines(part: Part) -> list[str]:
     shares = {share.source: share for share in part.shares}
-    placed = {share.source: share.share.mean for share in part.placed_shares}
+    with_positions = {share.source: share.share.mean for share in part.placed_shares}
     rows = [f"  {'all constraints':24}{nats(part.loss)}"]
-    for name, found in {**part.recovered, REMAINDER: part.remainder}.items():
-        said = f"  {name:24}{nats(found)}"
+    for name, result in {**part.recovered, REMAINDER: part.remainder}.items():
+        line = f"  {name:24}{nats(result)}"
         if share := shares.get(name):
-            said += f"   share {share.share.mean:4.0%} ({share.share.ci_low:.0%} … "
-            said += f"{share.share.ci_high:.0%})"
-            said += f", published {share.prior:.0%}" if share.prior is not None else ""
-        if name in placed:
-            said += f"   with true positions {placed[name]:4.0%}"
+            line += f"   share {share.share.mean:4.0%} ({share.share.ci_low:.0%} … "
+            line += f"{share.share.ci_high:.0%})"
+            line += f", published {share.prior:.0%}" if share.prior is not None else ""
+        if name in with_positions:
+            line += f"   with true positions {with_positions[name]:4.0%}"
         if alone := part.alone.get(name):
-            said += f"   alone {nats(alone)}"
-        rows.append(said)
+            line += f"   alone {nats(alone)}"
+        rows.append(line)
     rows.append(f"  {'regression of the rank':24}{nats(part.uncalibrated)}")
     return [*rows, f"  {'the W-Matrix itself':24}{nats(part.served)}"]
 
@@ -108,11 +108,11 @@ def nats(i: Interval) -> str:
     return f"{i.mean:8.4f} ({i.ci_low:.4f} … {i.ci_high:.4f})"
 
 
-def plot(found: Degradation, title: str, path: Path) -> None:
+def plot(result: Degradation, title: str, path: Path) -> None:
     """Shares at the protocol's length beside the published ones; divergence by kind of text and by
     length of context."""
-    length = 300 if 300 in found.contexts else min(found.contexts)
-    lost = found.contexts[length]
+    length = 300 if 300 in result.contexts else min(result.contexts)
+    lost = result.contexts[length]
     figure, (left, middle, right) = pyplot().subplots(
         1, 3, figsize=(17, 4.5), layout="constrained", width_ratios=(1, 1.3, 1)
     )
@@ -122,13 +122,13 @@ def plot(found: Degradation, title: str, path: Path) -> None:
     left.plot(range(len(SOURCES)), list(SOURCES.values()), "kx", label="published (prior)")
     left.set_ylabel("share of a naive conversion's loss")
     left.set_title(f"{title}, {length} tokens, {lost.all.kl.n} texts")
-    kinds = {f"{kind} ({m.kl.n})": [*drawn(m.kl).values()] for kind, m in lost.kinds.items()}
-    bars(middle, list(drawn(lost.all.kl)), kinds)
+    kinds = {f"{kind} ({m.kl.n})": [*plotted(m.kl).values()] for kind, m in lost.kinds.items()}
+    bars(middle, list(plotted(lost.all.kl)), kinds)
     middle.set_ylabel("KL, nats per token")
     middle.set_title(f"by kind of text, {length} tokens")
-    lengths = list(found.contexts)
-    for name in drawn(lost.all.kl):
-        line = [drawn(each.all.kl)[name] for each in found.contexts.values()]
+    lengths = list(result.contexts)
+    for name in plotted(lost.all.kl):
+        line = [plotted(each.all.kl)[name] for each in result.contexts.values()]
         means = [i.mean for i in line]
         right.errorbar(lengths, means, yerr=errors(line), fmt="o-", capsize=3, label=name)
     right.set_xlabel("tokens of context")
@@ -141,8 +141,8 @@ def plot(found: Degradation, title: str, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def drawn(part: Part) -> dict[str, Interval]:
-    """What is drawn of some texts."""
+def plotted(part: Part) -> dict[str, Interval]:
+    """The intervals to plot, by name."""
     return {"all constraints": part.loss, **part.recovered, REMAINDER: part.remainder}
 
 
@@ -157,7 +157,7 @@ def bars(axes: Any, names: list[str], groups: dict[str, list[Interval]]) -> None
 
 
 def errors(values: list[Interval]) -> list[list[float]]:
-    """Intervals as matplotlib takes them: how far below and above their means they go."""
+    """Intervals as matplotlib takes them: distances below and above the means."""
     return [
         [max(0.0, i.mean - i.ci_low) for i in values],
         [max(0.0, i.ci_high - i.mean) for i in values],

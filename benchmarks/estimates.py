@@ -1,4 +1,4 @@
-"""How far estimates of a memory's retention are from what is measured of it.
+"""The errors of the estimates of a memory's retention.
 
     python benchmarks/estimates.py --source A --target B --wmatrix FILE [--out FILE.json]
 
@@ -30,7 +30,7 @@ from awareness_vllm.compatibility.on_the_spot import measure_with
 from awareness_vllm.errors import BadInput
 from awareness_vllm.evaluate.bootstrap import retention
 from awareness_vllm.evaluate.conditions import EvalHarness, cut_tail, token_nll
-from awareness_vllm.evaluate.evaluate import cut_evenly, joined
+from awareness_vllm.evaluate.evaluate import join_documents, take_excerpts
 from awareness_vllm.provenance import hardware, versions
 from awareness_vllm.wmatrix.certificate import TAIL, Interval
 from awareness_vllm.wmatrix.file import load
@@ -50,42 +50,42 @@ DEBIAN = {
     ),
 }
 PYTHON = ("argparse", "ast", "csv", "difflib", "heapq", "imaplib", "pdb", "shutil", "zipfile")
-"""Modules of the standard library, whose sources are texts here, too."""
+"""Modules of the standard library, whose source code is a kind of text too."""
 ESTIMATES = ("certificate", "measured")
 
 
 def documents() -> dict[str, list[Document]]:
     """The texts by kind."""
-    found = {}
+    texts_by_kind = {}
     for kind, (package, read) in DEBIAN.items():
         with tempfile.TemporaryDirectory() as scratch:
             tree = unpack(package, Path(scratch))
-            found[kind] = [Document(f"{kind}/{d.name}", d.text) for d in read(tree)]
+            texts_by_kind[kind] = [Document(f"{kind}/{d.name}", d.text) for d in read(tree)]
     library = Path(sysconfig.get_path("stdlib"))
-    found["python"] = [
+    texts_by_kind["python"] = [
         Document(f"python/{name}", (library / f"{name}.py").read_text()) for name in PYTHON
     ]
-    return found
+    return texts_by_kind
 
 
 def cases(
     harness: EvalHarness, lengths: list[int], each: int, continuation: int
 ) -> list[dict[str, Any]]:
-    """Memories: kind, length, text and the ids that follow it."""
+    """The memories to measure: kind, length, text and the ids that follow it."""
     return [
         {"kind": kind, "length": length, "name": name, "text": text, "ids": ids}
-        for kind, found in documents().items()
+        for kind, some in documents().items()
         for length in lengths
-        for name, text, ids in cut_evenly(
-            harness, joined(found, length + continuation), length, continuation, each
+        for name, text, ids in take_excerpts(
+            harness, join_documents(some, length + continuation), length, continuation, each
         )
     ]
 
 
-def measured(
+def measure_case(
     harness: EvalHarness, entry: WMatrixEntry, case: dict[str, Any], tail: int
 ) -> dict[str, Any]:
-    """One case: nats of each scored token in three arms, and the two estimates."""
+    """One case: NLL in nats per token in three arms, and the two estimates."""
     package, ids = harness.package(case["text"]), case["ids"]
     native = harness.native(harness.ids(case["text"]))
     begin, _ = cut_tail(native, len(native.ids) - harness.sink())
@@ -95,47 +95,47 @@ def measured(
         "none": (begin, 0),
     }
     nll = {
-        arm: token_nll(harness.logprobs(memory, ids, len(ids) - 1, tail), ids).numpy()
-        for arm, (memory, tail) in conditions.items()
+        name: token_nll(harness.logprobs(memory, ids, len(ids) - 1, tail), ids).numpy()
+        for name, (memory, tail) in conditions.items()
     }
     assert entry.certificate is not None
     estimates = {"certificate": predict(entry.certificate, case["length"], tail)}
     try:
         estimates["measured"] = measure_with(harness, package, tail).retention
-    except BadInput as error:  # too short to be measured on itself
+    except BadInput as error:  # too short for a measurement on itself
         print(f"{case['name']}: {error.what}")
     return {
         **{name: case[name] for name in ("kind", "length", "name")},
         **{name: float(values.mean()) for name, values in nll.items()},
-        "estimates": {name: found.model_dump() for name, found in estimates.items()},
+        "estimates": {name: estimate.model_dump() for name, estimate in estimates.items()},
     }
 
 
-def judged(rows: list[dict[str, Any]], estimate: str) -> dict[str, float]:
-    """Mean absolute error of an estimate over cases, and the share that its intervals hold."""
+def errors_of(rows: list[dict[str, Any]], estimate: str) -> dict[str, float]:
+    """The errors of an estimate over cases, and the coverage of its intervals."""
     rows = [row for row in rows if estimate in row["estimates"]]
-    found = np.array([kept([row]) for row in rows])
-    said = [Interval(**row["estimates"][estimate]) for row in rows]
-    errors = np.abs([s.mean - f for s, f in zip(said, found, strict=True)])
-    inside = [s.ci_low <= f <= s.ci_high for s, f in zip(said, found, strict=True)]
+    actual = np.array([retention_of([row]) for row in rows])
+    predicted = [Interval(**row["estimates"][estimate]) for row in rows]
+    errors = np.abs([s.mean - f for s, f in zip(predicted, actual, strict=True)])
+    inside = [s.ci_low <= f <= s.ci_high for s, f in zip(predicted, actual, strict=True)]
     return {
         "cases": len(rows),
         "error": float(errors.mean()),
         "median_error": float(np.median(errors)),
-        "bias": float(np.mean([s.mean - f for s, f in zip(said, found, strict=True)])),
+        "bias": float(np.mean([s.mean - f for s, f in zip(predicted, actual, strict=True)])),
         "coverage": float(np.mean(inside)),
-        "width": float(np.mean([s.ci_high - s.ci_low for s in said])),
+        "width": float(np.mean([s.ci_high - s.ci_low for s in predicted])),
     }
 
 
-def kept(rows: list[dict[str, Any]]) -> float:
+def retention_of(rows: list[dict[str, Any]]) -> float:
     """Retention over some cases."""
-    conditions = (np.array([row[arm] for row in rows]) for arm in ("native", "memory", "none"))
+    conditions = (np.array([row[name] for row in rows]) for name in ("native", "memory", "none"))
     return retention(*conditions)["mean"]
 
 
 def cells(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Cases of one kind and one length together, with the certificate's estimate."""
+    """Means over the cases of one kind and one length, with the estimates."""
     groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["kind"], row["length"]), []).append(row)
@@ -144,7 +144,7 @@ def cells(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "kind": kind,
             "length": length,
             "n": len(group),
-            "retention": kept(group),
+            "retention": retention_of(group),
             **{
                 name: float(np.mean([row["estimates"][name]["mean"] for row in with_it]))
                 for name in ESTIMATES
@@ -159,26 +159,28 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     lines = ["| estimate | cases | mean error | median error | bias | coverage of 95 % | width |"]
     lines.append("|---" * 7 + "|")
     for name in ESTIMATES:
-        j = judged(rows, name)
+        j = errors_of(rows, name)
         lines.append(
             f"| {name} | {j['cases']} | {j['error']:.3f} | {j['median_error']:.3f} | "
             f"{j['bias']:+.3f} | {j['coverage']:.0%} | {j['width']:.2f} |"
         )
-    found = cells(rows)
+    means = cells(rows)
     lines += ["", "| kind | tokens | memories | retention | " + " | ".join(ESTIMATES) + " |"]
     lines.append("|---" * 7 + "|")
-    for cell in found:
-        said = " | ".join(f"{cell[name]:.3f}" if name in cell else "" for name in ESTIMATES)
+    for cell in means:
+        figures = " | ".join(f"{cell[name]:.3f}" if name in cell else "" for name in ESTIMATES)
         lines.append(
             f"| {cell['kind']} | {cell['length']} | {cell['n']} "
-            f"| {cell['retention']:.3f} | {said} |"
+            f"| {cell['retention']:.3f} | {figures} |"
         )
     groups = {(row["kind"], row["length"]) for row in rows}
-    within = [[kept([r]) for r in rows if (r["kind"], r["length"]) == group] for group in groups]
+    within = [
+        [retention_of([r]) for r in rows if (r["kind"], r["length"]) == group] for group in groups
+    ]
     rest = [abs(x - np.mean(group)) for group in within for x in group]
     lines.append(f"\nspread: {np.mean(rest):.3f}")
     for name in ESTIMATES:
-        errors = [abs(cell[name] - cell["retention"]) for cell in found if name in cell]
+        errors = [abs(cell[name] - cell["retention"]) for cell in means if name in cell]
         lines.append(f"\n{name}: mean error over {len(errors)} cells {np.mean(errors):.3f}")
     return "\n".join(lines)
 
@@ -198,13 +200,15 @@ def main() -> None:
     if entry.certificate is None:
         parser.error(f"{args.wmatrix} has no certificate to estimate from")
     harness = EvalHarness(args.source, args.target, load(args.wmatrix))
-    found = cases(harness, args.lengths, args.each, args.continuation)
-    rows = [measured(harness, entry, case, args.tail) for case in tqdm(found, desc="memories")]
+    memories = cases(harness, args.lengths, args.each, args.continuation)
+    rows = [
+        measure_case(harness, entry, case, args.tail) for case in tqdm(memories, desc="memories")
+    ]
     document = {
         "wmatrix": entry.digest,
         "tail": args.tail,
         "continuation": args.continuation,
-        "estimates": {name: judged(rows, name) for name in ESTIMATES},
+        "estimates": {name: errors_of(rows, name) for name in ESTIMATES},
         "cells": cells(rows),
         "cases": rows,
         "measured": str(datetime.date.today()),

@@ -1,9 +1,9 @@
-"""Which of vLLM's features go together with memories: each on a server of its own, tried out.
+"""vLLM's features together with memories, each tried on a server of its own.
 
     python benchmarks/features.py --model GEMMA3_FOLDER [--only NAME …]
 
-A memory of the model itself is asked about with every feature on; its greedy answer must be the one
-that reading the text gives on the same server, but for near-ties. Prints a table in Markdown.
+With every feature a question is asked about a memory of the model itself; the greedy answer must
+equal the one after reading the text on the same server, but for near-ties. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ NEAR_TIE = 0.15
 
 @dataclass(frozen=True)
 class Feature:
-    """A server's flags, what is added to a request, and where that is expected to be refused."""
+    """The flags of a server, and the fields of its requests."""
 
     name: str
     flags: tuple[str, ...] = ()
@@ -65,16 +65,16 @@ def flags_of(folder: Path) -> list[object]:
     return ["--store", folder / "store", *FLAGS]
 
 
-def captured(model: Path, folder: Path) -> str:
-    """The memory that all features are tried on, captured by a server of its own; its ID."""
+def capture_memory(model: Path, folder: Path) -> str:
+    """The ID of the memory for all features, captured on a server of its own."""
     with running(AWARENESS, model, flags_of(folder), folder / "log") as server:
         body = {"model": NAME, "max_tokens": 1}
         answer = ask(server.url, body, TEXT, memory={"capture": "text"}).raise_for_status()
         return answer.json()["memory"]["id"]
 
 
-def tried(url: str, feature: Feature, memory: str) -> str:
-    """What comes of a memory with this feature, in a few words."""
+def try_feature(url: str, feature: Feature, memory: str) -> str:
+    """The outcome of a memory with this feature, in a few words."""
     body = {
         "model": NAME,
         "temperature": 0,
@@ -84,19 +84,19 @@ def tried(url: str, feature: Feature, memory: str) -> str:
     }
     ids = {"memory_ids": [memory]}
     native = ask(url, body, TEXT + QUESTION)
-    found = []
+    gaps = []
     for _ in ("cold or warm", "hot"):
         answer = ask(url, body, QUESTION, **ids)
         if answer.status_code != 200:
             return f"refused, {answer.status_code}: {answer.json()['error']['message'][:60]}…"
-        found.append(gap(native, answer))
+        gaps.append(gap(native, answer))
     loads = ask(url, {**body, "stream": False}, QUESTION, **ids).json()["memory"]
     how = f"{loads['temperature']}, {loads['loaded_tokens']} tokens loaded the third time"
-    if max(found) == 0:
+    if max(gaps) == 0:
         return f"works: says the same as after reading the text ({how})"
-    if max(found) <= NEAR_TIE:
-        return f"works: parts at a near-tie of {max(found):.2f} nats ({how})"
-    return f"FAILS: parts by {max(found):.2f} nats ({how})"
+    if max(gaps) <= NEAR_TIE:
+        return f"works: parts at a near-tie of {max(gaps):.2f} nats ({how})"
+    return f"FAILS: parts by {max(gaps):.2f} nats ({how})"
 
 
 def ask(url: str, body: dict[str, Any], prompt: str, **more: Any) -> httpx.Response:
@@ -115,8 +115,8 @@ def choices(response: httpx.Response) -> list[dict[str, Any]]:
 def gap(native: httpx.Response, answer: httpx.Response) -> float:
     """Nats between the tokens at the first difference, in the native distribution; 0 if none."""
     gaps = [0.0]
-    for right, found in zip(choices(native), choices(answer), strict=True):
-        rows = zip(right["tokens"], found["tokens"], right["top_logprobs"], strict=True)
+    for right, other in zip(choices(native), choices(answer), strict=True):
+        rows = zip(right["tokens"], other["tokens"], right["top_logprobs"], strict=True)
         first = next(((a, b, top) for a, b, top in rows if a != b), None)
         if first is not None:
             a, b, top = first
@@ -154,7 +154,7 @@ def main() -> None:
     print("| feature | memories |\n|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        lora, memory = str(adapter(args.model, folder)), captured(args.model, folder)
+        lora, memory = str(adapter(args.model, folder)), capture_memory(args.model, folder)
         for flags in dict.fromkeys(feature.flags for feature in chosen):
             own = [feature for feature in chosen if feature.flags == flags]
             more = [flag.replace("ADAPTER", lora) for flag in flags]
@@ -164,7 +164,8 @@ def main() -> None:
                 ) as server:
                     for feature in own:
                         print(
-                            f"| {feature.name} | {tried(server.url, feature, memory)} |", flush=True
+                            f"| {feature.name} | {try_feature(server.url, feature, memory)} |",
+                            flush=True,
                         )
             except RuntimeError:
                 errors = [x for x in (folder / "log").read_text().splitlines() if "Error: " in x]

@@ -1,10 +1,10 @@
 """Retention against cost, by rank: `python benchmarks/fidelity_curve.py --out docs/figures/NAME`.
 
 The anchors are read once; from the same sums a map of each rank is solved (without calibration) and
-measured on held-out texts. Further maps can be given as they are, calibrated ones above all. Of
-`--certified` maps the plans are drawn as their certificates have them, on the certificate's texts;
-`--data` takes the points of an earlier run instead of measuring. Writes NAME.json (the data) and
-NAME.png (the plot; needs matplotlib).
+measured on held-out texts. Further maps, such as calibrated ones, can be given as files. For
+`--certified` maps the plans of their certificates are plotted; `--data` takes the points of an
+earlier run instead of measuring. Writes NAME.json (the data) and NAME.png (the plot; needs
+matplotlib).
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from plotting import pyplot
 from awareness_vllm.anchors.corpus import load, split
 from awareness_vllm.evaluate.bootstrap import retention
 from awareness_vllm.evaluate.conditions import EvalHarness
-from awareness_vllm.evaluate.evaluate import cut_evenly
+from awareness_vllm.evaluate.evaluate import take_excerpts
 from awareness_vllm.evaluate.flops import map_flop, prefill_flop
 from awareness_vllm.files import anchors_dir, models_dir
 from awareness_vllm.fit.checkpoint import Checkpoint
 from awareness_vllm.fit.config import FitConfig
 from awareness_vllm.fit.gather import gather
 from awareness_vllm.fit.reader import Reader
-from awareness_vllm.fit.regress import solved, weighting
+from awareness_vllm.fit.regress import solve_map, weighting
 from awareness_vllm.models.hf import load_model
 from awareness_vllm.provenance import hardware, versions
 from awareness_vllm.wmatrix.certificate import Certificate
@@ -45,33 +45,33 @@ HELD_OUT = ("crawl", "debian-history", "wordnet")
 
 def main() -> None:
     args = arguments()
-    document = json.loads(args.data.read_text()) if args.data else points_of(args)
-    document["certified"] = [certified(path) for path in args.certified]
+    document = json.loads(args.data.read_text()) if args.data else measure_points(args)
+    document["certified"] = [certified_plans(path) for path in args.certified]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
     plot(document, args.out.with_suffix(".png"))
     print(json.dumps(document["points"], indent=1))
 
 
-def certified(path: Path) -> dict[str, Any]:
-    """What a map's certificate says of its plans for contexts of the protocol's length."""
+def certified_plans(path: Path) -> dict[str, Any]:
+    """The certified plans of a map for contexts of the protocol's length."""
     manifest = read_manifest(path)
-    found = Certificate.model_validate(manifest.certificate)
-    plans = [plan for plan in found.plans if plan.context == found.protocol.context]
+    certificate = Certificate.model_validate(manifest.certificate)
+    plans = [plan for plan in certificate.plans if plan.context == certificate.protocol.context]
     return {
         "map": path.stem,
         "rank": manifest.rank,
         "fit": manifest.fit,
-        "texts": found.counts["texts"],
+        "texts": certificate.counts["texts"],
         "plans": [plan.model_dump(mode="json") for plan in plans],
     }
 
 
-def points_of(args: argparse.Namespace) -> dict[str, Any]:
-    """Retention and cost of a map of each rank, and of those that were given."""
+def measure_points(args: argparse.Namespace) -> dict[str, Any]:
+    """Retention and cost of a map of each rank, and of the given files."""
     maps = {path.stem: load_wmatrix(path) for path in args.wmatrix}
     maps |= solutions(args)
-    points, count = measured(args, maps)
+    points, count = measure_maps(args, maps)
     native = prefill_flop(load_model(args.target), CONTEXT)
     return {
         "source": args.source.name,
@@ -118,24 +118,24 @@ def solutions(args: argparse.Namespace) -> dict[str, WMatrix]:
     documents = split(load([anchors_dir()]), config.held_out, config.seed)
     reader = Reader(args.source, args.target, config.predecessors)
     with tempfile.TemporaryDirectory() as folder:
-        work = Checkpoint(Path(folder) / "work", "curve")
-        statistics = gather(reader, documents[0], config, work, progress=True)
-        weight, ridge = weighting(reader, documents, statistics, config, work, progress=True)
-    found = {}
+        checkpoint = Checkpoint(Path(folder) / "curve", "curve")
+        statistics = gather(reader, documents[0], config, checkpoint, progress=True)
+        weight, ridge = weighting(reader, documents, statistics, config, checkpoint, progress=True)
+    maps = {}
     for rank in args.ranks:
         one = FitConfig(tokens=args.tokens, calibration=0, rank=rank, ridge=ridge)
         sums = copy.deepcopy(statistics)
-        found[f"rank {rank}"] = solved(reader, documents[0], sums, weight, one)
-    return found
+        maps[f"rank {rank}"] = solve_map(reader, documents[0], sums, weight, one)
+    return maps
 
 
-def measured(
+def measure_maps(
     args: argparse.Namespace, maps: dict[str, WMatrix]
 ) -> tuple[dict[str, dict[str, float]], int]:
     """Each map's retention with its interval, on the same texts."""
     harness = EvalHarness(args.source, args.target, next(iter(maps.values())))
     texts = load([held_out_dir() / name for name in HELD_OUT])
-    cuts = cut_evenly(harness, texts, CONTEXT, CONTINUATION, args.texts)
+    cuts = take_excerpts(harness, texts, CONTEXT, CONTINUATION, args.texts)
     nll: dict[str, list[float]] = {name: [] for name in ("native", "none", *maps)}
     for _, context, ids in cuts:
         package, read, sink = harness.package(context), harness.ids(context), harness.sink()
@@ -147,8 +147,8 @@ def measured(
             harness.wmatrix = wmatrix
             memories[name] = harness.memory(package)
         for name, memory in memories.items():
-            said = harness.logprobs(memory, ids, CONTINUATION)
-            nll[name].append(-said[range(CONTINUATION), ids[1:]].mean().item())
+            logprobs = harness.logprobs(memory, ids, CONTINUATION)
+            nll[name].append(-logprobs[range(CONTINUATION), ids[1:]].mean().item())
     native, none = np.array(nll["native"]), np.array(nll["none"])
     return {name: retention(native, np.array(nll[name]), none) for name in maps}, len(cuts)
 
@@ -166,12 +166,12 @@ def plot(document: dict[str, Any], path: Path) -> None:
         draw(axes, x, [p["retention"] for p in points], mark, f"{label}, by rank")
         for share, point in zip(x, points, strict=True):
             axes.annotate(f" {point['rank']}", (share, point["retention"]["mean"]), va="top")
-    for found in document["certified"]:
-        x = [plan["cost"] for plan in found["plans"]]
-        label = f"rank {found['rank']}, calibrated, by native tail ({found['texts']} texts)"
-        draw(axes, x, [plan["retention"] for plan in found["plans"]], "D-", label)
-        draw(axes, x, [plan["tokens_only"] for plan in found["plans"]], "x--", "its tokens only")
-        for share, plan in zip(x, found["plans"], strict=True):
+    for one in document["certified"]:
+        x = [plan["cost"] for plan in one["plans"]]
+        label = f"rank {one['rank']}, calibrated, by native tail ({one['texts']} texts)"
+        draw(axes, x, [plan["retention"] for plan in one["plans"]], "D-", label)
+        draw(axes, x, [plan["tokens_only"] for plan in one["plans"]], "x--", "its tokens only")
+        for share, plan in zip(x, one["plans"], strict=True):
             axes.annotate(f" {plan['tail']}", (share, plan["retention"]["mean"]), va="top")
     axes.axvline(0.25, color="grey", linewidth=0.8, linestyle=":")
     axes.set_xlabel("cost, share of the target's prefill FLOP")
@@ -181,12 +181,14 @@ def plot(document: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def draw(axes: Any, x: list[float], kept: list[dict[str, float]], mark: str, label: str) -> None:
+def draw(
+    axes: Any, x: list[float], retentions: list[dict[str, float]], mark: str, label: str
+) -> None:
     """A line of retentions with their intervals."""
-    y = [interval["mean"] for interval in kept]
+    y = [interval["mean"] for interval in retentions]
     error = [
-        [interval["mean"] - interval["ci_low"] for interval in kept],
-        [interval["ci_high"] - interval["mean"] for interval in kept],
+        [interval["mean"] - interval["ci_low"] for interval in retentions],
+        [interval["ci_high"] - interval["mean"] for interval in retentions],
     ]
     axes.errorbar(x, y, yerr=error, fmt=mark, capsize=3, label=label)
 

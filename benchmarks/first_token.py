@@ -1,14 +1,14 @@
-"""Time to first token with a memory beside reading its text, on one server, in one run.
+"""Time to first token with a memory, beside reading its text on the same server.
 
     python benchmarks/first_token.py --rounds 4 [--wmatrix FILE] [any flag of vllm serve]
 
 SmolLM2's memories of 2,000 tokens on Gemma-3-270M. In each round every text is read natively, the
-question is asked alone (nothing can be faster), and the memory comes cold (evicted before), warm
-(under another salt) and hot (again). A ratio is native over the arm, by pairs of one text in one
-round: median, and a 95 % bootstrap interval of it.
+question is asked alone (the lower bound), and the memory is loaded cold (evicted before), warm
+(under another salt) and hot (again). A ratio is native over the condition, by pairs of one text in
+one round: the median, with its 95 % bootstrap interval.
 
-`stall` is what a request that is being answered feels meanwhile: its longest wait for a token while
-nothing else runs, while a cold memory comes in, and while its text is read natively instead.
+`stall` is another request's longest wait for a token while nothing else runs, while a cold memory
+is loaded, and while its text is read natively instead.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Any
 import httpx
 from awareness_demo.anchors import held_out_dir, install
 from awareness_demo.models import prepare
-from servers import AWARENESS, FLAGS, NAME, paired, running, smollm2, stop_on_terminate
+from servers import AWARENESS, FLAGS, NAME, paired_ratio, running, smollm2, stop_on_terminate
 
 from awareness_vllm.anchors.corpus import load
 from awareness_vllm.files import wmatrices_dir
@@ -43,7 +43,7 @@ QUESTION = "\n\nIn one sentence, this text is about"
 
 
 def texts(model: Path, tokens: int) -> list[str]:
-    """Stretches of a document that no anchor came from."""
+    """Stretches of a held-out document."""
     whole = "\n\n".join(d.text for d in load([held_out_dir() / "debian-history"]))
     spans = tokenize(load_tokenizer(str(model)), whole).spans
     raw = whole.encode()
@@ -51,7 +51,7 @@ def texts(model: Path, tokens: int) -> list[str]:
     return [raw[a:b].decode(errors="ignore") for a, b in itertools.pairwise(cuts)]
 
 
-def captured(model: Path, text: str, store: Path) -> str:
+def capture_text(model: Path, text: str, store: Path) -> str:
     """The ID of a text's memory."""
     file = store / "text.txt"
     file.write_text(text)
@@ -61,17 +61,17 @@ def captured(model: Path, text: str, store: Path) -> str:
 
 
 class Client:
-    """One server's API, as far as this needs it."""
+    """A client of one server."""
 
     def __init__(self, url: str) -> None:
         self.http = httpx.Client(base_url=url, timeout=120)
         self.salts = itertools.count()
 
     def tokens(self, prompt: str, count: int, **body: Any) -> Iterator[float]:
-        """When each token of an answer came."""
-        asked = {"model": NAME, "prompt": prompt, "max_tokens": count, "temperature": 0}
-        asked |= {"stream": True, "ignore_eos": True, **body}
-        with self.http.stream("POST", "/v1/completions", json=asked) as answer:
+        """The time of each token of an answer."""
+        request = {"model": NAME, "prompt": prompt, "max_tokens": count, "temperature": 0}
+        request |= {"stream": True, "ignore_eos": True, **body}
+        with self.http.stream("POST", "/v1/completions", json=request) as answer:
             answer.raise_for_status()
             for line in answer.iter_lines():
                 if line.startswith("data: {"):
@@ -80,8 +80,8 @@ class Client:
     def first(self, prompt: str, **body: Any) -> float:
         """Seconds to the first token."""
         began = time.perf_counter()
-        came = list(self.tokens(prompt, 2, **body))
-        return came[0] - began
+        times = list(self.tokens(prompt, 2, **body))
+        return times[0] - began
 
     def salt(self) -> str:
         return f"salt-{next(self.salts)}"
@@ -90,11 +90,11 @@ class Client:
         self.http.delete(f"/v1/memories/{memory}").raise_for_status()
 
     def longest_wait(self, prompt: str | None, **body: Any) -> float:
-        """A plain answer's longest wait for a token while another prompt comes in, seconds."""
-        came: list[float] = []
+        """Seconds of a plain answer's longest wait for a token beside another prompt."""
+        times: list[float] = []
 
         def listen() -> None:
-            came.extend(self.tokens("Once upon a time", 64, cache_salt=self.salt()))
+            times.extend(self.tokens("Once upon a time", 64, cache_salt=self.salt()))
 
         stream = threading.Thread(target=listen)
         stream.start()
@@ -102,11 +102,11 @@ class Client:
         if prompt is not None:
             list(self.tokens(prompt, 2, **body))
         stream.join()
-        return max(later - earlier for earlier, later in itertools.pairwise(came))
+        return max(later - earlier for earlier, later in itertools.pairwise(times))
 
 
 def measure(client: Client, contexts: dict[str, str], rounds: int) -> dict[str, Any]:
-    """Every arm for every memory, in every round."""
+    """Every condition for every memory, in every round."""
     client.first(QUESTION)
     seconds: dict[str, list[float]] = {}
     stalls: dict[str, list[float]] = {}
@@ -114,30 +114,36 @@ def measure(client: Client, contexts: dict[str, str], rounds: int) -> dict[str, 
         for memory, text in contexts.items():
             client.evict(memory)
             salt, again = client.salt(), client.salt()
-            for arm, prompt, body in (
+            for condition, prompt, body in (
                 ("native", text + QUESTION, {"cache_salt": salt}),
                 ("question alone", QUESTION, {"cache_salt": salt}),
                 ("cold", QUESTION, {"memory_ids": [memory], "cache_salt": salt}),
                 ("warm", QUESTION, {"memory_ids": [memory], "cache_salt": again}),
                 ("hot", QUESTION, {"memory_ids": [memory], "cache_salt": again}),
             ):
-                seconds.setdefault(arm, []).append(client.first(prompt, **body))
+                seconds.setdefault(condition, []).append(client.first(prompt, **body))
             client.evict(memory)
             salt, body = client.salt(), {"memory_ids": [memory], "cache_salt": client.salt()}
-            for arm, wait in (
+            for condition, wait in (
                 ("alone", client.longest_wait(None)),
                 ("cold", client.longest_wait(QUESTION, **body)),
                 ("native", client.longest_wait(text + QUESTION, cache_salt=salt)),
             ):
-                stalls.setdefault(arm, []).append(wait)
+                stalls.setdefault(condition, []).append(wait)
     native = seconds.pop("native")
     return {
         "native_ms": round(1e3 * statistics.median(native)),
         "first_token": {
-            arm: {"ms": round(1e3 * statistics.median(found), 1), **paired(native, found)}
-            for arm, found in seconds.items()
+            condition: {
+                "ms": round(1e3 * statistics.median(values), 1),
+                **paired_ratio(native, values),
+            }
+            for condition, values in seconds.items()
         },
-        "stall_ms": {arm: round(1e3 * statistics.median(found)) for arm, found in stalls.items()},
+        "stall_ms": {
+            condition: round(1e3 * statistics.median(values))
+            for condition, values in stalls.items()
+        },
     }
 
 
@@ -155,14 +161,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         store = Path(scratch) / "store"
         store.mkdir()
-        contexts = {captured(smollm2(), t, store): t for t in texts(target, args.tokens)}
+        contexts = {capture_text(smollm2(), t, store): t for t in texts(target, args.tokens)}
         flags = [*(flags or FLAGS), "--max-model-len", str(max(4096, 2 * args.tokens))]
         flags += ["--store", str(store), "--wmatrix", str(wmatrix)]
         with running(AWARENESS, target, flags, Path(scratch) / "log") as server:
-            found = measure(Client(server.url), contexts, args.rounds)
+            values = measure(Client(server.url), contexts, args.rounds)
     about = {"tokens": args.tokens, "rounds": args.rounds, "texts": TEXTS, "wmatrix": wmatrix.name}
     about |= {"hardware": hardware(), "versions": {**versions(), "vllm": vllm_version()}}
-    print(json.dumps(found | about))
+    print(json.dumps(values | about))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Continuations scored by vLLM itself, in one request each: the tokens are forced upon it.
+"""Log probabilities of continuations by vLLM itself, one request each, by forced generation.
 
-vLLM does not say how likely a prompt's tokens were where part of the prompt was loaded instead of
-read. So the continuation is generated: a logits processor lets no other token come, and the log
-probabilities are those from before it (`logprobs_mode` is "raw_logprobs" by default).
+vLLM gives no log probabilities of a prompt's tokens where part of the prompt was loaded. So the
+continuation is generated: a logits processor admits one token at a time, and the log probabilities
+are those before it (`logprobs_mode` is "raw_logprobs" by default).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Prompt = tuple[dict[str, Any], dict[str, Any]]
 
 
 class Forced(AdapterLogitsProcessor):
-    """Lets nothing but the ids in a request's `extra_args["forced"]` come, in their order."""
+    """A logits processor that forces the ids in a request's `extra_args["forced"]`, in order."""
 
     def is_argmax_invariant(self) -> bool:
         return False
@@ -52,7 +52,7 @@ class Forced(AdapterLogitsProcessor):
 
 @contextlib.contextmanager
 def engine(model: Path, **args: Any) -> Iterator[LLM]:
-    """vLLM's offline engine for scoring, gone afterwards, so that one may follow another."""
+    """vLLM's offline engine for scoring, shut down afterwards, so that another can follow."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -80,11 +80,12 @@ def scored(
     """Log probabilities [T, V] of the ids [T] after each prompt.
 
     Args:
-        loaded: the prompts are memories and one id, and it is made sure that they were loaded.
+        loaded: whether the prompts are memories and one id; then it is checked that they were
+            loaded.
     """
     from vllm import SamplingParams
 
-    asked = [
+    params = [
         SamplingParams(
             max_tokens=len(forced),
             logprobs=-1,
@@ -96,20 +97,20 @@ def scored(
         )
         for (_, extra), forced in zip(prompts, ids, strict=True)
     ]
-    outputs = llm.generate([prompt for prompt, _ in prompts], asked, use_tqdm=False)
-    found = []
+    outputs = llm.generate([prompt for prompt, _ in prompts], params, use_tqdm=False)
+    rows = []
     for output, forced in zip(outputs, ids, strict=True):
         (one,) = output.outputs
         assert list(one.token_ids) == forced, "other tokens came than were forced"
         read = len(output.prompt_token_ids) - output.num_cached_tokens
         assert not loaded or read == MIN_COMPUTED, f"{read} tokens of a memory's prompt were read"
-        found.append(dense(one.logprobs, len(forced)))
-    return found
+        rows.append(dense(one.logprobs, len(forced)))
+    return rows
 
 
 def dense(flat: Any, count: int) -> Tensor:
-    """vLLM's flat log probabilities as [T, V]: each position names the token that came first, then
-    all by their rank."""
+    """vLLM's flat log probabilities as [T, V]; each position lists the generated token, then all by
+    rank."""
     tokens, logprobs = torch.tensor(flat.token_ids), torch.tensor(flat.logprobs)
     rows = tokens.view(count, -1), logprobs.view(count, -1)
     return torch.empty(count, rows[0].shape[1] - 1).scatter_(1, *rows)

@@ -1,10 +1,10 @@
-"""A way over three models beside the direct map: what each keeps, and what each costs.
+"""A route over three models beside the direct map: retention and cost of both.
 
     python benchmarks/hops.py --source A --middle B --first A--B.wmatrix --maps FOLDER
 
 The third model is the target of `benchmarks/small_models.py` (made when missing): maps that lead to
-it are fitted in minutes, and kept in `--maps`. The way A → B → C is folded into one map, over a
-bridge learned from the anchors, and measured like the direct one on held-out texts.
+it are fitted in minutes, and saved in `--maps`. The route A → B → C is composed into one map, over
+a bridge learned from the anchors, and measured like the direct one on held-out texts.
 """
 
 from __future__ import annotations
@@ -28,23 +28,25 @@ from awareness_vllm.provenance import hardware, versions
 from awareness_vllm.wmatrix.file import load as load_wmatrix
 
 
-def fitted(source: Path, target: Path, anchors: list[Document], maps: Path) -> Path:
-    """The map from a model to the small one, fitted unless it is there."""
-    path = maps / f"{source.name}--{target.name}.wmatrix"
-    if not path.is_file():
+def load_or_fit(source: Path, target: Path, anchors: list[Document], maps: Path) -> Path:
+    """The map from a model to the small one, fitted unless saved by an earlier run."""
+    file = maps / f"{source.name}--{target.name}.wmatrix"
+    if not file.is_file():
         config = FitConfig(tokens=30_000, rank=192, calibration=150)
-        fit(source, target, anchors, config).save(path)
-    return path
+        fit(source, target, anchors, config).save(file)
+    return file
 
 
-def compared(args: argparse.Namespace) -> dict[str, Any]:
-    """Both ways, measured on the same texts, and the operations of each map for a token."""
+def compare(args: argparse.Namespace) -> dict[str, Any]:
+    """Both routes, measured on the same texts, and the operations of each map per token."""
     target = make("target")
     anchors = anchor_pieces(target)
-    direct, second = (fitted(m, target, anchors, args.maps) for m in (args.source, args.middle))
+    direct, second = (
+        load_or_fit(m, target, anchors, args.maps) for m in (args.source, args.middle)
+    )
     models = (args.source, args.middle, target)
     aligner = MultiHopAligner([args.first, second, direct], models=models)
-    found = aligner.find_optimal_path(
+    path = aligner.find_optimal_path(
         args.source,
         target,
         uncertified=True,
@@ -54,21 +56,21 @@ def compared(args: argparse.Namespace) -> dict[str, Any]:
     )
     over = MultiHopAligner([args.first, second], models=models)
     hops = over.find_optimal_path(args.source, target, uncertified=True)
-    composed_map = found.composed_map if len(found.hops) > 1 else over.compose(hops, anchors)
-    assert composed_map is not None  # several hops were folded to be measured
+    composed_map = path.composed_map if len(path.hops) > 1 else over.compose(hops, anchors)
+    assert composed_map is not None  # several hops are composed to be measured
     return {
-        "route": found.route,
-        "direct_retention": found.direct_retention,
-        "optimal_retention": found.optimal_retention,
-        "note": found.note,
+        "route": path.route,
+        "direct_retention": path.direct_retention,
+        "optimal_retention": path.optimal_retention,
+        "note": path.note,
         "operations": {
             "direct": map_flop(load_wmatrix(direct)),
-            "folded": map_flop(composed_map),
+            "composed": map_flop(composed_map),
             "second hop": map_flop(load_wmatrix(second)),
         },
         "ranks": {
             "direct": load_wmatrix(direct).manifest.rank,
-            "folded": composed_map.manifest.rank,
+            "composed": composed_map.manifest.rank,
         },
     }
 
@@ -81,7 +83,7 @@ def main() -> None:
     parser.add_argument("--maps", type=Path, required=True, help="where the other two are kept")
     parser.add_argument("--limit", type=int, default=24)
     args = parser.parse_args()
-    document = compared(args) | {
+    document = compare(args) | {
         "texts": args.limit,
         "measured": str(datetime.date.today()),
         "hardware": hardware(),

@@ -3,11 +3,11 @@
     awareness doctor --again
     python benchmarks/load_times.py [--forth FILE] [--back FILE] [--tokens 300 1000 2000 3000]
 
-What is predicted comes from `awareness doctor`'s calibration and the geometries alone
-(`compatibility.cost.load_times_s`), before a server is started. What is measured is what the server
-says of a load: `seconds` of `memory` in its response, which vllm:awareness_load_seconds counts too;
-the median of some rounds after one that does not count. Each memory comes through the W-Matrix and,
-captured on the served model, as a copy; hot is another question about a memory that was just asked.
+Predictions come from `awareness doctor`'s calibration and the geometries alone
+(`compatibility.load_time.cost.load_times_s`), before a server is started. Measurements are the
+`seconds` of `memory` in the server's responses, which vllm:awareness_load_seconds counts too; the
+median of some rounds after a warm-up. Each memory is loaded through the W-Matrix and, captured on
+the served model, as a copy; hot is another question about a memory that was just loaded.
 
 Prints a Markdown table and the share of cases within 25 %, then one JSON line.
 """
@@ -48,12 +48,12 @@ QUESTIONS = ("\n\nIn one sentence, this text is about", "\nThe author of it, as 
 WITHIN = 0.25
 CPU_BLOCK = 128
 FLAGS = ["--enforce-eager", "--kv-cache-memory-bytes", "256M", "--max-model-len", "4096"]
-"""Of a small cache: every block of it has been written before a load is timed."""
+"""Flags of a small cache, all of whose blocks are written before a load is timed."""
 
 
 @dataclass(frozen=True)
 class Direction:
-    """Where memories come from and go to; without a W-Matrix they are copies."""
+    """The models that memories come from and go to; without a W-Matrix they are copies."""
 
     source: Path
     target: Path
@@ -79,8 +79,8 @@ class Case:
         return self.predicted / self.measured - 1 if self.measured else float(self.predicted > 0)
 
 
-def captured(model: Path, tokens: int, store: Path) -> str:
-    """The ID of a memory of so many tokens of a document that no anchor came from."""
+def capture_text(model: Path, tokens: int, store: Path) -> str:
+    """The ID of a memory of so many tokens of a held-out document."""
     whole = "\n\n".join(d.text for d in load([held_out_dir() / "debian-history"]))
     end = int(tokenize(load_tokenizer(str(model)), whole).spans[tokens, 0])
     file = store / "text.txt"
@@ -91,24 +91,24 @@ def captured(model: Path, tokens: int, store: Path) -> str:
 
 
 class Server:
-    """One server's API, as far as this needs it."""
+    """A client of one server."""
 
     def __init__(self, url: str) -> None:
         self.http = httpx.Client(base_url=url, timeout=300)
         self.salts = 0
 
     def tokens(self, memory: str) -> int:
-        """Of a memory, as this server counts them."""
-        found = self.http.get(f"/v1/memories/{memory}").raise_for_status().json()
-        return int(found["compatibility"]["prompt_tokens"])
+        """The tokens of a memory, by this server."""
+        detail = self.http.get(f"/v1/memories/{memory}").raise_for_status().json()
+        return int(detail["compatibility"]["prompt_tokens"])
 
     def ask(self, memory: str, question: str) -> dict[str, Any]:
-        """What the server says of the memory that it loaded for a question."""
+        """The server's report of the load for a question."""
         body = {"model": NAME, "prompt": question, "max_tokens": 2, "temperature": 0}
         body |= {"memory_ids": [memory], "cache_salt": f"salt-{self.salts}"}
         answer = self.http.post("/v1/completions", json=body).raise_for_status()
-        found: dict[str, Any] = answer.json()["memory"]
-        return found
+        load: dict[str, Any] = answer.json()["memory"]
+        return load
 
     def loads(self, memory: str) -> Iterator[dict[str, Any]]:
         """A cold load, a warm one and a hot one."""
@@ -117,10 +117,10 @@ class Server:
             TEMPERATURES, (*QUESTIONS[:1] * 2, QUESTIONS[1]), strict=True
         ):
             self.salts += temperature != "hot"
-            found = self.ask(memory, question)
-            if found["temperature"] != temperature:
-                raise RuntimeError(f"{memory} should be {temperature}: {found}")
-            yield found
+            load = self.ask(memory, question)
+            if load["temperature"] != temperature:
+                raise RuntimeError(f"{memory} should be {temperature}: {load}")
+            yield load
 
 
 def cases(
@@ -136,7 +136,7 @@ def cases(
         package_bytes=(store / f"{memory}.safetensors").stat().st_size,
         wmatrix=read_manifest(direction.wmatrix) if direction.wmatrix else None,
     )
-    found = [list(server.loads(memory)) for _ in range(rounds + 1)][1:]
+    results = [list(server.loads(memory)) for _ in range(rounds + 1)][1:]
     return [
         Case(
             str(direction),
@@ -146,7 +146,7 @@ def cases(
             statistics.median(load["seconds"] for load in loads),
             loads[0]["loaded_tokens"],
         )
-        for temperature, loads in zip(TEMPERATURES, zip(*found, strict=True), strict=True)
+        for temperature, loads in zip(TEMPERATURES, zip(*results, strict=True), strict=True)
     ]
 
 
@@ -158,7 +158,7 @@ def measure(direction: Direction, tokens: list[int], rounds: int, here: Calibrat
         store = Path(scratch) / "store"
         store.mkdir()
         memories = [
-            (way, captured(way.source, count, store))
+            (way, capture_text(way.source, count, store))
             for way in (direction, copies)
             for count in tokens
         ]
@@ -172,21 +172,21 @@ def measure(direction: Direction, tokens: list[int], rounds: int, here: Calibrat
             ]
 
 
-def table(found: list[Case]) -> str:
-    """The cases in Markdown, and the share of them that was predicted well enough."""
+def table(results: list[Case]) -> str:
+    """The cases in Markdown, and the share of predictions within 25 %."""
     rows = [
         f"| {c.direction} | {c.tokens} | {c.temperature} | {c.loaded} | {1e3 * c.predicted:.1f} ms "
         f"| {1e3 * c.measured:.1f} ms | {c.off:+.0%} |"
-        for c in found
+        for c in results
     ]
-    good = sum(abs(c.off) <= WITHIN for c in found)
+    good = sum(abs(c.off) <= WITHIN for c in results)
     return "\n".join(
         [
             "| | tokens | | loaded | predicted | measured | off |",
             "|---|---|---|---|---|---|---|",
             *rows,
             "",
-            f"{good} of {len(found)} cases within {WITHIN:.0%}: {good / len(found):.0%}",
+            f"{good} of {len(results)} cases within {WITHIN:.0%}: {good / len(results):.0%}",
         ]
     )
 
@@ -207,11 +207,11 @@ def main() -> None:
     if args.back:
         ways.append(Direction(gemma3, smollm2, args.back))
     here = calibrated()
-    found = [case for way in ways for case in measure(way, args.tokens, args.rounds, here)]
-    print(table(found))
+    results = [case for way in ways for case in measure(way, args.tokens, args.rounds, here)]
+    print(table(results))
     about = {"rounds": args.rounds, "calibration": here.model_dump(mode="json")}
     about |= {"hardware": hardware(), "versions": {**versions(), "vllm": vllm_version()}}
-    print(json.dumps({"cases": [vars(case) for case in found], **about}))
+    print(json.dumps({"cases": [vars(case) for case in results], **about}))
 
 
 if __name__ == "__main__":

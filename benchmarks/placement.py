@@ -1,12 +1,12 @@
-"""Where a memory belongs in a chat: in the first user turn, or before the whole template.
+"""The place of a memory in a chat: in the first user turn, or before the whole template.
 
     awareness serve SMOLLM2_FOLDER --port 8000 …
     python benchmarks/placement.py --url http://127.0.0.1:8000 --cases CASES.jsonl --limit 60
 
 Each case's context is captured on the running server itself, then its question is asked in a chat:
 with the memory in the turn (as the server places it), with the memory before the rendered template,
-with the text natively at both places, and with neither. What counts is whether the reply has the
-answer in it.
+with the text natively at both places, and with neither. A reply counts where it contains the
+answer.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ import numpy as np
 from tqdm import tqdm
 
 from awareness_vllm.evaluate.bootstrap import mean
-from awareness_vllm.evaluate.evaluate import evenly
+from awareness_vllm.evaluate.evaluate import sample_evenly
 
 MAX_TOKENS = 24
 
 
 class Chat:
-    """The served model, asked greedily."""
+    """A client of the served model, with greedy decoding."""
 
     def __init__(self, url: str) -> None:
         self.client = httpx.Client(base_url=url, timeout=300)
@@ -49,11 +49,11 @@ class Chat:
         answer = self.post("/v1/chat/completions", messages=messages, **body)
         return answer["choices"][0]["message"]["content"]
 
-    def go_on(self, prompt: str | list[int], **body: Any) -> str:
+    def complete(self, prompt: str | list[int], **body: Any) -> str:
         return self.post("/v1/completions", prompt=prompt, **body)["choices"][0]["text"]
 
-    def rendered(self, question: str) -> list[int]:
-        """The ids of a chat with this question, as the template renders it."""
+    def render(self, question: str) -> list[int]:
+        """The ids of a chat with this question, rendered by the template."""
         messages = [{"role": "user", "content": question}]
         body = {"model": self.model, "messages": messages}
         return self.client.post("/tokenize", json=body).raise_for_status().json()["tokens"]
@@ -63,17 +63,17 @@ class Chat:
         return self.client.post("/tokenize", json=body).raise_for_status().json()["tokens"]
 
 
-def arms(chat: Chat, context: str, question: str) -> dict[str, Callable[[], str]]:
-    """The replies to compare, each made when it is asked for."""
+def conditions(chat: Chat, context: str, question: str) -> dict[str, Callable[[], str]]:
+    """Functions that get the replies to compare, by condition."""
     memory = [chat.capture(context)]
     return {
         "memory in the turn": lambda: chat.ask(question, memory_ids=memory),
-        "memory before the template": lambda: chat.go_on(
-            chat.rendered(question), memory_ids=memory, add_special_tokens=False
+        "memory before the template": lambda: chat.complete(
+            chat.render(question), memory_ids=memory, add_special_tokens=False
         ),
         "text in the turn": lambda: chat.ask(f"{context}\n\n{question}"),
-        "text before the template": lambda: chat.go_on(
-            chat.ids(context) + chat.rendered(question), add_special_tokens=False
+        "text before the template": lambda: chat.complete(
+            chat.ids(context) + chat.render(question), add_special_tokens=False
         ),
         "neither": lambda: chat.ask(question),
     }
@@ -91,16 +91,18 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=60)
     args = parser.parse_args()
     chat = Chat(args.url)
-    cases = evenly([json.loads(line) for line in args.cases.open()], args.limit)
-    found: dict[str, list[float]] = {}
+    cases = sample_evenly([json.loads(line) for line in args.cases.open()], args.limit)
+    hits_by_condition: dict[str, list[float]] = {}
     for case in tqdm(cases):
-        for arm, reply in arms(chat, case["context"], question_of(case)).items():
-            found.setdefault(arm, []).append(float(case["answer"].strip() in reply()))
-    hits = {arm: np.array(values) for arm, values in found.items()}
+        for condition, reply in conditions(chat, case["context"], question_of(case)).items():
+            hits_by_condition.setdefault(condition, []).append(
+                float(case["answer"].strip() in reply())
+            )
+    hits = {condition: np.array(values) for condition, values in hits_by_condition.items()}
     report = {
         "model": chat.model,
         "n": len(cases),
-        "answered": {arm: mean(values) for arm, values in hits.items()},
+        "answered": {condition: mean(values) for condition, values in hits.items()},
         "in the turn less before the template": {
             what: mean(hits[f"{what} in the turn"] - hits[f"{what} before the template"])
             for what in ("memory", "text")

@@ -1,4 +1,4 @@
-"""The five arms through vLLM: packages in a store, the map in a file, memories loaded as served."""
+"""The five arms through vLLM: packages in a store, a map in a file, memories loaded as served."""
 
 from __future__ import annotations
 
@@ -13,86 +13,93 @@ from forced import Prompt, engine, scored
 from torch import Tensor
 
 from awareness_vllm.evaluate.conditions import CONDITIONS, EvalHarness
-from awareness_vllm.evaluate.evaluate import Cut, TextFigures, measures, paired
+from awareness_vllm.evaluate.evaluate import Excerpt, TextFigures, pair_indices, text_metrics
 from awareness_vllm.packages.file import publish
 from awareness_vllm.serving.offline import OfflineMemories
 from awareness_vllm.wmatrix.file import WMatrix
 
 PATIENCE = 86_400.0
-"""Seconds: a memory that is late would be read natively, and nobody waits here."""
+"""Seconds: a late memory would be read natively."""
 
 
-def served_texts(harness: EvalHarness, cuts: Sequence[Cut], **args: Any) -> TextFigures:
-    """What `evaluate_texts` measures with transformers, on the same cuts.
+def served_texts(harness: EvalHarness, excerpts: Sequence[Excerpt], **args: Any) -> TextFigures:
+    """The figures of `evaluate_texts`, with vLLM instead of transformers, on the same excerpts.
 
     Packages are captured with transformers, which keeps all states. The target is vLLM's, in its
-    own data type. Of a memory it reads the last seven tokens itself, as always before a prompt of
-    one (`MIN_COMPUTED`); of the tail that servers have there is nothing else.
+    own data type. It reads the last seven tokens of a memory itself, as always before a prompt of
+    one (`MIN_COMPUTED`); there is no tail beyond these.
 
     Args:
-        bench: with a map.
-        args: vLLM's own.
+        harness: with a map.
+        args: arguments of vLLM's engine.
     """
     assert harness.wmatrix
-    sink, read = harness.sink(), [harness.ids(text) for _, text, _ in cuts]
+    sink, read = harness.sink(), [harness.ids(text) for _, text, _ in excerpts]
     natively = {"native": read, "none": [ids[:sink] for ids in read]}
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder)
-        memories = [publish(harness.package(text), store).stem for _, text, _ in cuts]
+        memories = [publish(harness.package(text), store).stem for _, text, _ in excerpts]
         loaded = {
             "memory": memories,
-            "wrong_memory": [memories[other] for _, other in sorted(paired(len(cuts)))],
+            "wrong_memory": [memories[other] for _, other in sorted(pair_indices(len(excerpts)))],
         }
-        conditions = said(harness, harness.wmatrix, store, cuts, natively, loaded, args)
+        conditions = score_excerpts(
+            harness, harness.wmatrix, store, excerpts, natively, loaded, args
+        )
         tokens = {"tokens_only": memories}
-        conditions |= said(harness, masked(harness.wmatrix), store, cuts, {}, tokens, args)
+        conditions |= score_excerpts(
+            harness, mask_source(harness.wmatrix), store, excerpts, {}, tokens, args
+        )
     figures = {
-        arm: [
-            measures(native, logprobs, ids)
+        condition: [
+            text_metrics(native, logprobs, ids)
             for native, logprobs, (_, _, ids) in zip(
-                conditions["native"], conditions[arm], cuts, strict=True
+                conditions["native"], conditions[condition], excerpts, strict=True
             )
         ]
-        for arm in CONDITIONS
+        for condition in CONDITIONS
     }
-    names = [name for name, _, _ in cuts]
-    return TextFigures(names, {arm: np.array(rows) for arm, rows in figures.items()})
+    names = [name for name, _, _ in excerpts]
+    return TextFigures(names, {condition: np.array(rows) for condition, rows in figures.items()})
 
 
-def said(
+def score_excerpts(
     harness: EvalHarness,
     wmatrix: WMatrix,
     store: Path,
-    cuts: Sequence[Cut],
+    excerpts: Sequence[Excerpt],
     natively: Mapping[str, list[list[int]]],
     loaded: Mapping[str, list[str]],
     args: dict[str, Any],
 ) -> dict[str, list[Tensor]]:
-    """Log probabilities [T, V] of each cut in these arms, from one engine with this map.
+    """Log probabilities [T, V] of each excerpt by condition, from one engine with this map.
 
     Args:
-        natively: what an arm reads before each cut.
-        loaded: the memory that an arm loads before each cut.
+        natively: the ids that a condition reads before each excerpt.
+        loaded: the memory that a condition loads before each excerpt.
     """
     wmatrix.save(file := store / "pair.wmatrix")
     offline = OfflineMemories(harness.target, store, [file], tail=0, load_timeout=PATIENCE)
     with engine(harness.target, **offline.engine_args, **args) as llm:
         offline.attach(llm)
-        starts = [ids[:1] for _, _, ids in cuts]
+        starts = [ids[:1] for _, _, ids in excerpts]
         prompts: dict[str, list[Prompt]] = {
-            arm: [({"prompt_token_ids": [*i, *s]}, {}) for i, s in zip(ids, starts, strict=True)]
-            for arm, ids in natively.items()
+            condition: [
+                ({"prompt_token_ids": [*i, *s]}, {}) for i, s in zip(ids, starts, strict=True)
+            ]
+            for condition, ids in natively.items()
         }
-        for arm, ids in loaded.items():
-            prompts[arm] = [offline.prompt(s, [i]) for i, s in zip(ids, starts, strict=True)]
-        scores = [ids[1:] for _, _, ids in cuts]
+        for condition, ids in loaded.items():
+            prompts[condition] = [offline.prompt(s, [i]) for i, s in zip(ids, starts, strict=True)]
+        scores = [ids[1:] for _, _, ids in excerpts]
         return {
-            arm: scored(llm, asked, scores, loaded=arm in loaded) for arm, asked in prompts.items()
+            condition: scored(llm, params, scores, loaded=condition in loaded)
+            for condition, params in prompts.items()
         }
 
 
-def masked(wmatrix: WMatrix) -> WMatrix:
-    """The map where the source says nothing: what the target's tokens alone give."""
+def mask_source(wmatrix: WMatrix) -> WMatrix:
+    """The map with the source's states masked."""
     encode = wmatrix.encode.clone()
     encode[: wmatrix.manifest.source_width] = 0
     return replace(wmatrix, encode=encode)

@@ -1,4 +1,4 @@
-"""Servers that benchmarks start, stock vLLM or `awareness serve`, and ratios within one run."""
+"""Servers of benchmarks, stock vLLM or `awareness serve`, and ratios within one run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BOOTSTRAPS = 2000
 
 @dataclass
 class Running:
-    """A server that answers."""
+    """A running server."""
 
     url: str
     log: Path
@@ -41,7 +41,7 @@ class Running:
 def running(
     prefix: Sequence[str], model: Path, flags: Sequence[object], log: Path
 ) -> Iterator[Running]:
-    """Start a server, wait until it answers, stop it.
+    """A server, started and ready, that is stopped afterwards.
 
     Raises:
         RuntimeError: it does not start.
@@ -50,7 +50,7 @@ def running(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [*prefix, model, "--port", port, "--served-model-name", NAME, *flags]
-    # As it loads plugins by default, but for ours; `awareness serve` allows ours itself.
+    # Plugins as by default, but for ours; `awareness serve` allows ours itself.
     plugins = sorted({*environment({})["VLLM_PLUGINS"].split(",")} - {PLUGIN})
     environ = {**os.environ, "VLLM_PLUGINS": ",".join(plugins)}
     with log.open("w") as out:
@@ -64,8 +64,8 @@ def running(
         process.wait(60)
 
 
-def paired(one: Sequence[float], other: Sequence[float]) -> dict[str, Any]:
-    """Median of one / other by pairs, and its 95 % bootstrap interval."""
+def paired_ratio(one: Sequence[float], other: Sequence[float]) -> dict[str, Any]:
+    """The median of one / other by pairs, with its 95 % bootstrap interval."""
     pairs = np.array(one) / np.array(other)
     draws = np.random.default_rng(0).choice(pairs, (BOOTSTRAPS, len(pairs)))
     low, high = np.quantile(np.median(draws, axis=1), [0.025, 0.975])
@@ -74,7 +74,7 @@ def paired(one: Sequence[float], other: Sequence[float]) -> dict[str, Any]:
 
 
 def stop_on_terminate() -> None:
-    """Let SIGTERM end this program as an exception does: no server stays behind."""
+    """Let SIGTERM end this program by an exception, so that no server stays behind."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
@@ -90,6 +90,6 @@ def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
 
 
 def smollm2() -> Path:
-    """The model folder of SmolLM2, made if it is not there."""
+    """The model folder of SmolLM2, prepared if it is missing."""
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the figures
         return prepare()["smollm2-135m"]

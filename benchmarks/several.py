@@ -1,10 +1,10 @@
-"""What several memories in one prompt are worth, each made on its own, beside one of the same text.
+"""Retention of several memories in one prompt, each captured alone, beside one of the same text.
 
     python benchmarks/several.py --source S --target T --wmatrix FILE --texts DIR --limit 24
 
-A context is cut into 1, 2 and 4 memories that follow each other at successive positions; retention
-is that of the text that goes on after them, against the target reading the whole context. Without
---wmatrix source and target are one model: what is lost then is lost by reading the parts apart.
+A context is split into 1, 2 and 4 memories at successive positions; retention is that of the text
+after them, against the target reading the whole context. Without --wmatrix source and target are
+one model: the loss is then that of reading the parts separately.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from awareness_vllm.align.realign import AlignedMemory
 from awareness_vllm.anchors.corpus import load
 from awareness_vllm.evaluate.bootstrap import retention
 from awareness_vllm.evaluate.conditions import EvalHarness, token_nll
-from awareness_vllm.evaluate.evaluate import cut_evenly, joined
+from awareness_vllm.evaluate.evaluate import join_documents, take_excerpts
 from awareness_vllm.models.describe import geometry_of
 from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.models.rope import rerotate
@@ -35,7 +35,7 @@ COUNTS = (1, 2, 4)
 
 
 def parts_of(harness: EvalHarness, text: str, count: int) -> list[str]:
-    """A text in `count` parts of as many target tokens each, nothing left out."""
+    """A text in `count` parts of equally many target tokens."""
     ends = tokenize(load_tokenizer(str(harness.target)), text).spans[:, 1]
     cuts = [
         0,
@@ -46,8 +46,8 @@ def parts_of(harness: EvalHarness, text: str, count: int) -> list[str]:
     return [raw[a:b].decode(errors="ignore") for a, b in itertools.pairwise(cuts)]
 
 
-def following(memories: list[AlignedMemory], skip: int, target: Geometry) -> AlignedMemory:
-    """Memories one after another: all but the first lose their own beginning, as in the server."""
+def concatenate(memories: list[AlignedMemory], skip: int, target: Geometry) -> AlignedMemory:
+    """Memories one after another: all but the first lose their sink, as in the server."""
     ids, keys, values = list(memories[0].ids), [memories[0].keys], [memories[0].values]
     for memory in memories[1:]:
         offset = len(ids) - skip
@@ -66,9 +66,9 @@ def following(memories: list[AlignedMemory], skip: int, target: Geometry) -> Ali
 def measure(harness: EvalHarness, args: argparse.Namespace) -> dict[str, Any]:
     """Retention with the context in 1, 2 and 4 memories."""
     target, skip = geometry_of(harness.target), harness.sink()
-    long = joined(load([Path(p) for p in args.texts]), args.context + args.continuation)
-    surprises: dict[str, list[float]] = {}
-    cuts = cut_evenly(harness, long, args.context, args.continuation, args.limit)
+    long = join_documents(load([Path(p) for p in args.texts]), args.context + args.continuation)
+    token_nlls: dict[str, list[float]] = {}
+    cuts = take_excerpts(harness, long, args.context, args.continuation, args.limit)
     for _, text, ids in tqdm(cuts, desc="several"):
         whole = harness.ids(text)
         conditions = {"native": harness.native(whole), "none": harness.native(whole[: skip or 1])}
@@ -76,14 +76,14 @@ def measure(harness: EvalHarness, args: argparse.Namespace) -> dict[str, Any]:
             memories = [
                 harness.memory(harness.package(part)) for part in parts_of(harness, text, count)
             ]
-            conditions[f"{count}"] = following(memories, skip, target)
-        for arm, memory in conditions.items():
+            conditions[f"{count}"] = concatenate(memories, skip, target)
+        for condition, memory in conditions.items():
             logprobs = harness.logprobs(memory, ids, args.continuation)
-            surprises.setdefault(arm, []).append(token_nll(logprobs, ids).mean().item())
-    nll = {arm: np.array(found) for arm, found in surprises.items()}
+            token_nlls.setdefault(condition, []).append(token_nll(logprobs, ids).mean().item())
+    nll = {condition: np.array(values) for condition, values in token_nlls.items()}
     return {
         "n": len(cuts),
-        "nll": {arm: float(found.mean()) for arm, found in nll.items()},
+        "nll": {condition: float(values.mean()) for condition, values in nll.items()},
         "retention": {
             count: retention(nll["native"], nll[f"{count}"], nll["none"]) for count in COUNTS
         },
@@ -101,8 +101,8 @@ def main() -> None:
     parser.add_argument("--continuation", type=int, default=60)
     args = parser.parse_args()
     wmatrix = load_wmatrix(args.wmatrix) if args.wmatrix else None
-    found = measure(EvalHarness(Path(args.source), Path(args.target), wmatrix), args)
-    print(json.dumps({**found, "hardware": hardware(), "versions": versions()}, indent=1))
+    values = measure(EvalHarness(Path(args.source), Path(args.target), wmatrix), args)
+    print(json.dumps({**values, "hardware": hardware(), "versions": versions()}, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
-"""Small real language models, one for each way to hold positions, trained here.
+"""Small real language models, one for each positional encoding, trained by this script.
 
     python benchmarks/small_models.py [--short] [NAME …]
 
 Every model has about a million parameters, the same small BPE and the same texts (the installed
-anchors; never the held-out sources), and lies in `$AWARENESS_HOME/models/small/NAME` in Hugging
-Face's format, as vLLM serves it. What is there is kept; a killed training goes on where it was.
+anchors; never the held-out sources), and is saved in `$AWARENESS_HOME/models/small/NAME` in Hugging
+Face's format, as vLLM serves it. Saved models are reused; a killed training is resumed.
 
-Trained on text alone for minutes, a model hardly looks back. So most sequences quote themselves:
-after a stretch of real text come spans of what was said before, between a few further words. And
-sequences begin short: in 64 tokens copying is learned after some 400 steps of 2,048 tokens, in 512
-not after 500 of 4,096; once learned, it is soon stretched to longer ones. A memory is worth
-something then. The last phases have more and more text as it stands.
+Trained on text alone for minutes, a model hardly attends to its context, and a memory is worth
+little. So most sequences quote themselves: a stretch of real text is followed by spans of it,
+between a few further words. And sequences are short at first: in 64 tokens copying is learned after
+some 400 steps of 2,048 tokens, in 512 not after 500 of 4,096; later it extends to longer ones. The
+last phases have more and more plain text.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 GENERATED = frozenset({"facts", "mathematics"})
-"""Anchors that are no real text."""
+"""Anchors that are generated, not real text."""
 BOS = "<|endoftext|>"
 VOCABULARY, POSITIONS, HIDDEN, LAYERS, HEADS = 2048, 1024, 128, 4, 4
 WINDOW = 128
@@ -51,8 +51,8 @@ RECIPES: dict[str, Recipe] = {}
 
 @dataclass(frozen=True)
 class Course:
-    """How a model is trained: in each phase so many steps with sequences of so many tokens, of
-    which a share is text as it stands; `batch` tokens a step, from `characters` of text. The rate
+    """The training of a model. Each of the `phases` has a number of steps, the tokens of a sequence
+    and the share of plain text; a step has `batch` tokens, from `characters` of text. The rate
     falls over the last `fall` of all steps."""
 
     phases: tuple[tuple[int, int, float], ...] = (
@@ -78,17 +78,17 @@ class Course:
         return next(p[1:] for p, end in zip(self.phases, ends, strict=True) if step < end)
 
     def share(self, step: int) -> float:
-        """The share of the full rate at a step: a rise, a plain, a fall."""
+        """The share of the full rate at a step: warm-up, constant, decay."""
         left = (1 - step / self.steps) / self.fall
         return min(1.0, (step + 1) / self.warm_up, left)
 
 
 LATE = Course(phases=((1100, 64, 0.1), (400, 128, 0.1), (500, 256, 0.4), (1500, 512, 0.6)))
 COURSES = {"learned": LATE}
-"""Models that learn to copy later than the others: no head of theirs is made to look one back."""
+"""Longer trainings, of models that learn to copy later than the others."""
 SHORT = Course(phases=((80, 64, 0.1), (20, 128, 0.1)), batch=512, characters=200_000)
 QUOTED = 0.8
-"""The share of quotes among the parts that a sequence goes on with."""
+"""The share of quotes among the later parts of a sequence."""
 
 
 def recipe(name: str) -> Callable[[Recipe], Recipe]:
@@ -102,7 +102,7 @@ def recipe(name: str) -> Callable[[Recipe], Recipe]:
 
 
 def rotary(**fields: Any) -> dict[str, Any]:
-    """What Llama and Mistral are told alike."""
+    """The common configuration of Llama and Mistral."""
     return {
         "vocab_size": VOCABULARY,
         "hidden_size": HIDDEN,
@@ -121,7 +121,7 @@ def rotary(**fields: Any) -> dict[str, Any]:
 
 @recipe("target")
 def target() -> PreTrainedConfig:
-    """RoPE by another theta, two KV heads instead of four: what the others are mapped to."""
+    """RoPE with another theta, two KV heads instead of four: the target of all maps."""
     from transformers import LlamaConfig
 
     rope = {"rope_type": "default", "rope_theta": 100_000.0}
@@ -175,12 +175,12 @@ def window() -> PreTrainedConfig:
 
 
 def folder_of(name: str, *, short: bool = False) -> Path:
-    """Where a small model lies."""
+    """The folder of a small model."""
     return models_dir() / ("small-short" if short else "small") / name
 
 
 def texts(characters: int) -> list[str]:
-    """So many characters of the anchors' real texts, evenly from all of them."""
+    """About `characters` characters of the anchors' real texts, sampled from all of them."""
     sources = sorted(p for p in anchors_dir().iterdir() if p.name not in GENERATED)
     pieces = [piece for document in load(sources) for piece in windows(document, 4000)]
     picked: list[str] = []
@@ -211,7 +211,7 @@ def bpe(pieces: Sequence[str]) -> Tokenizer:
 
 
 def sequence(rng: np.random.Generator, corpus: np.ndarray, length: int, plain: float) -> list[int]:
-    """BOS and text, [length] ids; in all but a `plain` share, quotes of what stands before."""
+    """BOS and text, [length] ids; but for a `plain` share, with quotes of the text before."""
 
     def passage(count: int) -> list[int]:
         begin = rng.integers(max(1, len(corpus) - count))
@@ -235,8 +235,8 @@ def is_learned(model: Any) -> bool:
 
 @torch.no_grad()
 def begin_as_waves(model: Any) -> None:
-    """Learned positions that begin as sinusoids, twice as large as embeddings: a head that looks
-    one token back is one turn then for all places, and not to be learned at each by itself."""
+    """Initialise learned positions as sinusoids, twice as large as embeddings: attending to the
+    previous token is then one rotation for all positions, not to be learned at each alone."""
     table = model.base_model.get_submodule(TABLES[model.config.model_type]).weight
     count, width = table.shape
     waves = 10_000.0 ** (torch.arange(0, width, 2) / width)
@@ -246,7 +246,7 @@ def begin_as_waves(model: Any) -> None:
 
 
 def optimizers(model: Any, rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for the layers' matrices, which learn in half the steps by it; Adam for the rest."""
+    """Muon for the layers' matrices, which takes half the steps; Adam for the rest."""
     matrices, others = [], []
     for name, weight in model.named_parameters():
         inner = weight.dim() == 2 and (".layers." in name or ".h." in name)
@@ -255,13 +255,15 @@ def optimizers(model: Any, rate: float) -> list[torch.optim.Optimizer]:
     return [muon, torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.01)]
 
 
-def train(model: Any, corpus: np.ndarray, course: Course, seed: int, work: Checkpoint) -> float:
+def train(
+    model: Any, corpus: np.ndarray, course: Course, seed: int, checkpoint: Checkpoint
+) -> float:
     """Train a model to the course's end; the loss of the last steps."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device).train()
     steppers = optimizers(model, course.rate)
     losses: list[float] = []
-    begin = resume(model, steppers, work)
+    begin = resume(model, steppers, checkpoint)
     for step in (bar := tqdm(range(begin, course.steps), initial=begin, total=course.steps)):
         rng = np.random.default_rng((seed, step))
         length, plain = course.phase(step)
@@ -279,30 +281,30 @@ def train(model: Any, corpus: np.ndarray, course: Course, seed: int, work: Check
         losses.append(loss.item())
         bar.set_postfix(loss=f"{np.mean(losses[-20:]):.3f}")
         if (step + 1) % course.save_every == 0:
-            keep(model, steppers, work, step + 1)
+            save_training(model, steppers, checkpoint, step + 1)
     return float(np.mean(losses[-20:])) if losses else float("nan")
 
 
-def keep(
-    model: Any, steppers: Sequence[torch.optim.Optimizer], work: Checkpoint, step: int
+def save_training(
+    model: Any, steppers: Sequence[torch.optim.Optimizer], checkpoint: Checkpoint, step: int
 ) -> None:
-    """Save what a killed training goes on from."""
+    """Save the state of a training."""
     tensors: dict[str, Tensor] = {}
     for name, weight in model.named_parameters():
         tensors[f"weight/{name}"] = weight.detach()
         for stepper in steppers:
             for field, value in stepper.state.get(weight, {}).items():
                 tensors[f"state/{field}/{name}"] = torch.as_tensor(value)
-    work.save(
+    checkpoint.save(
         "training", {name: t.clone().contiguous() for name, t in tensors.items()}, {"step": step}
     )
 
 
-def resume(model: Any, steppers: Sequence[torch.optim.Optimizer], work: Checkpoint) -> int:
-    """Take up a killed training; the step it goes on at."""
-    if (kept := work.load("training")) is None:
+def resume(model: Any, steppers: Sequence[torch.optim.Optimizer], checkpoint: Checkpoint) -> int:
+    """Restore a killed training; the step to continue from."""
+    if (saved := checkpoint.load("training")) is None:
         return 0
-    tensors, note = kept
+    tensors, note = saved
     weights = dict(model.named_parameters())
     owner = {id(w): s for s in steppers for group in s.param_groups for w in group["params"]}
     for key, tensor in tensors.items():
@@ -318,7 +320,7 @@ def resume(model: Any, steppers: Sequence[torch.optim.Optimizer], work: Checkpoi
 
 
 def make(name: str, *, short: bool = False) -> Path:
-    """Train a model unless it is there; its folder."""
+    """The folder of a model, trained unless saved by an earlier run."""
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     folder = folder_of(name, short=short)
@@ -334,9 +336,9 @@ def make(name: str, *, short: bool = False) -> Path:
     if is_learned(model):
         begin_as_waves(model)
     note = {"name": name, "seed": seed, **asdict(course)}
-    work = Checkpoint(folder.with_name(f".{name}.work"), json.dumps(note))
+    checkpoint = Checkpoint(folder.with_name(f".{name}.work"), json.dumps(note))
     started = time.process_time()
-    note["loss"] = train(model, corpus, course, seed, work)
+    note["loss"] = train(model, corpus, course, seed, checkpoint)
     note["cpu_seconds"] = round(time.process_time() - started)
     note["parameters"] = sum(p.numel() for p in model.parameters())
     model.cpu().to(torch.bfloat16).save_pretrained(folder)
@@ -344,7 +346,7 @@ def make(name: str, *, short: bool = False) -> Path:
         tokenizer_object=tokenizer, bos_token=BOS, eos_token=BOS
     ).save_pretrained(folder)
     (folder / "training.json").write_text(json.dumps(note, indent=1) + "\n")
-    work.remove()
+    checkpoint.remove()
     return folder
 
 

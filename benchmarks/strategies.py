@@ -1,11 +1,11 @@
-"""What the training-free head mappings are worth between two models, beside the learned map.
+"""Retention of the training-free head mappings between two models, beside the learned map.
 
     python benchmarks/strategies.py --source S --target T --wmatrix pair.wmatrix \
         --texts HELD_OUT… --limit 24 --out docs/figures/strategies-pair.json --record
 
-Five arms on held-out texts for every combination that these two models tell apart (without heads
-to merge, the ways to merge are one). `--record` puts the figures where `KVCacheAligner` reads
-them: whoever uses a mapping is told what it was measured to keep.
+Five arms on held-out texts for every combination that differs between these two models (without
+heads to merge, the merge strategies are one). `--record` writes the figures to the file from which
+`KVCacheAligner` warns its users.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from awareness_vllm.wmatrix.file import load as load_wmatrix
 
 
 def same_between(source: Geometry, target: Geometry, configuration: Configuration) -> str:
-    """What a configuration comes to between two models: equal for those that do the same.
+    """The effect of a configuration between two models: equal for those that do the same.
 
     Raises:
         UnsupportedModel: heads that it cannot map.
@@ -60,8 +60,8 @@ def same_between(source: Geometry, target: Geometry, configuration: Configuratio
 
 
 def groups(source: Geometry, target: Geometry) -> tuple[list[list[Configuration]], dict[str, str]]:
-    """Configurations that do the same together, and why the others cannot be used."""
-    found: dict[str, list[Configuration]] = {}
+    """Groups of configurations of the same effect, and why the others cannot be used."""
+    by_effect: dict[str, list[Configuration]] = {}
     refused: dict[str, str] = {}
     for way in itertools.product(HEAD_MAPPINGS, MERGES, SPLITS, (True, False)):
         configuration = Configuration(*way)
@@ -70,8 +70,8 @@ def groups(source: Geometry, target: Geometry) -> tuple[list[list[Configuration]
         except UnsupportedModel as error:
             refused[configuration.head_mapping] = str(error)
         else:
-            found.setdefault(same, []).append(configuration)
-    return list(found.values()), refused
+            by_effect.setdefault(same, []).append(configuration)
+    return list(by_effect.values()), refused
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     texts = load(args.texts)
     sink = sink_ids(target)
     sink_states = states(load_model(target), sink)
-    together, refused = groups(*geometries)
+    configurations, refused = groups(*geometries)
     harness: EvalHarness | None = None
     rows: list[Figure] = []
 
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         harness = harness or EvalHarness(source, target, wmatrix)
         harness.wmatrix = wmatrix
         lengths = {"context": args.context, "continuation": args.continuation}
-        found = evaluate_texts(harness, texts, limit=args.limit, **lengths).summary()
+        summary = evaluate_texts(harness, texts, limit=args.limit, **lengths).summary()
         for configuration in same:
             rows.append(
                 Figure(
@@ -98,10 +98,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                     target=geometries[1].name,
                     weights=(geometries[0].weights, geometries[1].weights),
                     configuration=asdict(configuration),
-                    retention=found["retention"],
-                    conditions=found["arms"],
+                    retention=summary["retention"],
+                    conditions=summary["conditions"],
                     context=args.context,
-                    n=found["n"],
+                    n=summary["n"],
                     texts=digest(texts),
                     measured=datetime.date.today().isoformat(),
                     hardware=hardware(),
@@ -112,21 +112,21 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     if args.wmatrix:
         measure(load_wmatrix(args.wmatrix), [Configuration()])
-    for same in together:
+    for same in configurations:
         measure(training_free(*geometries, same[0], sink, sink_states), same)
     return {"rows": [row.model_dump(mode="json") for row in rows], "refused": refused}
 
 
 def record(rows: Sequence[dict[str, Any]]) -> None:
-    """Replace what was recorded of the same mapping between the same models; the learned map has
-    its certificate."""
+    """Replace the records of the same mappings between the same models; the learned map has its
+    certificate."""
 
     def what(row: dict[str, Any]) -> str:
         return json.dumps([row["weights"], row["configuration"]], sort_keys=True)
 
-    kept = {what(row): row for row in json.loads(FIGURES.read_text())}
-    kept |= {what(r): r for r in rows if r["configuration"]["head_mapping"] != "learned"}
-    FIGURES.write_text(json.dumps(list(kept.values()), indent=1) + "\n")
+    records = {what(row): row for row in json.loads(FIGURES.read_text())}
+    records |= {what(r): r for r in rows if r["configuration"]["head_mapping"] != "learned"}
+    FIGURES.write_text(json.dumps(list(records.values()), indent=1) + "\n")
 
 
 def main() -> None:
@@ -141,10 +141,10 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--record", action="store_true", help="keep them for KVCacheAligner")
     args = parser.parse_args()
-    found = run(args)
-    args.out.write_text(json.dumps(found, indent=1) + "\n")
+    results = run(args)
+    args.out.write_text(json.dumps(results, indent=1) + "\n")
     if args.record:
-        record(found["rows"])
+        record(results["rows"])
 
 
 if __name__ == "__main__":

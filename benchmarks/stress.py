@@ -1,4 +1,4 @@
-"""Many streams over a few memories on a server that has too little room for them.
+"""A stress test: many streams over a few memories on a server with too small a KV cache.
 
     python benchmarks/stress.py --seconds 300 --streams 64
 
@@ -6,7 +6,7 @@ A float32 server of SmolLM2 with memories of SmolLM2 itself first answers each r
 the streams send them at random (60 % with one or two memories, 30 % plain, 10 % given up on the
 way), while a small KV cache forces preemptions. It fails (status 1) where a greedy answer differs
 from the one given alone (but for near-ties of the two best tokens), a request hangs or is refused,
-a load fails, nothing was preempted, or the idle server does not answer or keeps blocks.
+a load fails, no request was preempted, or the idle server does not answer or has blocks in use.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ COUNTERS = {
 
 @dataclass(frozen=True)
 class Ask:
-    """A request; `kind` says how many memories it names."""
+    """A request; `kind` is by the number of its memories."""
 
     kind: str
     prompt: str
@@ -84,15 +84,15 @@ class Ask:
 
 
 @dataclass(frozen=True)
-class Said:
-    """An answer: its tokens, and the five best at each place with their log-probabilities."""
+class Answer:
+    """An answer: its tokens, and the five most likely at each position with log probabilities."""
 
     text: str
     tokens: list[str]
     top: list[dict[str, float]]
 
     @classmethod
-    def of(cls, answer: dict[str, Any]) -> Said:
+    def of(cls, answer: dict[str, Any]) -> Answer:
         choice = answer["choices"][0]
         logprobs = choice["logprobs"]
         return cls(choice["text"], logprobs["tokens"], logprobs["top_logprobs"])
@@ -100,7 +100,7 @@ class Said:
 
 @dataclass
 class Tally:
-    """What came of the requests so far."""
+    """The results of the requests so far."""
 
     finished: Counter[str] = field(default_factory=Counter)
     cancelled: Counter[str] = field(default_factory=Counter)
@@ -110,25 +110,25 @@ class Tally:
     errors: list[str] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
-    def compare(self, ask: Ask, alone: Said, found: Said) -> None:
-        """Note where an answer leaves the one that was given alone."""
+    def compare(self, ask: Ask, alone: Answer, reply: Answer) -> None:
+        """Record where an answer differs from the one given alone."""
         self.finished[ask.kind] += 1
-        if found.text == alone.text:
+        if reply.text == alone.text:
             return
-        difference = parting(alone, found)
+        difference = first_difference(alone, reply)
         entry = {"kind": ask.kind, "memories": list(ask.memories), **difference}
         known = self.near_ties if difference["gap"] <= NEAR_TIE else self.mismatches
         known.append(entry)
 
 
-def parting(alone: Said, found: Said) -> dict[str, Any]:
-    """The first place where two answers differ, and by how much the right token was the better."""
-    pairs = zip(alone.tokens, found.tokens, alone.top, strict=False)
+def first_difference(alone: Answer, reply: Answer) -> dict[str, Any]:
+    """The first position where two answers differ, and the gap in nats between their tokens."""
+    pairs = zip(alone.tokens, reply.tokens, alone.top, strict=False)
     for place, (right, wrong, top) in enumerate(pairs):
         if right != wrong:
             gap = top[right] - top.get(wrong, -float("inf"))
             return {"place": place, "alone": right, "found": wrong, "gap": min(gap, 99.0)}
-    return {"place": len(found.tokens), "alone": alone.text, "found": found.text, "gap": 99.0}
+    return {"place": len(reply.tokens), "alone": alone.text, "found": reply.text, "gap": 99.0}
 
 
 # The server and its requests
@@ -140,16 +140,16 @@ def texts(model: Path, rng: random.Random) -> list[str]:
     whole = "\n\n".join(d.text for d in load([held_out_dir() / "debian-history"]))
     tokenizer = load_tokenizer(str(model))
     ids = tokenizer.encode(whole, add_special_tokens=False).ids
-    found, begin = [], 0
+    stretches, begin = [], 0
     for number in range(2 * MEMORIES):
         length = rng.randint(200, 420) if number < MEMORIES else rng.randint(60, 240)
-        found.append(tokenizer.decode(ids[begin : begin + length]))
+        stretches.append(tokenizer.decode(ids[begin : begin + length]))
         begin += length
-    return found
+    return stretches
 
 
-def asks(memories: list[str], plain: list[str], rng: random.Random) -> list[Ask]:
-    """The requests that streams choose from."""
+def make_requests(memories: list[str], plain: list[str], rng: random.Random) -> list[Ask]:
+    """The requests of the streams."""
     pairs = list(zip(memories, memories[1:] + memories[:1], strict=True))
     named = [
         *(("one memory", (memory,), "") for memory in memories),
@@ -163,7 +163,7 @@ def asks(memories: list[str], plain: list[str], rng: random.Random) -> list[Ask]
 
 
 def flags(model: Path, streams: int, store: Path) -> list[object]:
-    """A server in float32 that has less room than its streams want."""
+    """Flags of a float32 server whose KV cache is too small for its streams."""
     token = 2 * geometry_of(model).width * 4
     blocks = max(MAX_MODEL_LEN // BLOCK + 2, int(BLOCKS_PER_STREAM * streams))
     return [
@@ -173,15 +173,15 @@ def flags(model: Path, streams: int, store: Path) -> list[object]:
     ]  # fmt: skip
 
 
-async def answer(client: httpx.AsyncClient, ask: Ask) -> Said:
+async def answer(client: httpx.AsyncClient, ask: Ask) -> Answer:
     response = await client.post("/v1/completions", json=ask.body)
     response.raise_for_status()
-    return Said.of(response.json())
+    return Answer.of(response.json())
 
 
 async def give_up(client: httpx.AsyncClient, ask: Ask, rng: random.Random) -> bool:
-    """Begin to stream an answer and leave: after some tokens, or some time, whichever is chosen.
-    False where the answer was complete before."""
+    """Stream an answer and disconnect after some tokens or some time; False where the answer was
+    complete before."""
     most = rng.randint(1, ask.tokens - 1) if rng.random() < 0.5 else ask.tokens
     seconds = rng.uniform(0.01, 3) if most == ask.tokens else None
     try:
@@ -212,7 +212,7 @@ async def metrics(client: httpx.AsyncClient, names: dict[str, str]) -> dict[str,
 
 
 async def stream_of(
-    client: httpx.AsyncClient, known: dict[Ask, Said], tally: Tally, deadline: float,
+    client: httpx.AsyncClient, known: dict[Ask, Answer], tally: Tally, deadline: float,
     rng: random.Random,
 ) -> None:  # fmt: skip
     """One stream: a request after the other until the time is over."""
@@ -248,8 +248,8 @@ async def until_idle(client: httpx.AsyncClient) -> dict[str, float]:
         await asyncio.sleep(0.5)
 
 
-async def after(client: httpx.AsyncClient, known: dict[Ask, Said]) -> dict[str, Any]:
-    """Whether the server still answers as before, and what it still holds when it is idle."""
+async def after(client: httpx.AsyncClient, known: dict[Ask, Answer]) -> dict[str, Any]:
+    """Whether the server still answers as before, and its gauges when idle."""
     one_of_each = {ask.kind: ask for ask in known}
     alive = {}
     try:
@@ -273,7 +273,7 @@ async def stress(
     tally = Tally()
     async with client:
         began = time.monotonic()
-        known = {ask: await answer(client, ask) for ask in asks(memories, plain, rng)}
+        known = {ask: await answer(client, ask) for ask in make_requests(memories, plain, rng)}
         alone = time.monotonic() - began
         print(f"{len(known)} requests alone: {alone:.0f} s", file=sys.stderr)
         before = await metrics(client, COUNTERS)
@@ -305,7 +305,7 @@ async def stress(
 
 
 def failures(result: dict[str, Any]) -> list[str]:
-    """What of the requirement does not hold."""
+    """The requirements that do not hold."""
     idle = result["idle"]
     wrong = {
         "answers differ": result["mismatches"]["count"],
@@ -323,12 +323,12 @@ def failures(result: dict[str, Any]) -> list[str]:
 
 def run(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Capture the memories, start the server, stress it."""
-    found = texts(args.model, random.Random(args.seed))
+    stretches = texts(args.model, random.Random(args.seed))
     store = scratch / "store"
-    memories = [publish(capture(args.model, text), store).stem for text in found[:MEMORIES]]
+    memories = [publish(capture(args.model, text), store).stem for text in stretches[:MEMORIES]]
     log = args.log or scratch / "server.log"
     with running(AWARENESS, args.model, flags(args.model, args.streams, store), log) as server:
-        result = asyncio.run(stress(server, memories, found[MEMORIES:], args))
+        result = asyncio.run(stress(server, memories, stretches[MEMORIES:], args))
         # Before the server is stopped, which it logs as an error of its engine.
         complaints = [line[:300] for line in log.read_text().splitlines() if " ERROR " in line]
     failed = failures(result)

@@ -1,12 +1,12 @@
-"""What plain requests lose on a server with memories: stock vLLM beside `awareness serve`.
+"""The throughput of plain requests on `awareness serve`, beside stock vLLM.
 
     python benchmarks/throughput.py --rounds 2 --bursts 8 [any flag of vllm serve, for both]
 
-In each round the servers are started, and asked in turn, each time another one first: bursts of the
-same prompts, so that what else the machine does falls on all of them. No request names a memory.
+In each round the servers are started and sent bursts of the same prompts in turn, each time another
+one first, so that other load of the machine affects all of them. No request names a memory.
 `awareness` is the throughput with memories over that of stock vLLM, by pairs of bursts: the median,
-and its 95 % bootstrap interval. `stock_again` is the same for a second server of stock vLLM: what
-is found where there is nothing to be found.
+and its 95 % bootstrap interval. `stock_again` is the same for a second server of stock vLLM: the
+noise of the measurement.
 
 On a CPU all servers get all cores (VLLM_CPU_OMP_THREADS_BIND, unless it is set): by itself vLLM
 0.32 keeps one core free for the engine, and two, or none of two, where there is a KV connector.
@@ -30,7 +30,7 @@ from typing import Any
 
 import httpx
 from awareness_demo.anchors import held_out_dir, install
-from servers import AWARENESS, FLAGS, NAME, STOCK, paired, running, smollm2, stop_on_terminate
+from servers import AWARENESS, FLAGS, NAME, STOCK, paired_ratio, running, smollm2, stop_on_terminate
 
 from awareness_vllm.anchors.corpus import load
 from awareness_vllm.models.tokens import load_tokenizer
@@ -45,7 +45,7 @@ BIND = "VLLM_CPU_OMP_THREADS_BIND"
 
 
 def held_out_ids(model: Path) -> list[int]:
-    """A long text that no anchor came from, in the model's tokens."""
+    """A long held-out text in the model's tokens."""
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the figures
         install()
     text = "\n\n".join(d.text for d in load([held_out_dir() / "debian-history"]))
@@ -54,16 +54,16 @@ def held_out_ids(model: Path) -> list[int]:
 
 
 def prompts(ids: list[int], tokens: int, count: int, seed: int) -> list[list[int]]:
-    """Stretches of a text; each begins elsewhere, so that the prefix cache helps nobody."""
+    """Stretches of a text from different begins, so that the prefix cache is of no use."""
     begins = random.Random(seed).sample(range(len(ids) - tokens), count)
     return [ids[begin : begin + tokens] for begin in begins]
 
 
-async def drive(url: str, asked: list[list[int]], args: argparse.Namespace) -> float:
+async def drive(url: str, batch: list[list[int]], args: argparse.Namespace) -> float:
     """Send all requests, `concurrency` at a time; requests a second."""
     limits = httpx.Limits(max_connections=args.concurrency)
     async with httpx.AsyncClient(base_url=url, timeout=ANSWER_SECONDS, limits=limits) as client:
-        waiting = iter(asked)
+        waiting = iter(batch)
 
         async def work() -> None:
             for prompt in waiting:
@@ -78,41 +78,43 @@ async def drive(url: str, asked: list[list[int]], args: argparse.Namespace) -> f
 
         began = time.perf_counter()
         await asyncio.gather(*(work() for _ in range(args.concurrency)))
-        return len(asked) / (time.perf_counter() - began)
+        return len(batch) / (time.perf_counter() - began)
 
 
 def compare(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """Both servers in turn; by arm, requests a second in each burst."""
+    """All servers in turn: ratios of their requests per second."""
     store = scratch / "store"
     store.mkdir()
-    arms: dict[str, tuple[Sequence[str], Sequence[object]]] = {
+    commands: dict[str, tuple[Sequence[str], Sequence[object]]] = {
         "stock": (STOCK, ()),
         "stock_again": (STOCK, ()),
         "awareness": (AWARENESS, ("--store", store)),
     }
     ids = held_out_ids(args.model)
-    figures: dict[str, list[float]] = {arm: [] for arm in arms}
+    figures: dict[str, list[float]] = {server: [] for server in commands}
     for number in range(args.rounds):
         with contextlib.ExitStack() as stack:
             urls = {}
-            for arm, (prefix, flags) in arms.items():
-                log = scratch / f"{arm}-{number}.log"
+            for server, (prefix, flags) in commands.items():
+                log = scratch / f"{server}-{number}.log"
                 started = running(prefix, args.model, [*args.flags, *flags], log)
-                urls[arm] = stack.enter_context(started).url
+                urls[server] = stack.enter_context(started).url
             warm_up = prompts(ids, args.prompt_tokens, args.requests, WARM_UP_SEED)
             for url in urls.values():
                 asyncio.run(drive(url, warm_up, args))
             for burst in range(args.bursts):
                 seed = number * args.bursts + burst
-                asked = prompts(ids, args.prompt_tokens, args.requests, seed)
-                for arm in [*urls, *urls][burst % len(urls) :][: len(urls)]:
+                batch = prompts(ids, args.prompt_tokens, args.requests, seed)
+                for server in [*urls, *urls][burst % len(urls) :][: len(urls)]:
                     time.sleep(SETTLE_SECONDS)
-                    figures[arm].append(asyncio.run(drive(urls[arm], asked, args)))
+                    figures[server].append(asyncio.run(drive(urls[server], batch, args)))
                 print(number, burst, {a: round(f[-1], 3) for a, f in figures.items()},
                       file=sys.stderr)  # fmt: skip
     return {
         **{
-            arm: paired(found, figures["stock"]) for arm, found in figures.items() if arm != "stock"
+            server: paired_ratio(values, figures["stock"])
+            for server, values in figures.items()
+            if server != "stock"
         },
         "requests_per_s": {a: round(statistics.median(f), 3) for a, f in figures.items()},
         "rounds": args.rounds,

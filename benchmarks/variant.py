@@ -2,7 +2,7 @@
 
 `python benchmarks/variant.py --kind tuned` makes a variant of Gemma-3-270M (a short fine-tuning on
 speeches, or 8-bit weights), fits a W-Matrix of low rank from the original to it, and measures it in
-five arms on held-out texts; the copied memory, without any map, stands beside it.
+five arms on held-out texts, beside the copied memory, without any map.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def main() -> None:
     original = models_dir() / "gemma3-270m"
     with tempfile.TemporaryDirectory() as temporary:
         variant = Path(temporary) / f"gemma3-270m-{args.kind}"
-        made(original, variant, args.kind)
+        make_variant(original, variant, args.kind)
         config = FitConfig(
             tokens=args.tokens, rank=args.rank, predecessors=0, calibration=0, ridge=0.07
         )
@@ -79,7 +79,7 @@ def main() -> None:
         harness = EvalHarness(original, variant, wmatrix)
         texts = load([held_out_dir() / name for name in HELD_OUT])
         mapped = evaluate_texts(harness, texts, limit=args.limit).summary()
-        harness.wmatrix = copied(wmatrix)
+        harness.wmatrix = copy_map(wmatrix)
         plain = evaluate_texts(harness, texts, limit=args.limit).summary()
     print(
         json.dumps(
@@ -95,8 +95,8 @@ def main() -> None:
     )
 
 
-def made(original: Path, variant: Path, kind: str) -> None:
-    """A folder with the variant's weights and the original's tokenizer."""
+def make_variant(original: Path, variant: Path, kind: str) -> None:
+    """Write a folder with the variant's weights and the original's tokenizer."""
     model = load_model(original)
     KINDS[kind](model, original)
     model.to(torch.bfloat16).save_pretrained(variant)
@@ -104,8 +104,8 @@ def made(original: Path, variant: Path, kind: str) -> None:
         shutil.copy(path, variant)
 
 
-def copied(wmatrix: WMatrix) -> WMatrix:
-    """The residual map that adds nothing: the source's states as they are."""
+def copy_map(wmatrix: WMatrix) -> WMatrix:
+    """The residual map that adds nothing to the source's states."""
     return replace(wmatrix, decode=0 * wmatrix.decode, bias=0 * wmatrix.bias)
 
 

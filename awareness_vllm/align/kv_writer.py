@@ -1,4 +1,4 @@
-"""States into a CPU's pages, by vLLM's own operator: only that knows how they are packed."""
+"""The writer of states into paged blocks on a CPU, by vLLM's own operator, which packs them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from awareness_vllm.models.rope import rerotate
 
 @dataclass(frozen=True)
 class KVWriter:
-    """vLLM's attention `layers`, their KV cache groups, and which `heads` this rank has of each, by
-    the layer's index in the model."""
+    """A writer into vLLM's attention `layers`; they, their KV cache `groups` and this rank's
+    `heads` are by the layer's index in the model."""
 
     layers: Mapping[int, Any]
     groups: Mapping[int, int]
@@ -32,21 +32,20 @@ class KVWriter:
         offset: int,
         slot_mapping: Sequence[Tensor],
     ) -> None:
-        """Write a memory's tokens from `begin` on, as many as there are slots.
+        """Write a memory's tokens from `begin` on, one for each slot, moved by `offset` positions.
 
         Args:
-            keys, values: per layer [T, H, D], the whole memory's.
-            offset: by how many positions they are moved.
-            slots: per KV cache group [N], negative where a token has none.
+            keys, values: per layer [T, H, D], of the whole memory.
+            slot_mapping: per KV cache group [N] int64, negative where a token has no slot.
         """
-        end, held = begin + len(slot_mapping[0]), [with_slots(group) for group in slot_mapping]
+        end, mapped = begin + len(slot_mapping[0]), [mapped_tokens(g) for g in slot_mapping]
         for i, group in self.groups.items():
-            where, real = held[group]
-            key, value = (states[i][begin:end][where] for states in (keys, values))
-            self.write(i, rerotate(key, offset, self.geometry.layers[i].positions), value, real)
+            tokens, slots = mapped[group]
+            key, value = (states[i][begin:end][tokens] for states in (keys, values))
+            self.write(i, rerotate(key, offset, self.geometry.layers[i].positions), value, slots)
 
     def write(self, index: int, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
-        """Scatter one layer's key and value [N, H, D] into slots [N]."""
+        """Write one layer's keys and values [N, H, D] into slots [N]."""
         if not len(slot_mapping):
             return
         layer, heads = self.layers[index], self.heads[index]
@@ -60,7 +59,7 @@ class KVWriter:
         )
 
     def bytes_in(self, slot_mapping: Sequence[Tensor]) -> int:
-        """Bytes of cache that each KV cache group's slots stand for, in all of its layers."""
+        """The bytes of the slots of all KV cache groups, in all of their layers."""
         written = [int((group >= 0).sum()) for group in slot_mapping]
         total = 0
         for i, group in self.groups.items():
@@ -69,7 +68,8 @@ class KVWriter:
         return total
 
 
-def with_slots(slot_mapping: Tensor) -> tuple[slice | Tensor, Tensor]:
-    """Which of some tokens have a slot, and the slots; all of them are no copy."""
-    real = slot_mapping >= 0
-    return (slice(None), slot_mapping) if real.all() else (real, slot_mapping[real])
+def mapped_tokens(slot_mapping: Tensor) -> tuple[slice | Tensor, Tensor]:
+    """An index of the tokens that have a slot, and their slots; a slice, which copies nothing,
+    where all have one."""
+    mapped = slot_mapping >= 0
+    return (slice(None), slot_mapping) if mapped.all() else (mapped, slot_mapping[mapped])

@@ -1,4 +1,4 @@
-"""A W-Matrix on the device that holds the KV cache: the fused operators, from package to pages."""
+"""A W-Matrix on the KV cache's device: the fused operators, from package to pages."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ WARM_UP_ROWS = 2048
 
 @dataclass(frozen=True)
 class Latent:
-    """A memory half way: `ids` [S + T] are the target's, `rows` [T, R] on the host are decoded
-    straight into pages. It is a fraction of the states' size, so more memories stay warm."""
+    """An encoded memory: the target's `ids` [S + T], and `rows` [T, R] on the host, which are
+    decoded directly into pages. It is a fraction of the states' size, so more memories stay
+    warm."""
 
     ids: list[int]
     rows: Tensor
@@ -33,8 +34,8 @@ class Latent:
 
 @dataclass(frozen=True)
 class Pages:
-    """One layer's paged cache: keys and values [pages, page size, H, D] by any strides, and what
-    stored numbers of either are to be multiplied by."""
+    """One layer's paged cache: keys and values [pages, page size, H, D] of any strides, and the
+    factors from stored to real values."""
 
     keys: Tensor
     values: Tensor
@@ -46,8 +47,8 @@ class PagedMap:
     """One W-Matrix's tensors on a device, narrowed to the layers and heads that live there.
 
     Args:
-        heads: the target layers of this process, in order, and their KV heads (tensor parallelism).
-        positions: how many of the target's positions are ever asked for.
+        heads: this rank's target layers, in order, and its KV heads of each.
+        positions: the number of target positions in use.
     """
 
     def __init__(
@@ -63,35 +64,31 @@ class PagedMap:
         target = self.manifest.target
         outputs = split_states(target, torch.arange(target.width)[None])
         columns = torch.cat(
-            [part[i][0, own].flatten() for part in outputs for i, own in heads.items()]
+            [part[i][0, rank].flatten() for part in outputs for i, rank in heads.items()]
         )
-        own = self.manifest.source_width + self.manifest.token_width
-        self.mean, self.scale = wmatrix.mean[:own].to(device), wmatrix.scale[:own].to(device)
-        self.encode = wmatrix.encode[:own].to(device).contiguous()
+        width = self.manifest.source_width + self.manifest.token_width
+        self.mean, self.scale = wmatrix.mean[:width].to(device), wmatrix.scale[:width].to(device)
+        self.encode = wmatrix.encode[:width].to(device).contiguous()
         self.position_embeddings = wmatrix.position_latents()
         self.decode = wmatrix.decode[:, columns].to(device).contiguous()
         self.bias = wmatrix.bias[columns].to(device)
         self.sinks = [
-            [states[i][:, own].to(device) for i, own in heads.items()]
+            [states[i][:, rank].to(device) for i, rank in heads.items()]
             for states in (wmatrix.sink_keys, wmatrix.sink_values)
         ]
-        self.cos_sin = self.tables([target.layers[i].positions for i in heads], positions)
+        self.cos_sin = self.cos_sin_tables([target.layers[i].positions for i in heads], positions)
 
-    def tables(
+    def cos_sin_tables(
         self, schemes: Sequence[Positions], count: int
     ) -> tuple[list[Tensor], list[Tensor], list[int]]:
-        """Cosines and sines [count, C] of each layer's positions, and how its pairs lie."""
-        found = [cos_sin_table(torch.arange(count), scheme) for scheme in schemes]
-        cos, sin = ([part.to(self.device) for part in parts] for parts in zip(*found, strict=True))
+        """Cosines and sines [count, C] of each layer's positions, and 1 where it is interleaved."""
+        tables = [cos_sin_table(torch.arange(count), scheme) for scheme in schemes]
+        cos, sin = ([part.to(self.device) for part in parts] for parts in zip(*tables, strict=True))
         return cos, sin, [int(scheme.interleaved) for scheme in schemes]
 
     @torch.inference_mode()
     def latent(self, package: Package, ids: list[int], source: Tensor, embed: Embed) -> Latent:
-        """What the map makes of a package, before it is decoded.
-
-        Args:
-            ids, source: of the memory's tokens (`sources`).
-        """
+        """The latent of a package; `ids` and `source` are from `realign.sources`."""
         keys, values = (
             [part[i].to(self.device) for i in self.manifest.layers]
             for part in (package.keys, package.values)
@@ -111,10 +108,10 @@ class PagedMap:
         return ops.encode_states(
             keys,
             values,
-            *self.tables(schemes, len(keys[0])),
+            *self.cos_sin_tables(schemes, len(keys[0])),
             source.to(self.device),
             masked_rows(source).to(self.device),
-            # The model has looked the rows up: with tensor parallelism no rank has all of them.
+            # Embedded already by the model: with tensor parallelism no rank has all rows.
             torch.arange(len(embeddings), device=self.device),
             embeddings.to(self.device),
             self.mean,
@@ -126,7 +123,7 @@ class PagedMap:
 
     @torch.inference_mode()
     def warm_up(self, pages: Sequence[Pages]) -> None:
-        """Compile the operators and measure their tile sizes, on rows that are written nowhere."""
+        """Compile the operators and tune their tile sizes, on rows without slots."""
         source, sink = self.manifest.source, len(self.manifest.sink)
         dtype = getattr(torch, source.dtype)
         count = min(WARM_UP_ROWS, self.positions - sink)
@@ -150,17 +147,17 @@ class PagedMap:
         begin: int,
         offset: int = 0,
     ) -> None:
-        """Decode a memory's tokens from `begin` on into pages, moved by `offset` positions; tokens
-        of its sink, which are as cached, cannot be moved.
+        """Decode a memory's tokens from `begin` on into pages, moved by `offset` positions; its
+        sink, whose states are as cached, is not moved.
 
         Args:
-            pages, slots: per layer of this process; slots [N] int64 of tokens begin … begin+N-1,
-                negative where nothing is to be written.
+            pages, slot_mapping: per layer of this rank; slots [N] int64 of tokens
+                begin … begin+N-1, negative where nothing is to be written.
         """
         sink = len(self.manifest.sink)
         end = begin + len(slot_mapping[0])
         rows = latent.rows[max(0, begin - sink) : max(0, end - sink)]
-        own = [[states[begin:end].contiguous() for states in part] for part in self.sinks]
+        sinks = [[states[begin:end].contiguous() for states in part] for part in self.sinks]
         scales = [p.key_scale for p in pages] + [p.value_scale for p in pages]
         ops.decode_paged(
             rows.to(self.device),
@@ -168,7 +165,7 @@ class PagedMap:
             self.bias,
             torch.arange(begin + offset, end + offset, device=self.device),
             *self.cos_sin,
-            *own,
+            *sinks,
             [p.keys for p in pages],
             [p.values for p in pages],
             [s.to(self.device) for s in slot_mapping],

@@ -1,4 +1,4 @@
-"""From a memory package to the target's own cache entries: a copy, or the learned map."""
+"""Aligned memories: a package's states as the target's cache, by a copy or by the learned map."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from awareness_vllm.wmatrix.file import WMatrix
 from awareness_vllm.wmatrix.manifest import WMatrixManifest
 
 BLOCK = 512
-"""Tokens aligned at once: large enough for the matrix products, small enough that the working
-memory is reused instead of being asked of the kernel anew, page by page."""
+"""Tokens aligned at once: enough for efficient matrix products, few enough that the allocator
+reuses the working memory instead of mapping new pages."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,11 @@ class AlignedMemory:
 
 
 def copy(package: Package) -> AlignedMemory:
-    """A memory for the model that made it: the captured states, bit for bit."""
+    """The memory of a package on its own model: the captured states, bit for bit.
+
+    Raises:
+        UnsupportedRequest: a sliding window has lost states.
+    """
     package.manifest.check_whole(range(len(package.keys)))
     return AlignedMemory(package.tokens, package.keys, package.values)
 
@@ -55,15 +59,15 @@ def prompt_ids(text: str, sink: Sequence[int], target: str | Path) -> list[int]:
 def sources(
     package: Package, manifest: WMatrixManifest, target: str | Path
 ) -> tuple[list[int], Tensor]:
-    """The target's ids [S + T] of an aligned memory, the sink first, and for each token the
-    source's [T] that its states are mapped from.
+    """The target's ids [S + T] of an aligned memory, the sink first, and the index [T] of the
+    source token that each token's states are mapped from.
 
-    A map that reads no tokens gives one row for each of the source's but the first, its sink; their
-    ids are the target's sink again, which says nothing.
+    A map that reads no tokens gives one row for each source token but the first, its sink; as
+    placeholders their ids are the last of the target's sink.
 
     Raises:
-        BadInput: the map reads tokens, and the package has no text;
-        UnsupportedRequest: the map reads layers whose window has lost states of the memory.
+        BadInput: the map reads tokens, and the package has no text.
+        UnsupportedRequest: a sliding window has lost states that the map reads.
     """
     package.manifest.check_whole(manifest.layers)
     sink = manifest.sink
@@ -90,16 +94,16 @@ def realign(
     dtype: torch.dtype,
     masked: bool = False,
 ) -> AlignedMemory:
-    """A memory for another model, through its W-Matrix.
+    """The memory of a package on another model, through a W-Matrix.
 
     Args:
         target: the target's folder, for its tokenizer.
         embed: the target's own embedding.
         dtype: of the target's cache.
-        blank: hide the source's states (the tokens-only arm).
+        masked: whether the source's states are masked (the tokens-only arm).
 
     Raises:
-        BadInput: the map reads tokens, and the package has no text.
+        BadInput, UnsupportedRequest: as `sources` says.
     """
     ids, source = sources(package, wmatrix.manifest, target)
     work = Realignment(package, wmatrix, ids, source, embed, dtype=dtype, masked=masked)
@@ -109,11 +113,11 @@ def realign(
 
 
 class Realignment:
-    """`realign` block by block, for who has other work in between.
+    """`realign` in steps of one block, for callers with other work in between.
 
     Args:
-        ids, source: of the memory's tokens (`sources`).
-        embed, dtype, blank: as for `realign`.
+        ids, source: from `sources`.
+        embed, dtype, masked: as for `realign`.
     """
 
     @torch.inference_mode()
@@ -130,7 +134,7 @@ class Realignment:
     ) -> None:
         manifest = wmatrix.manifest
         self.package, self.wmatrix, self.source, self.masked = package, wmatrix, source, masked
-        self.masked_rows_ = masked_rows(source)
+        self.sink_rows = masked_rows(source)
         self.sink = len(manifest.sink)
         positions = torch.arange(self.sink, len(ids))
         embeddings = embedding_features(embed, ids, self.sink, manifest.predecessors)
@@ -147,7 +151,7 @@ class Realignment:
 
     @torch.inference_mode()
     def step(self) -> bool:
-        """Align the next block of tokens; whether the memory is whole."""
+        """Align the next block of tokens; whether the memory is complete."""
         package, manifest = self.package, self.wmatrix.manifest
         block = slice(self.begin, self.begin + BLOCK)
         source = self.source[block]
@@ -158,12 +162,12 @@ class Realignment:
                 package.geometry, package.keys, package.values, source, manifest.layers
             )
         )
-        free, mapped = self.wmatrix.map(states, self.embeddings[block], self.masked_rows_[block])
-        # Assigning casts and places at once: no copy is made that is not kept.
+        free, mapped = self.wmatrix.map(states, self.embeddings[block], self.sink_rows[block])
+        # Assigning into a slice casts without another copy.
         positions = torch.arange(len(source)) + self.sink + self.begin
-        placed = slice(self.sink + self.begin, self.sink + self.begin + len(source))
+        rows = slice(self.sink + self.begin, self.sink + self.begin + len(source))
         for i, layer in enumerate(manifest.target.layers):
-            self.memory.keys[i][placed] = rotate(free[i], positions, layer.positions)
-            self.memory.values[i][placed] = mapped[i]
+            self.memory.keys[i][rows] = rotate(free[i], positions, layer.positions)
+            self.memory.values[i][rows] = mapped[i]
         self.begin += BLOCK
         return self.begin >= len(self.source)

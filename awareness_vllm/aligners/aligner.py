@@ -21,10 +21,10 @@ from awareness_vllm.aligners.training_free import (
 )
 from awareness_vllm.anchors.corpus import Document, digest
 from awareness_vllm.errors import QualityUnreachable, UnsupportedModel
-from awareness_vllm.evaluate.conditions import EvalHarness, after, cut_tail
+from awareness_vllm.evaluate.conditions import EvalHarness, cut_tail
 from awareness_vllm.evaluate.evaluate import evaluate_texts
 from awareness_vllm.models.describe import geometry_of, resolve_folder
-from awareness_vllm.models.hf import cached, load_model, sink_ids, states
+from awareness_vllm.models.hf import cache_states, inputs_after, load_model, sink_ids, states
 from awareness_vllm.packages.file import Package, verify
 from awareness_vllm.packages.store import locate
 from awareness_vllm.wmatrix.certificate import Interval, Plan, cheapest, with_tail
@@ -227,10 +227,12 @@ class KVCacheAligner:
         if not tail:
             return memory
         head, ids = cut_tail(memory, tail)
-        inputs = after(head, ids)
+        inputs = inputs_after(head.keys, head.values, ids)
         self.target_model.base_model(torch.tensor([ids]), **inputs)
         dtype = memory.keys[0].dtype
-        keys, values = ([s.to(dtype) for s in part] for part in cached(inputs["past_key_values"]))
+        keys, values = (
+            [s.to(dtype) for s in part] for part in cache_states(inputs["past_key_values"])
+        )
         return AlignedMemory(memory.ids, keys, values)
 
 

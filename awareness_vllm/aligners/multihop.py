@@ -7,7 +7,6 @@ that serves a route is neither hop. Given texts, the folded map is measured like
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from awareness_vllm.anchors.corpus import Document
-from awareness_vllm.errors import BadInput, NoWMatrix, UnsupportedModel
+from awareness_vllm.errors import BadInput, NoWMatrix, UnsupportedModel, similar_names
 from awareness_vllm.evaluate.conditions import EvalHarness
 from awareness_vllm.evaluate.evaluate import evaluate_texts
 from awareness_vllm.files import models_dir
@@ -173,7 +172,7 @@ class MultiHopAligner:
         if len(found) == 1:
             return found[0]
         all_names = sorted({g.name for g in known})
-        near = difflib.get_close_matches(str(model), all_names, cutoff=0.3) or all_names
+        near = similar_names(model, all_names) or all_names
         raise BadInput(
             f"{len(found) or 'no'} models of the W-Matrices are named {str(model)!r}",
             found=self.registry,

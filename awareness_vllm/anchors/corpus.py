@@ -1,6 +1,6 @@
-"""Texts from files and folders: read, cleaned, de-duplicated, cut into windows and split.
+"""Documents from files and folders: cleaned, de-duplicated, in windows, split for a hold-out.
 
-What is evaluated must never have been fitted on, so `split` decides by whole documents.
+Texts of an evaluation must never have been fitted on, so `split` goes by whole documents.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _PERCENT_LINE = re.compile(r"^%[ \t]*$", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Document:
-    """One text. `name` says where it comes from and decides on which side of a split it falls."""
+    """A text, with its origin as `name`, which decides its side of a split."""
 
     name: str
     text: str
@@ -36,17 +36,17 @@ class Document:
 def load(paths: Iterable[Path]) -> list[Document]:
     """The documents of files and folders (recursive, sorted), each text once.
 
-    A document's name is the file's path below the given folder with that folder's own name before
-    it, so that it does not depend on where the folder lies. Documents under 200 characters are
-    dropped; files that are not text are skipped with a warning.
+    A document's name is the file's path from its folder's own name on, so that it does not depend
+    on the folder's location. Documents under 200 characters are dropped; files that are not text
+    are skipped with a warning.
 
     Raises:
         BadInput: a path does not exist, or there is no document at all.
     """
-    given = [Path(path) for path in paths]
+    paths = [Path(path) for path in paths]
     documents: list[Document] = []
     seen: set[str] = set()
-    for path, name in _files(given):
+    for path, name in _files(paths):
         raw = _read(path)
         if raw is None:
             continue
@@ -58,7 +58,7 @@ def load(paths: Iterable[Path]) -> list[Document]:
     if not documents:
         raise BadInput(
             "no texts",
-            found=f"nothing usable in {', '.join(map(str, given)) or 'no paths'}",
+            found=f"nothing usable in {', '.join(map(str, paths)) or 'no paths'}",
             expected=f"text files ({' '.join(sorted(SUFFIXES - {''}))}, or without a suffix) "
             f"of at least {MINIMUM} characters",
         )
@@ -66,10 +66,10 @@ def load(paths: Iterable[Path]) -> list[Document]:
 
 
 def windows(document: Document, characters: int) -> list[str]:
-    """Consecutive pieces of about `characters` characters, cut at whitespace.
+    """Consecutive pieces of about `characters` characters, split at whitespace.
 
-    A last piece shorter than a quarter of that is dropped. A run without whitespace is cut hard
-    when it would double a piece.
+    A last piece of less than a quarter of that is dropped. A run without whitespace is split where
+    it would double a piece.
 
     Raises:
         BadInput: `characters` is not positive.
@@ -93,9 +93,9 @@ def windows(document: Document, characters: int) -> list[str]:
 def split(
     documents: Iterable[Document], fraction: float, seed: int
 ) -> tuple[list[Document], list[Document]]:
-    """Documents to (train, held out), about `fraction` of them held out.
+    """The training and the held-out documents, about `fraction` of them held out.
 
-    A document's side depends on its name and the seed alone, whatever other documents there are.
+    A document's side depends on its name and the seed alone, not on other documents.
 
     Raises:
         BadInput: `fraction` is not within [0, 1].
@@ -112,7 +112,7 @@ def split(
 
 
 def digest(documents: Iterable[Document]) -> str:
-    """sha256 over names and texts, whatever the order."""
+    """sha256, in hex, of documents' names and texts in any order."""
     parts = sorted(
         hashlib.sha256(
             f"{len(d.name)} {d.name}\n{d.text}".encode("utf-8", "surrogateescape")
@@ -123,16 +123,14 @@ def digest(documents: Iterable[Document]) -> str:
 
 
 def text_digest(text: str) -> str:
-    """sha256 of a text's words: the same for texts that differ in case, spacing or composition."""
+    """sha256, in hex, of a text's words, whatever its case, spacing and Unicode composition."""
     words = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
     return hashlib.sha256(words.encode()).hexdigest()
 
 
 def tidy(text: str) -> str:
-    """Collapse runs of blanks and of empty lines; lines and their indentation stay.
-
-    Indentation is kept (tabs as four blanks) because in code and lists it carries meaning.
-    """
+    """A text with runs of blanks and of empty lines collapsed; indentation stays, tabs as four
+    blanks, because it has a meaning in code and lists."""
     lines = []
     for line in text.replace("\r\n", "\n").replace("\r", "\n").expandtabs(4).split("\n"):
         body = line.strip()
@@ -142,7 +140,7 @@ def tidy(text: str) -> str:
 
 
 def group(pieces: Iterable[str], separator: str = "\n\n", characters: int = GROUP) -> list[str]:
-    """Join pieces, in order, into texts of at least `characters` (the last may be shorter)."""
+    """Texts of at least `characters`, joined of pieces in order; the last one may be shorter."""
     texts: list[str] = []
     pending: list[str] = []
     size = 0
@@ -158,7 +156,7 @@ def group(pieces: Iterable[str], separator: str = "\n\n", characters: int = GROU
 
 
 def _files(paths: list[Path]) -> Iterator[tuple[Path, str]]:
-    """Files to read, each with its name; hidden ones and unknown suffixes are left out."""
+    """Files to read, with their documents' names, without hidden files and unknown suffixes."""
     for path in paths:
         if path.is_file():
             yield path, path.name
@@ -179,7 +177,7 @@ def _files(paths: list[Path]) -> Iterator[tuple[Path, str]]:
 
 
 def _read(path: Path) -> str | None:
-    """A file's text; Latin-1 where that is clean; None with a warning for anything else."""
+    """A file's text, in UTF-8 or clean Latin-1; None, with a warning, for anything else."""
     raw = path.read_bytes()
     try:
         text = raw.decode("utf-8-sig")
@@ -195,12 +193,12 @@ def _read(path: Path) -> str | None:
 
 
 def _is_clean(text: str) -> bool:
-    """Whether a Latin-1 decoding has no control characters but blanks and line ends."""
+    """Whether a Latin-1 decoding has no control characters but whitespace."""
     return not any(unicodedata.category(c) == "Cc" and c not in "\t\n\r\f" for c in text)
 
 
 def _documents(name: str, raw: str, suffix: str) -> Iterator[Document]:
-    """One document, or for a fortune file several: its sayings are too short to stand alone."""
+    """The document of a file; of a fortune file several, of grouped sayings."""
     if suffix in (".html", ".htm"):
         raw = html_to_text(raw)
     if suffix == "" and len(_PERCENT_LINE.findall(raw)) > 1:

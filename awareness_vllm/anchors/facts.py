@@ -1,8 +1,8 @@
 """Generated texts that state specific facts, and cases that ask for such facts.
 
-Ordinary prose says little that cannot be guessed; a map fitted on it alone keeps the gist and loses
-every name and number. These texts are for fitting (`fact_texts`) and for measuring (`fact_cases`).
-The two share no name, city, job, code or sentence.
+Ordinary prose has few specifics that cannot be guessed; a map fitted on it alone keeps the gist and
+loses every name and number. There are texts to fit on (`fact_texts`) and cases to measure on
+(`fact_cases`), which share no name, city, job, code or sentence.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from awareness_vllm.errors import BadInput
 
 CASE_CHARACTERS = 900
 KINDS = ("city", "job", "code")
+Line = tuple[dict[str, str] | None, str]
+"""The person that a sentence is about, None for filler, and the sentence's template."""
 
 # {who}: full or first name; {a_job}: the job with its article.
 CITY = """
@@ -119,8 +121,8 @@ QUESTIONS = {
 
 
 class Case(TypedDict):
-    """A question about a context. `question` ends where `answer`, with its blank, continues;
-    `kind` is what is asked for."""
+    """A question about a context. `question` ends where `answer` continues, with a leading blank;
+    `kind` is one of KINDS."""
 
     context: str
     question: str
@@ -140,7 +142,7 @@ def fact_texts(count: int, seed: int, characters: int = 1500) -> list[str]:
 
 
 def fact_cases(count: int, seed: int) -> list[Case]:
-    """`count` cases, the kinds city, job and code in turn.
+    """`count` cases, of the kinds city, job and code in turn.
 
     Each context has about 900 characters and states city, job and code of three people; the
     question asks for one of these nine facts in other words.
@@ -154,16 +156,17 @@ def fact_cases(count: int, seed: int) -> list[Case]:
 
 
 def is_case_code(code: int) -> bool:
-    """Whether a four-digit code is kept for cases: one in seven is, and no text states it."""
+    """Whether a four-digit code is reserved for cases: one in seven, and none in the texts."""
     return code % 7 == 3
 
 
 def sentences(templates: str) -> list[str]:
-    """The sentence templates of one of the blocks above."""
+    """The sentence templates of a block."""
     return [part for line in templates.split("\n") if line for part in line.split("|")]
 
 
 def with_article(job: str) -> str:
+    """A job with "a" or "an"."""
     return ("an " if job[0] in "aeiou" else "a ") + job
 
 
@@ -203,14 +206,14 @@ def _text(rng: random.Random, characters: int) -> str:
 def _paragraph(rng: random.Random) -> str:
     """Prose about one person, or about two whose facts are interleaved."""
     people = [_person(rng, FIT, for_case=False) for _ in range(rng.choice((1, 1, 2)))]
-    told: list[tuple[dict[str, str] | None, str]] = []
+    lines: list[Line] = []
     for person in people:
         blocks = rng.sample((CITY, JOB, CODE, THING, DATE), rng.randrange(3, 6))
-        told += [(person, rng.choice(sentences(block))) for block in blocks]
-    told += [(None, line) for line in rng.sample(sentences(FILLER), rng.randrange(1, 3))]
+        lines += [(person, rng.choice(sentences(block))) for block in blocks]
+    lines += [(None, line) for line in rng.sample(sentences(FILLER), rng.randrange(1, 3))]
     if rng.random() < 0.5:
-        rng.shuffle(told)
-    return tell(rng, told)
+        rng.shuffle(lines)
+    return fill_templates(rng, lines)
 
 
 def _list(rng: random.Random) -> str:
@@ -236,21 +239,20 @@ def _record(rng: random.Random) -> str:
 
 
 def _case(rng: random.Random, kind: str) -> Case:
-    people = unlike_people(rng, MEASURE, for_case=True)
+    people = distinct_people(rng, MEASURE, for_case=True)
     fillers = sentences(CASE_FILLER)
     rng.shuffle(fillers)
-    told = [
+    paragraphs: list[list[Line]] = [
         [(person, rng.choice(sentences(block))) for block in (CASE_CITY, CASE_JOB, CASE_CODE)]
         for person in people
     ]
-    for facts in told:
-        rng.shuffle(facts)
-    paragraphs: list[list[tuple[dict[str, str] | None, str]]] = [[*facts] for facts in told]
+    for paragraph in paragraphs:
+        rng.shuffle(paragraph)
 
     def context() -> str:
         # The same draws each time, so that only the filler added below changes the length.
         fixed = random.Random(0)
-        return "\n\n".join(tell(fixed, paragraph) for paragraph in paragraphs)
+        return "\n\n".join(fill_templates(fixed, paragraph) for paragraph in paragraphs)
 
     while fillers and len(context()) < CASE_CHARACTERS:
         paragraph = min(paragraphs, key=len)
@@ -260,8 +262,8 @@ def _case(rng: random.Random, kind: str) -> Case:
     return Case(context=context(), question=question, answer=f" {person[kind]}", kind=kind)
 
 
-def unlike_people(rng: random.Random, words: Words, *, for_case: bool) -> list[dict[str, str]]:
-    """Three people who share nothing, so that one answer is right."""
+def distinct_people(rng: random.Random, words: Words, *, for_case: bool) -> list[dict[str, str]]:
+    """Three people without a common name, city, job or code, so that one answer is right."""
     people: list[dict[str, str]] = []
     while len(people) < 3:
         person = _person(rng, words, for_case=for_case)
@@ -275,18 +277,18 @@ def _values(person: dict[str, str]) -> set[str]:
     return {*person["name"].split(), person["city"], person["job"], person["code"]}
 
 
-def tell(rng: random.Random, told: list[tuple[dict[str, str] | None, str]]) -> str:
-    """Fill templates in order: a person's full name the first time, later mostly the first name."""
+def fill_templates(rng: random.Random, lines: list[Line]) -> str:
+    """A text of templates: a person's full name the first time, later mostly the first name."""
     known: set[str] = set()
-    lines = []
-    for person, template in told:
+    filled = []
+    for person, template in lines:
         if person is None:
-            lines.append(template)
+            filled.append(template)
             continue
         name = person["name"]
         short = name in known and rng.random() < 0.7
         known.add(name)
         # A person's own facts win over the details.
         values = _details(rng) | person | {"who": name.split()[0] if short else name}
-        lines.append(template.format(**values))
-    return " ".join(lines)
+        filled.append(template.format(**values))
+    return " ".join(filled)

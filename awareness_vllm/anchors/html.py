@@ -1,4 +1,4 @@
-"""HTML to plain text with the standard library, lines kept where a browser would break them."""
+"""HTML to plain text with the standard library, with line breaks where a browser has them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PARAGRAPHS = words_of("blockquote dl h1 h2 h3 h4 h5 h6 ol p pre table ul")
 
 
 def html_to_text(html: str) -> str:
-    """The readable text of a page. Broken HTML gives what can be read of it, never an error."""
+    """The readable text of a page; broken HTML is no error."""
     parser = _Text()
     parser.feed(html)
     parser.close()
@@ -55,7 +55,7 @@ class _Text(HTMLParser):
         if self.verbatim:
             self.parts.append(data)
             return
-        # Source line breaks are only spaces; the spaces at the ends separate inline elements.
+        # Line breaks of the source are spaces; those at the ends separate inline elements.
         words = " ".join(data.split())
         before = " " if data[:1].isspace() and not self._at_line_start() else ""
         after = " " if words and data[-1:].isspace() else ""

@@ -1,6 +1,6 @@
 """Names, cities and jobs for generated facts: one set to fit on, another to measure on.
 
-No word is in two lists, so that recalling a measured fact cannot be recalling a fitted one.
+No word is in both sets, so that a fact of an evaluation cannot be remembered from the fit.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class Words(NamedTuple):
-    """Single words, so that an answer is one word."""
+    """Lists of single words, so that an answer is one word."""
 
     first: tuple[str, ...]
     last: tuple[str, ...]

@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from awareness_vllm.evaluate.conditions import EvalHarness
-    from awareness_vllm.evaluate.evaluate import evaluate_cases, evaluate_texts, joined
+    from awareness_vllm.evaluate.evaluate import evaluate_cases, evaluate_texts, join_documents
     from awareness_vllm.wmatrix.file import load as load_wmatrix
 
     cases = read_cases(args.cases) if args.cases else None
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     texts = load(args.texts)
     return evaluate_texts(
         harness,
-        joined(texts, args.context + args.continuation) if args.join else texts,
+        join_documents(texts, args.context + args.continuation) if args.join else texts,
         context=args.context,
         continuation=args.continuation,
         limit=args.limit,
@@ -93,7 +93,7 @@ def read_cases(path: Path) -> list[dict[str, str]]:
 
 
 def show(result: dict[str, Any]) -> None:
-    for arm, figures in result["arms"].items():
+    for arm, figures in result["conditions"].items():
         print(f"{arm:22}" + "".join(f"{name} {value:8.4f}   " for name, value in figures.items()))
     shares = {"retention": result["retention"]} if "retention" in result else {}
     for name, r in {**shares, **result["tails"]}.items():

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from awareness_vllm.compatibility.context import CheckContext
 from awareness_vllm.compatibility.estimate import predict
 from awareness_vllm.compatibility.report import Action
-from awareness_vllm.wmatrix.certificate import measured_for
+from awareness_vllm.wmatrix.certificate import plans_for
 from awareness_vllm.wmatrix.routes import best, expected, names
 
 
@@ -41,7 +41,7 @@ def longer_tails(check: CheckContext) -> Iterator[Action]:
     if check.certificate is None:
         return
     now = predict(check.certificate, check.tokens, check.config.tail, check.kind).mean
-    for plan in measured_for(check.certificate, check.tokens):
+    for plan in plans_for(check.certificate, check.tokens):
         gain = predict(check.certificate, check.tokens, plan.tail, check.kind).mean - now
         if check.config.tail < plan.tail < check.tokens and gain > 0:
             says = f"read the last {plan.tail} tokens natively (`--tail {plan.tail}`)"

@@ -11,7 +11,7 @@ from awareness_vllm.compatibility.degradation import Degradation, load_for
 from awareness_vllm.compatibility.models import Model, model
 from awareness_vllm.compatibility.target import TargetConfig
 from awareness_vllm.errors import AwarenessError, BadInput
-from awareness_vllm.packages.manifest import Manifest, checked_manifest
+from awareness_vllm.packages.manifest import Manifest, read_manifest
 from awareness_vllm.packages.store import locate
 from awareness_vllm.wmatrix.certificate import Certificate, Interval
 from awareness_vllm.wmatrix.registry import Registry, WMatrixEntry
@@ -116,7 +116,7 @@ def subject(
         return of_manifest(manifest, manifest.name or "a package")
     if isinstance(given, str | Path):
         path = locate(given, store)
-        return of_manifest(checked_manifest(path), path.stem, path)
+        return of_manifest(read_manifest(path), path.stem, path)
     source, tokens = (getattr(given, name, None) for name in ("source_model", "token_count"))
     if not isinstance(source, str) or not isinstance(tokens, int) or tokens < 1:
         raise BadInput(

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from awareness_vllm.compatibility.priors import published_shares
 from awareness_vllm.compatibility.report import REMAINDER, Share
 from awareness_vllm.evaluate.bootstrap import mean, share
-from awareness_vllm.files import write_whole
+from awareness_vllm.files import atomic_write
 from awareness_vllm.schema import FrozenModel
 from awareness_vllm.wmatrix.certificate import Interval
 from awareness_vllm.wmatrix.registry import WMatrixEntry
@@ -99,7 +99,8 @@ class Degradation(FrozenModel):
     def save(self, wmatrix: Path) -> Path:
         """Write the file beside the W-Matrix, atomically; its path."""
         path = beside(wmatrix)
-        write_whole(path, self.model_dump_json(indent=1) + "\n")
+        with atomic_write(path) as draft:
+            draft.write_text(self.model_dump_json(indent=1) + "\n")
         return path
 
 

@@ -7,7 +7,6 @@ interval; nobody says how many transfers lie within it, or that any was measured
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterable
 
@@ -15,7 +14,7 @@ import numpy as np
 
 from awareness_vllm.compatibility.prior_tables import Architecture, Class, Range, tables
 from awareness_vllm.compatibility.report import Basis, Cell
-from awareness_vllm.errors import BadInput
+from awareness_vllm.errors import BadInput, similar_names
 from awareness_vllm.wmatrix.certificate import Interval
 
 MATRIX_TOKENS = (10_000, 50_000)
@@ -52,13 +51,12 @@ def spelling(name: str) -> str:
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> BadInput:
-    """The error about a name that nobody knows, with those that it is nearest to."""
-    by_spelling = {spelling(n): n for n in sorted(known)}
-    near = difflib.get_close_matches(spelling(name), by_spelling, n=5, cutoff=0.4)
+    """The error about an unknown name, with the known names that are similar to it."""
+    known = sorted(known)
     return BadInput(
-        f"nobody knows a {what} of that name",
+        f"unknown {what}",
         found=repr(name),
-        expected=f"one of {', '.join(by_spelling[n] for n in near or sorted(by_spelling))}",
+        expected=f"one of {', '.join(similar_names(name, known) or known)}",
         remedy=f"give a known name{', or the folder of the model' if what == 'model' else ''}",
     )
 

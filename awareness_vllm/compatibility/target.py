@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args
 
 from pydantic import Field, StrictFloat, StrictInt, StrictStr, ValidationError
 
-from awareness_vllm.errors import BadInput
+from awareness_vllm.errors import BadInput, similar_names
 from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.schema import FrozenModel
 from awareness_vllm.wmatrix.certificate import TAIL
@@ -129,7 +128,7 @@ def known(what: str, found: object, names: Iterable[object]) -> None:
     if found in names:
         return
     words = [name for name in names if isinstance(name, str)]
-    near = difflib.get_close_matches(str(found).lower(), words, n=3, cutoff=0.5)
+    near = similar_names(found, words)
     raise BadInput(
         f"unknown {what}",
         found=repr(found)[:80],

@@ -1,4 +1,4 @@
-"""Means and ratios over documents, with bootstrap intervals over documents."""
+"""Means and ratios over documents with 95 % bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from awareness_vllm.errors import BadInput
 
 
 def retention(native: np.ndarray, memory: np.ndarray, none: np.ndarray) -> dict[str, float]:
-    """(NLL_none − NLL_memory) / (NLL_none − NLL_native), its interval over documents."""
+    """(NLL_none − NLL_memory) / (NLL_none − NLL_native) of NLLs [n], with its interval."""
     return share(none - memory, none - native)
 
 
 def share(gained: np.ndarray, possible: np.ndarray) -> dict[str, float]:
-    """The ratio of two sums over documents, with a 95 % bootstrap interval over documents.
+    """The ratio of two sums over documents [n], with its interval.
 
     Raises:
-        BadInput: nothing could be gained at all.
+        BadInput: every possible gain is 0.
     """
     if not possible.any():
         raise BadInput(
-            "there is nothing to measure against",
-            found="the native arm is no better than none",
+            "no gain from reading to measure against",
+            found="a native arm that is no better than none",
             expected="texts or facts that the target profits from reading",
         )
     picks = resamples(len(gained))
@@ -36,10 +36,10 @@ def share(gained: np.ndarray, possible: np.ndarray) -> dict[str, float]:
 
 
 def mean(values: np.ndarray) -> dict[str, float]:
-    """A mean over documents with its 95 % bootstrap interval."""
+    """The mean of values [n] over documents, with its interval."""
     return share(values, np.ones(len(values)))
 
 
 def resamples(count: int, draws: int = 2000) -> np.ndarray:
-    """Indices of a bootstrap's draws, [draws, count]; always the same ones."""
+    """Indices of bootstrap samples, [draws, count], by a fixed seed."""
     return np.random.default_rng(0).integers(0, count, (draws, count))

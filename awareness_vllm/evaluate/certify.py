@@ -1,9 +1,9 @@
-"""Certify: measure the five arms on held-out texts and facts, and write the certificate."""
+"""The certification of a W-Matrix: the five arms on held-out texts and facts."""
 
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,13 +15,13 @@ from awareness_vllm.evaluate.conditions import EvalHarness, tail_condition
 from awareness_vllm.evaluate.evaluate import (
     CaseFigures,
     TextFigures,
-    cut_evenly,
     evaluate_cases,
     evaluate_texts,
-    joined,
+    join_documents,
+    take_excerpts,
 )
 from awareness_vllm.evaluate.flops import map_flop, prefill_flop, share_of_prefill
-from awareness_vllm.evaluate.metrics import measure
+from awareness_vllm.evaluate.metrics import alignment_metrics
 from awareness_vllm.provenance import hardware, versions
 from awareness_vllm.wmatrix.certificate import (
     LENGTH_TEXTS,
@@ -36,13 +36,13 @@ from awareness_vllm.wmatrix.certificate import (
 from awareness_vllm.wmatrix.file import WMatrix
 
 TAIL_SHARES = (0.16, 0.4)
-"""Shares of a context that the measured plans read natively, beside none and a server's tail."""
+"""Tails of the measured plans as shares of the context, beside none and a server's default."""
 TAIL_STEP = 16
-"""Tails are whole blocks of vLLM's cache."""
+"""Tokens of a block of vLLM's cache, of which tails are multiples."""
 DISTANCES = (0, 64, 128)
-"""Where the ranges begin in which recall is reported by distance, in tokens."""
+"""Lower ends, in tokens, of the ranges of distance by which recall is reported."""
 METRIC_TEXTS = 6
-"""Texts that the metrics of `metrics.py` are taken on, evenly from all of them."""
+"""Texts for the alignment metrics, sampled evenly."""
 
 
 def certify(
@@ -58,72 +58,54 @@ def certify(
     lengths: Sequence[int] = (),
     progress: bool = True,
 ) -> WMatrix:
-    """Measure a W-Matrix and write what was found into it.
+    """The W-Matrix with a certificate of its measured figures.
 
     Args:
         texts, cases: from sources that no anchor came from.
-        limit: at most so many texts, and as many cases.
-        lengths: tokens of context to measure retention at besides `context`; texts that are too
-            short are read in a row.
+        limit: the most texts, and cases, to measure on.
+        lengths: tokens of further contexts to measure retention at; short texts are joined for
+            them.
     """
     harness = EvalHarness(Path(source), Path(target), wmatrix)
-    measured = {
+    on_texts = {
         length: evaluate_texts(
             harness,
-            texts if length == context else joined(texts, length + continuation),
+            texts if length == context else join_documents(texts, length + continuation),
             context=length,
             continuation=continuation,
             limit=limit if length == context else min(limit, LENGTH_TEXTS),
-            tails=tails(wmatrix, length),
+            tails=plan_tails(wmatrix, length),
             progress=progress,
         )
         for length in sorted({context, *lengths})
     }
-    on_cases = evaluate_cases(
-        harness, cases, limit=limit, tails=tails(wmatrix, context), progress=progress
-    )
-    mapped = map_flop(wmatrix)
-    native = {length: prefill_flop(harness.target_model, length) for length in measured}
-    plans = [
-        plan(
-            length,
-            tail,
-            share_of_prefill(mapped, native[length], length, tail),
-            figures,
-            on_cases if length == context else None,
-        )
-        for length, figures in measured.items()
-        for tail in (0, *tails(wmatrix, length))
-    ]
+    tails = plan_tails(wmatrix, context)
+    on_cases = evaluate_cases(harness, cases, limit=limit, tails=tails, progress=progress)
     metrics = None
     if wmatrix.manifest.reads_tokens:
-        cuts = cut_evenly(harness, texts, context, continuation, METRIC_TEXTS)
-        metrics = measure(harness, [(text, ids) for _, text, ids in cuts])
+        excerpts = take_excerpts(harness, texts, context, continuation, METRIC_TEXTS)
+        metrics = alignment_metrics(harness, [(text, ids) for _, text, ids in excerpts])
     protocol = Protocol(
         texts=digest(texts),
-        cases=digest(as_documents(cases)),
+        cases=digest(Document(c["question"] + c["answer"], c["context"]) for c in cases),
         limit=limit,
         context=context,
         continuation=continuation,
     )
-    manifest = wmatrix.manifest.model_copy(
-        update={
-            "certificate": certificate(
-                protocol, measured[context], on_cases, metrics, plans
-            ).model_dump(mode="json")
-        }
-    )
-    return replace(wmatrix, manifest=manifest)
+    plans = build_plans(harness, wmatrix, on_texts, {context: on_cases})
+    certificate = build_certificate(protocol, on_texts[context], on_cases, metrics, plans)
+    update = {"certificate": certificate.model_dump(mode="json")}
+    return replace(wmatrix, manifest=wmatrix.manifest.model_copy(update=update))
 
 
-def certificate(
+def build_certificate(
     protocol: Protocol,
     texts: TextFigures,
     cases: CaseFigures,
     metrics: Metrics | None,
     plans: Sequence[Plan],
 ) -> Certificate:
-    """What the measured figures say."""
+    """The certificate of measured figures; `plans` in any order."""
     on_texts, on_cases = texts.summary(), cases.summary()
     facts = cases.recall()
     return Certificate(
@@ -146,34 +128,50 @@ def certificate(
     )
 
 
-def tails(wmatrix: WMatrix, context: int) -> list[int]:
-    """How many last tokens of a context the measured plans read natively, beside none of them."""
+def plan_tails(wmatrix: WMatrix, context: int) -> list[int]:
+    """The tails, in tokens, of the plans for a context of that length, beside none."""
     if not wmatrix.manifest.reads_tokens:
-        return []  # without the text there is nothing to read
+        return []  # packages for it have no text to read natively
     shares = {round(share * context / TAIL_STEP) * TAIL_STEP for share in TAIL_SHARES}
     return sorted(tail for tail in {TAIL, *shares} if 0 < tail < context)
 
 
-def plan(
+def build_plans(
+    harness: EvalHarness,
+    wmatrix: WMatrix,
+    texts: Mapping[int, TextFigures],
+    cases: Mapping[int, CaseFigures],
+) -> list[Plan]:
+    """The plans of all tails at all lengths of context, by figures at these lengths."""
+    plans, mapped = [], map_flop(wmatrix)
+    for length, figures in texts.items():
+        native = prefill_flop(harness.target_model, length)
+        for tail in (0, *plan_tails(wmatrix, length)):
+            cost = share_of_prefill(mapped, native, length, tail)
+            plans.append(build_plan(length, tail, cost, figures, cases.get(length)))
+    return plans
+
+
+def build_plan(
     context: int, tail: int, cost: float, texts: TextFigures, cases: CaseFigures | None
 ) -> Plan:
-    """What was measured of one way to load."""
-    arm = tail_condition(tail)
+    """The plan of one tail at one length of context."""
+    memory, tokens_only = tail_condition(tail), tail_condition(tail, "tokens_only")
     kinds = rows_by([name.split("/")[0] for name in texts.names])
     return Plan(
         context=context,
         tail=tail,
         cost=cost,
-        retention=Interval(**texts.retention(arm)),
-        kinds={kind: Interval(**texts.retention(arm, rows)) for kind, rows in kinds.items()},
-        top1=texts.conditions[arm][:, 2].mean(),
-        tokens_only=Interval(**texts.retention(tail_condition(tail, "tokens_only"))),
-        facts=Interval(**cases.recall(arm)) if cases else None,
+        retention=Interval(**texts.retention(memory)),
+        kinds={kind: Interval(**texts.retention(memory, rows)) for kind, rows in kinds.items()},
+        top1=texts.conditions[memory][:, 2].mean(),
+        tokens_only=Interval(**texts.retention(tokens_only)),
+        facts=Interval(**cases.recall(memory)) if cases else None,
     )
 
 
 def recall_by(cases: CaseFigures, groups: Sequence[str]) -> dict[str, Interval]:
-    """The memory arm's recall by group of facts, of which the target itself recalls some."""
+    """The memory arm's recall by group, of groups in which the native arm recalls some facts."""
     return {
         group: Interval(**cases.recall(rows=rows))
         for group, rows in sorted(rows_by(groups).items())
@@ -182,19 +180,14 @@ def recall_by(cases: CaseFigures, groups: Sequence[str]) -> dict[str, Interval]:
 
 
 def rows_by(groups: Sequence[str]) -> dict[str, np.ndarray]:
-    """The rows of each group."""
+    """The row indices of each group."""
     rows: dict[str, list[int]] = {}
     for row, group in enumerate(groups):
         rows.setdefault(group, []).append(row)
-    return {group: np.array(found) for group, found in rows.items()}
+    return {group: np.array(indices) for group, indices in rows.items()}
 
 
 def distance_range(distance: int) -> str:
-    """The range of distances that one is reported in, in tokens."""
+    """The label of a distance's range, in tokens."""
     low = max((edge for edge in DISTANCES if edge <= distance), default=0)
     return f"from {low:3} tokens"
-
-
-def as_documents(cases: Sequence[dict[str, str]]) -> list[Document]:
-    """Cases in the form that has a digest."""
-    return [Document(case["question"] + case["answer"], case["context"]) for case in cases]

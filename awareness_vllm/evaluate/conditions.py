@@ -1,7 +1,8 @@
-"""One context in five arms: both models and the map between them, set up to be measured.
+"""The evaluation harness: both models and the map between them, and one context in five arms.
 
-Arms: *native* (the target reads the context), *memory* (aligned), *tokens_only* (the map with the
-source's states blanked), *wrong_memory* (another document's), *none*.
+The arms, `CONDITIONS` in the code: *native* (the target reads the context), *memory* (aligned),
+*tokens_only* (the map with the source's states masked), *wrong_memory* (another document's),
+*none*.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch import Tensor
 from awareness_vllm.align.realign import AlignedMemory, copy, prompt_ids, realign
 from awareness_vllm.errors import BadInput, UnsupportedModel
 from awareness_vllm.models.describe import geometry_of, resolve_folder
-from awareness_vllm.models.hf import last_logits, load_model, states
+from awareness_vllm.models.hf import inputs_after, last_logits, load_model, states
 from awareness_vllm.models.tokens import load_tokenizer, tokenize
 from awareness_vllm.packages.capture import capture, read_tokens
 from awareness_vllm.packages.file import Package
@@ -32,8 +33,15 @@ CONDITIONS = ("native", "memory", "tokens_only", "wrong_memory", "none")
 
 @dataclass
 class EvalHarness:
-    """Both models and the map between them; without a map, source and target must be one model.
-    Without a source nothing is captured: packages are there already."""
+    """Both models and the map between them.
+
+    Without a map, source and target must be one model; without a source nothing is captured, and
+    packages must exist already.
+
+    Raises:
+        BadInput, UnsupportedModel: models that differ from the map's, or from each other without
+            one.
+    """
 
     source: Path | None
     target: Path
@@ -57,15 +65,15 @@ class EvalHarness:
                 remedy="give FILE.wmatrix, or fit one with `awareness fit`",
             )
         if self.wmatrix is not None:
-            for role, model, wanted in (
+            for role, model, expected in (
                 ("source", source, self.wmatrix.manifest.source),
                 ("target", target, self.wmatrix.manifest.target),
             ):
-                if not model.same_model(wanted):
+                if not model.same_model(expected):
                     raise UnsupportedModel(
                         f"the W-Matrix has another {role}",
                         found=f"{model.name} (weights {model.weights[:12]})",
-                        expected=f"{wanted.name} (weights {wanted.weights[:12]})",
+                        expected=f"{expected.name} (weights {expected.weights[:12]})",
                         remedy=f"give the {role} model that the W-Matrix was fitted for",
                     )
         self.recent: dict[str, Package] = {}
@@ -73,19 +81,20 @@ class EvalHarness:
 
     @functools.cached_property
     def source_model(self) -> PreTrainedModel:
-        """Raises BadInput: no source is at hand."""
+        """The source model. Raises BadInput where the harness has none."""
         if self.wmatrix is None:
             return self.target_model
         if self.source is None:
             raise BadInput(
-                "nothing can be captured",
+                "no text can be captured",
                 found="no source model",
                 expected="the folder of the model that makes the memories",
             )
         return load_model(self.source)
 
     def package(self, text: str) -> Package:
-        """The source's capture of a text; the last two are kept, one serves as a wrong memory."""
+        """The source's capture of a text; the last two are cached, one is the other's wrong
+        memory."""
         if text not in self.recent:
             self.recent = dict([*self.recent.items()][-1:])
             folder = self.source or self.target
@@ -93,6 +102,7 @@ class EvalHarness:
         return self.recent[text]
 
     def memory(self, package: Package, *, masked: bool = False) -> AlignedMemory:
+        """The aligned memory of a package, with `masked` of its tokens alone."""
         if self.wmatrix is None:
             return copy(package)
         embed = self.target_model.get_input_embeddings()
@@ -105,7 +115,7 @@ class EvalHarness:
         return read_tokens(self.target, text).ids
 
     def sink(self) -> int:
-        """How many first ids stand before any text."""
+        """The number of ids before any text."""
         return len(self.ids("x")) - len(tokenize(load_tokenizer(str(self.target)), "x").ids)
 
     @torch.inference_mode()
@@ -115,13 +125,12 @@ class EvalHarness:
 
     @torch.inference_mode()
     def logprobs(self, memory: AlignedMemory, ids: list[int], scored: int, tail: int = 0) -> Tensor:
-        """Log probabilities of the last `scored` ids, read after a memory, [scored, V].
-
-        The memory's last `tail` tokens are read natively after its others.
-        """
+        """Log probabilities [scored, V] of the last `scored` ids, read after a memory whose last
+        `tail` tokens are read natively."""
         memory, recomputed = cut_tail(memory, tail)
         ids = [*recomputed, *ids]
-        logits = last_logits(self.target_model, ids, scored + 1, **after(memory, ids))
+        inputs = inputs_after(memory.keys, memory.values, ids)
+        logits = last_logits(self.target_model, ids, scored + 1, **inputs)
         return logits[:-1].float().log_softmax(-1)
 
     def conditions(
@@ -132,13 +141,13 @@ class EvalHarness:
         scored: int,
         tails: Sequence[int] = (),
     ) -> dict[str, Tensor]:
-        """Log probabilities of all five arms after a memory, [scored, V] each; with each of the
-        `tails` read natively, of the memory and of what its tokens alone give. Without an `other`
-        memory there is no wrong one."""
+        """Log probabilities [scored, V] of the last `scored` ids in each arm; for each of `tails`
+        also of *memory* and *tokens_only* with a native tail. Without an `other` package there is
+        no *wrong_memory*, without a map no *tokens_only*."""
         context_ids, sink = self.ids(package.text), self.sink()
         none = self.native(context_ids[:sink] or ids[:1])
         if not sink:
-            # A target without a first token of its own starts with the prompt itself.
+            # A target without a sink starts with the prompt itself.
             none = AlignedMemory([], [k[:0] for k in none.keys], [v[:0] for v in none.values])
         memories = {
             "native": self.native(context_ids),
@@ -149,42 +158,31 @@ class EvalHarness:
             memories["wrong_memory"] = self.memory(other)
         if self.wmatrix is not None:
             memories["tokens_only"] = self.memory(package, masked=True)
-        found = {arm: self.logprobs(memory, ids, scored) for arm, memory in memories.items()}
+        logprobs = {name: self.logprobs(memories[name], ids, scored) for name in memories}
         for tail in tails:
-            for arm in {"memory", "tokens_only"} & memories.keys():
-                found[tail_condition(tail, arm)] = self.logprobs(memories[arm], ids, scored, tail)
-        return found
+            for name in {"memory", "tokens_only"} & memories.keys():
+                with_tail = self.logprobs(memories[name], ids, scored, tail)
+                logprobs[tail_condition(tail, name)] = with_tail
+        return logprobs
 
 
-def tail_condition(tail: int, arm: str = "memory") -> str:
-    """The name of an arm whose last `tail` tokens are read natively."""
-    return f"{arm}_tail_{tail}" if tail else arm
+def tail_condition(tail: int, condition: str = "memory") -> str:
+    """The name of a condition whose last `tail` tokens are read natively."""
+    return f"{condition}_tail_{tail}" if tail else condition
 
 
 def cut_tail(memory: AlignedMemory, tail: int) -> tuple[AlignedMemory, list[int]]:
-    """A memory without its last `tail` tokens, and their ids; the first token stays."""
+    """A memory without its last `tail` tokens, and their ids; it keeps at least one token."""
     end = max(min(1, len(memory.ids)), len(memory.ids) - tail)
     keys, values = [k[:end] for k in memory.keys], [v[:end] for v in memory.values]
     return AlignedMemory(memory.ids[:end], keys, values), memory.ids[end:]
 
 
-def after(memory: AlignedMemory, ids: Sequence[int]) -> dict[str, Any]:
-    """The model's inputs that make it read ids after a memory: a float32 cache, positions."""
-    from transformers import DynamicCache
-
-    cache = DynamicCache()
-    for i, (key, value) in enumerate(zip(memory.keys, memory.values, strict=True)):
-        cache.update(key.float().transpose(0, 1)[None], value.float().transpose(0, 1)[None], i)
-    begin = len(memory.ids)
-    positions = torch.arange(begin, begin + len(ids))[None]
-    return {"past_key_values": cache, "position_ids": positions}
-
-
 def token_nll(logprobs: Tensor, ids: Sequence[int]) -> Tensor:
-    """Nats of each id but the first, [T - 1], by `logprobs` [T - 1, V]."""
+    """NLL in nats of each of T ids but the first, [T - 1], by `logprobs` [T - 1, V]."""
     return -logprobs.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
 
 
 def kl_divergence(native: Tensor, logprobs: Tensor) -> Tensor:
-    """KL from native predictions [T, V] for each token, [T]."""
+    """KL divergence in nats of each token's prediction from the native one, [T], of [T, V]."""
     return (native.exp() * (native - logprobs)).sum(-1)

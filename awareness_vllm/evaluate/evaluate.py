@@ -1,4 +1,4 @@
-"""The five-arm protocol: what a transferred memory is worth, measured on held-out text."""
+"""The five-arm protocol: retention on held-out texts, fact recall on cases."""
 
 from __future__ import annotations
 
@@ -19,35 +19,37 @@ from awareness_vllm.evaluate.conditions import CONDITIONS, EvalHarness, kl_diver
 from awareness_vllm.models.tokens import load_tokenizer, tokenize
 
 Item = TypeVar("Item")
-Cut = tuple[str, str, list[int]]
-"""A text's name, its context, and the ids after it: the first is read, the others are scored."""
+Rows = np.ndarray | slice
+ALL = slice(None)
+Excerpt = tuple[str, str, list[int]]
+"""A text's name, its context, and the ids after it: the first one is read, the rest is scored."""
 CHARACTERS_PER_TOKEN = 6
-"""More than English has: so many characters are enough for a context."""
+"""An upper bound for English, by which enough text is joined for a context."""
 
 
 @dataclass
 class TextFigures:
-    """What was measured, text by text: `arms[arm]` is [n, 3] (NLL, KL to native, top-1 agreement),
-    `names` are the texts'."""
+    """Figures of n texts: `conditions` are [n, 3] (NLL, KL from native, top-1 agreement with
+    native), by condition."""
 
     names: list[str]
     conditions: dict[str, np.ndarray]
 
-    def nll(self, arm: str) -> np.ndarray:
-        return self.conditions[arm][:, 0]
+    def nll(self, condition: str) -> np.ndarray:
+        """The texts' NLL in nats per token, [n]."""
+        return self.conditions[condition][:, 0]
 
-    def retention(self, arm: str = "memory", rows: np.ndarray | None = None) -> dict[str, float]:
-        """An arm's retention over all documents, or over some `rows` of them."""
-        chosen = slice(None) if rows is None else rows
-        return retention(*(self.nll(name)[chosen] for name in ("native", arm, "none")))
+    def retention(self, condition: str = "memory", rows: Rows = ALL) -> dict[str, float]:
+        """A condition's retention over all texts, or over some `rows` of them."""
+        return retention(*(self.nll(name)[rows] for name in ("native", condition, "none")))
 
     def summary(self) -> dict[str, Any]:
-        """Means of each arm, and retention with its interval."""
-        tails = [arm for arm in self.conditions if arm not in CONDITIONS]
+        """Means of each condition, and retentions with their intervals."""
+        tails = [name for name in self.conditions if name not in CONDITIONS]
         return {
             "conditions": means(self.conditions, ("nll", "kl", "top1")),
             "retention": self.retention(),
-            "tails": {arm: self.retention(arm) for arm in tails},
+            "tails": {name: self.retention(name) for name in tails},
             "n": len(self.names),
         }
 
@@ -62,88 +64,90 @@ def evaluate_texts(
     tails: Sequence[int] = (),
     progress: bool = True,
 ) -> TextFigures:
-    """Retention over texts: the target goes on with each text after `context` tokens of memory.
+    """Figures of the target's predictions of `continuation` tokens after `context` of memory.
 
     Args:
-        tails: how many last tokens of the memory to read natively, an arm for each.
+        tails: lengths of native tails, a further condition for each.
 
     Raises:
-        BadInput: fewer than two texts are long enough (the wrong-memory arm needs another).
+        BadInput: fewer than two texts are long enough (the wrong memory is another text's).
     """
-    cuts = cut_evenly(harness, documents, context, continuation, limit)
-    if len(cuts) < 2:
+    excerpts = take_excerpts(harness, documents, context, continuation, limit)
+    if len(excerpts) < 2:
         raise BadInput(
             "too few texts to evaluate on",
-            found=f"{len(cuts)} of {len(documents)} texts are long enough",
+            found=f"{len(excerpts)} of {len(documents)} texts are long enough",
             expected=f"at least 2 of {context + continuation + 1} tokens or more",
             remedy="give more or longer texts, or a smaller --context",
         )
     names: list[str] = []
     rows: dict[str, list[tuple[float, float, float]]] = {}
-    for i, wrong in tqdm(paired(len(cuts)), desc="five arms", disable=not progress):
-        name, text, ids = cuts[i]
+    for i, wrong in tqdm(pair_indices(len(excerpts)), desc="five arms", disable=not progress):
+        name, text, ids = excerpts[i]
         names.append(name)
-        wrong_memory = harness.package(cuts[wrong][1])
+        wrong_memory = harness.package(excerpts[wrong][1])
         conditions = harness.conditions(
             harness.package(text), wrong_memory, ids, continuation, tails
         )
         native = conditions["native"]
-        for arm, logprobs in conditions.items():
-            rows.setdefault(arm, []).append(measures(native, logprobs, ids))
-    return TextFigures(names, {arm: np.array(figures) for arm, figures in rows.items()})
+        for condition, logprobs in conditions.items():
+            rows.setdefault(condition, []).append(text_metrics(native, logprobs, ids))
+    return TextFigures(names, {condition: np.array(figures) for condition, figures in rows.items()})
 
 
-def measures(native: Tensor, logprobs: Tensor, ids: Sequence[int]) -> tuple[float, float, float]:
-    """NLL, KL to native and top-1 agreement of one arm on a text.
+def text_metrics(
+    native: Tensor, logprobs: Tensor, ids: Sequence[int]
+) -> tuple[float, float, float]:
+    """NLL, KL from native and top-1 agreement with native of one condition on a text.
 
     Args:
         native, logprobs: [T, V].
-        ids: T + 1, the one to start from first.
+        ids: T + 1, of which the first is not scored.
     """
     top1 = (native.argmax(-1) == logprobs.argmax(-1)).float()
     nll, kl = token_nll(logprobs, ids), kl_divergence(native, logprobs)
     return nll.mean().item(), kl.mean().item(), top1.mean().item()
 
 
-def cut_evenly(
+def take_excerpts(
     harness: EvalHarness,
     documents: Sequence[Document],
     context: int,
     continuation: int,
     limit: int | None,
-) -> list[Cut]:
-    """The cuts of at most `limit` documents that are long enough, spread evenly over them."""
-    cuts = [
-        (document.name, *cut)
+) -> list[Excerpt]:
+    """Excerpts of at most `limit` documents that are long enough, sampled evenly."""
+    excerpts = [
+        (document.name, *parts)
         for document in documents
-        if (cut := _cut(harness, document.text, context, continuation))
+        if (parts := split_context(harness, document.text, context, continuation))
     ]
-    return evenly(cuts, limit)
+    return sample_evenly(excerpts, limit)
 
 
 @dataclass
 class CaseFigures:
-    """What was measured, case by case: `arms[arm]` is [n, 2] (exact match, log probability),
-    `kinds` are the kinds of the facts asked for, `distances` how many tokens before the context's
-    end each was last stated."""
+    """Figures of n cases: `conditions` are [n, 2] (exact match, log probability), by condition;
+    `kinds` of the facts, `distances` in tokens from a fact's last mention to the context's end."""
 
     conditions: dict[str, np.ndarray]
     kinds: list[str]
     distances: list[int]
 
-    def exact(self, arm: str) -> np.ndarray:
-        return self.conditions[arm][:, 0]
+    def exact(self, condition: str) -> np.ndarray:
+        """Whether each answer is an exact match, [n] of 0 and 1."""
+        return self.conditions[condition][:, 0]
 
-    def recall(self, arm: str = "memory", rows: np.ndarray | None = None) -> dict[str, float]:
-        """An arm's exact match as a share of native, over all cases or over some `rows` of them."""
-        chosen = slice(None) if rows is None else rows
-        return share(self.exact(arm)[chosen], self.exact("native")[chosen])
+    def recall(self, condition: str = "memory", rows: Rows = ALL) -> dict[str, float]:
+        """A condition's exact matches as a share of native's, over all cases or some `rows`."""
+        return share(self.exact(condition)[rows], self.exact("native")[rows])
 
     def summary(self) -> dict[str, Any]:
-        """Means of each arm."""
+        """Means of each condition, and recalls with their intervals."""
+        tails = [name for name in self.conditions if name not in CONDITIONS]
         return {
             "conditions": means(self.conditions, ("exact_match", "logprob")),
-            "tails": {arm: self.recall(arm) for arm in self.conditions if arm not in CONDITIONS},
+            "tails": {name: self.recall(name) for name in tails},
             "n": len(self.kinds),
         }
 
@@ -156,8 +160,12 @@ def evaluate_cases(
     tails: Sequence[int] = (),
     progress: bool = True,
 ) -> CaseFigures:
-    """Fact recall: the greedy answer, compared token by token, and its log probability."""
-    cases = evenly(cases, limit)
+    """Fact recall: whether the greedy answer is exact, and the answer's log probability.
+
+    Raises:
+        BadInput: fewer than two cases.
+    """
+    cases = sample_evenly(cases, limit)
     if len(cases) < 2:
         raise BadInput("too few cases", found=len(cases), expected="at least 2")
     tokenizer = load_tokenizer(str(harness.target))
@@ -175,34 +183,34 @@ def evaluate_cases(
             harness.package(case["context"]), wrong, tokens.ids, scored, tails
         )
         labels = torch.tensor(tokens.ids[-scored:])
-        for arm, logprobs in conditions.items():
+        for condition, logprobs in conditions.items():
             exact = bool((logprobs.argmax(-1) == labels).all())
-            rows.setdefault(arm, []).append(
+            rows.setdefault(condition, []).append(
                 (float(exact), logprobs.gather(1, labels[:, None]).sum().item())
             )
     return CaseFigures(
-        {arm: np.array(figures) for arm, figures in rows.items()},
+        {condition: np.array(figures) for condition, figures in rows.items()},
         [case.get("kind", "fact") for case in cases],
         distances,
     )
 
 
 def distance(tokenizer: Tokenizer, context: str, answer: str) -> int:
-    """Tokens between the answer's last mention and the context's end; 0 where it has none."""
+    """Tokens from the answer's last mention to the context's end; 0 without a mention."""
     _, mention, rest = context.rpartition(answer.strip())
     return len(tokenize(tokenizer, rest).ids) if mention and rest else 0
 
 
 def means(conditions: dict[str, np.ndarray], names: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Each arm's means over documents, under the figures' names."""
+    """Each condition's means over documents, by the figures' names."""
+    order = sorted(conditions, key=lambda name: (*CONDITIONS, name).index(name))
     return {
-        arm: dict(zip(names, conditions[arm].mean(0).tolist(), strict=True))
-        for arm in sorted(conditions, key=lambda arm: (*CONDITIONS, arm).index(arm))
+        name: dict(zip(names, conditions[name].mean(0).tolist(), strict=True)) for name in order
     }
 
 
-def paired(count: int) -> list[tuple[int, int]]:
-    """Each document with another, half of all away: a neighbour may tell of the same things.
+def pair_indices(count: int) -> list[tuple[int, int]]:
+    """Each document's index with that of another, half of all away: neighbours may share facts.
 
     The two of a pair follow each other, so that each is captured once.
     """
@@ -211,11 +219,9 @@ def paired(count: int) -> list[tuple[int, int]]:
     return [(i, (i + half) % (2 * half) if i < 2 * half else 0) for i in order]
 
 
-def joined(documents: Sequence[Document], tokens: int) -> list[Document]:
-    """Successive documents of one folder as one text, until it is long enough for so many tokens.
-
-    Few documents are as long as the longest contexts; entries of one source are read in a row.
-    """
+def join_documents(documents: Sequence[Document], tokens: int) -> list[Document]:
+    """Documents, successive ones of a folder joined until they are long enough for so many tokens:
+    few are as long as the longest contexts."""
     characters = CHARACTERS_PER_TOKEN * tokens
     texts: dict[str, list[Document]] = {}
     for document in documents:
@@ -227,17 +233,18 @@ def joined(documents: Sequence[Document], tokens: int) -> list[Document]:
     return [document for kind in texts.values() for document in kind]
 
 
-def evenly(items: Sequence[Item], limit: int | None) -> list[Item]:
-    """At most `limit` items, spread over all of them: the first ones may be all of one kind."""
+def sample_evenly(items: Sequence[Item], limit: int | None) -> list[Item]:
+    """At most `limit` items, evenly from all of them: the first ones may be all of one kind."""
     if limit is None or len(items) <= limit:
         return list(items)
     return [items[i * len(items) // limit] for i in range(limit)]
 
 
-def _cut(
+def split_context(
     harness: EvalHarness, text: str, context: int, continuation: int
 ) -> tuple[str, list[int]] | None:
-    """A context of so many target tokens, and the ids that follow it (one to start from)."""
+    """A context of `context` target tokens, and the `continuation` + 1 ids that follow it; None
+    where the text is too short."""
     tokens = tokenize(load_tokenizer(str(harness.target)), text)
     if len(tokens.ids) < context + continuation + 1:
         return None

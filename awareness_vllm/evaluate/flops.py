@@ -1,4 +1,4 @@
-"""What a map costs beside what it spares: floating point operations per token."""
+"""Floating point operations of a map and of native reading, per token."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def map_flop(wmatrix: WMatrix) -> int:
 
 @torch.no_grad()
 def prefill_flop(target: PreTrainedModel, tokens: int) -> float:
-    """Operations of the target's own reading per token of a context, counted by torch.
+    """Operations of the target's prefill per token of a context, counted by torch.
 
     Without the head: only the last position needs it. Attention is counted as transformers
     computes it, over the whole context in every layer.
@@ -32,6 +32,6 @@ def prefill_flop(target: PreTrainedModel, tokens: int) -> float:
 
 
 def share_of_prefill(mapped: float, native: float, tokens: int, tail: int) -> float:
-    """Cost of a plan, the map for most tokens and native reading for the `tail`, beside reading
-    all of them; `mapped` and `native` are operations per token."""
+    """The cost of a plan, the map for most tokens and native reading for the `tail`, as a share of
+    native reading; `mapped` and `native` are operations per token."""
     return (mapped * (tokens - tail) + native * tail) / (native * tokens)

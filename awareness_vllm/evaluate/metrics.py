@@ -1,7 +1,7 @@
 """The alignment metrics of the published interface, measured through the target on held-out texts.
 
-Beside these, the certificate has what counts: retention and fact recall ("task transfer accuracy").
-The reconstruction error comes from the fit (`solve.round_trip_error`).
+What counts more is in the certificate beside them: retention and fact recall ("task transfer
+accuracy"). The reconstruction error is measured by the fit (`solve.round_trip_error`).
 """
 
 from __future__ import annotations
@@ -15,20 +15,21 @@ import torch
 from torch import Tensor
 
 from awareness_vllm.align.realign import AlignedMemory
-from awareness_vllm.evaluate.conditions import EvalHarness, after
+from awareness_vllm.evaluate.conditions import EvalHarness
+from awareness_vllm.models.hf import inputs_after
 from awareness_vllm.wmatrix.certificate import Metrics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 STABLE = 10.0
-"""Gradients are stable while their norm is within this factor of the native ones'."""
+"""The factor of the native gradients' norm within which gradients are stable."""
 
 
-def measure(harness: EvalHarness, cuts: Sequence[tuple[str, list[int]]]) -> Metrics:
-    """Measure on pairs of a context and the ids that follow it."""
+def alignment_metrics(harness: EvalHarness, pairs: Sequence[tuple[str, list[int]]]) -> Metrics:
+    """The metrics' means over pairs of a context and the ids that follow it."""
     cosines, overlaps, ratios = [], [], []
-    for context, ids in cuts:
+    for context, ids in pairs:
         memory = harness.memory(harness.package(context))
         native = harness.native(memory.ids)
         sink = harness.sink()
@@ -42,12 +43,12 @@ def measure(harness: EvalHarness, cuts: Sequence[tuple[str, list[int]]]) -> Metr
         attention_fidelity=tuple(torch.stack(overlaps).mean(0).tolist()),
         gradient_ratio=sum(ratios) / len(ratios),
         gradient_stability=all(1 / STABLE <= ratio <= STABLE for ratio in ratios),
-        n=len(cuts),
+        n=len(pairs),
     )
 
 
 def cosine(memory: AlignedMemory, native: AlignedMemory, sink: int) -> Tensor:
-    """Per layer, the mean cosine of tokens' keys and values side by side, [layers]."""
+    """The mean cosine of tokens' keys and values, joined to one vector, per layer, [layers]."""
     rows = []
     for ours, theirs in zip(_tokens(memory, sink), _tokens(native, sink), strict=True):
         rows.append(torch.nn.functional.cosine_similarity(ours, theirs, dim=-1).mean())
@@ -55,18 +56,18 @@ def cosine(memory: AlignedMemory, native: AlignedMemory, sink: int) -> Tensor:
 
 
 def _tokens(memory: AlignedMemory, sink: int) -> Iterator[Tensor]:
-    """Per layer, each token's key and value in one row, the sink left out."""
+    """Each token's key and value in one row, per layer [T, 2 · H · D], without the sink."""
     for key, value in zip(memory.keys, memory.values, strict=True):
         yield torch.cat((key[sink:].flatten(1), value[sink:].flatten(1)), dim=1).float()
 
 
 @torch.inference_mode()
 def attention(model: PreTrainedModel, memory: AlignedMemory, ids: list[int]) -> list[Tensor]:
-    """Per layer, how the ids read after a memory attend, [heads, ids, positions]."""
+    """Attention weights of ids read after a memory, per layer [heads, ids, positions]."""
     with eager(model):
         out = model(
             torch.tensor([ids]),
-            **after(memory, ids),
+            **inputs_after(memory.keys, memory.values, ids),
             output_attentions=True,
             logits_to_keep=1,
         )
@@ -74,18 +75,18 @@ def attention(model: PreTrainedModel, memory: AlignedMemory, ids: list[int]) -> 
 
 
 def overlap(ours: list[Tensor], theirs: list[Tensor]) -> Tensor:
-    """Per layer, 1 − total variation between two sets of distributions, their mean, [layers]."""
+    """The mean of 1 − total variation between two sets of distributions, per layer, [layers]."""
     return torch.stack(
         [1 - 0.5 * (a - b).abs().sum(-1).mean() for a, b in zip(ours, theirs, strict=True)]
     )
 
 
 def gradient_norm(model: PreTrainedModel, memory: AlignedMemory, ids: list[int]) -> float:
-    """Norm of the gradient of the next-token loss over the ids, in all states of the memory."""
+    """The norm of the gradient of the ids' next-token loss in all states of the memory."""
     leaves = [s.float().clone().requires_grad_() for s in (*memory.keys, *memory.values)]
     half = len(memory.keys)
-    injected = AlignedMemory(memory.ids, leaves[:half], leaves[half:])
-    logits = model(torch.tensor([ids]), **after(injected, ids)).logits[0, :-1]
+    inputs = inputs_after(leaves[:half], leaves[half:], ids)
+    logits = model(torch.tensor([ids]), **inputs).logits[0, :-1]
     loss = torch.nn.functional.cross_entropy(logits.float(), torch.tensor(ids[1:]))
     gradients = torch.autograd.grad(loss, leaves)
     return math.sqrt(sum(g.square().sum().item() for g in gradients))
@@ -93,7 +94,7 @@ def gradient_norm(model: PreTrainedModel, memory: AlignedMemory, ids: list[int])
 
 @contextlib.contextmanager
 def eager(model: PreTrainedModel) -> Iterator[None]:
-    """Within, the model computes attention in the way that can show its weights."""
+    """A context in which the model's attention can return its weights."""
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:

@@ -1,8 +1,8 @@
-"""Calibration: the target's own judgement of the aligned memory, as gradients into the map.
+"""Calibration: training of the map through the target, on its predictions after the memory.
 
-The ridge fits states; what counts is what the target says after them. Each step injects one
-lesson's mapped states as the target's cache, and lowers the divergence from the target's native
-prediction of the text's continuation.
+The ridge fits states; what counts are the target's predictions after them. Each step builds the
+target's cache of the mapped states of some examples, and lowers the KL divergence from the
+target's native predictions of the texts' continuations.
 """
 
 from __future__ import annotations
@@ -18,11 +18,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from awareness_vllm.fit.checkpoint import Checkpoint
+from awareness_vllm.fit.config import FitConfig
 from awareness_vllm.fit.examples import CalibrationExample, CalibrationExamples
 from awareness_vllm.fit.reader import Reader
-from awareness_vllm.models.build_cache import build_cache
-from awareness_vllm.models.hf import last_logits
-from awareness_vllm.wmatrix.features import split_states
 from awareness_vllm.wmatrix.file import WMatrix
 
 if TYPE_CHECKING:
@@ -30,31 +28,22 @@ if TYPE_CHECKING:
 
 PARTS = ("encode", "decode", "bias")
 SHARES = (0.2, 1.0, 1.0)
-"""Each part's step as a share of the decoder's: the encoder moves the latent under all outputs."""
+"""Each part's rate as a share of the decoder's: the encoder changes all outputs at once."""
 BETAS = (0.9, 0.98)
 
 
-@dataclass(frozen=True)
-class CalibrationConfig:
-    """Adam over the lessons, `batch` of them a step. `rate` is relative to each tensor's spread;
-    after each epoch the map is tried on the held-out lessons, and training ends when it has not
-    become better for `patience` epochs. The work is saved every `save_every` lessons."""
-
-    batch: int = 1
-    epochs: int = 1
-    rate: float = 3e-3
-    warm_up: int = 10
-    patience: int = 3
-    save_every: int = 50
-    seed: int = 0
+WARM_UP = 10
+"""Examples over which the rate rises."""
+SAVE_EVERY = 50
+"""Examples between two checkpoints."""
 
 
 @dataclass
 class Training:
-    """The map in training: its parts in float32, and how far the training is.
+    """The state of a training: the map's parts in float32, the optimizer's moments.
 
-    `scores` are the divergences on the held-out lessons, before the first epoch and after each;
-    `best` are the parts that had the lowest.
+    `scores` are the mean KL divergences on the held-out examples, before the first epoch and after
+    each; `best` are the parts with the lowest.
     """
 
     parts: dict[str, Tensor]
@@ -62,11 +51,12 @@ class Training:
     best: dict[str, Tensor]
     scores: list[float]
     step: int = 0
-    """Lessons gone through."""
+    """Examples seen."""
 
     @classmethod
     def start(cls, wmatrix: WMatrix) -> Training:
-        rows = torch.contiguous_format  # the solver's matrices lie by columns, files want rows
+        """A training from the first step."""
+        rows = torch.contiguous_format  # the solver's matrices are column-major, files row-major
         parts = {
             name: getattr(wmatrix, name).float().clone(memory_format=rows).requires_grad_()
             for name in PARTS
@@ -75,7 +65,8 @@ class Training:
         best = {name: part.detach().clone() for name, part in parts.items()}
         return cls(parts, optimizer, best, [])
 
-    def save(self, work: Checkpoint) -> None:
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Write parts, moments and scores into a checkpoint."""
         tensors = {f"best.{name}": tensor for name, tensor in self.best.items()}
         for name, part in self.parts.items():
             tensors[f"part.{name}"] = part.detach()
@@ -84,13 +75,13 @@ class Training:
                     tensors[f"{moment}.{name}"] = self.optimizer.state[part][moment]
         updates = [int(state["step"]) for state in self.optimizer.state.values()]
         note = {"step": self.step, "updates": max(updates, default=0), "scores": self.scores}
-        work.save("calibration", tensors, note)
+        checkpoint.save("calibration", tensors, note)
 
-    def resume(self, work: Checkpoint) -> None:
-        """Go on where a killed run's last save left off, if there is one."""
-        if (kept := work.load("calibration")) is None:
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Restore the last save of a killed run, if there is one."""
+        if (saved := checkpoint.load("calibration")) is None:
             return
-        tensors, note = kept
+        tensors, note = saved
         self.step, self.scores = note["step"], note["scores"]
         for name, part in self.parts.items():
             self.best[name] = tensors[f"best.{name}"]
@@ -102,14 +93,14 @@ class Training:
                     "exp_avg_sq": tensors[f"exp_avg_sq.{name}"],
                 }
 
-    def judge(self, score: float) -> None:
-        """Note a divergence on the held-out lessons; keep the parts if it is the lowest yet."""
+    def record(self, score: float) -> None:
+        """Append a score; the parts become the best ones if it is the lowest yet."""
         if not self.scores or score <= min(self.scores):
             self.best = {name: part.detach().clone() for name, part in self.parts.items()}
         self.scores.append(score)
 
-    def is_stuck(self, patience: int) -> bool:
-        """Whether the last so many epochs brought nothing better."""
+    def is_stalled(self, patience: int) -> bool:
+        """Whether the last `patience` epochs had no better score."""
         best = self.scores.index(min(self.scores))
         return len(self.scores) - 1 - best >= patience
 
@@ -118,33 +109,34 @@ def calibrate(
     wmatrix: WMatrix,
     examples: CalibrationExamples,
     held_out: CalibrationExamples,
-    config: CalibrationConfig,
-    work: Checkpoint,
+    config: FitConfig,
+    checkpoint: Checkpoint,
     *,
     progress: bool = True,
 ) -> tuple[WMatrix, list[float]]:
-    """Train encoder, decoder and bias; the work is taken up again after a kill.
+    """Train encoder, decoder and bias by Adam; a killed training resumes from the checkpoint.
+
+    After each epoch the map is scored on the held-out examples; training ends after
+    `config.patience` epochs without a better score.
 
     Returns:
-        the map that did best on the held-out lessons (the last one where there are none), and its
-        divergence there before the first epoch and after each.
+        the map with the best score on the held-out examples (the last one where there are none),
+        and the scores: mean KL divergences before the first epoch and after each.
     """
     training = Training.start(wmatrix)
-    training.resume(work)
+    training.resume(checkpoint)
     reader, total = examples.reader, config.epochs * len(examples)
-    spread = [getattr(wmatrix, name).float().std().item() for name in PARTS]
+    stds = [getattr(wmatrix, name).float().std().item() for name in PARTS]
     if len(held_out) and not training.scores:
-        training.judge(judged(wmatrix, reader, training.parts, held_out))
+        training.record(mean_kl(wmatrix, reader, training.parts, held_out))
     losses: list[float] = []
     bar = tqdm(total=total, initial=training.step, desc="calibration", disable=not progress)
     while training.step < total:
-        rate = config.rate * schedule(training.step, total, config.warm_up)
-        for group, scale, share in zip(
-            training.optimizer.param_groups, spread, SHARES, strict=True
-        ):
-            group["lr"] = rate * scale * share
-        epoch, place = divmod(training.step, len(examples))
-        batch = _order(len(examples), epoch, config.seed)[place : place + config.batch]
+        rate = config.rate * schedule(training.step, total)
+        for group, std, share in zip(training.optimizer.param_groups, stds, SHARES, strict=True):
+            group["lr"] = rate * std * share
+        epoch, begin = divmod(training.step, len(examples))
+        batch = _order(len(examples), epoch, config.seed)[begin : begin + config.batch]
         training.optimizer.zero_grad()
         for index in batch:
             loss = kl_divergence(wmatrix, reader, training.parts, examples[index])
@@ -155,12 +147,14 @@ def calibrate(
         bar.update(len(batch))
         bar.set_postfix(kl=f"{sum(losses[-20:]) / len(losses[-20:]):.3f}")
         if len(held_out) and training.step % len(examples) == 0:
-            training.judge(judged(wmatrix, reader, training.parts, held_out))
-            bar.write(f"epoch {epoch + 1}: divergence on held-out texts {training.scores[-1]:.4f}")
-            if training.is_stuck(config.patience):
+            training.record(mean_kl(wmatrix, reader, training.parts, held_out))
+            bar.write(
+                f"epoch {epoch + 1}: KL divergence on held-out texts {training.scores[-1]:.4f}"
+            )
+            if training.is_stalled(config.patience):
                 break
-        if training.step % config.save_every < len(batch):
-            training.save(work)
+        if training.step % SAVE_EVERY < len(batch):
+            training.save(checkpoint)
     bar.close()
     parts = training.best if training.scores else training.parts
     return replace(
@@ -171,16 +165,16 @@ def calibrate(
     ), training.scores
 
 
-def schedule(step: int, total: int, warm_up: int) -> float:
-    """The share of the full rate at a step: a linear rise, then a cosine's fall."""
-    return min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / total))
+def schedule(step: int, total: int) -> float:
+    """The share of the full rate at a step: a linear warm-up, then cosine decay."""
+    return min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / total))
 
 
 @torch.no_grad()
-def judged(
+def mean_kl(
     wmatrix: WMatrix, reader: Reader, parts: dict[str, Tensor], examples: CalibrationExamples
 ) -> float:
-    """The mean divergence over lessons."""
+    """The mean KL divergence over examples."""
     scores = [
         kl_divergence(wmatrix, reader, parts, examples[i]).item() for i in range(len(examples))
     ]
@@ -188,42 +182,33 @@ def judged(
 
 
 def kl_divergence(
-    wmatrix: WMatrix, reader: Reader, parts: dict[str, Tensor], lesson: CalibrationExample
+    wmatrix: WMatrix, reader: Reader, parts: dict[str, Tensor], example: CalibrationExample
 ) -> Tensor:
-    """KL from the target's native prediction of the continuation to that after the memory."""
+    """KL divergence of the prediction after the memory from the native one, in nats per token."""
     encode, decode, bias = (parts[name].bfloat16() for name in PARTS)
-    target, sink, count = reader.target_geometry, len(reader.sink), len(lesson.ids)
-    flat = (lesson.features @ encode) @ decode + bias
+    flat = (example.features @ encode) @ decode + bias
     if wmatrix.manifest.residual:
-        flat = flat + standing_states(wmatrix, lesson.features)
+        flat = flat + source_states(wmatrix, example.features)
     sinks = wmatrix.sink_keys, wmatrix.sink_values
-    cache = build_cache(target, split_states(target, flat), sinks)
-    end = sink + len(lesson.features)
-    with only_tokens(reader.target_model, lesson.likely):
-        logits = last_logits(
-            reader.target_model,
-            lesson.ids,
-            count,
-            past_key_values=cache,
-            position_ids=torch.arange(end, end + count)[None],
-        )
+    with only_tokens(reader.target_model, example.likely):
+        logits = reader.logits_after(sinks, flat, example.ids)
     return torch.nn.functional.kl_div(
         logits.float().log_softmax(-1),
-        lesson.native.float().log_softmax(-1),
+        example.native.float().log_softmax(-1),
         log_target=True,
         reduction="batchmean",
     )
 
 
-def standing_states(wmatrix: WMatrix, features: Tensor) -> Tensor:
-    """The source's states [T, source_width], back from standardised features [T, F]."""
+def source_states(wmatrix: WMatrix, features: Tensor) -> Tensor:
+    """The source's states [T, source_width] of standardised features [T, F]."""
     width = wmatrix.manifest.source_width
     return features[:, :width] / wmatrix.scale[:width] + wmatrix.mean[:width]
 
 
 @contextlib.contextmanager
 def only_tokens(model: PreTrainedModel, tokens: Tensor) -> Iterator[None]:
-    """Within, the model's head has only these output tokens [N]; its other steps stay its own."""
+    """A context in which the model's head has only these output tokens [N]."""
     head = model.get_output_embeddings()
     narrow = torch.nn.Linear(1, 1, bias=False)
     narrow.weight = torch.nn.Parameter(head.weight[tokens], requires_grad=False)
@@ -237,7 +222,7 @@ def only_tokens(model: PreTrainedModel, tokens: Tensor) -> Iterator[None]:
 
 
 def _order(count: int, epoch: int, seed: int) -> list[int]:
-    """The order of the lessons in an epoch; the first takes them as they come."""
+    """The order of the examples in an epoch; in the first one unshuffled."""
     if epoch == 0:
         return list(range(count))
     generator = torch.Generator().manual_seed(seed + epoch)

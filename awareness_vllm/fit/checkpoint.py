@@ -1,9 +1,8 @@
-"""A fit's unfinished work on disk: what a kill leaves is taken up by the next run."""
+"""The checkpoint of a fit: intermediate results on disk, from which a killed run resumes."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -15,16 +14,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from awareness_vllm.files import atomic_write
+
 KEY = "key"
 NOTE = "awareness"
 
 
 class Checkpoint:
-    """Named sets of tensors, each with a note; a set is replaced whole or not at all.
+    """Named sets of tensors in a folder, each with a JSON note and replaced atomically.
 
     Args:
-        folder: made when missing; what another `key` left there is thrown away.
-        key: says what the work is part of: the models, the anchors, the configuration.
+        folder: created when missing, emptied where it has another `key`.
+        key: identifies the fit: the models, the anchors, the configuration.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
@@ -36,13 +37,12 @@ class Checkpoint:
             mark.write_text(key)
 
     def save(self, name: str, tensors: dict[str, Tensor], note: dict[str, Any]) -> None:
-        """Keep a set of tensors and a JSON note under a name."""
-        temporary = self._path(f".{name}")
-        save_file(tensors, temporary, {NOTE: json.dumps(note)})
-        os.replace(temporary, self._path(name))
+        """Write a set of tensors and a JSON note under a name."""
+        with atomic_write(self._path(name)) as draft:
+            save_file(tensors, draft, {NOTE: json.dumps(note)})
 
     def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """What was kept under a name; None where there is nothing, or nothing readable."""
+        """The tensors and the note of a name; None where missing or unreadable."""
         try:
             with safe_open(self._path(name), framework="pt") as file:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -51,7 +51,7 @@ class Checkpoint:
             return None
 
     def remove(self) -> None:
-        """The work is done."""
+        """Delete the checkpoint."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _path(self, name: str) -> Path:
@@ -59,12 +59,12 @@ class Checkpoint:
 
 
 @contextmanager
-def workspace(folder: Path | None, key: str) -> Iterator[Checkpoint]:
-    """A workspace that goes away when the work is done; without a folder, when it fails too."""
+def open_checkpoint(folder: Path | None, key: str) -> Iterator[Checkpoint]:
+    """A checkpoint that is deleted when the block succeeds; without a folder, in any case."""
     if folder is None:
         with tempfile.TemporaryDirectory() as temporary:
-            yield Checkpoint(Path(temporary) / "work", key)
+            yield Checkpoint(Path(temporary) / "checkpoint", key)
         return
-    work = Checkpoint(folder, key)
-    yield work
-    work.remove()
+    checkpoint = Checkpoint(folder, key)
+    yield checkpoint
+    checkpoint.remove()

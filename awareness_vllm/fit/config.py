@@ -1,4 +1,4 @@
-"""How a W-Matrix is fitted."""
+"""The configuration of a fit."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class FitConfig:
-    """`tokens` of anchors (target tokens), how many source `layers` are read (None: half) and by
-    which `choice` ("spread" evenly, the "best", or those with "full" attention), latent `rank`,
-    `ridge` as a share of unit variance (None: chosen on held-out documents), how many
-    `predecessors` of a token lend their embeddings (None: not even the token itself, for packages
-    without text); `calibration` texts, `batch` of them a step, gone through `epochs` times with a
-    relative step `rate`, until `patience` epochs bring nothing better on held-out documents."""
+    """The fit's parameters: anchor `tokens` of the target; the number of source `layers` to read
+    (None: half) and their `choice` ("spread" evenly, the "best", or those with "full" attention);
+    the latent's `rank`; the `ridge` as a share of unit variance (None: chosen on held-out
+    documents); the `predecessors` of a token whose embeddings are features too (None: no
+    embeddings at all, for packages without text); calibration on `calibration` texts in steps of
+    `batch`, for `epochs` with a relative `rate`, ended by `patience` epochs without a better score
+    on the `held_out` share of documents."""
 
     tokens: int = 45_000
     layers: int | None = None

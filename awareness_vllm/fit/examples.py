@@ -1,4 +1,4 @@
-"""What calibration learns from: texts, read once by both models, and what the target said."""
+"""Calibration examples: features of contexts, and native predictions of their continuations."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from awareness_vllm.models.tokens import load_tokenizer, tokenize
 from awareness_vllm.wmatrix.file import WMatrix
 
 LIKELY = 256
-"""Tokens of each native prediction that the divergence is taken over: the head over a vocabulary
-of 262k would cost more than the rest of a step."""
+"""Tokens of each native prediction that the KL divergence is taken over: the head over a
+vocabulary of 262k would cost more than the rest of a step."""
 
 
 @dataclass(frozen=True)
 class CalibrationExample:
-    """A memory and what follows it.
+    """A memory and its continuation.
 
-    `features` [T, F] bfloat16, standardised; `ids` [N], the continuation's; `likely` [K], the
-    tokens that the target finds likely somewhere in it, and its `native` logits of them [N, K].
+    `features` [T, F] bfloat16, standardised; `ids` [N] of the continuation; `likely` [K], the
+    most likely tokens by the target at any of its positions, and their `native` logits [N, K].
     """
 
     features: Tensor
@@ -33,39 +33,40 @@ class CalibrationExample:
 
 
 class CalibrationExamples:
-    """The lessons of pairs of context and continuation, read at first use and then kept on disk."""
+    """The examples of pairs of context and continuation, computed at first use and saved to
+    disk."""
 
     def __init__(
         self,
         reader: Reader,
         wmatrix: WMatrix,
         pairs: Sequence[tuple[str, str]],
-        work: Checkpoint,
+        checkpoint: Checkpoint,
         name: str,
     ) -> None:
         self.reader, self.wmatrix, self.pairs = reader, wmatrix, pairs
-        self.work, self.name = work, name
+        self.checkpoint, self.name = checkpoint, name
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> CalibrationExample:
         name = f"{self.name}-{index:05}"
-        if (kept := self.work.load(name)) is None:
-            lesson = self.read(*self.pairs[index])
+        if (saved := self.checkpoint.load(name)) is None:
+            example = self.read(*self.pairs[index])
             tensors = {
-                "features": lesson.features,
-                "likely": lesson.likely,
-                "native": lesson.native.contiguous(),
+                "features": example.features,
+                "likely": example.likely,
+                "native": example.native.contiguous(),
             }
-            self.work.save(name, tensors, {"ids": lesson.ids})
-            return lesson
-        tensors, note = kept
+            self.checkpoint.save(name, tensors, {"ids": example.ids})
+            return example
+        tensors, note = saved
         return CalibrationExample(ids=note["ids"], **tensors)
 
     @torch.no_grad()
     def read(self, context: str, continuation: str) -> CalibrationExample:
-        """Both models read the text."""
+        """The example of a context and its continuation, read by both models."""
         reader = self.reader
         ids = tokenize(load_tokenizer(str(reader.target)), continuation).ids
         row = reader.read(context)

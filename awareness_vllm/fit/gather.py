@@ -1,4 +1,4 @@
-"""The anchors, read by both models into sufficient statistics."""
+"""The sufficient statistics of the anchors, read by both models."""
 
 from __future__ import annotations
 
@@ -18,40 +18,40 @@ from awareness_vllm.fit.statistics import Statistics
 from awareness_vllm.fit.texts import shuffled_windows
 
 CHUNK_ROWS = 4096
-"""Rows after which the sums are saved: a kill loses no more than these."""
+"""Rows after which the sums are saved: a kill loses at most as many."""
 
 
 def gather(
     reader: Reader,
     documents: Sequence[Document],
     config: FitConfig,
-    work: Checkpoint,
+    checkpoint: Checkpoint,
     *,
     progress: bool,
 ) -> Statistics:
-    """Read anchors until `config.tokens` rows are gathered, in chunks of bounded memory.
+    """The sums over `config.tokens` rows of anchors, read in chunks of bounded memory.
 
-    Of n processes each reads every n-th text, for an n-th of the rows; all get the sums of all.
+    Each of n processes reads every n-th text, for an n-th of the rows, and returns the sums of all.
 
     Raises:
-        BadInput: the anchors run out before the features can be told apart.
+        BadInput: fewer rows than one chunk.
     """
-    statistics, first = _resumed(work)
+    statistics, first = _resume(checkpoint)
     chunk: list[tuple[Tensor, Tensor]] = []
     pending = 0
     rank, processes = join()
     texts = shuffled_windows(documents, config.seed)[rank::processes]
-    wanted = config.tokens // processes
+    total = config.tokens // processes
     done = statistics.rows if statistics else 0
-    with tqdm(total=wanted, initial=done, unit="tok", desc="anchors", disable=not progress) as bar:
+    with tqdm(total=total, initial=done, unit="tok", desc="anchors", disable=not progress) as bar:
         for number, text in enumerate(texts[first:], first + 1):
-            if done + pending >= wanted:
+            if done + pending >= total:
                 break
             x, y = reader.pairs(text)
             chunk.append((x, y))
             pending += len(x)
             bar.update(len(x))
-            if pending < CHUNK_ROWS and done + pending < wanted and number < len(texts):
+            if pending < CHUNK_ROWS and done + pending < total and number < len(texts):
                 continue
             xs, ys = (torch.cat(parts) for parts in zip(*chunk, strict=True))
             if statistics is None and len(xs) >= CHUNK_ROWS:
@@ -59,7 +59,7 @@ def gather(
             if statistics is not None:
                 statistics.add(xs, ys)
                 chunk, done, pending = [], statistics.rows, 0
-                work.save("statistics", statistics.tensors(), {"texts": number, "rows": done})
+                checkpoint.save("sums", statistics.tensors(), {"texts": number, "rows": done})
     if statistics is None:
         raise BadInput(
             "too few anchor tokens",
@@ -70,18 +70,18 @@ def gather(
     return statistics.all_reduce() if processes > 1 else statistics
 
 
-def _resumed(work: Checkpoint) -> tuple[Statistics | None, int]:
-    """The sums of a killed run, and how many texts are in them."""
-    if (kept := work.load("statistics")) is None:
+def _resume(checkpoint: Checkpoint) -> tuple[Statistics | None, int]:
+    """The sums of a killed run, and the number of texts in them."""
+    if (saved := checkpoint.load("sums")) is None:
         return None, 0
-    tensors, note = kept
+    tensors, note = saved
     return Statistics(**tensors, rows=note["rows"]), note["texts"]
 
 
 def held_out_rows(
     reader: Reader, documents: Sequence[Document], seed: int
 ) -> tuple[Tensor, Tensor]:
-    """Features [N, F] and target states [N, O] of a few texts of documents."""
+    """Features [N, F] and target states [N, O] of eight texts of documents."""
     texts = shuffled_windows(documents, seed)[:8]
     x, y = zip(*(reader.pairs(text) for text in texts), strict=True)
     return torch.cat(x), torch.cat(y)

@@ -1,39 +1,37 @@
-"""Both models reading the same text: the rows that a map is learned from."""
+"""Regression rows of texts: features of the source and the target, states of the target."""
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from awareness_vllm.fit.layers import evenly_spread
+from awareness_vllm.fit.layers import spread_layers
 from awareness_vllm.models.describe import geometry_of
-from awareness_vllm.models.hf import last_logits, load_model, sink_ids, states
+from awareness_vllm.models.hf import inputs_after, last_logits, load_model, sink_ids, states
 from awareness_vllm.models.position_embeddings import position_embeddings
+from awareness_vllm.models.rope import rotate
 from awareness_vllm.models.tokens import align, load_tokenizer, tokenize
 from awareness_vllm.packages.capture import read_tokens
 from awareness_vllm.wmatrix.features import (
     embedding_features,
     flat_states,
     masked_rows,
+    split_states,
     with_position_embeddings,
 )
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One text as the map sees it: the target's `ids` with the sink first, `features` [T, F]
-    float32, which rows have `blank` source states [T] bool, and at which of the ids after the sink
-    each row stands, `places` [T]."""
+    """The rows of one text: the target's `ids` with the sink first, `features` [T, F] float32,
+    `masked` [T] bool, rows whose source states are masked, and `positions` [T], each row's target
+    token, counted after the sink."""
 
     ids: list[int]
     features: Tensor
@@ -45,10 +43,10 @@ class Row:
 class Reader:
     """A source and a target model, in bfloat16: sums and gradients average its rounding away.
 
-    Of the source, `count` layers are read, as `evenly_spread` says; of a variant of the target
-    (`residual`) all of them, since the map then learns what to add to them. Without `predecessors`
-    there is a row for each of the source's tokens but the first, otherwise for each of the
-    target's. Learned positions are features of their own, in `places`.
+    Of the source, `count` layers are read, as `spread_layers` says; of a variant of the target all
+    of them, since the map is then `residual`: it adds to them. Without `predecessors` there is a
+    row for each source token but the first, otherwise for each target token. Learned positions
+    are features too, `position_embeddings` by side.
     """
 
     source: Path
@@ -64,7 +62,7 @@ class Reader:
         self.sink = sink_ids(self.target)
         self.residual = self.source_geometry.same_shape(self.target_geometry)
         total = len(self.source_geometry.layers)
-        self.choose(evenly_spread(total if self.residual else self.count, total))
+        self.choose(spread_layers(total if self.residual else self.count, total))
         sides = {
             "source": (self.source_geometry, self.source_model),
             "target": (self.target_geometry, self.target_model),
@@ -76,13 +74,13 @@ class Reader:
         }
 
     def choose(self, layers: tuple[int, ...]) -> None:
-        """Read these layers of the source from now on."""
+        """Set the source layers to read."""
         self.layers = layers
         self.width = self.source_geometry.width_of(layers)
 
     @torch.no_grad()
     def read(self, text: str) -> Row:
-        """The features of one text."""
+        """The rows of one text."""
         source = read_tokens(self.source, text)
         target = tokenize(load_tokenizer(str(self.target)), text)
         ids = [*self.sink, *target.ids]
@@ -107,17 +105,15 @@ class Reader:
 
     @torch.no_grad()
     def pairs(self, text: str) -> tuple[Tensor, Tensor]:
-        """Features [T, F] and position-free target states [T, O] of a text's usable tokens.
-
-        Of a variant: what the target's states are more than the source's.
-        """
+        """Features [T, F] and position-free target states [T, O] of a text's usable tokens; of a
+        variant, the difference of the target's states to the source's."""
         row = self.read(text)
         truth = flat_states(self.target_geometry, *states(self.target_model, row.ids))
         y = truth[len(self.sink) :][row.positions]
         finite = row.features.isfinite().all(1) & y.isfinite().all(1)
         if not finite.all():
             logger.warning(
-                "left out %d tokens with NaN or infinite states, of the text that begins %r",
+                "%d tokens with NaN or infinite states are left out, of the text that begins %r",
                 int((~finite).sum()),
                 text[:60],
             )
@@ -127,5 +123,25 @@ class Reader:
 
     @torch.no_grad()
     def logits(self, ids: list[int], last: int) -> Tensor:
-        """The target's logits at the last so many of these ids, [last, V]."""
+        """The target's logits at the last `last` of these ids, [last, V]."""
         return last_logits(self.target_model, ids, last)
+
+    def logits_after(
+        self, sinks: tuple[list[Tensor], list[Tensor]], flat: Tensor, ids: list[int]
+    ) -> Tensor:
+        """The target's logits at ids that follow a memory, [len(ids), V], differentiable in it.
+
+        Args:
+            sinks: keys and values of the sink, per layer [S, H, D] as cached.
+            flat: [T, O], the memory's states after it, keys position-free.
+        """
+        free, values = split_states(self.target_geometry, flat)
+        positions = torch.arange(len(self.sink), len(self.sink) + len(flat))
+        layers = zip(free, self.target_geometry.layers, strict=True)
+        keys = [rotate(key, positions, layer.positions) for key, layer in layers]
+        all_keys, all_values = (
+            [torch.cat((sink.float(), state.float())) for sink, state in zip(*part, strict=True)]
+            for part in zip(sinks, (keys, values), strict=True)
+        )
+        inputs = inputs_after(all_keys, all_values, ids, torch.bfloat16)
+        return last_logits(self.target_model, ids, len(ids), **inputs)

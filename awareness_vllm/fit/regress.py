@@ -1,4 +1,4 @@
-"""Representation alignment: the map by ridge regression alone."""
+"""Representation alignment: the map by ridge regression, before calibration."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from torch import Tensor
 
 from awareness_vllm.anchors.corpus import Document, digest
-from awareness_vllm.fit.checkpoint import Checkpoint, workspace
+from awareness_vllm.fit.checkpoint import Checkpoint, open_checkpoint
 from awareness_vllm.fit.config import FitConfig
 from awareness_vllm.fit.gather import gather, held_out_rows
 from awareness_vllm.fit.importance import importance, output_weight
@@ -23,43 +23,43 @@ from awareness_vllm.provenance import versions
 from awareness_vllm.wmatrix.file import WMatrix
 from awareness_vllm.wmatrix.manifest import Anchors, WMatrixManifest
 
-JUDGING_TEXTS = 12
-"""Texts on which the importance of the target's states is measured."""
-JUDGING_SEED = 2_000_000
+IMPORTANCE_TEXTS = 12
+IMPORTANCE_SEED = 2_000_000
+"""Texts on which the importance of the target's states is measured; added to the fit's seed."""
 CHOICE_TOKENS = 15_000
 CHOICE_RIDGE = 0.02
-"""Rows and ridge of the small regression that chooses the source's layers."""
+"""Rows and ridge of the small regression that chooses the source layers."""
 
 
 def regress(
     reader: Reader,
     documents: tuple[Sequence[Document], Sequence[Document]],
     config: FitConfig,
-    work: Checkpoint,
+    checkpoint: Checkpoint,
     *,
     progress: bool,
 ) -> WMatrix:
-    """The map by ridge regression alone, on (training, held-out) documents."""
-    statistics = gather(reader, documents[0], config, work, progress=progress)
-    weight, ridge = weighting(reader, documents, statistics, config, work, progress=progress)
-    return solved(reader, documents[0], statistics, weight, replace(config, ridge=ridge))
+    """The map by ridge regression, from (training, held-out) documents."""
+    statistics = gather(reader, documents[0], config, checkpoint, progress=progress)
+    weight, ridge = weighting(reader, documents, statistics, config, checkpoint, progress=progress)
+    return solve_map(reader, documents[0], statistics, weight, replace(config, ridge=ridge))
 
 
 def choose_layers(
     reader: Reader,
     documents: Sequence[Document],
     config: FitConfig,
-    work: Checkpoint,
+    checkpoint: Checkpoint,
     *,
     progress: bool,
 ) -> None:
-    """Have the reader read the source's layers without which a small regression loses most."""
-    if (kept := work.load("layers")) is not None:
-        return reader.choose(tuple(kept[1]["layers"]))
+    """Set the reader's layers to those without which a small regression loses most."""
+    if (saved := checkpoint.load("layers")) is not None:
+        return reader.choose(tuple(saved[1]["layers"]))
     count = len(reader.layers)
     reader.choose(tuple(range(len(reader.source_geometry.layers))))
     few = replace(config, tokens=min(config.tokens, CHOICE_TOKENS))
-    with workspace(None, "choice") as scratch:
+    with open_checkpoint(None, "choice") as scratch:
         statistics = gather(reader, documents, few, scratch, progress=progress)
     weight = fisher_weight(reader, documents, statistics, config, progress=progress)
     elimination = Elimination(
@@ -67,7 +67,7 @@ def choose_layers(
     )
     reader.choose(elimination.keep(count))
     say(f"source layers: {reader.layers}", progress)
-    work.save("layers", {}, {"layers": reader.layers})
+    checkpoint.save("layers", {}, {"layers": reader.layers})
 
 
 def weighting(
@@ -75,13 +75,13 @@ def weighting(
     documents: tuple[Sequence[Document], Sequence[Document]],
     statistics: Statistics,
     config: FitConfig,
-    work: Checkpoint,
+    checkpoint: Checkpoint,
     *,
     progress: bool,
 ) -> tuple[Tensor, float]:
-    """What the regression minimises: the weight of each standardised target [O], and the ridge."""
-    if (kept := work.load("weighting")) is not None:
-        return kept[0]["weight"], kept[1]["ridge"]
+    """The parameters of the regression: the weight of each standardised target [O], the ridge."""
+    if (saved := checkpoint.load("weighting")) is not None:
+        return saved[0]["weight"], saved[1]["ridge"]
     train, held_out = documents
     weight = fisher_weight(reader, train, statistics, config, progress=progress)
     ridge = config.ridge
@@ -89,7 +89,7 @@ def weighting(
         x, y = held_out_rows(reader, held_out or train, config.seed)
         ridge = choose_ridge(statistics, x, y, weight, config.seed)
         say(f"ridge: {ridge}", progress)
-    work.save("weighting", {"weight": weight}, {"ridge": ridge})
+    checkpoint.save("weighting", {"weight": weight}, {"ridge": ridge})
     return weight, ridge
 
 
@@ -101,25 +101,25 @@ def fisher_weight(
     *,
     progress: bool,
 ) -> Tensor:
-    """The weight of each standardised target [O]: what the target's predictions hang on."""
-    texts = calibration_texts(documents, JUDGING_TEXTS, config.seed + JUDGING_SEED)
+    """The weight of each standardised target [O], by the importance of its states."""
+    texts = calibration_texts(documents, IMPORTANCE_TEXTS, config.seed + IMPORTANCE_SEED)
     return output_weight(
         importance(reader, texts, config.seed, progress=progress),
-        statistics.y_scale,
+        statistics.y_std,
         [layer.width for layer in reader.target_geometry.layers] * 2,
     )
 
 
-def solved(
+def solve_map(
     reader: Reader,
     train: Sequence[Document],
     statistics: Statistics,
     weight: Tensor,
     config: FitConfig,
 ) -> WMatrix:
-    """The map of one rank and ridge. Consumes the statistics."""
+    """The map of `config.rank` and `config.ridge`. Consumes the statistics."""
     assert config.ridge is not None
-    tokens, mean, scale = statistics.rows, statistics.x_mean, 1 / statistics.x_scale
+    tokens, mean, scale = statistics.rows, statistics.x_mean, 1 / statistics.x_std
     encode, decode, bias = reduced_rank_ridge(
         statistics, config.rank, config.ridge, weight, config.seed
     )

@@ -16,16 +16,17 @@ BLOCK = 2048
 
 @dataclass
 class Statistics:
-    """Sums over rows of x [F] and y [O], both standardised by a fixed provisional mean and scale.
+    """Sums over rows of x [F] and y [O], both standardised by a provisional mean and standard
+    deviation (`x_mean`, `x_std`, `y_mean`, `y_std`).
 
-    `gram` [F, F] (upper blocks) is kept in float32; `cross` [F, O] is accumulated from bfloat16
-    products: its rounding is noise far below the ridge, at one and a half times the speed.
+    `gram` [F, F] (upper blocks) is in float32; `cross` [F, O] is accumulated from bfloat16
+    products: their rounding is noise far below the ridge, at one and a half times the speed.
     """
 
     x_mean: Tensor
-    x_scale: Tensor
+    x_std: Tensor
     y_mean: Tensor
-    y_scale: Tensor
+    y_std: Tensor
     gram: Tensor
     cross: Tensor
     x_sum: Tensor
@@ -34,19 +35,19 @@ class Statistics:
 
     @classmethod
     def start(cls, x: Tensor, y: Tensor) -> Statistics:
-        """Empty statistics whose provisional mean and scale come from a first sample of rows."""
-        scales = x.std(0).clamp_min(1e-6), y.std(0).clamp_min(1e-6)
-        return cls.empty(x.mean(0), scales[0], y.mean(0), scales[1])
+        """Empty statistics, standardised by a first sample of rows [N, F] and [N, O]."""
+        x_std, y_std = x.std(0).clamp_min(1e-6), y.std(0).clamp_min(1e-6)
+        return cls.empty(x.mean(0), x_std, y.mean(0), y_std)
 
     @classmethod
-    def empty(cls, x_mean: Tensor, x_scale: Tensor, y_mean: Tensor, y_scale: Tensor) -> Statistics:
+    def empty(cls, x_mean: Tensor, x_std: Tensor, y_mean: Tensor, y_std: Tensor) -> Statistics:
         """Statistics of no rows."""
         features, outputs = len(x_mean), len(y_mean)
         return cls(
             x_mean=x_mean,
-            x_scale=x_scale,
+            x_std=x_std,
             y_mean=y_mean,
-            y_scale=y_scale,
+            y_std=y_std,
             gram=torch.zeros(features, features),
             cross=torch.zeros(features, outputs),
             x_sum=torch.zeros(features),
@@ -55,8 +56,8 @@ class Statistics:
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Add rows x [N, F] and y [N, O], float32."""
-        x = (x - self.x_mean) / self.x_scale
-        y = (y - self.y_mean) / self.y_scale
+        x = (x - self.x_mean) / self.x_std
+        y = (y - self.y_mean) / self.y_std
         for begin in range(0, x.shape[1], BLOCK):
             end = begin + BLOCK
             self.gram[begin:end, begin:].addmm_(x[:, begin:end].T, x[:, begin:])
@@ -66,9 +67,9 @@ class Statistics:
         self.rows += len(x)
 
     def merge(self, other: Statistics) -> None:
-        """Add another machine's sums, whatever provisional mean and scale it started from."""
-        a, b = other.x_scale / self.x_scale, (other.x_mean - self.x_mean) / self.x_scale
-        c, d = other.y_scale / self.y_scale, (other.y_mean - self.y_mean) / self.y_scale
+        """Add another process's sums, whatever mean and standard deviation it standardised by."""
+        a, b = other.x_std / self.x_std, (other.x_mean - self.x_mean) / self.x_std
+        c, d = other.y_std / self.y_std, (other.y_mean - self.y_mean) / self.y_std
         x_sum, y_sum, rows = a * other.x_sum, c * other.y_sum, other.rows
         # With x' = a·x + b: Σ x'x'ᵀ = a Σxxᵀ a + Σax·bᵀ + b·Σaxᵀ + n·b·bᵀ, and so for x'y'ᵀ.
         self.gram += a[:, None] * other.gram * a
@@ -80,8 +81,8 @@ class Statistics:
         self.rows += rows
 
     def all_reduce(self) -> Statistics:
-        """The sums of all processes of the group, the same in each of them."""
-        basis = [self.x_mean, self.x_scale, self.y_mean, self.y_scale]
+        """The sums of all processes of the group, the same in each."""
+        basis = [self.x_mean, self.x_std, self.y_mean, self.y_std]
         for tensor in (basis := [tensor.clone() for tensor in basis]):
             dist.broadcast(tensor, 0)
         total = Statistics.empty(*basis)
@@ -93,14 +94,14 @@ class Statistics:
         return total
 
     def tensors(self) -> dict[str, Tensor]:
-        """All sums by name, to be kept; `rows` is not a tensor and kept apart."""
+        """All fields but `rows`, by name."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "rows"}
 
-    def centred(self) -> tuple[Tensor, Tensor]:
+    def covariances(self) -> tuple[Tensor, Tensor]:
         """Covariances of x with x [F, F] (upper triangle) and with y [F, O]. Consumes the sums.
 
         Raises:
-            BadInput: fewer rows than features can be told apart by.
+            BadInput: fewer rows than half of the features.
         """
         features = len(self.x_sum)
         if self.rows < features // 2:

@@ -1,4 +1,4 @@
-"""`WMatrixTrainer`: the fit as a library call, with the names of the published interface."""
+"""`WMatrixTrainer`: the fit by the names of the published interface."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DOMAINS = "domains.json"
 
 
 class WMatrixTrainer:
-    """Learns a W-Matrix from one model to another.
+    """The trainer of a W-Matrix from one model to another.
 
     Args:
         source_model, target_model: Hugging Face folders.
@@ -41,7 +41,7 @@ class WMatrixTrainer:
         for endpoint in (source_endpoint, target_endpoint):
             if endpoint is not None:
                 raise UnsupportedModel(
-                    "models behind an endpoint cannot be trained on yet",
+                    "models behind an endpoint are not supported yet",
                     found=endpoint,
                     expected="a local Hugging Face folder",
                     remedy="give the models' folders",
@@ -67,25 +67,30 @@ class WMatrixTrainer:
         text: bool = True,
         seed: int | None = None,
     ) -> WMatrixTrainer:
-        """Set what is given; the rest stays as it is.
+        """Set the parameters that are not None; the trainer itself.
 
         Args:
             num_anchors: tokens that both models read; each is one anchor.
-            anchor_domains: which of the default anchors; all by default.
+            anchor_domains: domains of the default anchors; all by default.
             anchors: files and folders of texts, instead of the default ones.
             layers: source layers to read, evenly spread; half by default.
-            optimization: "svd", the reduced-rank ridge; there is no other.
-            regularization: ridge, as a share of the features' variance; by default the one that
-                serves held-out documents best.
+            optimization: "svd", the reduced-rank ridge.
+            regularization: ridge, as a share of the features' variance; by default chosen on
+                held-out documents.
             rank: width of the latent.
             calibration: texts of calibration through the target; 0 for none.
-            text: whether packages hold their text; without, the map reads states alone.
+            text: whether packages have their text; without, the map reads states alone.
+
+        Raises:
+            BadInput: another optimization, or both anchors and anchor_domains.
         """
         if optimization != "svd":
             raise BadInput("unknown optimization", found=optimization, expected="svd")
         if anchors is not None and anchor_domains is not None:
-            raise BadInput("anchors and anchor_domains exclude each other", remedy="give one")
-        given = {
+            raise BadInput(
+                "anchors and anchor_domains exclude each other", remedy="give one of them"
+            )
+        settings = {
             "tokens": num_anchors,
             "layers": len(self.source_geometry.layers) if layers == "all" else layers,
             "ridge": regularization,
@@ -95,7 +100,7 @@ class WMatrixTrainer:
         }
         if not text:
             self.config = replace(self.config, predecessors=None)
-        changes = {name: value for name, value in given.items() if value is not None}
+        changes = {name: value for name, value in settings.items() if value is not None}
         self.config = replace(self.config, **changes)  # type: ignore[arg-type]
         self.anchors = anchors if anchors is not None else self.anchors
         self.domains = anchor_domains if anchor_domains is not None else self.domains
@@ -112,13 +117,13 @@ class WMatrixTrainer:
         folder: Path | None = None,
         progress: bool = True,
     ) -> WMatrix:
-        """Fit and calibrate.
+        """The fitted and calibrated W-Matrix.
 
         Args:
-            epochs: times the calibration texts are gone through.
-            validation_split: share of the documents that is held out, to stop by and to score.
-            early_stopping_patience: epochs without a better score there before training ends.
-            folder: for unfinished work, so that a killed training goes on where it was.
+            epochs: passes over the calibration texts.
+            validation_split: share of the documents that is held out for scores and R².
+            early_stopping_patience: epochs without a better score before training ends.
+            folder: for checkpoints, from which a killed training resumes.
         """
         self.configure(num_anchors=num_anchors, anchor_domains=anchor_domains)
         config = replace(
@@ -132,27 +137,27 @@ class WMatrixTrainer:
         )
 
     def documents(self) -> list[Document]:
-        """The anchors that were asked for."""
+        """The anchors, as configured."""
         if self.anchors is not None:
             return load([Path(path) for path in self.anchors])
         if self.domains is None:
             return load([anchors_dir()])
-        return load(of_domains(self.domains))
+        return load(domain_folders(self.domains))
 
 
-def of_domains(domains: Sequence[str]) -> list[Path]:
-    """The folders under `$AWARENESS_HOME/anchors` of these domains: as `domains.json` there lists
-    them, or a folder of that name.
+def domain_folders(domains: Sequence[str]) -> list[Path]:
+    """The folders under `$AWARENESS_HOME/anchors` of these domains, by its `domains.json`; a
+    folder's name is a domain too.
 
     Raises:
         BadInput: an unknown domain.
     """
     root = anchors_dir()
     try:
-        listed = json.loads((root / DOMAINS).read_text())
+        domain_list = json.loads((root / DOMAINS).read_text())
     except FileNotFoundError:
-        listed = {}
-    folders = {path.name: [path.name] for path in root.glob("*/")} | listed
+        domain_list = {}
+    folders = {path.name: [path.name] for path in root.glob("*/")} | domain_list
     if unknown := set(domains) - set(folders):
         raise BadInput(
             "unknown anchor domain",

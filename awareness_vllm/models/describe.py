@@ -1,4 +1,4 @@
-"""A model folder's geometry and fingerprints, from its config, weights and tokenizer."""
+"""The geometry and fingerprints of a model folder, from its config, weights and tokenizer."""
 
 from __future__ import annotations
 
@@ -11,29 +11,31 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from pydantic import (
-    ValidationError,
-)
+from pydantic import ValidationError
 
 from awareness_vllm.errors import UnsupportedModel
-from awareness_vllm.files import file_digest, geometries_dir, write_whole
+from awareness_vllm.files import atomic_write, file_digest, geometries_dir
 from awareness_vllm.models.geometry import Geometry
 
 SAMPLE_BYTES = 4096
 READERS = ("geometry.py", "describe.py", "families.py")
-"""The modules that decide what a config means."""
+"""The modules that interpret a config: cached geometries depend on their code."""
 
 
 def is_model_folder(model: str | Path) -> bool:
-    """Whether this is a model's folder, and not a name; any text may be asked about."""
+    """Whether any text is the path of a model folder, and not a model's name."""
     try:
         return (Path(model).expanduser() / "config.json").is_file()
-    except (OSError, RuntimeError):  # too long for a path; "~" of somebody that is not there
+    except (OSError, RuntimeError):  # too long for a path, or "~" of an unknown user
         return False
 
 
 def resolve_folder(model: str | Path) -> Path:
-    """The local folder of a model given by path or by hub name (never downloads)."""
+    """The local folder of a model, by path or by hub name; nothing is downloaded.
+
+    Raises:
+        UnsupportedModel: neither a model folder nor in the local hub cache.
+    """
     if is_model_folder(model):
         return Path(model).expanduser().resolve()
     try:
@@ -50,14 +52,14 @@ def resolve_folder(model: str | Path) -> Path:
 
 
 def geometry_of(folder: str | Path, tokens: int | None = None) -> Geometry:
-    """The geometry of a Hugging Face model folder (a name is resolved in the local hub cache).
+    """The geometry of a Hugging Face model, by folder or by name in the local hub cache.
 
     Args:
-        tokens: the most that are read at once, by which LongRoPE chooses its factors: a text's
-            length for transformers, a server's `--max-model-len`. By default, few.
+        tokens: the longest sequence, by which LongRoPE chooses its factors: a text's length for
+            transformers, a server's `--max-model-len`; the short factors by default.
 
     Raises:
-        UnsupportedModel: the folder, its config or its cache cannot be used.
+        UnsupportedModel: no such model, or a config or cache that cannot be described.
     """
     return _from_folder(str(resolve_folder(folder)), tokens)
 
@@ -66,9 +68,9 @@ def geometry_of(folder: str | Path, tokens: int | None = None) -> Geometry:
 def _from_folder(folder: str, tokens: int | None) -> Geometry:
     path = Path(folder)
     weights, tokenizer = _fingerprints(path)
-    found = _from_config((path / "config.json").read_bytes(), path.name, tokens)
-    whose = {"name": path.name, "weights": weights, "tokenizer": tokenizer}
-    return found.model_copy(update=whose)
+    geometry = _from_config((path / "config.json").read_bytes(), path.name, tokens)
+    identity = {"name": path.name, "weights": weights, "tokenizer": tokenizer}
+    return geometry.model_copy(update=identity)
 
 
 @functools.lru_cache(maxsize=32)
@@ -77,24 +79,23 @@ def _fingerprints(folder: Path) -> tuple[str, str]:
 
 
 def _from_config(config: bytes, name: str, tokens: int | None) -> Geometry:
-    """What a `config.json` says, of no weights and no tokenizer. It is kept in a file:
-    transformers, which reads configs, takes seconds to import."""
-    path = _kept(config, tokens)
-    with contextlib.suppress(OSError, ValidationError):  # not there yet, or damaged
+    """The geometry of a `config.json`, without fingerprints. It is cached in a file: transformers,
+    which reads configs, takes seconds to import."""
+    path = _cache_file(config, tokens)
+    with contextlib.suppress(OSError, ValidationError):  # not cached yet, or damaged
         return Geometry.model_validate_json(path.read_bytes())
-    found = from_config(json.loads(config), name=name, weights="", tokenizer="", tokens=tokens)
-    with contextlib.suppress(OSError):  # a home that cannot be written to: read again next time
+    geometry = from_config(json.loads(config), name=name, weights="", tokenizer="", tokens=tokens)
+    with contextlib.suppress(OSError):  # a read-only home: the config is read again next time
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, found.model_dump_json())
-    return found
+        with atomic_write(path) as draft:
+            draft.write_text(geometry.model_dump_json())
+    return geometry
 
 
-def _kept(config: bytes, tokens: int | None) -> Path:
-    """Where that is kept, under a digest of all that it depends on: the config, the tokens, and the
-    code that reads it, here and in transformers."""
-    code = [
-        Path(__file__).with_name(module) for module in ("geometry.py", "describe.py", "families.py")
-    ]
+def _cache_file(config: bytes, tokens: int | None) -> Path:
+    """The cache's file, named by a digest of all that a geometry depends on: the config, the
+    tokens, and the code that reads it, here and in transformers."""
+    code = [Path(__file__).with_name(module) for module in READERS]
     version = importlib.metadata.version("transformers")
     parts = [hashlib.sha256(config).hexdigest(), *map(file_digest, code), version, str(tokens)]
     return geometries_dir() / f"{hashlib.sha256(' '.join(parts).encode()).hexdigest()}.json"
@@ -103,10 +104,10 @@ def _kept(config: bytes, tokens: int | None) -> Path:
 def from_config(
     config: dict[str, Any], *, name: str, weights: str, tokenizer: str, tokens: int | None = None
 ) -> Geometry:
-    """Geometry from the fields of a `config.json`; `tokens` as in `geometry_of`.
+    """The geometry of a parsed `config.json`; `tokens` as in `geometry_of`.
 
     Raises:
-        UnsupportedModel: no dense attention KV, or positions that nobody here knows.
+        UnsupportedModel: no dense attention KV, or an unknown positional encoding.
     """
     raw = {**config, **(config.get("text_config") or {})}
     raw.pop("text_config", None)
@@ -122,10 +123,13 @@ def from_config(
 
 
 def weights_fingerprint(folder: Path) -> str:
-    """sha256 over every safetensors header and a sample from each tensor of a model folder.
+    """sha256, in hex, of every safetensors header and a sample of each tensor of a model folder.
 
-    A sample, because hashing a 70B model takes minutes; from each tensor, because a fine-tune may
-    touch few of them. It tells models apart; it does not defend against forgery.
+    A sample, because hashing a 70B model takes minutes; of each tensor, because a fine-tune may
+    change few of them. It tells models apart; it does not defend against forgery.
+
+    Raises:
+        UnsupportedModel: no safetensors files.
     """
     files = sorted(folder.glob("*.safetensors"))
     if not files:

@@ -1,4 +1,4 @@
-"""What the configs of model families say of their caches: names and defaults, heads, positions.
+"""Configs of model families, read into the fields of a geometry: heads, windows, positions.
 
 transformers' own config classes read the fields, so that old names and defaults mean here what
 they mean to the engines; what the classes leave to the models' code is in the tables below.
@@ -21,9 +21,9 @@ ALIBI = frozenset({"bloom", "mpt"})
 INTERLEAVED = frozenset(
     {"cohere", "cohere2", "ernie4_5", "ernie4_5_moe", "glm", "glm4", "gptj", "helium"}
 )
-"""Families whose turned pairs stand side by side."""
+"""Families that rotate neighbouring dims as a pair (GPT-J)."""
 ROTARY_WHERE_SLIDING = frozenset({"cohere2", "exaone4"})
-"""Families whose layers with full attention hold no positions, where others have a window."""
+"""Families whose full-attention layers have no positions, where other layers have a window."""
 FIXED_THETA = {"gptj": 10000.0}
 """Families whose config has no rotary parameters."""
 
@@ -34,8 +34,8 @@ REFUSED = {
     "mamba_d_state": "a recurrent state is not a KV cache",
     "lru_width": "a recurrent state is not a KV cache",
     "conv_L_cache": "a convolution's state is not a KV cache",
-    "linear_num_key_heads": "linear attention keeps a state, and no keys",
-    "linear_attn_config": "linear attention keeps a state, and no keys",
+    "linear_num_key_heads": "linear attention keeps a state and no keys",
+    "linear_attn_config": "linear attention keeps a state and no keys",
     "is_encoder_decoder": "cross-attention reads an encoder's states",
     "add_cross_attention": "cross-attention reads an encoder's states",
     "cross_attention_layers": "cross-attention reads an encoder's states",
@@ -44,7 +44,7 @@ REFUSED = {
     "attention_chunk_size": "attention within chunks",
     "dual_chunk_attention_config": "positions begin anew in every chunk",
 }
-"""Fields that say, when set, that a cache is not dense attention KV of one shape, and why."""
+"""Fields that, when set, rule out dense attention KV of one shape, with the reason."""
 POSITIONAL = re.compile("rope|rotary|alibi|nope|posi|ntk|yarn|logn")
 KNOWN = (
     "alibi",
@@ -64,24 +64,24 @@ KNOWN = (
     "rotary_emb_base",
     "rotary_pct",
 )
-"""Of the fields whose names are about positions, those that are read, here or by transformers."""
+"""Fields with positional names that are read, here or by transformers."""
 STATED = {"rope": "rope", "rope_gptj": "rope", "absolute": "learned", "alibi": "alibi"}
-"""What `position_embedding_type` may say of a family."""
+"""The scheme that each `position_embedding_type` stands for."""
 LENGTHS = ("max_position_embeddings", "max_seq_len", "seq_length")
 UNBOUNDED = 2048
-"""Positions of a model that has no limit and names none (BLOOM): vLLM's default."""
+"""Positions of a model without a limit (BLOOM): vLLM's default."""
 
 Rope = Callable[[dict[str, Any], "Reading"], dict[str, Any]]
 ROPES: dict[str, Rope] = {}
 ROPE_KEYS: dict[str, frozenset[str]] = {}
 ANY_ROPE = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
 IN_IMAGES = frozenset({"mrope_section", "mrope_interleaved"})
-"""These place images; a text's positions are the same in every section."""
+"""Keys about images; a text's positions are the same in every section."""
 
 
 class Reading:
-    """One config: as transformers' class has it (`view`), of the model `name`, by an engine that
-    reads at most `tokens` at once."""
+    """The config of the model `name`, with the names and defaults of transformers' class (`view`),
+    for sequences of at most `tokens`."""
 
     def __init__(self, raw: dict[str, Any], name: str, tokens: int | None) -> None:
         self.name, self.tokens = name, tokens
@@ -89,14 +89,17 @@ class Reading:
         self.family = self.need("model_type")
 
     def get(self, field: str) -> Any:
+        """A field, None where it is missing."""
         return getattr(self.view, field, None)
 
     def need(self, field: str) -> Any:
+        """A field. Raises UnsupportedModel where it is missing."""
         if self.get(field) is None:
             raise UnsupportedModel(f"{self.name}: config.json lacks a field", expected=field)
         return self.get(field)
 
     def refuse(self, why: str, found: object, expected: object) -> UnsupportedModel:
+        """The error about an unsupported field of this config."""
         return UnsupportedModel(f"{self.name}: {why}", found=found, expected=expected)
 
 
@@ -104,7 +107,7 @@ def read(raw: dict[str, Any], name: str, tokens: int | None) -> dict[str, Any]:
     """The fields of a `Geometry` that a config decides.
 
     Raises:
-        UnsupportedModel: no dense attention KV, or positions that nobody here knows.
+        UnsupportedModel: no dense attention KV, or an unknown positional encoding.
     """
     reading = Reading(raw, name, tokens)
     for field, why in REFUSED.items():
@@ -114,7 +117,7 @@ def read(raw: dict[str, Any], name: str, tokens: int | None) -> dict[str, Any]:
     for field in sorted(raw):
         if raw[field] and POSITIONAL.search(field) and field not in KNOWN:
             found = f"{field}={raw[field]}"
-            raise reading.refuse("unknown field about positions", found, KNOWN)
+            raise reading.refuse("unknown positional field", found, KNOWN)
     count, attention_heads = reading.need("num_hidden_layers"), reading.need("num_attention_heads")
     hidden = reading.need("hidden_size")
     head_dim = reading.get("head_dim") or hidden // attention_heads
@@ -140,15 +143,14 @@ def read(raw: dict[str, Any], name: str, tokens: int | None) -> dict[str, Any]:
 
 
 def _view(raw: dict[str, Any], name: str) -> Any:
-    """A config with the names and defaults of transformers' class; of an unknown model type, as it
-    stands."""
+    """The config as transformers' class reads it; its raw fields for an unknown model type."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     if raw.get("model_type") not in CONFIG_MAPPING:
         return SimpleNamespace(**raw)
     try:
         config = CONFIG_MAPPING[raw["model_type"]].from_dict(copy.deepcopy(raw))
-    except Exception as error:  # any: its validators raise what they like
+    except Exception as error:  # its validators raise any type
         raise UnsupportedModel(
             f"{name}: transformers cannot read config.json", found=" ".join(str(error).split())
         ) from error
@@ -165,16 +167,16 @@ def _max_positions(reading: Reading) -> int:
 
 
 def _heads(reading: Reading, attention_heads: int) -> int:
-    """KV heads of each layer. Falcon's new architecture names them whatever `multi_query` says."""
+    """KV heads of each layer; `multi_query` says nothing of Falcon's new architecture."""
     if reading.get("multi_query") and not reading.get("new_decoder_architecture"):
         return 1
     inner = getattr(reading.get("attn_config"), "kv_n_heads", None)
     fields = (reading.get(field) for field in ("num_kv_heads", "num_key_value_heads"))
-    return next((int(found) for found in (inner, *fields) if found), attention_heads)
+    return next((int(count) for count in (inner, *fields) if count), attention_heads)
 
 
 def _window(reading: Reading, kind: str | None) -> int | None:
-    """A layer's window; a config without layer types has one for all layers, or none (0 too)."""
+    """A layer's sliding window in tokens, None (or 0 in the config) for full attention."""
     if kind not in (None, "full_attention", "sliding_attention"):
         found = f"layer_types with {kind!r}"
         raise reading.refuse(
@@ -184,7 +186,7 @@ def _window(reading: Reading, kind: str | None) -> int | None:
 
 
 def _scheme_without_rotation(reading: Reading) -> str | None:
-    """The scheme of a family whose keys hold no positions; None where they are rotary."""
+    """The scheme of a family whose keys are not rotated; None where they are."""
     if reading.family == "mpt" and not getattr(reading.get("attn_config"), "alibi", True):
         return "learned"
     if reading.family in ALIBI or reading.get("alibi"):
@@ -193,6 +195,7 @@ def _scheme_without_rotation(reading: Reading) -> str | None:
 
 
 def _positions(reading: Reading, layer: int, kind: str | None, head_dim: int) -> Positions:
+    """The positional encoding of one layer. Raises UnsupportedModel where it is unknown."""
     scheme = _scheme_without_rotation(reading)
     stated = reading.get("position_embedding_type")
     if stated and STATED.get(stated) != (scheme or "rope"):
@@ -200,7 +203,7 @@ def _positions(reading: Reading, layer: int, kind: str | None, head_dim: int) ->
         raise reading.refuse("positions are not supported", found, sorted(STATED))
     if scheme:
         return Positions(scheme=scheme)
-    rotary = reading.get("no_rope_layers")  # 1 where a layer is rotary, for all its name
+    rotary = reading.get("no_rope_layers")  # despite its name, 1 where a layer is rotary
     if rotary and not rotary[layer]:
         return Positions(scheme="none")
     everywhere = reading.family not in ROTARY_WHERE_SLIDING or not reading.get("sliding_window")
@@ -234,8 +237,7 @@ def _rotary(reading: Reading, kind: str | None, head_dim: int) -> Positions:
 
 
 def rope(name: str, *keys: str) -> Callable[[Rope], Rope]:
-    """Register a `rope_type` of configs, with the keys that it reads: a function that makes of them
-    the fields of a descriptor."""
+    """Register the function that turns these `keys` of a `rope_type` into fields of `Positions`."""
 
     def register(function: Rope) -> Rope:
         ROPES[name], ROPE_KEYS[name] = function, frozenset(keys)
@@ -245,6 +247,7 @@ def rope(name: str, *keys: str) -> Callable[[Rope], Rope]:
 
 
 def _number(rope: dict[str, Any], key: str, reading: Reading) -> float:
+    """A number among the rotary parameters. Raises UnsupportedModel where there is none."""
     if not isinstance(rope.get(key), (int, float)):
         raise reading.refuse("a rotary parameter is missing", f"{key}={rope.get(key)}", "a number")
     return float(rope[key])
@@ -262,8 +265,8 @@ def _linear(rope: dict[str, Any], reading: Reading) -> dict[str, Any]:
 
 @rope("dynamic", "factor", "original_max_position_embeddings")
 def _dynamic(rope: dict[str, Any], reading: Reading) -> dict[str, Any]:
-    """vLLM's table is that of `max_position_embeddings` tokens, and so is transformers' for as many
-    or fewer; no longer memory is captured."""
+    """Dynamic NTK: vLLM's table is the one for `max_position_embeddings` tokens, and so is
+    transformers' for shorter texts; longer ones are not captured."""
     length = int(reading.need("max_position_embeddings"))
     return {"factor": _number(rope, "factor", reading), "original": length, "length": length}
 
@@ -298,14 +301,14 @@ def _yarn(rope: dict[str, Any], reading: Reading) -> dict[str, Any]:
     scale = mscale(1.0)
     if rope.get("mscale") and rope.get("mscale_all_dim"):
         scale = mscale(rope["mscale"]) / mscale(rope["mscale_all_dim"])
-    given = rope.get("attention_factor")
+    factor_of_attention = rope.get("attention_factor")
     return {
         "factor": factor,
         "original": int(_number(rope, "original_max_position_embeddings", reading)),
         "beta_slow": float(rope.get("beta_slow") or 1),
         "beta_fast": float(rope.get("beta_fast") or 32),
         "truncate": rope.get("truncate", True),
-        "scale": scale if given is None else float(given),
+        "scale": scale if factor_of_attention is None else float(factor_of_attention),
     }
 
 
@@ -318,12 +321,12 @@ def _yarn(rope: dict[str, Any], reading: Reading) -> dict[str, Any]:
     "attention_factor",
 )
 def _longrope(rope: dict[str, Any], reading: Reading) -> dict[str, Any]:
-    """Short factors up to `original_max_position_embeddings` tokens, long ones beyond: for
-    transformers those of a text, for vLLM those of `--max-model-len`."""
+    """LongRoPE: short factors up to `original_max_position_embeddings` tokens, long ones beyond;
+    transformers counts the tokens of the text, vLLM those of `--max-model-len`."""
     original = int(_number(rope, "original_max_position_embeddings", reading))
     ratio = reading.need("max_position_embeddings") / original
     scale = math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 else 1.0
-    # transformers would take these numbers, and vLLM does not look at them.
+    # transformers uses these numbers, vLLM ignores them.
     for key, derived in (("factor", ratio), ("attention_factor", scale)):
         if rope.get(key) is not None and not math.isclose(rope[key], derived):
             found = f"longrope with {key}={rope[key]}"

@@ -1,52 +1,47 @@
-"""What a model's KV cache looks like: layers, heads, positions of each layer, and whose it is."""
+"""The geometry of a model's KV cache: layers, heads, positions of each layer, fingerprints."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
 
-from pydantic import (
-    AliasChoices,
-    Field,
-    SerializerFunctionWrapHandler,
-    model_serializer,
-)
+from pydantic import AliasChoices, Field, SerializerFunctionWrapHandler, model_serializer
 
 from awareness_vllm.schema import FrozenModel
 
 
 class Positions(FrozenModel):
-    """One layer's positional encoding: what is needed to rebuild its tables, and nothing else.
+    """One layer's positional encoding: the parameters from which its tables are rebuilt.
 
-    `scheme` names a function of `awareness_vllm.models.rope`; which of the other fields it reads is
-    said there. Fields at their default are left out of manifests, as they were before they existed;
-    `woven`, `slow` and `fast` are what version 0.1 called three of them.
+    `scheme` names a function of `awareness_vllm.models.rope`, which says which other fields it
+    reads. Fields at their default are left out of manifests, so that older files keep their digest;
+    `woven`, `slow` and `fast` are their names in version 0.1.
     """
 
     scheme: str
     theta: float | None = None
     rotary_dim: int | None = None
     interleaved: bool = Field(False, validation_alias=AliasChoices("interleaved", "woven"))
-    """Whether the two dims of a turned pair stand side by side (GPT-J) or half a turn apart."""
+    """Whether a rotated pair is two neighbouring dims (GPT-J), or dims `rotary_dim / 2` apart."""
     scale: float | None = None
-    """What cosines and sines are multiplied by: YaRN's mscale, LongRoPE's attention factor."""
+    """The factor of cosines and sines: YaRN's mscale, LongRoPE's attention factor."""
     factor: float | None = None
     original: int | None = None
-    """The positions that the model was trained for, before its context was stretched."""
+    """Positions that the model was trained on, before its context was extended."""
     length: int | None = None
-    """The sequence length that a table of the dynamic scheme was made for."""
+    """The sequence length of a table of the dynamic scheme."""
     beta_slow: float | None = Field(None, validation_alias=AliasChoices("beta_slow", "slow"))
     beta_fast: float | None = Field(None, validation_alias=AliasChoices("beta_fast", "fast"))
     """Pairs that rotate less than `beta_slow` times in `original` positions are stretched, those
-    that rotate more than `beta_fast` times are not; between them goes a ramp."""
+    that rotate more than `beta_fast` times are not; in between a ramp."""
     truncate: bool = True
     factors: tuple[float, ...] | None = None
-    """LongRoPE's, one for each pair: the short ones or the long ones, whichever were in use."""
+    """LongRoPE's factors of the pairs: the short or the long ones, whichever were in use."""
 
     @property
     def additive(self) -> bool:
-        """Whether positions were added to the embeddings (learned: GPT-2, OPT). Keys and values of
-        all layers hold them then, and no operation on the keys moves such a state."""
+        """Whether positions are added to the embeddings (learned: GPT-2, OPT). Keys and values of
+        all layers then depend on them, and cannot be moved by an operation on the keys."""
         return self.scheme == "learned"
 
     @model_serializer(mode="wrap")
@@ -56,7 +51,7 @@ class Positions(FrozenModel):
 
 
 class LayerGeometry(FrozenModel):
-    """One layer's cache: `heads` KV heads of `head_dim`, positions, sliding window in tokens."""
+    """One layer's cache: `heads` KV heads of `head_dim`, positions, sliding `window` in tokens."""
 
     heads: int
     head_dim: int
@@ -70,7 +65,7 @@ class LayerGeometry(FrozenModel):
 
 
 class Geometry(FrozenModel):
-    """A model's KV cache and identity. `weights`, `tokenizer` are fingerprints, not signatures."""
+    """A model's KV cache and identity; `weights` and `tokenizer` are fingerprints (sha256)."""
 
     name: str
     model_type: str
@@ -84,7 +79,7 @@ class Geometry(FrozenModel):
 
     @property
     def additive(self) -> bool:
-        """Whether the states hold their positions themselves, and cannot be moved."""
+        """Whether the states depend on learned positions, and cannot be moved."""
         return any(layer.positions.additive for layer in self.layers)
 
     @property
@@ -102,7 +97,7 @@ class Geometry(FrozenModel):
         return 2 * sum(self.layers[i].width for i in layers)
 
     def same_model(self, other: Geometry) -> bool:
-        """Whether KV of one is KV of the other: same weights, same tokenizer, same cache."""
+        """Whether KV of one is KV of the other: same weights, tokenizer and layers."""
         return (self.weights, self.tokenizer, self.layers) == (
             other.weights,
             other.tokenizer,
@@ -110,11 +105,11 @@ class Geometry(FrozenModel):
         )
 
     def same_shape(self, other: Geometry) -> bool:
-        """Whether states of one are states for the other, token by token: variants of one model."""
+        """Whether the models are variants of one: same layers and tokenizer, other weights."""
         return (self.layers, self.tokenizer) == (other.layers, other.tokenizer)
 
 
 def by_depth(source: int, target: int) -> list[int]:
-    """For each of so many target layers the source layer at the same share of the depth."""
+    """For each of `target` layers, the one of `source` layers at the same relative depth."""
     steps = max(1, target - 1)
     return [round(i * (source - 1) / steps) for i in range(target)]

@@ -1,8 +1,9 @@
-"""A model as transformers runs it: its states, logits and first tokens."""
+"""Models in transformers: loading, KV states, logits, sink tokens."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A causal language model for reading; eager errors for anything but a local folder."""
+    """A causal language model from a local folder, in evaluation mode. Raises UnsupportedModel."""
     from transformers import AutoModelForCausalLM
 
     path = resolve_folder(folder)
@@ -28,47 +29,63 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTra
 
 @torch.no_grad()
 def states(model: PreTrainedModel, ids: list[int]) -> tuple[list[Tensor], list[Tensor]]:
-    """Keys and values of all layers as cached, [T, H, D] each.
-
-    A plain `DynamicCache()`: transformers' default keeps only the window of sliding layers.
-    """
+    """Keys and values of all layers as cached, [T, H, D] each."""
+    # A plain cache: transformers' default keeps only the window of sliding layers.
     from transformers import DynamicCache
 
     cache = DynamicCache()
     model.base_model(torch.tensor([ids]), past_key_values=cache, use_cache=True)
-    return cached(cache, repeats(model.config))
+    return cache_states(cache, cache_repeats(model.config))
 
 
-def cached(cache: DynamicCache, every: int = 1) -> tuple[list[Tensor], list[Tensor]]:
-    """Keys and values of all layers of a cache after a prefill, [T, H, D] each; of heads that the
-    model repeats `every` so often, one."""
-    # Declared as layers that may hold nothing; after a prefill each of them holds its states.
+def cache_states(cache: DynamicCache, repeats: int = 1) -> tuple[list[Tensor], list[Tensor]]:
+    """Keys and values of all layers of a cache after a prefill, [T, H, D] each; of the `repeats`
+    copies of each head, one."""
+    # Typed as layers that may be empty; after a prefill none is.
     layers: list[Any] = cache.layers
-    keys = [layer.keys[0, ::every].transpose(0, 1) for layer in layers]
-    values = [layer.values[0, ::every].transpose(0, 1) for layer in layers]
+    keys = [layer.keys[0, ::repeats].transpose(0, 1) for layer in layers]
+    values = [layer.values[0, ::repeats].transpose(0, 1) for layer in layers]
     return keys, values
 
 
-def repeats(config: Any) -> int:
-    """How many times transformers caches each KV head: Falcon's new architecture, once for each
-    head that reads it; the engines, and all other models, once."""
+def inputs_after(
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    ids: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Any]:
+    """The inputs of a model that reads ids after states, per layer [T, H, D]: a cache in `dtype`,
+    differentiable in the states, and the ids' positions."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    for i, layer in enumerate(zip(keys, values, strict=True)):
+        key, value = (state.to(dtype).transpose(0, 1)[None] for state in layer)
+        cache.update(key, value, i)
+    begin = len(keys[0])
+    return {
+        "past_key_values": cache,
+        "position_ids": torch.arange(begin, begin + len(ids))[None],
+    }
+
+
+def cache_repeats(config: Any) -> int:
+    """How many times transformers caches each KV head: once, but in Falcon's new architecture once
+    for each attention head that reads it (vLLM caches it once)."""
     if not getattr(config, "new_decoder_architecture", False):
         return 1
     return config.num_attention_heads // config.num_kv_heads
 
 
 def last_logits(model: PreTrainedModel, ids: list[int], last: int, **inputs: object) -> Tensor:
-    """Logits at the last so many ids, [last, V]; `inputs` as in the model's forward.
-
-    The positions are given as indices: a slice would make a batched product of it, for which torch
-    copies the whole embedding matrix.
-    """
+    """Logits at the last `last` ids, [last, V]; `inputs` as in the model's forward."""
+    # Indices, not a slice: of that torch makes a batched product, which copies the whole head.
     keep = torch.arange(len(ids) - last, len(ids))
     return model(torch.tensor([ids]), logits_to_keep=keep, **inputs).logits[0]
 
 
 def sink_ids(target: Path) -> list[int]:
-    """The target's fixed first tokens: its tokenizer's own prefix, else its BOS, else token 0."""
+    """The target's fixed first tokens: its tokenizer's prefix, else its BOS, else token 0."""
     ids = prefix_ids(load_tokenizer(str(target)))
     if ids:
         return ids
@@ -77,5 +94,5 @@ def sink_ids(target: Path) -> list[int]:
 
 
 def sink_states(target: Path, sink: list[int]) -> tuple[list[Tensor], list[Tensor]]:
-    """The target's own states of its first tokens, exact, [S, H, D] float32."""
+    """The target's own keys and values of its first tokens, per layer [S, H, D] float32."""
     return states(load_model(target), sink)

@@ -1,4 +1,4 @@
-"""How this process treats memory that it has freed."""
+"""The C allocator's treatment of freed memory."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ NEVER = 2**31 - 1
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep freed memory instead of giving it back to the kernel.
+    """Let glibc keep freed memory instead of returning it to the kernel.
 
     By default every tensor over 32 MB is mapped anew and its pages are zeroed one fault at a time:
-    a third of the time of a calibration step (docs/performance-log.md). Elsewhere than on glibc
-    this does nothing. Not for a server, whose allocator is not ours to set.
+    a third of the time of a calibration step (docs/performance-log.md). Without glibc this does
+    nothing. Not for a server, whose allocator is not ours to set.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -1,4 +1,4 @@
-"""A model's own position embeddings, where it has learned them."""
+"""Learned position embeddings of a model."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TABLES = {"gpt2": "wpe", "gpt_bigcode": "wpe", "opt": "decoder.embed_positions"}
-"""The module of each family that holds the table."""
+"""The module that has the table, by family."""
 
 
 @torch.no_grad()
 def position_embeddings(model: PreTrainedModel) -> Tensor:
-    """Row p is what is added to the embedding of the token at position p, [P, E] float32.
+    """The table [P, E] float32 whose row p is added to the embedding of the token at position p.
 
     Raises:
-        UnsupportedModel: a family whose table nobody here knows.
+        UnsupportedModel: an unknown family.
     """
     family = model.config.model_type
     if family not in TABLES:

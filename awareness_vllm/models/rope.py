@@ -1,8 +1,8 @@
-"""Put positions on keys and take them off: a registry, one small function per scheme.
+"""Positional encodings of keys: a registry with one small function per scheme.
 
 A scheme is a function `(positions [T] float32, descriptor) -> (cos, sin)`, float32 [T, C] each, for
-the C pairs of dims that it turns; C is 0 where keys hold no positions. The formulas are vLLM's,
-operation by operation, so the tables are its tables bit for bit.
+the C pairs of dims that it rotates; C is 0 where keys are not rotated. The formulas are vLLM's,
+operation by operation, so the tables equal vLLM's bit for bit.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from awareness_vllm.models.geometry import Positions
 Scheme = Callable[[Tensor, Positions], tuple[Tensor, Tensor]]
 SCHEMES: dict[str, Scheme] = {}
 MIN_BITS = 11
-"""Tables are kept for powers of two, of at least so many bits: few of them ever exist."""
+"""Tables have a power of two of rows, at least 2 ** MIN_BITS, so that few are ever built."""
 
 
 def scheme(name: str) -> Callable[[Scheme], Scheme]:
-    """Register a positional scheme under the name that geometries use."""
+    """Register a positional scheme under its name in geometries."""
 
     def register(function: Scheme) -> Scheme:
         SCHEMES[name] = function
@@ -50,11 +50,10 @@ def linear(positions: Tensor, descriptor: Positions) -> tuple[Tensor, Tensor]:
 
 @scheme("dynamic")
 def dynamic(positions: Tensor, descriptor: Positions) -> tuple[Tensor, Tensor]:
-    """NTK-aware scaling: the base grows with the sequence, so that `length` positions fit.
+    """Dynamic NTK scaling: the base grows with the sequence, so that `length` positions fit.
 
-    A state is described by the length that its table was made for. vLLM makes one table for its
-    model's `max_position_embeddings`; transformers makes another for each longer sequence, and the
-    same one for all that are not longer.
+    A state is described by the length that its table was made for. vLLM makes one table, for the
+    model's `max_position_embeddings`; so does transformers, and another for each longer sequence.
     """
     theta, dim, factor, original, length = numbers(
         descriptor, "theta", "rotary_dim", "factor", "original", "length"
@@ -66,7 +65,8 @@ def dynamic(positions: Tensor, descriptor: Positions) -> tuple[Tensor, Tensor]:
 
 @scheme("llama3")
 def llama3(positions: Tensor, descriptor: Positions) -> tuple[Tensor, Tensor]:
-    """Llama 3.1's: slow pairs are stretched, fast ones left, and a ramp between, in turns."""
+    """Llama 3.1's scaling: slow pairs are stretched, fast ones not, in between a ramp over the
+    rotations of a pair in `original` positions."""
     factor, original, low, high = numbers(
         descriptor, "factor", "original", "beta_slow", "beta_fast"
     )
@@ -80,20 +80,20 @@ def llama3(positions: Tensor, descriptor: Positions) -> tuple[Tensor, Tensor]:
 
 @scheme("yarn")
 def yarn(positions: Tensor, descriptor: Positions) -> tuple[Tensor, Tensor]:
-    """YaRN (arXiv 2309.00071): a ramp by the pair's index; `scale` makes attention sharper."""
+    """YaRN (arXiv 2309.00071): a ramp over the pair's index; `scale` sharpens attention."""
     waves = wavelengths(descriptor)
-    kept = 1 - yarn_ramp(descriptor, len(waves))
+    plain = 1 - yarn_ramp(descriptor, len(waves))
     (factor,) = numbers(descriptor, "factor")
-    inverse = 1.0 / (factor * waves) * (1 - kept) + 1.0 / waves * kept
+    inverse = 1.0 / (factor * waves) * (1 - plain) + 1.0 / waves * plain
     return cos_sin(positions, inverse, descriptor.scale)
 
 
 def yarn_ramp(descriptor: Positions, pairs: int) -> Tensor:
-    """How far each pair is stretched, [C] from 0 to 1."""
+    """The share of stretching of each pair, [C] from 0 to 1."""
     theta, dim, original = numbers(descriptor, "theta", "rotary_dim", "original")
     low, high = (
-        dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
-        for turns in numbers(descriptor, "beta_fast", "beta_slow")
+        dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+        for rotations in numbers(descriptor, "beta_fast", "beta_slow")
     )
     if descriptor.truncate:
         low, high = math.floor(low), math.ceil(high)
@@ -104,11 +104,11 @@ def yarn_ramp(descriptor: Positions, pairs: int) -> Tensor:
 
 @scheme("longrope")
 def longrope(positions: Tensor, descriptor: Positions) -> tuple[Tensor, Tensor]:
-    """LongRoPE (arXiv 2402.13753): each pair has been given a factor of its own."""
+    """LongRoPE (arXiv 2402.13753): a factor for each pair."""
     waves, factors = wavelengths(descriptor), descriptor.factors or ()
     if len(factors) != len(waves):
         raise UnsupportedModel(
-            "LongRoPE's factors are not those of the turned pairs",
+            "LongRoPE needs one factor for each rotated pair",
             found=f"{len(factors)} factors",
             expected=f"{len(waves)}",
         )
@@ -119,26 +119,26 @@ def longrope(positions: Tensor, descriptor: Positions) -> tuple[Tensor, Tensor]:
 @scheme("alibi")
 @scheme("learned")
 def no_rotation(positions: Tensor, descriptor: Positions) -> tuple[Tensor, Tensor]:
-    """Keys as they are: no positions at all, a bias on the scores that depends on distances alone
-    (ALiBi, arXiv 2108.12409), or positions that were added to the embeddings."""
+    """No rotation: no positions at all, a bias on the attention scores by distance (ALiBi, arXiv
+    2108.12409), or positions added to the embeddings."""
     return cos_sin(positions, torch.empty(0))
 
 
 def wavelengths(descriptor: Positions) -> Tensor:
-    """theta^(2i / rotary_dim) of each turned pair i, [C]: positions per radian."""
+    """theta^(2i / rotary_dim) of each rotated pair i, [C]: positions per radian."""
     theta, dim = numbers(descriptor, "theta", "rotary_dim")
     return theta ** (torch.arange(0, int(dim), 2).float() / dim)
 
 
 def numbers(descriptor: Positions, *fields: str) -> list[float]:
-    """Fields of a descriptor that its scheme cannot do without.
+    """The values of fields that a descriptor's scheme needs.
 
     Raises:
-        UnsupportedModel: one of them is not there.
+        UnsupportedModel: one of them is missing.
     """
     if missing := [field for field in fields if not getattr(descriptor, field)]:
         raise UnsupportedModel(
-            f"positions of scheme {descriptor.scheme!r} are not described",
+            f"the positions of scheme {descriptor.scheme!r} are incomplete",
             found=f"no {', '.join(missing)}",
             expected=", ".join(fields),
         )
@@ -148,17 +148,17 @@ def numbers(descriptor: Positions, *fields: str) -> list[float]:
 def cos_sin(
     positions: Tensor, inverse: Tensor, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin [T, C] of positions [T] times frequencies [C], times `scale`."""
+    """cos and sin [T, C] of positions [T] times the `inverse` wavelengths [C], times `scale`."""
     angles = positions[:, None] * inverse
     cos, sin = angles.cos(), angles.sin()
     return (cos, sin) if scale is None else (cos * scale, sin * scale)
 
 
 def cos_sin_table(positions: Tensor, descriptor: Positions) -> tuple[Tensor, Tensor]:
-    """cos and sin of these positions [T] int64, [T, C] float32 each.
+    """cos and sin [T, C] float32 of positions [T] int64.
 
     Raises:
-        UnsupportedModel: an unknown scheme, or a descriptor that lacks what its scheme needs.
+        UnsupportedModel: an unknown scheme, or a descriptor without a field that its scheme needs.
     """
     last = int(positions.max()) if len(positions) else 0
     cos, sin = _rows(descriptor, 1 << max(last.bit_length(), MIN_BITS))
@@ -168,7 +168,7 @@ def cos_sin_table(positions: Tensor, descriptor: Positions) -> tuple[Tensor, Ten
 @functools.lru_cache
 @torch.inference_mode(False)  # else tables made while serving could not take part in a calibration
 def _rows(descriptor: Positions, count: int) -> tuple[Tensor, Tensor]:
-    """The tables of positions 0 … count-1: every layer of a model asks for the same ones."""
+    """cos and sin of positions 0 … count-1, which all layers of a model share."""
     if descriptor.scheme not in SCHEMES:
         raise UnsupportedModel(
             "unknown positional scheme", found=descriptor.scheme, expected=sorted(SCHEMES)
@@ -177,22 +177,22 @@ def _rows(descriptor: Positions, count: int) -> tuple[Tensor, Tensor]:
 
 
 def unrotate(keys: Tensor, positions: Tensor, descriptor: Positions) -> Tensor:
-    """Keys [T, H, D] as cached to position-free keys, float32."""
+    """Position-free keys [T, H, D] float32 of keys as cached at these positions [T]."""
     return kernels.unrotate(keys, *cos_sin_table(positions, descriptor), descriptor.interleaved)
 
 
 def rotate(keys: Tensor, positions: Tensor, descriptor: Positions) -> Tensor:
-    """Position-free keys [T, H, D] to keys as cached at these positions, float32."""
+    """Keys [T, H, D] float32 as cached at these positions [T], of position-free keys."""
     return kernels.rotate(keys, *cos_sin_table(positions, descriptor), descriptor.interleaved)
 
 
 def rerotate(keys: Tensor, offset: int, descriptor: Positions) -> Tensor:
-    """Keys [T, H, D] as cached, moved by `offset` positions; by none, bit for bit as they were.
+    """Keys [T, H, D] as cached, moved by `offset` positions; unchanged, bit for bit, by none.
 
-    Rotations add up, so one position's table moves all keys; they have been scaled already.
+    Rotations add up, so one position's table moves all keys; `scale` is in the keys already.
 
     Raises:
-        UnsupportedModel: the states hold their positions themselves.
+        UnsupportedModel: learned positions, which cannot be moved.
     """
     if not offset:
         return keys

@@ -1,7 +1,7 @@
-"""Span alignment: which source token carries the information that a target token needs.
+"""Tokens with byte spans, and the span alignment of two tokenizers.
 
-The rule: the source token that holds the target token's **last** byte. Spans are byte ranges of the
-UTF-8 text, so that two tokenizers that cut inside a character can still be laid side by side.
+The source token that has the information of a target token is the one with its **last** byte. Spans
+are byte ranges of the UTF-8 text, so that tokenizers that split characters can be aligned too.
 """
 
 from __future__ import annotations
@@ -32,7 +32,11 @@ class Tokens:
 
 @functools.lru_cache(maxsize=8)
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a model folder; text that looks like a special token stays text."""
+    """The tokenizer of a model folder; text that looks like a special token stays text.
+
+    Raises:
+        UnsupportedModel: no readable tokenizer.json.
+    """
     path = Path(folder) / "tokenizer.json"
     try:
         tokenizer = Tokenizer.from_file(str(path))
@@ -47,12 +51,12 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 
 def prefix_ids(tokenizer: Tokenizer) -> list[int]:
-    """The special tokens that this tokenizer itself puts before any text, such as BOS."""
+    """The special tokens that a tokenizer puts before any text, such as BOS."""
     return list(tokenizer.encode("", add_special_tokens=True).ids)
 
 
 def tokenize(tokenizer: Tokenizer, text: str) -> Tokens:
-    """Tokens of a text with exact byte spans, without special tokens.
+    """The tokens of a text with exact byte spans, without special tokens.
 
     Raises:
         BadInput: the text is not valid Unicode (lone surrogates).
@@ -71,17 +75,20 @@ def tokenize(tokenizer: Tokenizer, text: str) -> Tokens:
 
 
 def align(source: Spans, target: Spans) -> npt.NDArray[np.int64]:
-    """For each target token, the index of the source token that holds its last byte.
+    """For each target token, the index of the source token that has its last byte.
 
     Args:
         source: [S, 2] byte spans in order; (0, 0) for special tokens.
         target: [T, 2] byte spans.
 
     Returns:
-        [T] indices into source. A target token of no bytes takes the first source token with bytes.
+        [T] indices into source; for a target token of no bytes, the first source token with bytes.
+
+    Raises:
+        BadInput: no source tokens.
     """
     if not len(source):
-        raise BadInput("nothing to align to", found="no source tokens", expected="at least one")
+        raise BadInput("no tokens to align to", found="an empty source", expected="at least one")
     last = np.maximum(target[:, 1] - 1, target[:, 0])
     ends = np.maximum.accumulate(source[:, 1])
     return np.minimum(np.searchsorted(ends, last, side="right"), len(source) - 1)
@@ -89,7 +96,7 @@ def align(source: Spans, target: Spans) -> npt.NDArray[np.int64]:
 
 @functools.cache
 def _byte_alphabet() -> dict[str, int]:
-    """The character with which byte-level BPE (GPT-2) writes each byte."""
+    """The byte of each character of byte-level BPE (GPT-2)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     alphabet = {chr(byte): byte for byte in printable}
     others = (byte for byte in range(256) if byte not in printable)
@@ -97,7 +104,7 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 def _spans_from_pieces(pieces: list[str], raw: bytes) -> Spans | None:
-    """Exact spans where the pieces spell the text byte by byte, otherwise None."""
+    """Exact spans [T, 2] where the pieces spell the text byte by byte, otherwise None."""
     for spell in (_spell_byte_level, _spell_sentencepiece):
         ends = [0]
         for piece in pieces:
@@ -112,12 +119,13 @@ def _spans_from_pieces(pieces: list[str], raw: bytes) -> Spans | None:
 
 
 def _spell_byte_level(piece: str, raw: bytes, begin: int) -> bytes | None:
+    """The bytes of a piece; None where a character is not of the alphabet."""
     alphabet = _byte_alphabet()
     return bytes(alphabet[c] for c in piece) if all(c in alphabet for c in piece) else None
 
 
 def _spell_sentencepiece(piece: str, raw: bytes, begin: int) -> bytes | None:
-    """A blank is written ▁, and so is a ▁: what the text has at this byte tells which it is."""
+    """The bytes of a piece. ▁ stands for a blank or for itself: the text at `begin` decides."""
     if match := BYTE_FALLBACK.fullmatch(piece):
         return bytes((int(match[1], 16),))
     spelled = b""
@@ -128,7 +136,7 @@ def _spell_sentencepiece(piece: str, raw: bytes, begin: int) -> bytes | None:
 
 
 def _spans_from_offsets(offsets: list[tuple[int, int]], text: str) -> Spans:
-    """Spans from character offsets: tokens that share a character share its bytes."""
+    """Spans [T, 2] from character offsets: tokens that share a character share its bytes."""
     starts = np.concatenate(([0], np.cumsum([len(c.encode()) for c in text], dtype=np.int64)))
     chars = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
     return starts[chars].astype(np.int64)

@@ -1,4 +1,4 @@
-"""Capture with transformers: read a text with the source model, keep its KV states."""
+"""Capture with transformers: the KV states of a text on the source model."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 def read_tokens(folder: str | Path, text: str) -> Tokens:
-    """The tokens with which a model reads a text: its own prefix (BOS), then the text's.
+    """Tokens of a text as a model reads it: the tokenizer's own prefix (BOS), then the text's.
 
     Raises:
-        BadInput: no text, or more tokens than the model has positions.
+        BadInput: an empty text, or more tokens than the model has positions.
     """
     path = resolve_folder(folder)
     tokenizer = load_tokenizer(str(path))
@@ -47,7 +47,11 @@ def read_tokens(folder: str | Path, text: str) -> Tokens:
 def capture(
     folder: str | Path, text: str, *, name: str | None = None, model: PreTrainedModel | None = None
 ) -> Package:
-    """Capture a text with transformers: computed in float32, stored in the model's dtype."""
+    """The package of a text: states computed in float32, stored in the model's dtype.
+
+    Raises:
+        BadInput: as `read_tokens` says.
+    """
     tokens = read_tokens(folder, text)
     geometry = geometry_of(folder, len(tokens.ids))
     keys, values = states(model or load_model(folder), tokens.ids)

@@ -1,7 +1,8 @@
 """Memory package v1: one safetensors file, named by the sha256 of its bytes.
 
 Tensors: `tokens` [T] int32, `spans` [T, 2] int64, `text` [B] uint8 (UTF-8), and for each layer i
-`layers.i.key` and `layers.i.value` [T, H, D] in the model's dtype, keys as cached (with positions).
+`layers.i.key` and `layers.i.value` [T, H, D] in the model's dtype, keys as cached (positions
+applied).
 """
 
 from __future__ import annotations
@@ -9,11 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,24 +21,24 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from awareness_vllm.files import private_copy
+from awareness_vllm.files import draft_file, private_copy
 from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.models.tokens import Spans
 from awareness_vllm.packages.manifest import (
     METADATA_KEY,
     Manifest,
-    check_shapes,
-    corrupt,
-    document,
+    corrupt_package,
     id_of,
-    parsed,
+    manifest_document,
+    parse_manifest,
+    tensor_name,
 )
 
 
 @dataclass(frozen=True)
 class Package:
-    """A memory package in memory. `keys[i]` and `values[i]` are layer i's states, [T, H, D]; of a
-    layer whose window has lost the first tokens' states, those of the others."""
+    """A memory package in memory. `keys[i]` and `values[i]` are layer i's states, [T, H, D]; fewer
+    rows where a sliding window has lost the first tokens' states."""
 
     manifest: Manifest
     text: str
@@ -65,7 +65,7 @@ def build(
     name: str | None = None,
     has_text: bool = True,
 ) -> Package:
-    """A package from captured states; the manifest's payload digest is computed here."""
+    """A package of captured states, its payload digest computed."""
     tensors = _tensors(text, tokens, spans, keys, values)
     first_tokens = tuple(len(tokens) - len(key) for key in keys)
     manifest = Manifest(
@@ -84,67 +84,56 @@ def build(
 
 
 def without_text(package: Package) -> Package:
-    """The same states without text, token ids and spans.
+    """A package with the same states, without text, token ids and spans.
 
-    Nobody should take this for secrecy: prompts can be rebuilt from KV states.
+    This is no secrecy: prompts can be rebuilt from KV states.
     """
-    count = package.manifest.tokens
-    return build(
-        geometry=package.geometry,
-        text="",
-        tokens=[0] * count,
-        spans=np.zeros((count, 2), np.int64),
-        keys=package.keys,
-        values=package.values,
-        engine=package.manifest.engine,
-        versions=package.manifest.versions,
-        name=package.manifest.name,
-        has_text=False,
-    )
+    spans = np.zeros((package.manifest.tokens, 2), np.int64)
+    return _rebuild(package, text="", tokens=[0] * len(spans), spans=spans, has_text=False)
 
 
 def beginning(package: Package, tokens: int) -> Package:
-    """The memory of a package's first `tokens` tokens, or of a few less where its text would end
-    within a character: states of a prefix do not depend on what follows."""
+    """The package of a package's first `tokens` tokens, or of a few fewer where its text would end
+    within a character: the states of a prefix do not depend on what follows."""
     raw = package.text.encode()
-    while tokens and not boundary(raw, end := int(package.spans[tokens - 1, 1])):
+    while tokens and not is_boundary(raw, end := int(package.spans[tokens - 1, 1])):
         tokens -= 1
-    held = [tokens - len(package.tokens) + len(key) for key in package.keys]
-    return build(
-        geometry=package.geometry,
+    counts = [tokens - len(package.tokens) + len(key) for key in package.keys]
+    return _rebuild(
+        package,
         text=raw[:end].decode() if tokens else "",
         tokens=package.tokens[:tokens],
         spans=package.spans[:tokens],
-        keys=[key[: max(0, n)] for key, n in zip(package.keys, held, strict=True)],
-        values=[value[: max(0, n)] for value, n in zip(package.values, held, strict=True)],
-        engine=package.manifest.engine,
-        versions=package.manifest.versions,
-        name=package.manifest.name,
-        has_text=package.manifest.has_text,
+        keys=[key[: max(0, n)] for key, n in zip(package.keys, counts, strict=True)],
+        values=[value[: max(0, n)] for value, n in zip(package.values, counts, strict=True)],
     )
 
 
-def boundary(raw: bytes, end: int) -> bool:
-    """Whether UTF-8 text can end there."""
+def _rebuild(package: Package, **changes: Any) -> Package:
+    """A package with other arguments of `build`."""
+    captured = {
+        name: getattr(package, name) for name in ("text", "tokens", "spans", "keys", "values")
+    }
+    origin = package.manifest.model_dump(include={"engine", "versions", "name", "has_text"})
+    return build(**{"geometry": package.geometry, **captured, **origin, **changes})
+
+
+def is_boundary(raw: bytes, end: int) -> bool:
+    """Whether UTF-8 text ends between two characters after `end` bytes."""
     return end >= len(raw) or raw[end] & 0xC0 != 0x80
 
 
 def publish(package: Package, store: Path) -> Path:
-    """Write a package into a store folder under its ID, atomically: whole or not at all."""
+    """Write a package atomically into a store folder, under its ID; the file's path."""
     store.mkdir(parents=True, exist_ok=True)
     tensors = _tensors(package.text, package.tokens, package.spans, package.keys, package.values)
-    handle, temporary = tempfile.mkstemp(dir=store, prefix=".publish-")
-    os.close(handle)
-    try:
-        save_file(tensors, temporary, {METADATA_KEY: package.manifest.model_dump_json()})
-        with open(temporary, "rb") as file:
+    with draft_file(store) as draft:
+        save_file(tensors, draft, {METADATA_KEY: package.manifest.model_dump_json()})
+        with draft.open("rb") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        path = store / f"{id_of(Path(temporary))}.safetensors"
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        draft.chmod(0o644)
+        path = store / f"{id_of(draft)}.safetensors"
+        os.replace(draft, path)
     return path
 
 
@@ -153,7 +142,7 @@ def read_text(path: Path) -> str:
     try:
         return bytes(_read_tensor(path, "text").numpy()).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise corrupt(path, f"text that is not UTF-8 ({error})") from error
+        raise corrupt_package(path, f"text that is not UTF-8 ({error})") from error
 
 
 def read_tokens(path: Path) -> list[int]:
@@ -162,49 +151,47 @@ def read_tokens(path: Path) -> list[int]:
 
 
 def read(path: Path) -> Package:
-    """A whole package, in memory of its own: what becomes of the file later does not matter.
+    """A whole package; later changes of the file do not reach it.
 
-    Shapes are checked against the manifest's geometry; bytes are not re-hashed.
+    Shapes are checked against the manifest's geometry; bytes are not hashed again.
 
     Raises:
         PackageCorrupt: unreadable, or tensors that contradict the manifest.
     """
-    try:
-        with private_copy(path) as copy, safe_open(copy, framework="pt") as file:
-            manifest = parsed(document(file), path)
-            count = len(manifest.geometry.layers)
-            keys = [file.get_tensor(f"layers.{i}.key") for i in range(count)]
-            values = [file.get_tensor(f"layers.{i}.value") for i in range(count)]
-            tokens = file.get_tensor("tokens")
-            spans = file.get_tensor("spans")
-            text = bytes(file.get_tensor("text").numpy()).decode("utf-8")
-    except (SafetensorError, OSError, UnicodeDecodeError) as error:
-        raise corrupt(path, f"not a readable package ({error})") from error
-    tensors = {"tokens": tokens, "spans": spans}
-    for part, states in (("key", keys), ("value", values)):
-        tensors |= {f"layers.{i}.{part}": tensor for i, tensor in enumerate(states)}
-    check_shapes(manifest, lambda name: tuple(tensors[name].shape), path)
-    return Package(manifest, text, tokens.tolist(), spans.numpy(), keys, values)
+    return _read(path)[0]
 
 
 def verify(path: Path) -> Package:
-    """Read a package and prove that manifest and tensors are those it was built with.
+    """A whole package, its manifest and tensors checked against the payload digest.
 
-    Whatever the file's name: `check_bytes` proves more, but needs the ID.
+    The file's name does not matter: `check_bytes` proves more, but needs the ID.
 
     Raises:
         PackageCorrupt: altered or truncated.
     """
-    package = read(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = ((name, file.get_tensor(name)) for name in sorted(file.keys()))
-            payload = payload_digest(document(file), tensors)
-    except (SafetensorError, OSError) as error:
-        raise corrupt(path, f"not a readable package ({error})") from error
+    package, document, tensors = _read(path)
+    payload = payload_digest(document, sorted(tensors.items()))
     if payload != package.manifest.payload:
-        raise corrupt(path, f"payload {payload}", expected=package.manifest.payload)
+        raise corrupt_package(path, f"payload {payload}", expected=package.manifest.payload)
     return package
+
+
+def _read(path: Path) -> tuple[Package, str, dict[str, Tensor]]:
+    """A package, and what its file holds: the manifest's JSON, the tensors by name."""
+    try:
+        with private_copy(path) as copy, safe_open(copy, framework="pt") as file:
+            document = manifest_document(file)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        manifest = parse_manifest(document, {n: tuple(t.shape) for n, t in tensors.items()}, path)
+        text = bytes(tensors["text"].numpy()).decode("utf-8")
+    except (SafetensorError, OSError, KeyError, UnicodeDecodeError) as error:
+        raise corrupt_package(path, f"not a readable package ({error})") from error
+    keys, values = (
+        [tensors[tensor_name(i, part)] for i in range(len(manifest.geometry.layers))]
+        for part in ("key", "value")
+    )
+    tokens, spans = tensors["tokens"].tolist(), tensors["spans"].numpy()
+    return Package(manifest, text, tokens, spans, keys, values), document, tensors
 
 
 def _read_tensor(path: Path, name: str) -> Tensor:
@@ -212,7 +199,7 @@ def _read_tensor(path: Path, name: str) -> Tensor:
         with safe_open(path, framework="pt") as file:
             return file.get_tensor(name)
     except (SafetensorError, OSError) as error:
-        raise corrupt(path, f"no readable tensor {name!r} ({error})") from error
+        raise corrupt_package(path, f"no readable tensor {name!r} ({error})") from error
 
 
 def _tensors(
@@ -226,16 +213,16 @@ def _tensors(
         else torch.empty(0, dtype=torch.uint8),
     }
     for i, (key, value) in enumerate(zip(keys, values, strict=True)):
-        tensors[f"layers.{i}.key"] = key.contiguous()
-        tensors[f"layers.{i}.value"] = value.contiguous()
+        tensors[tensor_name(i, "key")] = key.contiguous()
+        tensors[tensor_name(i, "value")] = value.contiguous()
     return tensors
 
 
 def payload_digest(document: str, tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """sha256 over a manifest's JSON document, its own `payload` left out, and named tensors.
+    """sha256, in hex, of a manifest's JSON without its `payload`, and of named tensors.
 
-    The document, not the model parsed from it: a field that a later version adds with a default
-    must not change the digest of the files of today.
+    Of the JSON, not of the model parsed from it: a field that a later version adds with a default
+    must not change the digest of today's files.
 
     Args:
         tensors: sorted by name.

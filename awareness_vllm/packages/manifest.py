@@ -1,9 +1,9 @@
-"""What a memory package says about itself, and its ID; reading them needs no torch."""
+"""The manifest of a memory package, and its ID; reading them needs no torch."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,11 +33,10 @@ MEMORY_ID = re.compile(r"mem_[0-9a-f]{32}")
 class Manifest(FrozenModel):
     """The JSON document in a package's safetensors metadata.
 
-    `payload` is the sha256 over the other fields and the tensors; `engine` tells whose numerics
-    the states have, so whether a load into the same server is exact. Without text (`has_text`)
-    the package has no token ids and no spans either: all of them are zero. `first_tokens` says
-    of each layer which token is the first whose states it holds, where a window has lost some,
-    else nothing.
+    `payload` is the sha256 over the other fields and the tensors; `engine` is the one that computed
+    the states: a load into the same engine is exact. Without text (`has_text` false) the package
+    has no token ids and no spans either: all of them are zero. `first_tokens` [layers] are the
+    first tokens whose states each layer holds, empty unless a sliding window has lost some.
     """
 
     format: Literal["awareness-memory/1"] = "awareness-memory/1"
@@ -57,14 +56,14 @@ class Manifest(FrozenModel):
         return {k: v for k, v in handler(self).items() if k != "first_tokens" or v}
 
     def first_token(self, layer: int) -> int:
-        """The first token whose states a layer holds."""
+        """The index of the first token whose states a layer holds."""
         return self.first_tokens[layer] if self.first_tokens else 0
 
     def check_whole(self, layers: Iterable[int]) -> None:
-        """Prove that these layers hold the states of all tokens.
+        """Check that these layers hold the states of all tokens.
 
         Raises:
-            UnsupportedRequest: a window has lost some.
+            UnsupportedRequest: a sliding window has lost some.
         """
         if lost := [layer for layer in layers if self.first_token(layer)]:
             raise UnsupportedRequest(
@@ -77,7 +76,7 @@ class Manifest(FrozenModel):
 
 
 def check_id(memory_id: object) -> str:
-    """The ID if it is well-formed.
+    """The ID itself, where it is well-formed.
 
     Raises:
         InvalidMemoryId: anything else, paths included.
@@ -93,79 +92,74 @@ def check_id(memory_id: object) -> str:
 
 
 def id_of(path: Path) -> str:
-    """The ID that a package file's bytes have: `mem_` and half of their sha256."""
+    """The ID of a package file: `mem_` and half of the sha256 of its bytes."""
     try:
         return f"mem_{file_digest(path)[:32]}"
     except UnsupportedModel as error:
-        raise corrupt(path, f"not readable ({error.found})") from error
+        raise corrupt_package(path, f"not readable ({error.found})") from error
 
 
 def check_bytes(path: Path, memory_id: str) -> None:
-    """Prove that a file's bytes are those that the ID names. Raises PackageCorrupt."""
-    if (found := id_of(path)) != memory_id:
-        raise corrupt(path, f"its bytes are those of {found}", expected=memory_id)
+    """Check that a file's bytes have this ID. Raises PackageCorrupt."""
+    if (actual := id_of(path)) != memory_id:
+        raise corrupt_package(path, f"its bytes are those of {actual}", expected=memory_id)
 
 
 def read_manifest(path: Path) -> Manifest:
-    """A package's manifest alone.
+    """A package's manifest; of the tensors only the header is read.
 
     Raises:
-        PackageCorrupt: not a safetensors file, or no valid manifest in it.
+        PackageCorrupt: not a safetensors file, no valid manifest, or tensors whose shapes
+            contradict it.
     """
     try:
         with safe_open(path, framework="np") as file:
-            return parsed(document(file), path)
+            document = manifest_document(file)
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise corrupt(path, f"not a readable safetensors file ({error})") from error
+        raise corrupt_package(path, f"not a readable safetensors file ({error})") from error
+    return parse_manifest(document, shapes, path)
 
 
-def checked_manifest(path: Path) -> Manifest:
-    """A package's manifest, if by its header the tensors have the shapes that its geometry says.
-
-    Raises:
-        PackageCorrupt
-    """
-    try:
-        with safe_open(path, framework="np") as file:
-            manifest = parsed(document(file), path)
-            check_shapes(manifest, lambda name: tuple(file.get_slice(name).get_shape()), path)
-            return manifest
-    except (SafetensorError, OSError) as error:
-        raise corrupt(path, f"not a readable safetensors file ({error})") from error
-
-
-def document(file: Any) -> str:
-    """The manifest's JSON in an open safetensors file; nothing where there is none."""
+def manifest_document(file: Any) -> str:
+    """The manifest's JSON in an open safetensors file; empty where there is none."""
     return (file.metadata() or {}).get(METADATA_KEY, "")
 
 
-def parsed(text: str, path: Path) -> Manifest:
-    """Raises PackageCorrupt."""
+def parse_manifest(document: str, shapes: Mapping[str, tuple[int, ...]], path: Path) -> Manifest:
+    """The manifest of a package, checked against the `shapes` of its tensors by name.
+
+    Raises:
+        PackageCorrupt: no valid manifest, or one that a shape contradicts.
+    """
     try:
-        return Manifest.model_validate_json(text)
+        manifest = Manifest.model_validate_json(document)
     except ValidationError as error:
-        raise corrupt(path, f"no valid manifest ({error})") from error
-
-
-def check_shapes(
-    manifest: Manifest, shape_of: Callable[[str], tuple[int, ...]], path: Path
-) -> None:
-    """Raises PackageCorrupt where a tensor is not what the manifest says."""
-    layers, tokens = manifest.geometry.layers, manifest.tokens
-    if len(manifest.first_tokens) not in (0, len(layers)):
-        raise corrupt(path, f"first tokens of {len(manifest.first_tokens)} of {len(layers)} layers")
-    wanted: dict[str, tuple[int, ...]] = {"tokens": (tokens,), "spans": (tokens, 2)}
+        raise corrupt_package(path, f"no valid manifest ({error})") from error
+    layers, tokens, first = manifest.geometry.layers, manifest.tokens, manifest.first_tokens
+    if len(first) not in (0, len(layers)):
+        raise corrupt_package(path, f"first tokens of {len(first)} of {len(layers)} layers")
+    expected: dict[str, tuple[int, ...]] = {"tokens": (tokens,), "spans": (tokens, 2)}
     for i, layer in enumerate(layers):
         shape: tuple[int, ...] = (tokens - manifest.first_token(i), layer.heads, layer.head_dim)
-        wanted[f"layers.{i}.key"] = wanted[f"layers.{i}.value"] = shape
-    for name, shape in wanted.items():
-        if (found := shape_of(name)) != shape:
-            raise corrupt(path, f"{name} has shape {found}", expected=f"{shape}, by its manifest")
+        expected |= {tensor_name(i, "key"): shape, tensor_name(i, "value"): shape}
+    for name, shape in expected.items():
+        if shapes.get(name) != shape:
+            raise corrupt_package(
+                path, f"{name} has shape {shapes.get(name)}", f"{shape}, by its manifest"
+            )
+    return manifest
 
 
-def corrupt(
+def tensor_name(layer: int, part: str) -> str:
+    """The name of a layer's states in a package; `part` is "key" or "value"."""
+    return f"layers.{layer}.{part}"
+
+
+def corrupt_package(
     path: Path, found: str, expected: str = "an unaltered memory package"
 ) -> PackageCorrupt:
+    """The error about a package file that cannot be used."""
     return PackageCorrupt(
         f"memory package {path.name} cannot be used",
         found=found,

@@ -1,4 +1,4 @@
-"""A store is a folder of packages, one file each, named by ID."""
+"""The store: a folder of packages, one file each, named by ID."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from awareness_vllm.packages.manifest import MEMORY_ID, check_bytes, check_id
 
 @dataclass
 class Store:
-    """Packages in a folder. `verified` remembers which file versions were found whole."""
+    """Packages in a folder. `verified` has the file version (inode, size, mtime) whose bytes were
+    hashed, by ID."""
 
     folder: Path
     verified: dict[str, tuple[int, int, int]] = field(default_factory=dict)
@@ -26,15 +27,15 @@ class Store:
         """
         path = self.folder / f"{check_id(memory_id)}.safetensors"
         if not path.is_file():
-            raise missing(memory_id)
+            raise memory_not_found(memory_id)
         return path
 
     def has(self, memory_id: object) -> bool:
-        """Whether a memory is here. Raises InvalidMemoryId."""
+        """Whether the store has a memory. Raises InvalidMemoryId."""
         return (self.folder / f"{check_id(memory_id)}.safetensors").is_file()
 
     def checked_path(self, memory_id: object) -> Path:
-        """The file of a memory, its bytes proven to match the ID; hashed once per file version.
+        """The file of a memory, its bytes checked against the ID once per file version.
 
         Raises:
             InvalidMemoryId, MemoryNotFound, PackageCorrupt
@@ -43,7 +44,7 @@ class Store:
         try:
             stat = path.stat()
         except FileNotFoundError as error:
-            raise missing(memory_id) from error
+            raise memory_not_found(memory_id) from error
         version = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
         if self.verified.get(path.stem) != version:
             check_bytes(path, path.stem)
@@ -57,7 +58,8 @@ class Store:
                 yield path.stem
 
 
-def missing(memory_id: object) -> MemoryNotFound:
+def memory_not_found(memory_id: object) -> MemoryNotFound:
+    """The error about an ID of which the store has no package."""
     return MemoryNotFound(
         f"no memory {memory_id}",
         found="no such package in this store",
@@ -67,7 +69,11 @@ def missing(memory_id: object) -> MemoryNotFound:
 
 
 def locate(what: str | Path, store: Path | None = None) -> Path:
-    """The file that an ID or a path names; anything that is not a file is taken as an ID."""
+    """The file of a package by its path or ID; anything that is not a file is taken as an ID.
+
+    Raises:
+        InvalidMemoryId, MemoryNotFound
+    """
     if Path(what).is_file():
         return Path(what)
     return Store(store or default_store()).path(str(what))

@@ -19,6 +19,7 @@ from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.models.tokens import Tokens
 from awareness_vllm.packages.capture import read_tokens
 from awareness_vllm.packages.file import Package, build
+from awareness_vllm.packages.manifest import tensor_name
 from awareness_vllm.serving.config import ServingConfig, transfer_config
 from awareness_vllm.serving.connector.kv_reader import CAPTURE_KEY
 from awareness_vllm.serving.plugin import register, vllm_version
@@ -61,8 +62,8 @@ def as_package(
         text=text,
         tokens=tokens.ids,
         spans=tokens.spans,
-        keys=[states[f"layers.{i}.key"] for i in count],
-        values=[states[f"layers.{i}.value"] for i in count],
+        keys=[states[tensor_name(i, "key")] for i in count],
+        values=[states[tensor_name(i, "value")] for i in count],
         engine="vllm",
         versions={"torch": importlib.metadata.version("torch"), "vllm": vllm_version()},
         name=name,

@@ -1,4 +1,4 @@
-"""The certificate: what a W-Matrix was measured to keep, by which protocol, on what."""
+"""The certificate of a W-Matrix: measured figures, and the protocol and texts behind them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from awareness_vllm.errors import QualityUnreachable
 from awareness_vllm.schema import FrozenModel
 
 TIERS = ((0.90, 0.85), (0.82, 0.60), (0.75, 0.30), (0.60, 0.0))
-"""Lowest retention and lowest share of facts of tiers 1 to 4. The retentions are the lower ends of
-the ranges published with the tiers; the facts are ours: retention alone hides their loss."""
+"""Minimum retention and fact recall of tiers 1 to 4. The retentions are the lower ends of the
+published ranges; the recalls are ours: retention alone hides the loss of facts."""
 TAIL = 16
-"""Last tokens of a realigned memory that the target reads itself, by default, after the rest: what
-is asked follows them at once, and they bring more retention than anything else at their price
-(docs/fidelity-log.md). More of them bring more, and take longer (`awareness serve --tail`)."""
+"""Default number of a memory's last tokens that the target reads natively, after the aligned rest:
+the question follows them at once, and no other use of the same cost adds as much retention
+(docs/fidelity-log.md). A longer tail adds more, and takes longer (`awareness serve --tail`)."""
 LENGTH_TEXTS = 16
-"""Texts for each further length of context: a long one costs many short ones."""
+"""Texts at each further length of context: one long text costs as much as many short ones."""
 
 
 class Interval(FrozenModel):
@@ -27,8 +27,8 @@ class Interval(FrozenModel):
 
 
 class Protocol(FrozenModel):
-    """What was measured on, and how. `texts` and `cases` are digests; `limit` documents of them
-    were taken evenly; `context` tokens of memory, `continuation` tokens scored after it."""
+    """The protocol of a measurement: digests of the `texts` and `cases`, of which `limit` were
+    taken evenly; `context` tokens of memory, and `continuation` tokens scored after it."""
 
     texts: str
     cases: str
@@ -38,13 +38,13 @@ class Protocol(FrozenModel):
 
 
 class Plan(FrozenModel):
-    """A way to load a memory of `context` tokens: the map for most of it, the last `tail` tokens
-    read natively.
+    """The measured figures of a memory of `context` tokens that is mapped but for its last `tail`
+    tokens, which are read natively.
 
-    `cost` is its share of the target's floating point operations for reading the whole context;
-    `kinds` is the retention by the folder that a text came from, `tokens_only` that of the same
-    plan with the source's states blanked. `facts` is fact recall as a share of native, where it
-    was measured.
+    `cost` is a share of the floating point operations of reading the whole context natively;
+    `kinds` is the retention by the texts' folder, `tokens_only` the retention of the same plan
+    with the source's states masked. `facts` is fact recall as a share of native, None where not
+    measured.
     """
 
     context: int
@@ -58,13 +58,12 @@ class Plan(FrozenModel):
 
 
 class Metrics(FrozenModel):
-    """Means over texts.
+    """The published alignment metrics, as means over `n` texts.
 
-    `semantic_preservation` [layers] is the cosine of a token's aligned keys and values of a layer
-    to the target's own; `attention_fidelity` [layers] the overlap of the attention distributions,
-    from 0 to 1; `gradient_ratio` the norm of the gradient of the continuation's loss in the
-    memory's states, as a share of native, `gradient_stability` whether all texts' are finite and
-    within ten times either way.
+    `semantic_preservation` [layers] is the cosine of a token's aligned keys and values to the
+    target's own; `attention_fidelity` [layers] the overlap of the attention distributions, from 0
+    to 1; `gradient_ratio` the norm of the loss's gradient in the memory's states as a share of
+    native, `gradient_stability` whether it is within a factor of ten for every text.
     """
 
     semantic_preservation: tuple[float, ...]
@@ -77,12 +76,12 @@ class Metrics(FrozenModel):
 class Certificate(FrozenModel):
     """The five arms' figures and what follows from them.
 
-    `margin` is what the source's states add to the text alone: NLL of the tokens-only arm less the
-    memory arm's, in nats. `facts` is fact recall as a share of native, by kind of fact and by
-    tokens between it and the question, `facts_margin` the memory arm's exact match less the
-    tokens-only arm's. `retention` and `facts` are the map's alone; `plans` are the ways to load
-    that were measured, for each length of context the cheapest first. Without `metrics`: the map
-    gives tokens of its own, which do not compare with the target's.
+    `margin` is the gain by the source's states over the text alone: NLL of the tokens-only arm
+    minus the memory arm's, in nats. `facts` is fact recall as a share of native, also by kind of
+    fact and by tokens between fact and question; `facts_margin` is the memory arm's exact match
+    minus the tokens-only arm's. `retention` and `facts` are those of the map alone, without a
+    tail; `plans` are sorted by length of context, then by cost. `metrics` are None for a map that
+    reads no tokens: its rows do not correspond to the target's tokens.
     """
 
     protocol: Protocol
@@ -103,18 +102,17 @@ class Certificate(FrozenModel):
     versions: dict[str, str]
 
 
-def measured_for(certificate: Certificate, context: int) -> list[Plan]:
-    """The plans of the shortest measured length that `context` does not exceed, else of the longest
-    one, the cheapest first: longer contexts keep less, so this promises too little, not too much.
-    """
+def plans_for(certificate: Certificate, context: int) -> list[Plan]:
+    """The plans of the shortest measured length that is at least `context`, else of the longest
+    one, the cheapest first. Longer contexts keep less, so the figures err on the low side."""
     lengths = sorted({p.context for p in certificate.plans})
     length = next((length for length in lengths if length >= context), lengths[-1])
     return [p for p in certificate.plans if p.context == length]
 
 
 def with_tail(certificate: Certificate, context: int, tail: int) -> Plan:
-    """The measured plan for a context of that length that reads at most so many tokens natively."""
-    plans = measured_for(certificate, context)
+    """The plan for a context of that length with the longest tail of at most `tail` tokens."""
+    plans = plans_for(certificate, context)
     return max((p for p in plans if p.tail <= tail), key=lambda p: p.tail)
 
 
@@ -125,13 +123,16 @@ def cheapest(
     *,
     tails: bool = True,
 ) -> Plan:
-    """The cheapest measured plan that keeps so much of a context of that length (by default the
-    protocol's), see `measured_for`; with `tails` false, of those that read nothing natively.
+    """The cheapest plan of `plans_for` that reaches a retention of `quality_target` at a context of
+    that length, by default the protocol's.
+
+    Args:
+        tails: whether plans with a tail are candidates.
 
     Raises:
-        QualityUnreachable: none does; the best one and what would reach it are named.
+        QualityUnreachable: no plan does; the error names the best one.
     """
-    measured = measured_for(certificate, context or certificate.protocol.context)
+    measured = plans_for(certificate, context or certificate.protocol.context)
     plans = [plan for plan in measured if tails or not plan.tail]
     for plan in plans:
         if plan.retention.mean >= quality_target:
@@ -145,7 +146,7 @@ def cheapest(
             f"{enough[0].retention.mean:.3f}; or {remedy}"
         )
     raise QualityUnreachable(
-        f"no measured plan keeps {quality_target:.3f}",
+        f"no measured plan reaches a retention of {quality_target:.3f}",
         best=best.retention.mean,
         found=f"at best {best.retention.mean:.3f}, with the last {best.tail} tokens read natively",
         remedy=remedy,
@@ -153,8 +154,8 @@ def cheapest(
 
 
 def tier(retention: float, facts: float) -> int | None:
-    """1 (excellent) to 4 (marginal); None below all of them."""
-    for number, (least, least_facts) in enumerate(TIERS, 1):
-        if retention >= least and facts >= least_facts:
+    """The tier, from 1 (excellent) to 4 (marginal); None below all of them."""
+    for number, (minimum, minimum_facts) in enumerate(TIERS, 1):
+        if retention >= minimum and facts >= minimum_facts:
             return number
     return None

@@ -1,8 +1,8 @@
-"""What the map reads for one target token: position-free source states, target embeddings."""
+"""The features of a target token: position-free source states, target embeddings."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,9 +12,9 @@ from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.models.rope import unrotate
 
 Embed = Callable[[Tensor], Tensor]
-"""A model's own embedding: ids [T] int64 to rows [T, E]. Its scale does not matter."""
+"""A model's embedding: ids [T] int64 to rows [T, E]; they are normalised, whatever their norm."""
 PositionEmbeddings = Mapping[str, Tensor]
-"""The position embeddings [P, E] of those of "source" and "target" whose positions are learned."""
+"""Position embeddings [P, E] by side, "source" or "target", of models with learned positions."""
 
 
 def flat_states(
@@ -24,12 +24,12 @@ def flat_states(
     tokens: Tensor | None = None,
     layers: Sequence[int] | None = None,
 ) -> Tensor:
-    """Position-free keys of the layers, then their values, side by side.
+    """Position-free keys of the layers, then their values, in one row for each token.
 
     Args:
         keys, values: per layer [T, H, D] as cached at positions 0 … T-1.
-        tokens: [N] int64, which of these tokens; all by default.
-        layers: which layers, in this order; all by default.
+        tokens: [N] int64, indices of the tokens; all by default.
+        layers: indices of the layers; all by default.
 
     Returns:
         [N, geometry.width_of(layers)] float32.
@@ -45,7 +45,7 @@ def flat_states(
 
 
 def split_states(geometry: Geometry, flat: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """The inverse of `flat_states`, short of positions: [T, width] to per-layer [T, H, D]."""
+    """Position-free keys and values, per layer [T, H, D], of rows [T, width] of `flat_states`."""
     widths = [layer.width for layer in geometry.layers]
     shaped = [
         part.unflatten(1, (layer.heads, layer.head_dim))
@@ -54,10 +54,16 @@ def split_states(geometry: Geometry, flat: Tensor) -> tuple[list[Tensor], list[T
     return shaped[: len(widths)], shaped[len(widths) :]
 
 
-def masked_rows(index: Tensor) -> Tensor:
-    """Which target tokens are aligned to the source's first position, [T] bool.
+def state_columns(geometry: Geometry, layers: Iterable[int]) -> Tensor:
+    """The indices of some layers' keys, then values, among the columns of `flat_states`."""
+    parts = split_states(geometry, torch.arange(geometry.width)[None])
+    return torch.cat([part[layer].flatten() for part in parts for layer in layers])
 
-    That position is the source's attention sink: its states say nothing of the text.
+
+def masked_rows(index: Tensor) -> Tensor:
+    """Whether each target token is aligned to the source's first position, [T] bool.
+
+    That position is the source's attention sink: its states carry nothing of the text.
     """
     return index == 0
 
@@ -65,8 +71,8 @@ def masked_rows(index: Tensor) -> Tensor:
 def embedding_features(
     embed: Embed, ids: Sequence[int], sink: int, predecessors: int | None
 ) -> Tensor:
-    """Normalised embeddings of each token and its predecessors, the `sink` first ids left out;
-    nothing for a map that reads no tokens (None).
+    """Normalised embeddings of each token and its predecessors, without rows for the first `sink`
+    ids; no columns for a map that reads no tokens (`predecessors` None).
 
     Returns:
         [len(ids) - sink, (1 + predecessors) * E] float32.
@@ -80,11 +86,11 @@ def embedding_features(
 def with_position_embeddings(
     features: Tensor, position_embeddings: PositionEmbeddings, source: Tensor, target: Tensor
 ) -> Tensor:
-    """Features [T, F] with the position embeddings beside them of where each token stands.
+    """Features [T, F] with the position embeddings of each token in further columns.
 
-    Learned positions are added to the embeddings, so that states depend on them by a term of their
-    own: a source's is to be taken off, a target's to be put on. Without any, the features as they
-    are.
+    Learned positions are added to the embeddings, so states depend on them by a term that the map
+    has to remove for the source and to add for the target. Without learned positions, the features
+    unchanged.
 
     Args:
         source, target: [T] int64, the token's position in either model.

@@ -1,8 +1,7 @@
-"""The `.wmatrix` file: a safetensors file that holds one learned map and what is known of it."""
+"""The `.wmatrix` file: one learned map and its manifest, in safetensors."""
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,21 +12,23 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from awareness_vllm.errors import BadInput
-from awareness_vllm.files import private_copy, wmatrices_dir
+from awareness_vllm.files import atomic_write, private_copy, wmatrices_dir
 from awareness_vllm.kernels import decode, encode
 from awareness_vllm.packages.file import payload_digest
 from awareness_vllm.packages.manifest import METADATA_KEY
 from awareness_vllm.wmatrix.features import split_states
-from awareness_vllm.wmatrix.manifest import WMatrixManifest, corrupt, read_manifest
+from awareness_vllm.wmatrix.manifest import WMatrixManifest, corrupt_wmatrix, read_manifest
 
 REGISTERED = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 @dataclass(frozen=True)
 class WMatrix:
-    """The learned map. `mean` and `scale` [F] standardise features before `encode` [F, R];
-    `decode` [R, O] and `bias` [O] give position-free target states; sinks are [S, H, D] as cached;
-    `position_embeddings` are the tables that are among the features.
+    """The learned map from features [F] to position-free target states [O].
+
+    Features are standardised, `(x - mean) * scale` with `scale` the inverse of their standard
+    deviations, then go through `encode` [F, R], `decode` [R, O] and `bias` [O]. Sinks are the
+    target's states per layer [S, H, D], as cached; `position_embeddings` [P, E] are by side.
     """
 
     manifest: WMatrixManifest
@@ -42,23 +43,23 @@ class WMatrix:
 
     @property
     def accuracy(self) -> float | None:
-        """Share of the target states' variance that the map explains on held-out documents; None
-        where nobody measured it."""
-        found = self.manifest.r2.values()
-        return sum(found) / len(found) if found else None
+        """Share of the target states' variance that the map explains on held-out documents, None
+        where not measured."""
+        parts = self.manifest.r2.values()
+        return sum(parts) / len(parts) if parts else None
 
     @property
     def reconstruction_error(self) -> float | None:
-        """Share of the features' variance that is lost in a round trip through the latent."""
+        """Share of the features' variance that a round trip through the latent loses."""
         return self.manifest.reconstruction_error
 
     @property
     def payload(self) -> str:
-        """sha256 over manifest and tensors: what tells this map from others, saved or not."""
+        """sha256, in hex, of manifest and tensors: the identity of this map, saved or not."""
         return payload_digest(self.manifest.model_dump_json(), sorted(self._tensors().items()))
 
     def register(self, name: str) -> Path:
-        """Save under a name in `$AWARENESS_HOME/wmatrices`; the file's path."""
+        """Save under a name in `$AWARENESS_HOME/wmatrices`; the file's path. Raises BadInput."""
         if not REGISTERED.fullmatch(name):
             raise BadInput("not a W-Matrix name", found=repr(name), expected=REGISTERED.pattern)
         path = wmatrices_dir() / f"{name}.wmatrix"
@@ -68,12 +69,12 @@ class WMatrix:
     def map(
         self, source: Tensor | None, embeddings: Tensor, masked: Tensor | None = None
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Target states for each token, keys position-free.
+        """The target's states of each token, keys position-free.
 
         Args:
-            source: [T, source_width] float32 at the aligned source tokens; None blanks all states.
-            embeddings: [T, embedding_width] float32, position embeddings after tokens'.
-            blank: [T] bool, rows whose source states say nothing.
+            source: [T, source_width] float32 at the aligned source tokens; None masks all of them.
+            embeddings: [T, embedding_width] float32, tokens' embeddings, then position embeddings.
+            masked: [T] bool, rows whose source states are masked: replaced by their mean.
 
         Returns:
             keys and values per target layer, [T, H, D] float32.
@@ -88,38 +89,33 @@ class WMatrix:
         features[:, width:] = (embeddings - self.mean[width:]) * self.scale[width:]
         flat = decode(encode(features, self.encode), self.decode, self.bias)
         if self.manifest.residual:
-            flat += self.own_states(source, masked, len(flat))
+            flat += self.base_states(source, masked, len(flat))
         return split_states(self.manifest.target, flat)
 
-    def own_states(self, source: Tensor | None, masked: Tensor | None, rows: int) -> Tensor:
-        """What a residual map adds to, [rows, source_width]: the source's states, or their mean
-        where they say nothing."""
+    def base_states(self, source: Tensor | None, masked: Tensor | None, rows: int) -> Tensor:
+        """The states [rows, source_width] that a residual map adds to: the source's, or their mean
+        where masked."""
         mean = self.mean[: self.manifest.source_width]
         if source is None:
             return mean.expand(rows, -1)
         return source if masked is None else torch.where(masked[:, None], mean, source)
 
     def position_latents(self) -> dict[str, Tensor]:
-        """What each position adds to the latent, [P, R] of each side: the map is linear."""
-        found, end = {}, self.manifest.source_width + self.manifest.token_width
+        """The share of each position in the latent, [P, R] by side: the map is linear."""
+        latents, end = {}, self.manifest.source_width + self.manifest.token_width
         for side, table in sorted(self.position_embeddings.items()):
             part = slice(end, end := end + table.shape[1])
             rows = (table - self.mean[part]) * self.scale[part]
-            found[side] = rows.to(self.encode.dtype) @ self.encode[part]
-        return found
+            latents[side] = rows.to(self.encode.dtype) @ self.encode[part]
+        return latents
 
     def save(self, path: str | Path) -> None:
-        """Write the file atomically; the payload digest is put into the manifest here."""
+        """Write the file atomically, with the payload digest in its manifest."""
         path = Path(path)
-        tensors = self._tensors()
         manifest = self.manifest.model_copy(update={"payload": self.payload})
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            save_file(tensors, temporary, {METADATA_KEY: manifest.model_dump_json()})
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with atomic_write(path) as draft:
+            save_file(self._tensors(), draft, {METADATA_KEY: manifest.model_dump_json()})
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {
@@ -138,10 +134,10 @@ class WMatrix:
 
 
 def load(path: str | Path) -> WMatrix:
-    """Read and verify a W-Matrix.
+    """A W-Matrix file, verified.
 
     Raises:
-        WMatrixCorrupt: unreadable, altered, or shapes that contradict its geometries.
+        WMatrixCorrupt: unreadable, altered, or tensors that contradict the manifest.
     """
     path = Path(path)
     manifest = read_manifest(path)
@@ -151,42 +147,25 @@ def load(path: str | Path) -> WMatrix:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             document = file.metadata()[METADATA_KEY]
     except (SafetensorError, OSError) as error:
-        raise corrupt(path, str(error)) from error
+        raise corrupt_wmatrix(path, str(error)) from error
     if (payload := payload_digest(document, sorted(tensors.items()))) != manifest.payload:
-        raise corrupt(path, f"payload {payload}", manifest.payload)
-    # Version 0.1 called these tables `places`.
+        raise corrupt_wmatrix(path, f"payload {payload}", manifest.payload)
+    # Version 0.1 named these tables `places`.
     tensors = {re.sub(r"^places\.", "position_embeddings.", n): t for n, t in tensors.items()}
     if not set(manifest.layers) <= set(range(len(source.layers))):
-        raise corrupt(path, f"source layers {manifest.layers}", f"0 … {len(source.layers) - 1}")
+        expected = f"0 … {len(source.layers) - 1}"
+        raise corrupt_wmatrix(path, f"source layers {manifest.layers}", expected)
     if manifest.residual and manifest.source_width != target.width:
-        raise corrupt(path, f"a residual map of {manifest.source_width} states", target.width)
-    features = manifest.source_width + manifest.embedding_width
-    shapes = {
-        "mean": (features,),
-        "scale": (features,),
-        "encode": (features, manifest.rank),
-        "decode": (manifest.rank, target.width),
-        "bias": (target.width,),
-    }
-    for i, layer in enumerate(target.layers):
-        shape = (len(manifest.sink), layer.heads, layer.head_dim)
-        shapes |= {f"sink.{i}.key": shape, f"sink.{i}.value": shape}
-    shapes |= {
-        f"position_embeddings.{side}": shape
-        for side, shape in manifest.position_embedding_shapes.items()
-    }
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if found != shapes:
-        wrong = sorted(set(found.items()) ^ set(shapes.items()))
-        raise corrupt(path, f"tensors {wrong[:4]}", "the shapes of its geometries")
+        found = f"a residual map of {manifest.source_width} states"
+        raise corrupt_wmatrix(path, found, target.width)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if shapes != manifest.tensor_shapes:
+        wrong = sorted(set(shapes.items()) ^ set(manifest.tensor_shapes.items()))
+        raise corrupt_wmatrix(path, f"tensors {wrong[:4]}", "the shapes of its geometries")
     count = len(target.layers)
     return WMatrix(
         manifest,
-        mean=tensors["mean"],
-        scale=tensors["scale"],
-        encode=tensors["encode"],
-        decode=tensors["decode"],
-        bias=tensors["bias"],
+        **{name: tensors[name] for name in ("mean", "scale", "encode", "decode", "bias")},
         sink_keys=[tensors[f"sink.{i}.key"] for i in range(count)],
         sink_values=[tensors[f"sink.{i}.value"] for i in range(count)],
         position_embeddings={

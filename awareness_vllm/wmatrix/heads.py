@@ -1,4 +1,4 @@
-"""Which source heads a map listens to, read off the map itself."""
+"""The head mapping of a W-Matrix: shares of source heads in target heads, from its weights."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Head:
 
 @dataclass(frozen=True)
 class HeadSources:
-    """Where one target head comes from. `shares` of the map's weight, largest first, add up to 1
-    with `tokens`, the share of the target's own embeddings."""
+    """The source heads of one `target` head. All `shares` of the map's weight, largest first, add
+    up to 1 with `tokens`, the share of the target's own embeddings."""
 
     target: Head
     shares: tuple[tuple[Head, float], ...]
@@ -51,7 +51,7 @@ class HeadShares:
 
 
 def head_mapping_summary(wmatrix: WMatrix, top: int = 3) -> list[HeadSources]:
-    """For each target head, the `top` source heads that weigh most in the map.
+    """The `top` source heads of each target head by weight in the map.
 
     The weight of a source head is the squared Frobenius norm of its block of encode·decode;
     features are standardised, so blocks compare.
@@ -85,7 +85,7 @@ def head_shares(wmatrix: WMatrix) -> HeadShares:
 
 
 def table(rows: Sequence[HeadSources]) -> str:
-    """Rows of a head mapping for people: the largest shares, and the target's own tokens'."""
+    """A head mapping as text, a line for each target head."""
     lines = []
     for row in rows:
         shares = ", ".join(f"{head} {share:.0%}" for head, share in row.shares)
@@ -95,28 +95,28 @@ def table(rows: Sequence[HeadSources]) -> str:
 
 
 def layer_correspondence(wmatrix: WMatrix) -> Tensor:
-    """How much each source layer that is read weighs for each target layer.
+    """The share of each source layer that is read in each target layer.
 
     Returns:
         [target layers, source layers read], rows add up to 1.
     """
     manifest = wmatrix.manifest
-    table = torch.zeros(len(manifest.target.layers), len(manifest.layers))
-    place = {layer: i for i, layer in enumerate(manifest.layers)}
+    shares = torch.zeros(len(manifest.target.layers), len(manifest.layers))
+    column = {layer: i for i, layer in enumerate(manifest.layers)}
     for row in head_mapping_summary(wmatrix, top=2**31):
         for source, share in row.shares:
-            table[row.target.layer, place[source.layer]] += share
-    return table / table.sum(1, keepdim=True)
+            shares[row.target.layer, column[source.layer]] += share
+    return shares / shares.sum(1, keepdim=True)
 
 
 def main_layers(wmatrix: WMatrix) -> list[int]:
-    """For each target layer, the source layer that weighs most."""
+    """The source layer with the largest share, for each target layer."""
     read = wmatrix.manifest.layers
     return [read[i] for i in layer_correspondence(wmatrix).argmax(1).tolist()]
 
 
 def heads(geometry: Geometry, layers: tuple[int, ...] | range) -> Iterator[tuple[Head, slice]]:
-    """Each head of these layers, and where it lies in the features: keys first, then values."""
+    """Each head of these layers and its slice of the features: keys first, then values."""
     begin = 0
     for part in ("key", "value"):
         for layer in layers:

@@ -1,4 +1,4 @@
-"""What a `.wmatrix` file says about itself; reading that needs no torch."""
+"""The manifest of a `.wmatrix` file; reading it needs no torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from awareness_vllm.wmatrix.certificate import Certificate
 
 
 class Anchors(FrozenModel):
-    """What the map was learned from."""
+    """The texts that a map was learned from: `tokens` of the target in so many `documents`."""
 
     digest: str
     documents: int
@@ -26,15 +26,15 @@ class Anchors(FrozenModel):
 class WMatrixManifest(FrozenModel):
     """The JSON document in a W-Matrix's safetensors metadata.
 
-    `layers` are the source layers that the map reads; with `residual` the map gives what is to
-    be added to the source's own states (variants of one model); without `predecessors` it reads
-    the source's states alone, for packages without text; `position_embeddings` are the sides
-    whose learned positions it reads; `sink` are the target's fixed first tokens; `r2` is the
-    share of variance explained on held-out documents of the anchors' sources,
-    `reconstruction_error` the share of the features' variance that the latent loses (None where
-    nobody measured it); without `certificate` the map is not certified. `fit` is the
-    configuration of the fit; `payload` is the sha256 over the other fields and the tensors;
-    `composed` are the payloads of the maps that this one was folded from, in order.
+    `layers` are the source layers that the map reads; with `residual` its outputs are added to
+    the source's own states (variants of one model); without `predecessors` it reads the source's
+    states alone, for packages without text; `position_embeddings` are the sides whose learned
+    positions it reads; `sink` are the target's fixed first tokens; `r2` is the share of variance
+    explained on held-out documents of the anchors' sources, `reconstruction_error` the share of
+    the features' variance that the latent loses (None where not measured); without `certificate`
+    the map is not certified. `fit` is the configuration of the fit; `payload` is the sha256 over
+    the other fields and the tensors; `composed` are the payloads of the maps that this one was
+    composed of, in order.
     """
 
     format: Literal["awareness-wmatrix/1"] = "awareness-wmatrix/1"
@@ -59,27 +59,27 @@ class WMatrixManifest(FrozenModel):
 
     @property
     def source_width(self) -> int:
-        """Numbers of source state that the map reads for one token."""
+        """Elements of source states that the map reads for one token."""
         return self.source.width_of(self.layers)
 
     @property
     def reads_tokens(self) -> bool:
-        """Whether the map reads the target's tokens of the text, beside the source's states."""
+        """Whether the map reads the target's tokens of the text, not the source's states alone."""
         return self.predecessors is not None
 
     @property
     def token_width(self) -> int:
-        """Numbers of the target's embeddings that the map reads for one token."""
+        """Elements of the target's embeddings that the map reads for one token."""
         return 0 if self.predecessors is None else (1 + self.predecessors) * self.target.hidden_size
 
     @property
     def embedding_width(self) -> int:
-        """The same, with the position embeddings."""
+        """`token_width` with the position embeddings."""
         return self.token_width + sum(width for _, width in self.position_embedding_shapes.values())
 
     @property
     def position_embedding_shapes(self) -> dict[str, tuple[int, int]]:
-        """The shapes [P, E] of the tables of position embeddings."""
+        """The shapes [P, E] of the tables of position embeddings, by side."""
         sides = {"source": self.source, "target": self.target}
         return {
             s: (sides[s].max_positions, sides[s].hidden_size)
@@ -87,9 +87,26 @@ class WMatrixManifest(FrozenModel):
         }
 
     @property
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the file's tensors, by name."""
+        features, outputs = self.source_width + self.embedding_width, self.target.width
+        shapes: dict[str, tuple[int, ...]] = {
+            "mean": (features,),
+            "scale": (features,),
+            "encode": (features, self.rank),
+            "decode": (self.rank, outputs),
+            "bias": (outputs,),
+        }
+        for i, layer in enumerate(self.target.layers):
+            shape = (len(self.sink), layer.heads, layer.head_dim)
+            shapes |= {f"sink.{i}.key": shape, f"sink.{i}.value": shape}
+        tables = self.position_embedding_shapes
+        return shapes | {f"position_embeddings.{side}": tables[side] for side in tables}
+
+    @property
     def measured(self) -> Certificate | None:
-        """The certificate, None where nobody measured the map. What is none as a whole (an older
-        version's, or published figures that somebody filled in) certifies nothing."""
+        """The certificate, None where the map is not certified: an incomplete certificate (an older
+        version's, or published figures alone) certifies nothing."""
         try:
             return Certificate.model_validate(self.certificate)
         except ValidationError:
@@ -97,12 +114,12 @@ class WMatrixManifest(FrozenModel):
 
     @property
     def standing(self) -> str:
-        """What is known of the map's worth, in a few words."""
-        if (found := self.measured) is None:
+        """The certified figures in one line."""
+        if (certificate := self.measured) is None:
             return "not certified"
         return (
-            f"certified: retention {found.retention.mean:.3f}, "
-            f"facts {found.facts.mean:.2f} of native"
+            f"certified: retention {certificate.retention.mean:.3f}, "
+            f"facts {certificate.facts.mean:.2f} of native"
         )
 
 
@@ -113,11 +130,11 @@ def read_manifest(path: Path) -> WMatrixManifest:
             metadata = file.metadata() or {}
         return WMatrixManifest.model_validate_json(metadata.get(METADATA_KEY, ""))
     except (SafetensorError, OSError, ValidationError) as error:
-        raise corrupt(path, str(error)) from error
+        raise corrupt_wmatrix(path, str(error)) from error
 
 
 def is_readable(path: Path) -> bool:
-    """Whether there is a W-Matrix that this version reads; an older version's is none."""
+    """Whether a file is a W-Matrix of a format that this version reads."""
     try:
         read_manifest(path)
     except WMatrixCorrupt:
@@ -125,9 +142,10 @@ def is_readable(path: Path) -> bool:
     return True
 
 
-def corrupt(
+def corrupt_wmatrix(
     path: Path, found: str, expected: str | int = "a W-Matrix as `awareness fit` writes it"
 ) -> WMatrixCorrupt:
+    """The error about a W-Matrix file that cannot be used."""
     return WMatrixCorrupt(
         f"W-Matrix {path.name} cannot be used",
         found=found,

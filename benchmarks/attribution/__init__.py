@@ -1,1 +1,1 @@
-"""What a pair's loss comes from: maps with and without each published constraint."""
+"""The attribution of a pair's loss to its sources: maps with and without each constraint."""

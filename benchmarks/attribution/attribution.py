@@ -34,9 +34,9 @@ from awareness_vllm.compatibility.degradation import (
 from awareness_vllm.errors import BadInput
 from awareness_vllm.evaluate.certify import rows_by
 from awareness_vllm.evaluate.conditions import EvalHarness, kl_divergence, token_nll
-from awareness_vllm.evaluate.evaluate import Cut, cut_evenly, joined
+from awareness_vllm.evaluate.evaluate import Excerpt, join_documents, take_excerpts
 from awareness_vllm.files import file_digest
-from awareness_vllm.fit.checkpoint import Checkpoint, workspace
+from awareness_vllm.fit.checkpoint import Checkpoint, open_checkpoint
 from awareness_vllm.fit.config import FitConfig
 from awareness_vllm.fit.gather import gather, held_out_rows
 from awareness_vllm.fit.progress import say
@@ -111,7 +111,7 @@ def attribute(
     reader.choose(manifest.layers)
     documents = split(list(anchors), FitConfig.held_out, FitConfig.seed)
     key = [manifest.source.weights, manifest.target.weights, manifest.layers, digest(documents[0])]
-    with workspace(folder, json.dumps(key)) as work:
+    with open_checkpoint(folder, json.dumps(key)) as work:
         maps, rows = fitted(reader, documents, manifest.rank, tokens, work, progress=progress)
         lost_at = {
             length: lost(harness, found, reader, maps, cuts, progress=progress)
@@ -144,7 +144,7 @@ def fitted(
     train, held_out = documents
     config = FitConfig(tokens=tokens, predecessors=reader.predecessors)
     sums = gather(reader, train, config, work, progress=progress)
-    rows, scale = sums.rows, sums.x_scale
+    rows, scale = sums.rows, sums.x_std
     weight = fisher_weight(reader, train, sums, config, progress=progress)
     held_out_pairs = held_out_rows(reader, held_out or train, config.seed)
     regression = Regression.of(sums, held_out_pairs, weight)
@@ -158,16 +158,16 @@ def fitted(
 
 def cut(
     harness: EvalHarness, texts: Sequence[Document], context: int, continuation: int, limit: int
-) -> list[Cut]:
+) -> list[Excerpt]:
     """Contexts of that length with what follows them.
 
     Raises:
         BadInput: fewer than two.
     """
-    cuts = cut_evenly(harness, texts, context, continuation, limit)
+    cuts = take_excerpts(harness, texts, context, continuation, limit)
     if len(cuts) < (limit or len(texts)):
-        cuts = cut_evenly(
-            harness, joined(texts, context + continuation), context, continuation, limit
+        cuts = take_excerpts(
+            harness, join_documents(texts, context + continuation), context, continuation, limit
         )
     if len(cuts) < 2:
         raise BadInput(
@@ -184,7 +184,7 @@ def lost(
     wmatrix: WMatrix,
     reader: Reader,
     maps: Maps,
-    cuts: Sequence[Cut],
+    cuts: Sequence[Excerpt],
     *,
     progress: bool,
 ) -> Lost:

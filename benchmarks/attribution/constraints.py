@@ -1,9 +1,9 @@
 """The published sources of degradation as constraints on a map, each of which can be lifted.
 
-A map with all five is what a naive conversion would be. Three bind the regression itself: which
-source layers a target head reads, which of their heads, and how many dims the fitted values have.
-Two bind what is made of it: where keys are placed, and what norms they have. In all maps the
-target's own token embeddings (and learned positions) are read freely: they are no part of a memory.
+A map with all five is a naive conversion. Three constrain the regression: the source layers that a
+target head reads, their heads, and the rank of the fitted values. Two constrain its outputs: the
+positions of keys, and their norms. All maps read the target's own token embeddings (and learned
+positions), which are no part of a memory.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.wmatrix.heads import Head, heads
 
 Reading = tuple[tuple[tuple[Head, float], ...], ...]
-"""What a target head reads: source heads, several of them merged into one by their shares."""
+"""The source heads that a target head reads, groups of them merged by shares."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """Target states, `columns` [B] of them, that read the same features: `merge` [F, M] sparse,
-    from standardised ones; its columns are orthonormal, so that a ridge on what is merged is a
-    ridge on what it was merged from."""
+    """Target states, `columns` [B], that read the same features: `merge` [F, M] sparse, of the
+    standardised ones. Its columns are orthonormal, so that a ridge on merged features is a ridge
+    on their parts."""
 
     merge: Tensor
     columns: Tensor
 
 
 def blocks(
-    source: Geometry, read: Sequence[int], target: Geometry, scale: Tensor, lifted: Lifted
+    source: Geometry, read: Sequence[int], target: Geometry, std: Tensor, lifted: Lifted
 ) -> list[Block]:
-    """The target's states by what they may read.
+    """The target's states in blocks that read the same features.
 
     Args:
         read: the source's layers among the features, which come first.
-        scale: [F], that the features are standardised by.
+        std: [F], the features' standard deviations.
     """
     columns: dict[Reading, list[Tensor]] = {}
     for head, part in heads(target, range(len(target.layers))):
@@ -48,15 +48,15 @@ def blocks(
             torch.arange(part.start, part.stop)
         )
     return [
-        Block(merge(source, read, scale, found), torch.cat(parts))
-        for found, parts in columns.items()
+        Block(merge(source, read, std, groups), torch.cat(parts))
+        for groups, parts in columns.items()
     ]
 
 
 def reading(
     source: Geometry, read: Sequence[int], target: Geometry, head: Head, lifted: Lifted
 ) -> Reading:
-    """What one target head may read of the source."""
+    """The source heads that one target head reads."""
     layers = tuple(read) if LAYERS in lifted else (at_depth(source, read, target, head.layer),)
     if HEADS in lifted:
         return tuple(((one, 1.0),) for one, _ in heads(source, layers))
@@ -64,7 +64,7 @@ def reading(
 
 
 def at_depth(source: Geometry, read: Sequence[int], target: Geometry, layer: int) -> int:
-    """The source layer, of those that are read, nearest to a target layer's relative depth."""
+    """The source layer among `read` nearest to a target layer's relative depth."""
     depth = layer / max(1, len(target.layers) - 1)
     return min(read, key=lambda i: abs(i / max(1, len(source.layers) - 1) - depth))
 
@@ -72,31 +72,31 @@ def at_depth(source: Geometry, read: Sequence[int], target: Geometry, layer: int
 def at_place(
     source: Geometry, layer: int, target: Geometry, head: Head
 ) -> tuple[tuple[Head, float], ...]:
-    """The heads of a source layer that stand at a target head's place, keys for keys and values for
-    values, each with its share."""
+    """The heads of a source layer at a target head's relative place, keys for keys and values for
+    values, with their shares."""
     ends = source.layers[layer], target.layers[head.layer]
     shares = HEAD_MAPPINGS["uniform"](*ends, True)[head.head].tolist()
     return tuple((Head(head.part, layer, i), share) for i, share in enumerate(shares) if share)
 
 
-def merge(source: Geometry, read: Sequence[int], scale: Tensor, wanted: Reading) -> Tensor:
-    """From standardised features to those that are read, [F, M] sparse: source heads merged in
-    their own units, then all features that are not the source's states as they are."""
-    where = dict(heads(source, tuple(read)))
+def merge(source: Geometry, read: Sequence[int], std: Tensor, groups: Reading) -> Tensor:
+    """The matrix [F, M], sparse, from standardised features to those of a block: source heads
+    merged in their own units, then all features that are not the source's states."""
+    slices = dict(heads(source, tuple(read)))
     rows, columns, weights, width = [], [], [], 0
-    for merged in wanted:
-        dim = source.layers[merged[0][0].layer].head_dim
-        for head, share in merged:
-            rows.append(torch.arange(where[head].start, where[head].stop))
+    for group in groups:
+        dim = source.layers[group[0][0].layer].head_dim
+        for head, share in group:
+            rows.append(torch.arange(slices[head].start, slices[head].stop))
             columns.append(torch.arange(width, width + dim))
-            weights.append(share * scale[rows[-1]])
+            weights.append(share * std[rows[-1]])
         width += dim
-    free = torch.arange(source.width_of(read), len(scale))
+    free = torch.arange(source.width_of(read), len(std))
     index = torch.stack(
         (torch.cat((*rows, free)), torch.cat((*columns, torch.arange(len(free)) + width)))
     )
     weight = torch.cat((*weights, torch.ones(len(free))))
     length = torch.zeros(width + len(free)).index_add_(0, index[1], weight.square()).sqrt()
-    shape = len(scale), len(length)
-    found = torch.sparse_coo_tensor(index, weight / length[index[1]], shape, check_invariants=True)
-    return found.coalesce()
+    shape = len(std), len(length)
+    matrix = torch.sparse_coo_tensor(index, weight / length[index[1]], shape, check_invariants=True)
+    return matrix.coalesce()

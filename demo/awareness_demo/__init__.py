@@ -1,1 +1,2 @@
-"""What the demo, the tests and the benchmarks read: two small models, anchors, held-out texts."""
+"""Models and texts of the demo, the tests and the benchmarks: two small models, anchors, held-out
+texts."""

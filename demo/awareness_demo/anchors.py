@@ -1,9 +1,8 @@
 """The default anchors and the held-out texts, installed under `$AWARENESS_HOME`.
 
-`python -m awareness_demo.anchors` writes plain text files to `anchors/<source>/` (what is
-fitted on) and `held-out/<source>/` (what is measured on, from other sources), and
-`held-out/facts/cases.jsonl`. A source that is there is left alone; one that cannot be had is
-skipped with a warning.
+`python -m awareness_demo.anchors` writes plain text files to `anchors/<source>/` (to fit on) and,
+from other sources, to `held-out/<source>/` (to measure on), and `held-out/facts/cases.jsonl`.
+Installed sources are left alone; one that cannot be downloaded is skipped with a warning.
 """
 
 from __future__ import annotations
@@ -26,21 +25,21 @@ from awareness_demo.sources import ANCHORS, DOMAINS, HELD_OUT, Source
 from awareness_vllm.anchors.corpus import MINIMUM, Document
 from awareness_vllm.anchors.facts import fact_cases, fact_texts
 from awareness_vllm.errors import BadInput
-from awareness_vllm.files import anchors_dir, home, write_whole
+from awareness_vllm.files import anchors_dir, atomic_write, home
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[str], None]
 
 STAMP = ".installed.json"
-# Raise it when what is written changes, so that sources of older code are installed anew.
+# Raise it when the written files change, so that sources of older code are installed again.
 RECIPE = 2
 SEED = 0
 LIMIT = 2_000_000
 FACT_TEXTS = 1000
 FACT_CASES = 300
 EXERCISES = 8000
-# A stretch shorter than this teaches little about context.
+# Characters: a shorter stretch has little context to learn from.
 STRETCH = 4000
 
 
@@ -52,7 +51,7 @@ def install(progress: Progress = print) -> dict[str, Path]:
     """Install every source that is missing.
 
     Returns:
-        Folder of each source that is there now, by `anchors/<source>` or `held-out/<source>`.
+        The folder of each installed source, by `anchors/<source>` or `held-out/<source>`.
     """
     with FileLock(home() / ".anchors.lock"):
         folders: dict[str, Path] = {}
@@ -73,12 +72,13 @@ def install(progress: Progress = print) -> dict[str, Path]:
         for folder, write in made:
             if _install(folder, write, progress):
                 folders[f"{folder.parent.name}/{folder.name}"] = folder
-        write_whole(anchors_dir() / "domains.json", json.dumps(DOMAINS, indent=2) + "\n")
+        with atomic_write(anchors_dir() / "domains.json") as draft:
+            draft.write_text(json.dumps(DOMAINS, indent=2) + "\n")
     return folders
 
 
 def take_evenly(documents: Iterable[Document], limit: int, seed: int) -> list[Document]:
-    """At most `limit` characters, the same share of every document, in order.
+    """Parts of documents, at most `limit` characters: the same share of each, in order.
 
     Each document gives one unbroken stretch of lines, never under 4,000 characters of it; where
     that is too much, whole documents are left out by chance.
@@ -110,10 +110,10 @@ def _stretch(document: Document, share: float, rng: random.Random) -> Document:
 
 
 def _install(folder: Path, write: Callable[[Path], dict[str, str]], progress: Progress) -> bool:
-    """Write a source's files at once or not at all; whether the source is there afterwards."""
+    """Install a source's files all at once; whether the source is installed afterwards."""
     label = f"{folder.parent.name}/{folder.name}"
     if _is_installed(folder):
-        progress(f"{label}: there")
+        progress(f"{label}: installed already")
         return True
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
@@ -156,7 +156,7 @@ def _packaged(source: Source, scratch: Path) -> dict[str, str]:
 
 
 def _plain(documents: Iterable[Document], limit: int) -> dict[str, str]:
-    """File names and contents: `.txt`, whatever the documents were read from."""
+    """Contents of `.txt` files by name."""
     return {f"{d.name}.txt": d.text + "\n" for d in take_evenly(documents, limit, SEED)}
 
 

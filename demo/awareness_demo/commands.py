@@ -1,4 +1,4 @@
-"""Commands of the registries: run in a folder, and what they said when they failed."""
+"""Commands of package registries, and the errors that they print."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ TIMEOUT = 600
 
 
 def run(command: list[str], folder: Path) -> None:
-    """Run a command in a folder; its output is kept for the error."""
+    """Run a command in a folder, its output captured for the error."""
     subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True, timeout=TIMEOUT)
 
 
-def complaint(error: Exception) -> str:
+def error_line(error: Exception) -> str:
     """The last line that a failed command printed, or else the error's own."""
     output = getattr(error, "stderr", None) or str(error) or type(error).__name__
     lines = output.strip().splitlines()

@@ -1,4 +1,4 @@
-"""Texts out of Debian packages, without installing them: `apt-get download`, `dpkg-deb -x`."""
+"""Debian packages, unpacked without installing them: `apt-get download`, `dpkg-deb -x`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import subprocess
 from pathlib import Path
 
-from awareness_demo.commands import complaint, run
+from awareness_demo.commands import error_line, run
 from awareness_vllm.errors import BadInput
 
 
@@ -27,7 +27,7 @@ def unpack(package: str, scratch: Path) -> Path:
     except (OSError, subprocess.SubprocessError, StopIteration) as error:
         raise BadInput(
             f"cannot get the Debian package {package}",
-            found=complaint(error),
+            found=error_line(error),
             expected="apt-get and dpkg-deb, with the package in apt's lists",
             remedy="run `apt-get update` as root and `make anchors` again, or give texts of your "
             "own with --anchors",

@@ -1,7 +1,7 @@
 """Generated mathematics: exercises of many kinds with their worked solutions.
 
-Digits and the names of quantities cannot be guessed, only carried over, which is what a map must
-learn; sympy does the algebra. (The `mathematics_dataset` of PyPI fails to import with the sympy and
+Digits and the names of quantities cannot be guessed, only carried over, which a map must learn;
+sympy does the algebra. (The `mathematics_dataset` of PyPI fails to import with the sympy and
 numpy that torch needs.)
 """
 

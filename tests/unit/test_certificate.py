@@ -16,7 +16,7 @@ from awareness_vllm.cli.main import main
 from awareness_vllm.errors import BadInput, QualityUnreachable, WMatrixCorrupt
 from awareness_vllm.evaluate import certify as certifying
 from awareness_vllm.evaluate import monitor
-from awareness_vllm.evaluate.certify import certificate, certify, plan
+from awareness_vllm.evaluate.certify import build_certificate, build_plan, certify
 from awareness_vllm.evaluate.evaluate import CaseFigures, TextFigures
 from awareness_vllm.evaluate.monitor import WMatrixMonitor
 from awareness_vllm.fit import fit, gather
@@ -91,7 +91,7 @@ def cases(native: int = 6, memory: int = 3, count: int = 8) -> CaseFigures:
 
 
 def test_the_figures_are_those_that_were_measured() -> None:
-    found = certificate(PROTOCOL, texts(0.9), cases(), METRICS, PLANS)
+    found = build_certificate(PROTOCOL, texts(0.9), cases(), METRICS, PLANS)
     assert found.retention.mean == pytest.approx(0.9)
     assert found.facts.mean == pytest.approx(0.5)
     assert found.facts.ci_low < 0.5 < found.facts.ci_high
@@ -110,7 +110,7 @@ def test_the_figures_are_those_that_were_measured() -> None:
 
 @pytest.mark.parametrize(("wanted", "tail"), [(0.5, 0), (0.9, 0), (0.91, 16), (0.97, 64)])
 def test_the_dial_takes_the_cheapest_plan_that_keeps_enough(wanted: float, tail: int) -> None:
-    found = certificate(PROTOCOL, texts(), cases(), METRICS, PLANS)
+    found = build_certificate(PROTOCOL, texts(), cases(), METRICS, PLANS)
     assert cheapest(found, wanted).tail == tail
 
 
@@ -118,12 +118,12 @@ def test_the_dial_takes_the_cheapest_plan_that_keeps_enough(wanted: float, tail:
 def test_the_dial_looks_at_a_length_that_is_no_shorter_if_there_is_one(
     context: int | None, tail: int
 ) -> None:
-    found = certificate(PROTOCOL, texts(), cases(), METRICS, PLANS)
+    found = build_certificate(PROTOCOL, texts(), cases(), METRICS, PLANS)
     assert cheapest(found, 0.82, context).tail == tail
 
 
 def test_a_plan_says_what_each_kind_keeps() -> None:
-    found = plan(300, 0, 0.2, texts(0.9), cases())
+    found = build_plan(300, 0, 0.2, texts(0.9), cases())
     assert found.kinds.keys() == {"poems", "lists"}
     assert found.kinds["lists"].mean == pytest.approx(0.9)
     assert found.tokens_only.mean == pytest.approx(0.2)
@@ -133,14 +133,14 @@ def test_a_plan_says_what_each_kind_keeps() -> None:
 
 
 def test_a_target_that_no_plan_reaches_names_the_best() -> None:
-    found = certificate(PROTOCOL, texts(), cases(), METRICS, PLANS)
+    found = build_certificate(PROTOCOL, texts(), cases(), METRICS, PLANS)
     with pytest.raises(QualityUnreachable, match=r"0\.970, with the last 64"):
         cheapest(found, 0.98)
 
 
 def test_facts_that_the_target_itself_cannot_recall_are_no_measure() -> None:
-    with pytest.raises(BadInput, match="nothing to measure against"):
-        certificate(PROTOCOL, texts(), cases(native=0, memory=0), METRICS, [])
+    with pytest.raises(BadInput, match="measure against"):
+        build_certificate(PROTOCOL, texts(), cases(native=0, memory=0), METRICS, [])
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_tiers_need_retention_and_facts(
 
 @pytest.fixture
 def certified(wmatrix: WMatrix, tmp_path: Path) -> Path:
-    document = certificate(PROTOCOL, texts(), cases(), METRICS, PLANS).model_dump(mode="json")
+    document = build_certificate(PROTOCOL, texts(), cases(), METRICS, PLANS).model_dump(mode="json")
     manifest = wmatrix.manifest.model_copy(update={"certificate": document})
     path = tmp_path / "pair.wmatrix"
     replace(wmatrix, manifest=manifest).save(path)
@@ -194,7 +194,7 @@ def test_who_has_none_says_so(
 
 
 def test_lines_name_every_kind() -> None:
-    document = certificate(PROTOCOL, texts(), cases(), METRICS, PLANS).model_dump(mode="json")
+    document = build_certificate(PROTOCOL, texts(), cases(), METRICS, PLANS).model_dump(mode="json")
     text = "\n".join(lines(document))
     assert "poems" in text
     assert "lists" in text
@@ -213,7 +213,7 @@ def fitted(
     monkeypatch.setattr(gather, "CHUNK_ROWS", 256)
     config = fit.FitConfig(tokens=1000, rank=4, predecessors=0, calibration=0, held_out=0.3)
     wmatrix = fit.fit(*tiny_models, anchors, config, progress=False)
-    document = certificate(PROTOCOL, texts(), cases(), METRICS, PLANS).model_dump(mode="json")
+    document = build_certificate(PROTOCOL, texts(), cases(), METRICS, PLANS).model_dump(mode="json")
     manifest = wmatrix.manifest.model_copy(update={"certificate": document})
     path = tmp_path / "tiny.wmatrix"
     replace(wmatrix, manifest=manifest).save(path)

@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from awareness_vllm.models.describe import from_config
 from awareness_vllm.models.geometry import Geometry
-from awareness_vllm.models.hf import repeats, states
+from awareness_vllm.models.hf import cache_repeats, states
 from awareness_vllm.models.rope import rerotate, rotate, unrotate
 
 pytestmark = [pytest.mark.unit, pytest.mark.slow]
@@ -53,7 +53,7 @@ def continued(
     """SAID greedy tokens after states and one more token, and the first one's logits."""
     cache = DynamicCache()
     for i, layer in enumerate(zip(keys, values, strict=True)):
-        cached = (state.repeat_interleave(repeats(model.config), dim=1) for state in layer)
+        cached = (state.repeat_interleave(cache_repeats(model.config), dim=1) for state in layer)
         cache.update(*(state.transpose(0, 1)[None] for state in cached), i)
     said, first = [last], torch.empty(0)
     for step in range(SAID):

@@ -39,8 +39,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks and saves so frequent that a small fit has several."""
     monkeypatch.setattr(gather, "CHUNK_ROWS", 256)
     monkeypatch.setattr(fit, "HELD_OUT_TEXTS", 3)
-    original = calibrate.CalibrationConfig
-    monkeypatch.setattr(fit, "CalibrationConfig", lambda **k: original(**k, save_every=1))
+    monkeypatch.setattr(calibrate, "SAVE_EVERY", 1)
 
 
 def fitted(
@@ -147,7 +146,7 @@ def test_calibration_keeps_the_epoch_that_was_best(
 ) -> None:
     # The map before any step is called the best: then nothing of the training may remain.
     scores = iter((0.0, 1.0, 2.0))
-    monkeypatch.setattr(calibrate, "judged", lambda *args: next(scores))
+    monkeypatch.setattr(calibrate, "mean_kl", lambda *args: next(scores))
     kept = fitted(tiny_models, anchors, None)
     plain = fit.fit(*tiny_models, anchors, replace(CONFIG, calibration=0), progress=False)
     for part in calibrate.PARTS:

@@ -74,7 +74,7 @@ def test_sources_are_installed_once_and_again_when_damaged(
     (folders["anchors/facts"] / "facts-0000.txt").unlink()
     lines.clear()
     install.install(progress=lines.append)
-    assert "anchors/pydoc-topics: there" in lines
+    assert "anchors/pydoc-topics: installed already" in lines
     assert "anchors/facts: installing" in lines
     assert (folders["anchors/facts"] / "facts-0000.txt").is_file()
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from awareness_vllm.fit.layers import Elimination, columns
+from awareness_vllm.fit.layers import Elimination
 from awareness_vllm.fit.statistics import Statistics
 from awareness_vllm.models.geometry import Geometry
+from awareness_vllm.wmatrix.features import state_columns
 
 pytestmark = pytest.mark.unit
 
@@ -28,8 +29,9 @@ def statistics(source: Geometry) -> Statistics:
     generator = torch.Generator().manual_seed(0)
     embeddings = 3
     x = torch.randn(600, source.width + embeddings, generator=generator)
-    x[:, columns(source, 3)] = x[:, columns(source, 1)] + 0.5 * x[:, columns(source, 3)]
-    told = torch.cat((x[:, columns(source, 1)], x[:, columns(source, 2)]), dim=1)
+    first, second, third = (state_columns(source, [i]) for i in (1, 2, 3))
+    x[:, third] = x[:, first] + 0.5 * x[:, third]
+    told = torch.cat((x[:, first], x[:, second]), dim=1)
     y = told @ torch.randn(told.shape[1], 7, generator=generator)
     statistics = Statistics.start(x, y)
     statistics.add(x, y)
@@ -47,7 +49,7 @@ def test_what_is_lost_is_the_growth_of_the_minimised_error(
     source: Geometry, statistics: Statistics
 ) -> None:
     weight = torch.linspace(0.5, 2, 7)
-    gram, cross = (s.double().numpy() for s in copy.deepcopy(statistics).centred())
+    gram, cross = (s.double().numpy() for s in copy.deepcopy(statistics).covariances())
     gram = np.triu(gram) + np.triu(gram, 1).T + RIDGE * np.eye(len(gram))
     cross = cross * weight.numpy()
 
@@ -59,11 +61,11 @@ def test_what_is_lost_is_the_growth_of_the_minimised_error(
     whole = r2_by_part(np.arange(len(gram)))
     for layer in (3, 1):
         elimination.drop(layer)
-    gone = torch.cat((columns(source, 3), columns(source, 1))).numpy()
+    gone = torch.cat((state_columns(source, [3]), state_columns(source, [1]))).numpy()
     left = np.setdiff1d(np.arange(len(gram)), gone)
     assert elimination.lost == pytest.approx(whole - r2_by_part(left), rel=1e-3)
 
 
 def test_columns_are_a_layers_keys_and_values(geometry: Geometry) -> None:
-    assert columns(geometry, 0).tolist() == [*range(8), *range(16, 24)]
-    assert columns(geometry, 1).tolist() == [*range(8, 16), *range(24, 32)]
+    assert state_columns(geometry, [0]).tolist() == [*range(8), *range(16, 24)]
+    assert state_columns(geometry, [1]).tolist() == [*range(8, 16), *range(24, 32)]

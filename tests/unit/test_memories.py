@@ -27,7 +27,7 @@ from awareness_vllm.serving.offline import OfflineMemories
 from awareness_vllm.serving.params import LoadParams
 from awareness_vllm.serving.request import MemoryRequest
 from awareness_vllm.serving.resolver import Memories, head_name
-from awareness_vllm.wmatrix.certificate import Certificate, Interval, Plan, measured_for
+from awareness_vllm.wmatrix.certificate import Certificate, Interval, Plan, plans_for
 from awareness_vllm.wmatrix.registry import Registry, WMatrixEntry
 
 pytestmark = pytest.mark.unit
@@ -232,7 +232,7 @@ def test_a_longer_memory_than_any_measured_is_promised_the_longest_ones_figure()
         plans=tuple(measured_plan(c, 0, k) for c, k in ((100, 0.9), (1000, 0.7)))
     )
     for context, kept in ((1, 0.9), (100, 0.9), (101, 0.7), (1000, 0.7), (5000, 0.7)):
-        assert [p.retention.mean for p in measured_for(certificate, context)] == [kept]
+        assert [p.retention.mean for p in plans_for(certificate, context)] == [kept]
 
 
 def test_a_tenant_has_its_own_memories_only(

@@ -10,7 +10,13 @@ import torch
 
 from awareness_vllm.align.realign import AlignedMemory
 from awareness_vllm.evaluate.conditions import EvalHarness
-from awareness_vllm.evaluate.metrics import attention, cosine, gradient_norm, measure, overlap
+from awareness_vllm.evaluate.metrics import (
+    alignment_metrics,
+    attention,
+    cosine,
+    gradient_norm,
+    overlap,
+)
 from awareness_vllm.models.hf import load_model, states
 
 pytestmark = pytest.mark.unit
@@ -85,7 +91,7 @@ def test_a_tail_read_natively_says_what_its_states_say(
 
 def test_a_same_model_memory_is_perfect(tiny_models: tuple[Path, Path]) -> None:
     harness = EvalHarness(tiny_models[1], tiny_models[1], None)
-    found = measure(
+    found = alignment_metrics(
         harness, [("the quick brown fox jumps over", IDS), ("a lazy dog and others", IDS)]
     )
     # Captured in float32 and stored in bfloat16.

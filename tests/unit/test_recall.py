@@ -8,7 +8,7 @@ import pytest
 
 from awareness_vllm.anchors import facts
 from awareness_vllm.anchors.facts import fact_cases, is_case_code, sentences
-from awareness_vllm.anchors.recall import ASKED, recall_texts
+from awareness_vllm.anchors.recall import PEOPLE_QUESTIONS, recall_texts
 from awareness_vllm.anchors.words import FIT, MEASURE
 
 pytestmark = pytest.mark.unit
@@ -33,7 +33,7 @@ def test_no_code_of_a_case_is_told() -> None:
 def test_the_cases_sentences_and_questions_are_not_used() -> None:
     blocks = (facts.CASE_CITY, facts.CASE_JOB, facts.CASE_CODE, facts.CASE_FILLER)
     cases = [sentence for block in blocks for sentence in sentences(block)]
-    assert not {*cases} & {*sentences(ASKED)}
+    assert not {*cases} & {*sentences(PEOPLE_QUESTIONS)}
     # What stands between the fields of a question or of a case's sentence, where it is a phrase.
     templates = [*facts.QUESTIONS.values(), *cases]
     parts = {part.strip() for t in templates for part in re.split(r"{\w+}|\n", t)}

@@ -13,7 +13,7 @@ from awareness_vllm.align.realign import AlignedMemory
 from awareness_vllm.anchors.corpus import Document
 from awareness_vllm.evaluate.bootstrap import retention
 from awareness_vllm.evaluate.conditions import cut_tail
-from awareness_vllm.evaluate.evaluate import CHARACTERS_PER_TOKEN, distance, joined
+from awareness_vllm.evaluate.evaluate import CHARACTERS_PER_TOKEN, distance, join_documents
 from awareness_vllm.models.tokens import tokenize
 
 pytestmark = pytest.mark.unit
@@ -74,14 +74,14 @@ def test_a_memory_and_its_tail_are_the_memory(count: int, tail: int) -> None:
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.text("xy ", max_size=30))), st.integers(1, 9))
 def test_joined_documents_hold_every_text_once(parts: list[tuple[str, str]], tokens: int) -> None:
     documents = [Document(f"{kind}/{i}", text) for i, (kind, text) in enumerate(parts)]
-    long = joined(documents, tokens)
+    long = join_documents(documents, tokens)
     for kind in "ab":
         texts = [d.text for d in documents if d.name.startswith(kind)]
         assert "\n\n".join(d.text for d in long if d.name.startswith(kind)) == "\n\n".join(texts)
         # Only the last of a kind may be too short.
         for document in [d for d in long if d.name.startswith(kind)][:-1]:
             assert len(document.text) >= CHARACTERS_PER_TOKEN * tokens
-    assert joined(long, tokens) == long
+    assert join_documents(long, tokens) == long
 
 
 def test_distance_is_from_the_last_mention_to_the_end(byte_level_tokenizer: Tokenizer) -> None:

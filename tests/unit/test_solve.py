@@ -51,7 +51,7 @@ def test_chunks_give_the_statistics_of_one_batch(chunk: int) -> None:
     x, y = planted(1000)
     whole, parts = gathered(x, y, 1000), gathered(x, y, chunk)
     assert parts.rows == whole.rows == 1000
-    for one, other in zip(whole.centred(), parts.centred(), strict=True):
+    for one, other in zip(whole.covariances(), parts.covariances(), strict=True):
         # Products are summed in bfloat16's precision by chunk: about 2**-8 of their size.
         atol = 0.02 * one.abs().max().item()
         torch.testing.assert_close(other.triu(), one.triu(), atol=atol, rtol=0)
@@ -67,7 +67,7 @@ def test_two_machines_statistics_add_up() -> None:
     other.add(x[600:], y[600:])
     one.merge(other)
     assert one.rows == 1000
-    for ours, theirs in zip(one.centred(), whole.centred(), strict=True):
+    for ours, theirs in zip(one.covariances(), whole.covariances(), strict=True):
         atol = 0.02 * theirs.abs().max().item()
         torch.testing.assert_close(ours.triu(), theirs.triu(), atol=atol, rtol=0)
 
@@ -111,7 +111,7 @@ def test_processes_add_up_over_gloo(tmp_path: Path) -> None:
     # As one process sees it, from the same first sample as the first of the two.
     whole = Statistics.start(x[0:40:2], y[0:40:2])
     whole.add(x, y)
-    for ours, theirs in zip(total.centred(), whole.centred(), strict=True):
+    for ours, theirs in zip(total.covariances(), whole.covariances(), strict=True):
         atol = 0.02 * theirs.abs().max().item()
         torch.testing.assert_close(ours.triu(), theirs.triu(), atol=atol, rtol=0)
 
@@ -119,18 +119,18 @@ def test_processes_add_up_over_gloo(tmp_path: Path) -> None:
 def test_centred_statistics_are_covariances() -> None:
     x, y = planted(1000)
     statistics = gathered(x, y, 300)
-    standard = (x - statistics.x_mean) / statistics.x_scale
-    gram, cross = statistics.centred()
+    standard = (x - statistics.x_mean) / statistics.x_std
+    gram, cross = statistics.covariances()
     covariance = torch.cov(standard.T, correction=0)
     torch.testing.assert_close(gram.triu(), covariance.triu(), atol=1e-3, rtol=1e-3)
-    both = torch.cov(torch.cat((standard, (y - statistics.y_mean) / statistics.y_scale), 1).T)
+    both = torch.cov(torch.cat((standard, (y - statistics.y_mean) / statistics.y_std), 1).T)
     torch.testing.assert_close(cross, both[:FEATURES, FEATURES:], atol=2e-2, rtol=0)
 
 
 def test_a_planted_map_is_recovered() -> None:
     x, y = planted(4000)
     statistics = gathered(x[:3000], y[:3000], 700)
-    mean, scale = statistics.x_mean, statistics.x_scale
+    mean, scale = statistics.x_mean, statistics.x_std
     encode, decode, bias = reduced_rank_ridge(statistics, RANK, 1e-4, torch.ones(OUTPUTS))
     assert encode.shape == (FEATURES, RANK)
     assert decode.shape == (RANK, OUTPUTS)
@@ -142,7 +142,7 @@ def test_a_planted_map_is_recovered() -> None:
 def test_the_map_keeps_the_means() -> None:
     x, y = planted(2000, noise=1.0)
     statistics = gathered(x, y, 2000)
-    mean, scale = statistics.x_mean, statistics.x_scale
+    mean, scale = statistics.x_mean, statistics.x_std
     encode, decode, bias = reduced_rank_ridge(statistics, 1, 0.5, torch.ones(OUTPUTS))
     found = (x - mean) / scale @ encode @ decode + bias
     torch.testing.assert_close(found.mean(0), y.mean(0), atol=1e-2, rtol=1e-2)
@@ -155,11 +155,11 @@ def test_truncation_is_the_best_of_its_rank(rank: int, weighted: bool) -> None:
     ridge = 0.05
     weight = torch.linspace(0.5, 3, OUTPUTS) if weighted else torch.ones(OUTPUTS)
     statistics = gathered(x, y, 2000)
-    gram, cross = (s.double().numpy() for s in copy.deepcopy(statistics).centred())
+    gram, cross = (s.double().numpy() for s in copy.deepcopy(statistics).covariances())
     gram = np.triu(gram) + np.triu(gram, 1).T + ridge * np.eye(FEATURES)
-    y_scale = statistics.y_scale.double().numpy()
+    y_std = statistics.y_std.double().numpy()
     encode, decode, _ = reduced_rank_ridge(statistics, rank, ridge, weight)
-    found = (encode.double() @ decode.double()).numpy() / y_scale
+    found = (encode.double() @ decode.double()).numpy() / y_std
 
     w = weight.double().numpy()
     full = np.linalg.solve(gram, cross)

@@ -10,7 +10,7 @@ from awareness_demo.sources import ANCHORS, DOMAINS
 
 from awareness_vllm.errors import BadInput, UnsupportedModel
 from awareness_vllm.fit import gather
-from awareness_vllm.fit.trainer import WMatrixTrainer, of_domains
+from awareness_vllm.fit.trainer import WMatrixTrainer, domain_folders
 from awareness_vllm.wmatrix.file import WMatrix, load
 
 pytestmark = pytest.mark.unit
@@ -69,7 +69,7 @@ def test_a_domain_is_a_row_of_the_table_or_a_folder(
     monkeypatch.setenv("AWARENESS_HOME", str(tmp_path))
     (tmp_path / "anchors" / "ours").mkdir(parents=True)
     (tmp_path / "anchors" / "domains.json").write_text('{"code": ["python", "perl"]}')
-    names = [folder.name for folder in of_domains(["ours", "code"])]
+    names = [folder.name for folder in domain_folders(["ours", "code"])]
     assert names == ["ours", "python", "perl"]
     with pytest.raises(BadInput, match="code, ours"):
-        of_domains(["poetry"])
+        domain_folders(["poetry"])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from awareness_vllm.align.realign import copy, realign
 from awareness_vllm.errors import PackageCorrupt, UnsupportedModel, UnsupportedRequest
-from awareness_vllm.fit.layers import without_window
+from awareness_vllm.fit.layers import full_layers
 from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.packages.file import Package, build, publish, read, verify
 from awareness_vllm.wmatrix.file import WMatrix
@@ -98,11 +98,11 @@ def test_a_map_of_the_full_layers_gives_all_states(
 def test_layers_without_a_window_are_chosen(geometry: Geometry) -> None:
     full, sliding = geometry.layers
     mixed = geometry.model_copy(update={"layers": (sliding, full, sliding, full, full, full)})
-    assert without_window(2, mixed) == (3, 5)
-    assert without_window(None, geometry) == (0,)
+    assert full_layers(2, mixed) == (3, 5)
+    assert full_layers(None, geometry) == (0,)
 
 
 def test_windows_everywhere_have_nothing_to_expand_from(geometry: Geometry) -> None:
     everywhere = geometry.model_copy(update={"layers": geometry.layers[1:]})
-    with pytest.raises(UnsupportedModel, match=r"windows of \[4\] in all layers"):
-        without_window(None, everywhere)
+    with pytest.raises(UnsupportedModel, match=r"windows of \[4\]"):
+        full_layers(None, everywhere)

@@ -12,7 +12,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
-from awareness_vllm.files import home, write_whole
+from awareness_vllm.files import atomic_write, home
 from awareness_vllm.provenance import hardware, versions
 from awareness_vllm.schema import FrozenModel
 
@@ -67,7 +67,8 @@ class Calibration(FrozenModel):
         """Write it, by default to `$AWARENESS_HOME/doctor.json`; the file's path."""
         path = path or home() / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, self.model_dump_json(indent=2) + "\n")
+        with atomic_write(path) as draft:
+            draft.write_text(self.model_dump_json(indent=2) + "\n")
         return path
 
 

@@ -17,7 +17,7 @@ from vllm.inputs.engine import tokens_input
 from vllm.logger import init_logger
 
 from awareness_vllm.errors import AwarenessError, PackageCorrupt
-from awareness_vllm.packages.store import missing
+from awareness_vllm.packages.store import memory_not_found
 from awareness_vllm.serving.connector.capture_queue import PENDING
 from awareness_vllm.serving.connector.kv_reader import CAPTURE_KEY
 from awareness_vllm.serving.connector.worker_extension import (
@@ -84,7 +84,7 @@ class MemoryEngineClient:
         for memory in ids:
             owners = [tenant for tenant, store in memories.stores.items() if store.has(memory)]
             if not owners:
-                raise missing(memory)
+                raise memory_not_found(memory)
             prompt = await asyncio.to_thread(
                 memories.resolve, MemoryRequest(ids=(memory,)), owners[0]
             )

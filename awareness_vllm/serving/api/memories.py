@@ -26,8 +26,8 @@ from awareness_vllm.errors import (
     PackageCorrupt,
     UnsupportedRequest,
 )
-from awareness_vllm.packages.manifest import Manifest, check_id, checked_manifest, read_manifest
-from awareness_vllm.packages.store import Store, missing
+from awareness_vllm.packages.manifest import Manifest, check_id, read_manifest
+from awareness_vllm.packages.store import Store, memory_not_found
 from awareness_vllm.schema import FrozenModel
 from awareness_vllm.serving.http import client_error, memories_of, tenant_of
 from awareness_vllm.serving.request import MemoryRequest
@@ -216,7 +216,7 @@ def _facts(path: Path, manifest: Manifest | None) -> dict[str, Any]:
     try:
         stat = path.stat()
     except FileNotFoundError as error:
-        raise missing(path.stem) from error
+        raise memory_not_found(path.stem) from error
     facts = {"id": path.stem, "created": int(stat.st_mtime), "bytes": stat.st_size}
     if manifest is None:
         return facts
@@ -247,7 +247,7 @@ def _report(
 ) -> CompatibilityReport:
     """A memory's report for the served model. Raises what is the package's own fault."""
     path = memories.stores[tenant].checked_path(memory_id)
-    manifest = checked_manifest(path)
+    manifest = read_manifest(path)
     try:
         tokens = len(memories.resolve_one(memory_id, tenant).ids)
     except (NoWMatrix, UnsupportedRequest):  # the report's verdict says so, too

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from awareness_vllm.align.realign import AlignedMemory
 from awareness_vllm.errors import AwarenessError
+from awareness_vllm.packages.manifest import tensor_name
 
 States = dict[str, Tensor]
 PENDING = "pending"
@@ -77,7 +78,7 @@ class Captures:
 def as_memory(states: States, ids: list[int]) -> AlignedMemory:
     """Captured states as a memory for the model that they were captured from."""
     layers = range(len(states) // 2)
-    keys, values = ([states[f"layers.{i}.{part}"] for i in layers] for part in ("key", "value"))
+    keys, values = ([states[tensor_name(i, part)] for i in layers] for part in ("key", "value"))
     return AlignedMemory(ids, keys, values)
 
 

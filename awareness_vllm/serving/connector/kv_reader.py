@@ -14,6 +14,7 @@ from torch import Tensor
 
 from awareness_vllm.errors import UnsupportedModel
 from awareness_vllm.models.geometry import Geometry
+from awareness_vllm.packages.manifest import tensor_name
 from awareness_vllm.serving.connector.kv_layout import layer_index
 from awareness_vllm.serving.connector.scheduler import PAD_SLOT_ID, SaveSpec
 
@@ -54,7 +55,7 @@ def read_kv(
                 expected="a server without tensor parallelism",
                 remedy="capture with `awareness capture`, or on a server with one rank",
             )
-        tensors |= {f"layers.{index}.key": key, f"layers.{index}.value": value}
+        tensors |= {tensor_name(index, "key"): key, tensor_name(index, "value"): value}
     return tensors
 
 

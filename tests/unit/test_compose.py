@@ -18,7 +18,7 @@ from awareness_vllm.errors import BadInput, NoWMatrix, UnsupportedModel
 from awareness_vllm.evaluate.flops import map_flop
 from awareness_vllm.fit import compose as folding
 from awareness_vllm.fit import gather
-from awareness_vllm.fit.compose import Hop, columns_of, compose, learn_bridge
+from awareness_vllm.fit.compose import Hop, compose, learn_bridge
 from awareness_vllm.fit.config import FitConfig
 from awareness_vllm.fit.fit import fit
 from awareness_vllm.models.geometry import Geometry, LayerGeometry, Positions
@@ -26,7 +26,7 @@ from awareness_vllm.models.hf import load_model, states
 from awareness_vllm.models.tokens import tokenize
 from awareness_vllm.packages.capture import capture
 from awareness_vllm.packages.file import Package, build
-from awareness_vllm.wmatrix.features import flat_states
+from awareness_vllm.wmatrix.features import flat_states, state_columns
 from awareness_vllm.wmatrix.file import WMatrix, load
 from awareness_vllm.wmatrix.manifest import Anchors, WMatrixManifest
 
@@ -117,7 +117,8 @@ def chained(
 ) -> Tensor:
     """One map after the other; the first one reads tokens that say nothing."""
     nothing = first.mean[first.manifest.source_width :].expand(len(states), -1)
-    middle = flat(first.map(states, nothing, masked))[:, columns_of(second.manifest)]
+    columns = state_columns(second.manifest.source, second.manifest.layers)
+    middle = flat(first.map(states, nothing, masked))[:, columns]
     return flat(second.map(middle, tokens))
 
 
@@ -285,7 +286,7 @@ def test_a_bridge_mends_what_the_first_map_leaves_to_chance(
     """Noise in outputs that B does not feel goes through the algebra, as through the chain."""
     first, second, embed = hops
     noisy = replace(first.wmatrix, decode=first.wmatrix.decode.clone())
-    columns = columns_of(second.wmatrix.manifest)
+    columns = state_columns(second.wmatrix.manifest.source, second.wmatrix.manifest.layers)
     noise = torch.randn(len(columns), generator=torch.Generator().manual_seed(0))
     noisy.decode[:, columns] += (1000 * noisy.decode.std() * noise).bfloat16()
     first = replace(first, wmatrix=noisy)
@@ -307,7 +308,7 @@ def test_a_bridge_is_in_the_units_of_what_it_reads(
     weight = torch.randn(ranks[0] + 5, ranks[1], generator=generator)
     spread = torch.linspace(0.1, 10, len(weight))
     x = torch.randn(2000, len(weight), generator=generator) * spread + 3
-    monkeypatch.setattr(folding, "chunks", lambda *args: iter([(x, x @ weight + 7)]))
+    monkeypatch.setattr(folding, "bridge_rows", lambda *args: iter([(x, x @ weight + 7)]))
     bridge = learn_bridge(first, second, first.folder, embed, [])
     found = torch.cat((bridge.states, bridge.tokens)) * spread[:, None]
     assert (found - weight * spread[:, None]).norm() < 0.05 * found.norm()
@@ -325,7 +326,7 @@ def test_no_bridge_follows_a_map_that_adds(
     first, second, embed = hops
     manifest = first.wmatrix.manifest.model_copy(update={"residual": True})
     adds = replace(first, wmatrix=replace(first.wmatrix, manifest=manifest))
-    with pytest.raises(BadInput, match="fold without a bridge"):
+    with pytest.raises(BadInput, match="without a bridge"):
         learn_bridge(adds, second, first.folder, embed, anchors)
 
 
