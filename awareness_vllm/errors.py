@@ -1,9 +1,12 @@
 """Typed errors: what happened, what was found, what was expected, and the remedy.
 
-Every error that a request can cause carries the HTTP status with which the server answers it.
+Every error that a request can cause carries the HTTP status of the server's response.
 """
 
 from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
 
 
 class AwarenessError(Exception):
@@ -31,11 +34,11 @@ class AwarenessError(Exception):
 
 
 class InvalidMemoryId(AwarenessError):
-    """A memory ID that does not match the strict pattern."""
+    """A malformed memory ID."""
 
 
 class UnsupportedRequest(AwarenessError):
-    """A request that combines memories with something that cannot honour them."""
+    """A request that combines memories with an option that excludes them."""
 
 
 class ContextTooLong(AwarenessError):
@@ -48,26 +51,32 @@ class Unauthorized(AwarenessError):
     status = 401
 
 
+class NotAvailable(AwarenessError):
+    """A part of the published interface that does not exist yet."""
+
+    status = 501
+
+
 class MemoryNotFound(AwarenessError):
-    """A well-formed ID that the store does not hold."""
+    """A well-formed ID of which the store has no package."""
 
     status = 404
 
 
 class PackageCorrupt(AwarenessError):
-    """A package whose bytes or manifest are not what its ID promises."""
+    """A package whose bytes or manifest contradict its ID."""
 
     status = 422
 
 
 class WMatrixCorrupt(AwarenessError):
-    """A `.wmatrix` file that cannot be read or does not match its own manifest."""
+    """A `.wmatrix` file that cannot be read or contradicts its own manifest."""
 
     status = 422
 
 
 class NoWMatrix(AwarenessError):
-    """No W-Matrix leads from the package's source model to the served model."""
+    """No W-Matrix from the package's source model to the served model."""
 
     status = 422
 
@@ -79,12 +88,12 @@ class UnsupportedModel(AwarenessError):
 
 
 class LoadTimeout(AwarenessError):
-    """A memory that was not aligned in time; its request reads it natively."""
+    """A memory that was not aligned in time; the request falls back to reading the text."""
 
 
 class QualityUnreachable(AwarenessError):
-    """A quality target above what any plan was measured to reach; `best` is the most that one was,
-    None where nobody measured."""
+    """A quality target above every measured plan; `best` is the highest measured retention, None
+    without a measurement."""
 
     status = 422
 
@@ -102,4 +111,11 @@ class QualityUnreachable(AwarenessError):
 
 
 class BadInput(AwarenessError):
-    """Input of a command or function that cannot be used."""
+    """Unusable input of a command or function."""
+
+
+def similar_names(name: object, names: Iterable[str]) -> list[str]:
+    """Up to five of the names that an unknown one may be meant for, the most similar first."""
+    by_case = {known.casefold(): known for known in names}
+    matches = difflib.get_close_matches(str(name).casefold(), by_case, n=5, cutoff=0.5)
+    return [by_case[match] for match in matches]

@@ -54,7 +54,7 @@ def compared(args: argparse.Namespace) -> dict[str, Any]:
     )
     over = MultiHopAligner([args.first, second], models=models)
     hops = over.find_optimal_path(args.source, target, uncertified=True)
-    composed_map = found.composed_map if len(found.hops) > 1 else over.compose(hops, anchors)
+    composed_map = found.composed_map if len(found.wmatrices) > 1 else over.compose(hops, anchors)
     assert composed_map is not None  # several hops were folded to be measured
     return {
         "route": found.route,

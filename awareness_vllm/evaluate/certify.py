@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from awareness_vllm.anchors.corpus import Document, digest
+from awareness_vllm.anchors.corpus import Document, digest, sources
 from awareness_vllm.evaluate.bootstrap import mean
 from awareness_vllm.evaluate.conditions import EvalHarness, tail_condition
 from awareness_vllm.evaluate.evaluate import (
@@ -105,6 +105,7 @@ def certify(
         limit=limit,
         context=context,
         continuation=continuation,
+        sources=sources(texts),
     )
     manifest = wmatrix.manifest.model_copy(
         update={
