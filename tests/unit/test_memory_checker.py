@@ -214,9 +214,7 @@ def test_advice_is_sorted_and_says_how_it_is_known(certify: Any, tiny_models: Mo
     assert report.actions[0].gain == pytest.approx(1 - 0.85)
 
 
-def test_an_unknown_retention_is_said_to_be(
-    plain: Path, memory: Package, tiny_models: Models
-) -> None:
+def test_an_unknown_retention_is_none(plain: Path, memory: Package, tiny_models: Models) -> None:
     report = MemoryCompatibilityChecker([plain]).check(package=memory, target_model=tiny_models[1])
     assert (report.estimated_retention, report.basis, report.level) == (None, None, None)
     assert "Unknown" in report.recommendation

@@ -217,9 +217,8 @@ def test_a_memory_that_fills_the_context_is_refused(context: int | None, tokens:
 
     def refusal(count: int) -> Any:
         config = TargetConfig(context_length=context)
-        return CheckContext(
-            MemoryInfo("m", target, count), target, config, Registry(), count
-        ).refusal
+        memory = MemoryInfo("m", target, count)
+        return CheckContext(memory, target, config, Registry(), count).refusal
 
     assert refusal(tokens - 1) is None
     assert isinstance(refusal(tokens), ContextTooLong)
