@@ -51,6 +51,12 @@ class Unauthorized(AwarenessError):
     status = 401
 
 
+class NotAvailable(AwarenessError):
+    """A part of the published interface that does not exist yet."""
+
+    status = 501
+
+
 class MemoryNotFound(AwarenessError):
     """A well-formed ID of which the store has no package."""
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from awareness_vllm.anchors.corpus import Document
 from awareness_vllm.compatibility.estimate import predict
-from awareness_vllm.compatibility.on_the_spot import measure_with
+from awareness_vllm.compatibility.self_test import measure_with
 from awareness_vllm.errors import BadInput
 from awareness_vllm.evaluate.bootstrap import retention
 from awareness_vllm.evaluate.conditions import EvalHarness, cut_tail, token_nll

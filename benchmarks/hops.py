@@ -56,8 +56,8 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     )
     over = MultiHopAligner([args.first, second], models=models)
     hops = over.find_optimal_path(args.source, target, uncertified=True)
-    composed_map = path.composed_map if len(path.hops) > 1 else over.compose(hops, anchors)
-    assert composed_map is not None  # several hops are composed to be measured
+    composed_map = path.composed_map if len(path.wmatrices) > 1 else over.compose(hops, anchors)
+    assert composed_map is not None  # several hops were composed to be measured
     return {
         "route": path.route,
         "direct_retention": path.direct_retention,

@@ -1,5 +1,4 @@
-"""`KVCacheAligner`: a memory package to the target's cache, with the names of the published
-interface."""
+"""`KVCacheAligner`: the target's cache of a memory package."""
 
 from __future__ import annotations
 
@@ -36,14 +35,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CONTINUATION = 60
-"""Tokens that are scored after a memory where quality is measured on the spot."""
+"""Tokens that are scored after a memory where `align` measures its quality."""
 
 
 @dataclass(frozen=True)
 class Basis:
-    """Where a quality comes from: `measured` in five arms at `context` tokens, or `exact`, the same
-    model's own states. `digest` names the W-Matrix file whose certificate says it, or the texts
-    that it was measured on, or the package."""
+    """The origin of a quality: `measured` in five arms at `context` tokens, or `exact`, the same
+    model's own states. `digest` is that of the W-Matrix file whose certificate has it, of the texts
+    that it was measured on, or of the package."""
 
     kind: Literal["measured", "exact"]
     digest: str
@@ -52,9 +51,9 @@ class Basis:
 
 @dataclass(frozen=True)
 class AlignedState(AlignedMemory):
-    """The target's cache of a memory. `quality_score` is retention, None where nobody measured it;
-    `interval` its 95 % interval, `basis` where it comes from. The last `tail` tokens' states were
-    computed by the target itself, after the others."""
+    """The target's cache of a memory. `quality_score` is retention, None for a map that was never
+    measured; `interval` its 95 % interval, `basis` its origin. The states of the last `tail` tokens
+    were computed by the target itself, after the others."""
 
     quality_score: float | None = None
     interval: Interval | None = None
@@ -65,13 +64,18 @@ class AlignedState(AlignedMemory):
 class KVCacheAligner:
     """Aligns memories of one model to another's cache.
 
+        aligner = KVCacheAligner(source_model="models/a", target_model="models/b")
+        aligner.configure(head_mapping="learned")
+        aligned_state = aligner.align(kv_cache="mem_…", quality_target=0.93)
+        print(f"{aligner.head_mapping_summary()} {aligned_state.quality_score:.3f}")
+
     Args:
         source_model, target_model: Hugging Face folders, or names in the local hub cache.
         wmatrix: W-Matrix files or folders of them, by default `$AWARENESS_HOME/wmatrices`.
         store: folder in which IDs of memories are looked up.
 
     Raises:
-        UnsupportedModel: a model whose cache cannot be described.
+        UnsupportedModel: a closed model, a missing one, or one whose cache cannot be described.
     """
 
     def __init__(
@@ -97,22 +101,24 @@ class KVCacheAligner:
         split_strategy: str = "projection",
         preserve_group_query: bool = True,
     ) -> KVCacheAligner:
-        """Choose how heads are mapped; all but "learned" is training-free and says so when used.
+        """Choose the head mapping; all but "learned" are training-free and warn when used.
 
         Args:
             head_mapping: "learned" (a W-Matrix), "uniform" (by place), "identity" (head by head).
             merge_strategy: several source heads to one: "mean", or "weighted" by their keys' norms.
-            split_strategy: one source head to several: "repeat", or "projection" (turned apart).
+            split_strategy: one source head to several: "repeat", or "projection" (rotated copies).
             preserve_group_query: heads keep to the groups of query heads that they serve.
 
         Raises:
-            BadInput: an unknown name, or what a learned map does not do.
+            BadInput: an unknown name, or an option that a learned map does not have.
             UnsupportedModel: heads of these models that cannot be mapped so.
         """
-        chosen = Configuration(head_mapping, merge_strategy, split_strategy, preserve_group_query)
-        if not chosen.learned:
-            correspondence(self.source_geometry, self.target_geometry, chosen)
-        self.configuration = chosen
+        configuration = Configuration(
+            head_mapping, merge_strategy, split_strategy, preserve_group_query
+        )
+        if not configuration.learned:
+            correspondence(self.source_geometry, self.target_geometry, configuration)
+        self.configuration = configuration
         return self
 
     def align(
@@ -127,16 +133,16 @@ class KVCacheAligner:
 
         Args:
             kv_cache: a package, its file, or its ID in the store.
-            quality_target: the least retention. The cheapest measured way that keeps it is taken;
-                where the certificate asks for a native tail, the target reads these tokens here.
-            texts: measure retention on the spot, in five arms on at most `limit` of these texts
-                at the memory's length, instead of taking the certificate's word.
+            quality_target: the least retention. The cheapest measured plan that keeps it is taken;
+                where the plan has a native tail, the target reads these tokens here.
+            texts: measure retention here, in five arms on at most `limit` of these texts at the
+                memory's length, instead of taking the certificate's.
 
         Raises:
             InvalidMemoryId, MemoryNotFound, PackageCorrupt: no such memory, or a damaged one.
             UnsupportedModel: captured on another model, or heads that cannot be mapped.
             NoWMatrix: no learned map leads from the source to the target.
-            QualityUnreachable: nothing was measured to keep it; `best` is the most that was.
+            QualityUnreachable: no measured retention reaches it; `best` is the highest.
         """
         package = self._package(kv_cache)
         if self.configuration.learned and self.source_geometry.same_model(self.target_geometry):
@@ -162,7 +168,7 @@ class KVCacheAligner:
     def measured(
         self, wmatrix: WMatrix, texts: Sequence[Document], context: int, limit: int
     ) -> Interval:
-        """Retention of the map alone in five arms, after contexts of so many tokens."""
+        """Retention of the map alone in five arms, after contexts of `context` tokens."""
         figures = evaluate_texts(
             EvalHarness(self.source, self.target, wmatrix),
             texts,
@@ -174,8 +180,7 @@ class KVCacheAligner:
         return Interval(**figures.retention())
 
     def head_mapping_summary(self, top: int = 3) -> str:
-        """A table: for each target head the source heads that it listens to most, by their share
-        of the map's weight."""
+        """A table of each target head's `top` source heads, by their share of the map's weight."""
         wmatrix, _ = self._map(has_text=True)
         if isinstance(wmatrix, TrainingFree):
             return table(wmatrix.head_mapping())
@@ -186,22 +191,22 @@ class KVCacheAligner:
         return load_model(self.target)
 
     def _package(self, kv_cache: Package | str | Path) -> Package:
-        """The memory, if it is one of the source's."""
+        """The memory. Raises UnsupportedModel for one of another model than the source."""
         package = (
             kv_cache if isinstance(kv_cache, Package) else verify(locate(kv_cache, self.store))
         )
         if not package.geometry.same_model(self.source_geometry):
-            found, wanted = package.geometry, self.source_geometry
+            other, source = package.geometry, self.source_geometry
             raise UnsupportedModel(
                 "the memory was captured on another model than this aligner's source",
-                found=f"{found.name} (weights {found.weights[:12]})",
-                expected=f"{wanted.name} (weights {wanted.weights[:12]})",
+                found=f"{other.name} (weights {other.weights[:12]})",
+                expected=f"{source.name} (weights {source.weights[:12]})",
                 remedy="give the model that made the memory as source_model",
             )
         return package
 
     def _map(self, has_text: bool) -> tuple[WMatrix, WMatrixEntry | None]:
-        """What maps the states, and the file that it is from."""
+        """The map, and its entry in the registry where it is a learned one."""
         if not self.configuration.learned:
             warn(self.configuration, self.source_geometry, self.target_geometry)
             sink = sink_ids(self.target)
@@ -223,7 +228,7 @@ class KVCacheAligner:
 
     @torch.inference_mode()
     def _with_tail(self, memory: AlignedMemory, tail: int) -> AlignedMemory:
-        """The memory, its last `tail` tokens read by the target after the others."""
+        """The memory with its last `tail` tokens read by the target after the others."""
         if not tail:
             return memory
         head, ids = cut_tail(memory, tail)
@@ -239,14 +244,15 @@ class KVCacheAligner:
 def certified_plan(
     entry: WMatrixEntry | None, quality_target: float | None, context: int
 ) -> Plan | None:
-    """The plan that the certificate has for a quality, or for the map alone; None without either.
+    """The certificate's cheapest plan for a quality, by default its plan for the map alone; None
+    without a certificate.
 
     Raises:
-        QualityUnreachable: a quality is asked for that no plan keeps, or that nobody measured.
+        QualityUnreachable: no plan keeps `quality_target`, or there is no certificate.
     """
     certificate = entry.certificate if entry else None
     if certificate is None:
-        check_reached(None, quality_target, "nobody has measured this mapping")
+        check_reached(None, quality_target, "this mapping was never measured")
         return None
     if quality_target is None:
         return with_tail(certificate, context, 0)
@@ -254,12 +260,12 @@ def certified_plan(
 
 
 def check_reached(interval: Interval | None, quality_target: float | None, how: str) -> None:
-    """Raises QualityUnreachable where a quality is asked for that was not measured to be kept."""
+    """Raises QualityUnreachable where `interval` is not known to reach `quality_target`."""
     best = interval.mean if interval else None
     if quality_target is None or (best is not None and best >= quality_target):
         return
     raise QualityUnreachable(
-        f"this mapping was not found to keep {quality_target:.3f}",
+        f"this mapping was not measured to keep {quality_target:.3f}",
         best=best,
         found=how if best is None else f"{best:.3f}, {how}",
         expected=f"at least {quality_target:.3f}",

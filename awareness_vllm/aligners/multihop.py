@@ -1,8 +1,8 @@
-"""`MultiHopAligner`: the way from one model to another over the W-Matrices at hand.
+"""`MultiHopRouter`: the route from one model to another over W-Matrices.
 
-What a route keeps is estimated by the product of what its hops are certified to keep, and an
-estimate is all that is: errors of two hops may add up or fall into one another, and the folded map
-that serves a route is neither hop. Given texts, the folded map is measured like any other.
+The retention of a route is estimated by the product of its maps' certificates, and an estimate is
+all that is: the errors of two maps may add up or cancel, and the composed map that serves a route
+is neither of them. With texts, the composed map is measured like any other.
 """
 
 from __future__ import annotations
@@ -27,55 +27,47 @@ from awareness_vllm.packages.manifest import Manifest, read_manifest
 from awareness_vllm.packages.store import locate
 from awareness_vllm.wmatrix.file import WMatrix, load
 from awareness_vllm.wmatrix.registry import Registry
-from awareness_vllm.wmatrix.routes import Hops, best, expected, names, note
+from awareness_vllm.wmatrix.routes import Route, best_route, expected_retention, names, note
 
 CONTEXT, CONTINUATION = 300, 60
 """Tokens of the texts that a route is measured on, unless a memory says how long."""
+Basis = Literal["exact", "certified", "estimated", "measured", "prior"]
 
 
 @dataclass(frozen=True)
 class AlignmentPath:
-    """The best way found. Retentions are None where nobody knows them.
+    """The best route. Unknown retentions are None.
 
-    `basis` says what `optimal_retention` is: "exact" (one model: a copy), "certified" (one hop),
+    `basis` is that of `optimal_retention`: "exact" (one model: a copy), "certified" (one map),
     "estimated" (a product of certificates), "measured" (here, in five arms, as is then
-    `direct_retention`). `note` says how the direct map fared; `folded` is the one map of several
-    hops, where it was needed to measure.
+    `direct_retention`), "prior" (published, for models without weights: no W-Matrices, nothing to
+    compose). `note` compares the route with the direct map; `composed_map` is the one map of
+    several W-Matrices, where it was needed to measure.
     """
 
     route: tuple[str, ...]
-    hops: Hops
+    wmatrices: Route
     direct_retention: float | None
     optimal_retention: float | None
-    basis: Literal["exact", "certified", "estimated", "measured"] | None
+    basis: Basis | None
     note: str
     composed_map: WMatrix | None = None
 
     @property
     def improvement(self) -> float | None:
-        """What the route keeps more than the direct map; 0 where the direct map is the route."""
+        """The retention that the route adds to the direct map's; 0 where that is the route."""
         if self.direct_retention is None or self.optimal_retention is None:
             return None
         return self.optimal_retention - self.direct_retention
 
-    @property
-    def path(self) -> tuple[str, ...]:
-        """`route`, by its other published name."""
-        return self.route
 
-    @property
-    def estimated_retention(self) -> float | None:
-        """`optimal_retention`, by its other published name."""
-        return self.optimal_retention
-
-
-class MultiHopAligner:
-    """Finds ways over W-Matrices, and folds them.
+class MultiHopRouter:
+    """Finds routes over W-Matrices, and composes one map of them.
 
     Args:
         wmatrices: a registry, or files and folders, by default `$AWARENESS_HOME/wmatrices`.
-        models: folders of models, besides `$AWARENESS_HOME/models/NAME`; they are needed only to
-            measure and to learn bridges.
+        models: folders of models, besides `$AWARENESS_HOME/models/NAME`, to measure and to learn
+            bridges with.
         store: folder in which IDs of memories are looked up.
     """
 
@@ -101,19 +93,20 @@ class MultiHopAligner:
         anchors: Sequence[Document] | None = None,
         limit: int = 8,
     ) -> AlignmentPath:
-        """The way that keeps most.
+        """The route with the highest retention.
 
         Args:
             source, target: names of models as the W-Matrices have them, or folders.
-            memory_state: a memory of the source; certificates are asked about its length.
-            uncertified: go over maps that nobody has measured, too, where no other way leads.
-            texts: measure the direct map and the best other way, folded, on at most `limit` of
+            memory_state: a memory of the source: a package, its file or its ID. Retentions are then
+                those of its length.
+            uncertified: use maps without a certificate, too, where no other route leads.
+            texts: measure the direct map and the best other route, composed, on at most `limit` of
                 these, instead of multiplying certificates.
-            anchors: texts to learn bridges from (`fold`), none of them among `texts`.
+            anchors: texts to learn bridges from (`compose`), none of them among `texts`.
 
         Raises:
-            BadInput: no W-Matrix knows a model of that name, or several do.
-            NoWMatrix: no way leads there.
+            BadInput: an unknown name, or one that several models have.
+            NoWMatrix: no route leads there.
             UnsupportedModel: the memory is another model's, or a model to measure with is missing.
         """
         start, end = self.model(source), self.model(target)
@@ -122,85 +115,84 @@ class MultiHopAligner:
             return AlignmentPath((start.name,), (), 1.0, 1.0, "exact", "one model: a copy")
         context = memory.tokens if memory else None
         usable = self.registry.usable(memory is None or memory.has_text)
-        known = usable if uncertified else usable.certified()
-        direct = best(known, start, end, context, direct=True)
-        others = best(known, start, end, context, direct=False)
-        ways = [way for way in (direct, others) if way]
-        if not ways:
-            raise self._no_way(usable, start, end)
+        maps = usable if uncertified else usable.certified()
+        direct = best_route(maps, start, end, context, direct=True)
+        others = best_route(maps, start, end, context, direct=False)
+        routes = [route for route in (direct, others) if route]
+        if not routes:
+            raise self._no_route(usable, start, end)
         if texts is not None:
-            return self._measured(ways, direct, texts, anchors, context or CONTEXT, limit)
-        # Of two ways that nobody knows anything of, the direct one, which stands first.
-        way = max(ways, key=lambda w: -math.inf if (r := expected(w, context)) is None else r)
-        most = expected(way, context)
+            return self._measured(routes, direct, texts, anchors, context or CONTEXT, limit)
+        # Of two routes of unknown retention the direct one, which stands first.
+        route = max(
+            routes, key=lambda r: -math.inf if (e := expected_retention(r, context)) is None else e
+        )
+        retention = expected_retention(route, context)
         return AlignmentPath(
-            names(way),
-            way,
-            expected(direct, context) if direct else None,
-            most,
-            None if most is None else "certified" if len(way) == 1 else "estimated",
-            note(usable, start, end, way, direct),
+            names(route),
+            route,
+            expected_retention(direct, context) if direct else None,
+            retention,
+            None if retention is None else "certified" if len(route) == 1 else "estimated",
+            note(usable, start, end, route, direct),
         )
 
     def compose(self, path: AlignmentPath, anchors: Sequence[Document] | None = None) -> WMatrix:
-        """The one map that serves a path, as dear as a direct one of its rank, not certified.
+        """The one map that serves a path, at the cost of a direct one of its rank, not certified.
 
         Args:
-            anchors: texts that the models read to learn the bridges between hops; without them
-                hops are multiplied out, which is only good where each gets *all* of its target's
-                states right (see `wmatrix/fold.py`).
+            anchors: texts that the models read to learn the bridges between maps; without them the
+                maps are multiplied out, which is only good where each gets *all* of its target's
+                states right (see `fit/compose.py`).
 
         Raises:
-            BadInput: a path without hops; UnsupportedModel: a model to read with is missing.
+            BadInput: a path without W-Matrices, as of one model or of published figures.
+            UnsupportedModel: a model to read with is missing.
         """
-        if not path.hops:
+        if not path.wmatrices:
             raise BadInput(
-                "there is nothing to fold",
-                found=f"the path {' → '.join(path.route)}",
-                expected="at least one W-Matrix on the way",
+                "there is nothing to compose",
+                found=f"the path {' → '.join(path.route)} ({path.basis})",
+                expected="at least one W-Matrix on the route",
             )
-        return path.composed_map or self._composed(path.hops, anchors)
+        return path.composed_map or self._composed(path.wmatrices, anchors)
 
     def model(self, model: str | Path) -> Geometry:
-        """A model by its folder, or by the name that W-Matrices know it by. Raises BadInput."""
+        """A model by its folder, or by its name in the W-Matrices. Raises BadInput."""
         if is_model_folder(model):
-            geometry = geometry_of(model)
             self.models.append(model)
+        if (geometry := self.registry.model(model)) is not None:
             return geometry
-        known = self.registry.models()
-        found = [g for g in known if g.name == str(model)]
-        if len(found) == 1:
-            return found[0]
-        all_names = sorted({g.name for g in known})
-        near = similar_names(model, all_names) or all_names
+        known = sorted({geometry.name for geometry in self.registry.models()})
+        near = similar_names(model, known) or known
         raise BadInput(
-            f"{len(found) or 'no'} models of the W-Matrices are named {str(model)!r}",
+            f"unknown model {str(model)!r}",
             found=self.registry,
             expected=f"one of {', '.join(near)}" if near else "a W-Matrix that leads from or to it",
-            remedy="give the model's folder" if found else "give a known name, or more W-Matrices",
+            remedy="give a known name, the model's folder, or more W-Matrices",
         )
 
     def folder(self, model: Geometry) -> Path:
-        """Where a model lies. Raises UnsupportedModel."""
+        """The folder of a model. Raises UnsupportedModel."""
         default = models_dir() / model.name
-        at_hand = [*self.models, *([default] if default.is_dir() else [])]
-        for folder in map(resolve_folder, at_hand):
+        folders = [*self.models, *([default] if default.is_dir() else [])]
+        for folder in map(resolve_folder, folders):
             if geometry_of(folder).same_model(model):
                 return folder
         raise UnsupportedModel(
             f"the model {model.name} is not at hand",
-            found=", ".join(map(str, at_hand)) or "no folder of a model",
+            found=", ".join(map(str, folders)) or "no folder of a model",
             expected=f"a folder with these weights ({model.weights[:12]}) and their tokenizer",
             remedy=f"give the folder, or put it at {default}",
         )
 
-    def _composed(self, hops: Hops, anchors: Sequence[Document] | None) -> WMatrix:
-        wmatrix = load(hops[0].path)
-        for hop in hops[1:]:
-            second, bridge = load(hop.path), None
+    def _composed(self, route: Route, anchors: Sequence[Document] | None) -> WMatrix:
+        wmatrix = load(route[0].path)
+        for entry in route[1:]:
+            second, bridge = load(entry.path), None
             if anchors is not None and not wmatrix.manifest.residual:
-                ends = (wmatrix.manifest.source, second.manifest.source, second.manifest.target)
-                a, b, c = (self.folder(geometry) for geometry in ends)
+                models = (wmatrix.manifest.source, second.manifest.source, second.manifest.target)
+                a, b, c = (self.folder(geometry) for geometry in models)
                 bridge = learn_bridge(
                     Hop(wmatrix, a, load_model(a)),
                     Hop(second, b, load_model(b)),
@@ -213,33 +205,36 @@ class MultiHopAligner:
 
     def _measured(
         self,
-        ways: Sequence[Hops],
-        direct: Hops | None,
+        routes: Sequence[Route],
+        direct: Route | None,
         texts: Sequence[Document],
         anchors: Sequence[Document] | None,
         context: int,
         limit: int,
     ) -> AlignmentPath:
-        """The best of these ways, each measured in five arms."""
-        found: list[tuple[float, WMatrix]] = []
+        """The best of these routes, each measured in five arms; the direct one stands first."""
+        results: list[tuple[float, WMatrix]] = []
         harness: EvalHarness | None = None
-        for way in ways:
-            wmatrix = self._composed(way, anchors)
-            ends = self.folder(wmatrix.manifest.source), self.folder(wmatrix.manifest.target)
-            harness = harness or EvalHarness(*ends, wmatrix)
+        for route in routes:
+            wmatrix = self._composed(route, anchors)
+            manifest = wmatrix.manifest
+            folders = self.folder(manifest.source), self.folder(manifest.target)
+            harness = harness or EvalHarness(*folders, wmatrix)
             harness.wmatrix = wmatrix
             figures = evaluate_texts(
                 harness, texts, context=context, continuation=CONTINUATION, limit=limit
             )
-            found.append((figures.retention()["mean"], wmatrix))
-        pairs = list(zip(ways, found, strict=True))
-        way, (most, composed_map) = max(pairs, key=lambda pair: pair[1][0])
-        each = ", ".join(f"{' → '.join(names(w))} keeps {k:.3f}" for w, (k, _) in pairs)
-        direct_kept = found[0][0] if direct else None  # it stands first
-        return AlignmentPath(names(way), way, direct_kept, most, "measured", each, composed_map)
+            results.append((figures.retention()["mean"], wmatrix))
+        pairs = list(zip(routes, results, strict=True))
+        route, (retention, composed_map) = max(pairs, key=lambda pair: pair[1][0])
+        each = ", ".join(f"{' → '.join(names(r))} keeps {kept:.3f}" for r, (kept, _) in pairs)
+        of_direct = results[0][0] if direct else None
+        return AlignmentPath(
+            names(route), route, of_direct, retention, "measured", each, composed_map
+        )
 
     def _manifest(self, memory: Package | str | Path, source: Geometry) -> Manifest:
-        """The memory's manifest, if it is one of the source's."""
+        """The memory's manifest. Raises UnsupportedModel for one of another model."""
         if isinstance(memory, Package):
             manifest = memory.manifest
         else:
@@ -252,20 +247,17 @@ class MultiHopAligner:
             )
         return manifest
 
-    def _no_way(self, usable: Registry, start: Geometry, end: Geometry) -> NoWMatrix:
-        unmeasured = best(usable, start, end, None, direct=True) or best(
+    def _no_route(self, usable: Registry, start: Geometry, end: Geometry) -> NoWMatrix:
+        uncertified = best_route(usable, start, end, None, direct=True) or best_route(
             usable, start, end, None, direct=False
         )
         remedy = "fit one with `awareness fit`"
-        if unmeasured:
-            missing = ", ".join(str(e) for e in unmeasured if not e.certificate)
+        if uncertified:
+            missing = ", ".join(str(entry) for entry in uncertified if not entry.certificate)
             remedy = f"`awareness certify` {missing}, or ask for uncertified maps too"
         return NoWMatrix(
-            f"no way leads from {start.name} to {end.name}",
+            f"no route leads from {start.name} to {end.name}",
             found=self.registry,
             expected="certified W-Matrices that lead there, one after another",
             remedy=remedy,
         )
-
-
-MultiHopMemoryAligner = MultiHopAligner

@@ -1,8 +1,8 @@
-"""Training-free ways from one model's heads to another's: registered functions, nothing learned.
+"""Training-free head mappings: registered functions that move position-free states from source
+heads and layers to target heads and layers.
 
-They move position-free states from source heads and layers to target heads and layers. No two
-models share a basis, so little can be expected of them but between variants of one model:
-`benchmarks/strategies.py` measures them in five arms, and using one says what was found.
+No two models share a basis, so little can be expected of them but between variants of one model:
+`benchmarks/strategies.py` measures them in five arms, and using one warns with the result.
 
 Layers correspond by depth. Where head dims differ, dims are cut off or padded with zeros: that
 keeps the products of the source's keys with each other as far as it can, and no seed decides.
@@ -35,17 +35,17 @@ HeadMapping = Callable[[LayerGeometry, LayerGeometry, bool], Tensor]
 Merge = Callable[[Tensor, Tensor], Tensor]
 """Shares [Ht, Hs] and the source's keys [T, Hs, D] to each token's shares [T or 1, Ht, Hs]."""
 Split = Callable[[Tensor, Tensor], Tensor]
-"""States [T, Ht, D], and for each target head how many before it stand on the same source head
-[Ht], to states [T, Ht, D]."""
+"""States [T, Ht, D], and for each target head the number of heads before it with the same source
+head [Ht], to states [T, Ht, D]."""
 HEAD_MAPPINGS: dict[str, HeadMapping] = {}
 MERGES: dict[str, Merge] = {}
 SPLITS: dict[str, Split] = {}
 FIGURES = Path(__file__).with_name("training_free.json")
-"""What `benchmarks/strategies.py --record` has measured."""
+"""The figures that `benchmarks/strategies.py --record` measured."""
 
 
 class TrainingFreeWarning(UserWarning):
-    """A mapping that nothing was learned for is in use."""
+    """A training-free mapping is in use."""
 
 
 def head_mapping(name: str) -> Callable[[HeadMapping], HeadMapping]:
@@ -54,21 +54,21 @@ def head_mapping(name: str) -> Callable[[HeadMapping], HeadMapping]:
 
 
 def merge(name: str) -> Callable[[Merge], Merge]:
-    """Register how several source heads become one."""
+    """Register a function that merges several source heads into one."""
     return lambda function: MERGES.setdefault(name, function)
 
 
 def split(name: str) -> Callable[[Split], Split]:
-    """Register how one source head becomes several."""
+    """Register a function that splits one source head into several."""
     return lambda function: SPLITS.setdefault(name, function)
 
 
 @head_mapping("uniform")
 def uniform(source: LayerGeometry, target: LayerGeometry, grouped: bool) -> Tensor:
-    """Heads by their place: each target head takes what stands at its share of the source's heads.
+    """Shares by place: target head i of Ht takes the source heads at i/Ht … (i+1)/Ht.
 
-    KV heads stand in the order of the groups of query heads that they serve, so heads at the same
-    place serve the same share of them (`grouped`). Without, heads are dealt out in turn.
+    KV heads are in the order of the groups of query heads that they serve, so heads at the same
+    place serve the same share of them (`grouped`). Otherwise heads are dealt out in turn.
     """
     if not grouped:
         count = min(source.heads, target.heads)
@@ -85,14 +85,14 @@ def identity(source: LayerGeometry, target: LayerGeometry, grouped: bool) -> Ten
     """Head by head, for models whose layers have the same heads.
 
     Raises:
-        UnsupportedModel: they have not.
+        UnsupportedModel: the layers have other heads.
     """
     for field in ("heads", "head_dim"):
-        found, wanted = getattr(source, field), getattr(target, field)
-        if found != wanted:
+        ours, theirs = getattr(source, field), getattr(target, field)
+        if ours != theirs:
             raise UnsupportedModel(
                 f"head_mapping 'identity' cannot map these layers: {field} differs",
-                found=f"{field}={found} in the source, {field}={wanted} in the target",
+                found=f"{field}={ours} in the source, {field}={theirs} in the target",
                 expected=f"the same {field} in both",
                 remedy="head_mapping='learned', with a W-Matrix, or 'uniform'",
             )
@@ -101,28 +101,28 @@ def identity(source: LayerGeometry, target: LayerGeometry, grouped: bool) -> Ten
 
 @merge("mean")
 def mean(shares: Tensor, keys: Tensor) -> Tensor:
-    """Source heads by their share alone."""
+    """The shares alone."""
     return shares[None]
 
 
 @merge("weighted")
 def weighted(shares: Tensor, keys: Tensor) -> Tensor:
-    """Source heads by their share and by the norm of their key at this token: a head that has
-    little to say there does not thin the others out."""
-    found = shares * (keys.norm(dim=-1)[:, None] + 1e-6)
-    return found / found.sum(-1, keepdim=True)
+    """The shares times the norm of each source head's key at this token: a head with a small key
+    there does not thin the others out."""
+    weights = shares * (keys.norm(dim=-1)[:, None] + 1e-6)
+    return weights / weights.sum(-1, keepdim=True)
 
 
 @split("repeat")
 def repeat(states: Tensor, turn: Tensor) -> Tensor:
-    """Target heads on one source head are copies of it."""
+    """Copies of the source head."""
     return states
 
 
 @split("projection")
 def projection(states: Tensor, turn: Tensor) -> Tensor:
-    """Target heads on one source head are turned apart by fixed orthogonal matrices, the first one
-    not at all: norms and products within a head stay, the heads are no longer the same."""
+    """Copies rotated by fixed orthogonal matrices, the first by the identity: norms and products
+    within a head stay, and the heads differ."""
     turns = rotations(states.shape[-1], int(turn.max()) + 1)[turn]
     return torch.einsum("thd,hde->the", states, turns)
 
@@ -131,17 +131,17 @@ def projection(states: Tensor, turn: Tensor) -> Tensor:
 def rotations(dim: int, count: int) -> Tensor:
     """Orthogonal matrices [count, dim, dim], the identity first; always the same ones."""
     generator = torch.Generator().manual_seed(dim)
-    found = torch.linalg.qr(torch.randn(count, dim, dim, generator=generator)).Q
-    found[0] = torch.eye(dim)
-    return found
+    matrices = torch.linalg.qr(torch.randn(count, dim, dim, generator=generator)).Q
+    matrices[0] = torch.eye(dim)
+    return matrices
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """How heads are mapped, by the names that `KVCacheAligner.configure` takes.
+    """The options of `KVCacheAligner.configure`.
 
     Raises:
-        BadInput: an unknown name, or a way to merge or split that a learned map does not have.
+        BadInput: an unknown name, or an option that a learned map does not have.
     """
 
     head_mapping: str = "learned"
@@ -176,10 +176,10 @@ class Configuration:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingFree(WMatrix):
-    """A map of which nothing was learned, in the place of a W-Matrix; it has no file.
+    """A training-free map in the place of a W-Matrix; it has no file.
 
-    `matched` [target layers] says which of the layers that are read each target layer takes,
-    `shares` [Ht, Hs] per target layer which of its heads.
+    `matched` [target layers] are the source layers of each target layer, as indices into the layers
+    that are read; `shares` [Ht, Hs] per target layer the shares of its source heads.
     """
 
     configuration: Configuration
@@ -189,7 +189,7 @@ class TrainingFree(WMatrix):
     def map(
         self, source: Tensor | None, embeddings: Tensor, masked: Tensor | None = None
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """As `WMatrix.map`; the embeddings are not looked at, and what says nothing is zero."""
+        """As `WMatrix.map`, without the embeddings; masked states are zero."""
         manifest, how = self.manifest, self.configuration
         if source is None:
             source = torch.zeros(len(embeddings), manifest.source_width)
@@ -197,18 +197,18 @@ class TrainingFree(WMatrix):
             source = source.masked_fill(masked[:, None], 0)
         read = tuple(manifest.source.layers[i] for i in manifest.layers)
         keys, values = split_states(manifest.source.model_copy(update={"layers": read}), source)
-        found: tuple[list[Tensor], list[Tensor]] = ([], [])
+        mapped: tuple[list[Tensor], list[Tensor]] = ([], [])
         for layer, place, shares in zip(
             manifest.target.layers, self.matched, self.shares, strict=True
         ):
             each = MERGES[how.merge_strategy](shares, keys[place])
-            for part, states in zip(found, (keys[place], values[place]), strict=True):
+            for part, states in zip(mapped, (keys[place], values[place]), strict=True):
                 moved = resized(each @ states, layer.head_dim)
                 part.append(SPLITS[how.split_strategy](moved, turns(shares)))
-        return found
+        return mapped
 
     def head_mapping(self) -> list[HeadSources]:
-        """Where each target head comes from."""
+        """The source heads of each target head."""
         return [
             HeadSources(
                 Head(part, i, h),
@@ -226,7 +226,7 @@ class TrainingFree(WMatrix):
 
     def save(self, path: str | Path) -> None:
         raise BadInput(
-            "a training-free mapping is not kept in a file",
+            "a training-free mapping cannot be saved",
             found=str(self.configuration),
             expected="a learned map",
             remedy="fit one with `awareness fit`",
@@ -240,7 +240,7 @@ def training_free(
     sink: Sequence[int],
     sink_states: tuple[list[Tensor], list[Tensor]],
 ) -> TrainingFree:
-    """The map between two models by registered functions.
+    """The training-free map between two models.
 
     Args:
         sink: the target's fixed first ids; `sink_states` are its own keys and values [S, H, D].
@@ -280,7 +280,7 @@ def training_free(
 def correspondence(
     source: Geometry, target: Geometry, configuration: Configuration
 ) -> tuple[list[int], tuple[Tensor, ...]]:
-    """For each target layer the source layer that it takes, and the shares [Ht, Hs] of its heads.
+    """For each target layer its source layer, and the shares [Ht, Hs] of the source's heads.
 
     Raises:
         UnsupportedModel: heads that the configuration cannot map.
@@ -292,18 +292,18 @@ def correspondence(
 
 
 def turns(shares: Tensor) -> Tensor:
-    """For each target head how many before it stand on the same source head, [Ht] int64."""
+    """For each target head the number of heads before it with the same source head, [Ht] int64."""
     main = shares.argmax(1)
     return (main[:, None] == main).tril(-1).sum(1)
 
 
 def resized(states: Tensor, dim: int) -> Tensor:
-    """States [T, H, D] with so many dims: cut off, or padded with zeros."""
+    """States [T, H, dim]: dims cut off, or padded with zeros."""
     return torch.nn.functional.pad(states, (0, dim - states.shape[-1]))
 
 
 class Figure(FrozenModel):
-    """What a training-free mapping was measured to keep between two models, in five arms."""
+    """The measured retention of a training-free mapping between two models, in five arms."""
 
     source: str
     target: str
@@ -327,20 +327,20 @@ class Figure(FrozenModel):
 
 
 def figures() -> list[Figure]:
-    """All that was measured and recorded."""
+    """All recorded figures."""
     return [Figure.model_validate(row) for row in json.loads(FIGURES.read_text())]
 
 
 def warn(configuration: Configuration, source: Geometry, target: Geometry) -> None:
-    """Say that a training-free mapping is used, and what it was measured to keep."""
+    """Warn that a training-free mapping is in use, with its measured retention."""
     rows = [row for row in figures() if row.configuration == asdict(configuration)]
     here = [row for row in rows if row.weights == (source.weights, target.weights)]
     if here:
         known = str(here[-1])
     elif rows:
-        known = f"nobody has measured it between these models; elsewhere: {rows[-1]}"
+        known = f"not measured between these models; elsewhere: {rows[-1]}"
     else:
-        known = "nobody has measured what it keeps"
+        known = "its retention was never measured"
     warnings.warn(
         f"head_mapping={configuration.head_mapping!r} is not learned from the models "
         f"{source.name} → {target.name}: {known}. A learned map: `awareness fit`",

@@ -122,6 +122,11 @@ def digest(documents: Iterable[Document]) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
+def sources(documents: Iterable[Document]) -> tuple[str, ...]:
+    """The folders and files that documents were loaded from, by name, in the order of `load`."""
+    return tuple(dict.fromkeys(re.sub(r"/.*|#\d+$", "", d.name) for d in documents))
+
+
 def text_digest(text: str) -> str:
     """sha256, in hex, of a text's words, whatever its case, spacing and Unicode composition."""
     words = " ".join(unicodedata.normalize("NFKC", text).casefold().split())

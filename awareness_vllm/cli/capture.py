@@ -1,4 +1,4 @@
-"""`awareness capture`: read a text with a model and publish its KV cache as a memory package."""
+"""`awareness capture`: the KV cache of a text as a memory package in a store."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--engine",
         choices=("transformers", "vllm"),
         default="transformers",
-        help="whose numerics: transformers (quick) or vllm (exact in a vLLM server)",
+        help="library that computes it: transformers (fast) or vllm (exact in a vLLM server)",
     )
     parser.add_argument(
         "--without-text",
         action="store_true",
-        help="leave text and token ids out; needs a W-Matrix fitted without text",
+        help="leave out text and token ids; needs a W-Matrix fitted without text",
     )
-    parser.add_argument("--store", type=Path, help="folder to publish into")
-    parser.add_argument("--name", help="a name for people, kept in the manifest")
+    parser.add_argument("--store", type=Path, help="folder (default: $AWARENESS_HOME/store)")
+    parser.add_argument("--name", help="a name for the manifest")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

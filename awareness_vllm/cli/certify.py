@@ -1,4 +1,4 @@
-"""`awareness certify`: measure a W-Matrix and write the figures into it."""
+"""`awareness certify`: measure a W-Matrix and write the certificate into it."""
 
 from __future__ import annotations
 
@@ -13,16 +13,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("wmatrix", type=Path, metavar="FILE.wmatrix")
     parser.add_argument("--source", required=True, help="folder of the source model")
     parser.add_argument("--target", required=True, help="folder of the target model")
-    parser.add_argument("--texts", required=True, nargs="+", type=Path, metavar="PATH")
-    parser.add_argument("--cases", required=True, type=Path, metavar="FILE.jsonl")
-    parser.add_argument("--limit", type=int, default=48, help="at most so many texts, and cases")
+    parser.add_argument(
+        "--texts", required=True, nargs="+", type=Path, metavar="PATH", help="files or folders"
+    )
+    parser.add_argument(
+        "--cases", required=True, type=Path, metavar="FILE.jsonl", help="cases of fact recall"
+    )
+    parser.add_argument(
+        "--limit", type=int, default=48, help="number of texts, and of cases, at most"
+    )
     parser.add_argument(
         "--lengths",
         type=int,
         nargs="+",
         default=[],
         metavar="TOKENS",
-        help="measure retention after contexts of these lengths too",
+        help="also measure retention of memories of these lengths",
     )
 
 

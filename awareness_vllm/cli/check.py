@@ -1,57 +1,56 @@
-"""`awareness check`: what a memory would be on a target, before anything is loaded."""
+"""`awareness check`: the report of a memory on a target, before anything is loaded."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
 from awareness_vllm.cli.options import add_wmatrices
+from awareness_vllm.compatibility.target import TargetConfig
 
 if TYPE_CHECKING:
     from awareness_vllm.compatibility.report import CompatibilityReport
     from awareness_vllm.wmatrix.registry import Registry
 
-HELP = "say what a memory would be on a target, how sure that is, and what would raise it"
-CONFIG = {
-    "quantization": str,
-    "kv_cache_dtype": str,
-    "context_length": int,
-    "num_gpus": int,
-    "memory_gb": float,
-    "block_size": int,
-    "tail": int,
-    "custom_fine_tune": str,
-}
-"""The fields of `TargetConfig`, each an option."""
+HELP = "estimate what a target keeps of a memory, with risks and what would raise it"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("memory", nargs="?", metavar="ID|FILE", help="a memory, or its file")
-    parser.add_argument("--source", metavar="MODEL", help="without a memory: whose it would be")
-    parser.add_argument("--tokens", type=int, help="and how many tokens it would have")
-    parser.add_argument("--target", required=True, metavar="MODEL", help="a folder, or a name")
+    parser.add_argument("memory", nargs="?", metavar="ID|FILE", help="a memory's ID or file")
+    parser.add_argument("--source", metavar="MODEL", help="instead of a memory: its model")
+    parser.add_argument("--tokens", type=int, help="instead of a memory: its length in tokens")
+    parser.add_argument("--target", required=True, metavar="MODEL", help="folder or name")
     parser.add_argument("--store", type=Path, help="folder in which the ID is looked up")
     add_wmatrices(parser)
-    parser.add_argument("--kind", help="the kind of its text, as the certificate names kinds")
+    parser.add_argument("--kind", help="kind of the text, as the certificate names kinds")
     parser.add_argument(
-        "--measure", action="store_true", help="measure the memory on its own last part, too"
+        "--measure", action="store_true", help="also measure the memory on its own last quarter"
     )
-    served = parser.add_argument_group("how the target is served")
-    for name, kind in CONFIG.items():
-        served.add_argument(f"--{name.replace('_', '-')}", type=kind)
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page to look at")
+    served = parser.add_argument_group("settings of the target's server")
+    for name, field in TargetConfig.model_fields.items():
+        flag = f"--{name.replace('_', '-')}"
+        served.add_argument(flag, type=argument_type(field.annotation), help=field.description)
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write the report as a page")
+
+
+def argument_type(annotation: Any) -> type:
+    """The type of a field's option: float, int or str."""
+    alternatives = get_args(annotation) or (annotation,)
+    kinds = [get_args(one)[0] if get_origin(one) is Annotated else one for one in alternatives]
+    return next((kind for kind in (float, int) if kind in kinds), str)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    from awareness_vllm.compatibility.checker import MemoryCompatibilityChecker
+    from awareness_vllm.compatibility.memory_checker import MemoryCompatibilityChecker
 
     checker = MemoryCompatibilityChecker(args.wmatrix, store=args.store)
+    options = {name: getattr(args, name) for name in TargetConfig.model_fields}
     report = checker.check(
         args.memory or listing(args),
         args.target,
-        {name: given for name in CONFIG if (given := getattr(args, name)) is not None},
+        {name: value for name, value in options.items() if value is not None},
         kind=args.kind,
         measure=args.measure,
     )
@@ -61,7 +60,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def listing(args: argparse.Namespace) -> SimpleNamespace:
-    """A memory that is not at hand, known by its model and length."""
+    """A memory that is known by its model and length alone."""
     return SimpleNamespace(id="a memory", source_model=args.source, token_count=args.tokens)
 
 
@@ -92,32 +91,42 @@ def show(result: dict[str, Any]) -> None:
 
 
 def lines(result: dict[str, Any]) -> list[str]:
-    """The figures, each with where it comes from."""
-    basis = result["basis"]
-    where = "nobody knows" if basis is None else f"{basis['kind']}: {basis['source']}"
-    kept = figure(result["estimated_retention"])
+    """The figures, each with its basis."""
+    retention = figure(result["estimated_retention"])
     if result["ci_low"] is not None:
-        kept += f" ({result['ci_low']:.3f} … {result['ci_high']:.3f})"
-    facts = result["facts"]
-    positional = result["positional_basis"]
-    times = ", ".join(f"{name} {s:.3g} s" for name, s in result["load_times_s"].items())
+        retention += f" ({result['ci_low']:.3f} … {result['ci_high']:.3f})"
+    facts, own = result["facts"], result["on_itself"]
     return [
         f"{result['level'] or 'unknown'}: {result['recommendation']}",
         f"  compatibility score       {figure(result['compatibility_score'])}",
-        f"  estimated retention       {kept}   [{where}]",
-        *([f"  on its own last part      {interval(own)}"] if (own := result["on_itself"]) else []),
+        f"  estimated retention       {retention}{basis(result['basis'])}",
+        *([f"  on its own last quarter   {interval(own)}"] if own else []),
         f"  facts, share of native    {figure(facts['mean'] if facts else None)}",
-        f"  head mapping quality      {figure(result['head_mapping_quality'])}",
+        f"  head mapping quality      {figure(result['head_mapping_quality'])}"
+        + basis(result["head_mapping_basis"]),
         f"  positional compatibility  {figure(result['positional_compatibility'])}"
-        + (f"   [{positional['kind']}]" if positional else ""),
-        f"  memory on the target      {figure(result['target_memory_gb'], '.3g')} GB",
-        f"  load time                 {times or 'unknown: run `awareness doctor` once'}",
+        + basis(result["positional_basis"]),
+        f"  memory on the target      {figure(result['target_memory_gb'], '.3g', ' GB')}"
+        + basis(result["target_memory_basis"]),
+        f"  load time                 {load_time(result)}{basis(result['load_time_basis'])}",
     ]
 
 
-def interval(found: dict[str, float]) -> str:
-    return f"{found['mean']:.3f} ({found['ci_low']:.3f} … {found['ci_high']:.3f})"
+def load_time(result: dict[str, Any]) -> str:
+    """Seconds by temperature, or of a cold load alone."""
+    if not result["load_times_s"]:
+        return figure(result["estimated_load_time_s"], ".3g", " s")
+    return ", ".join(f"{name} {s:.3g} s" for name, s in result["load_times_s"].items())
 
 
-def figure(value: float | None, how: str = ".3f") -> str:
-    return "unknown" if value is None else f"{value:{how}}"
+def basis(origin: dict[str, Any] | None) -> str:
+    """Where a figure comes from, in brackets."""
+    return "" if origin is None else f"   [{origin['kind']}: {origin['source']}]"
+
+
+def interval(measured: dict[str, float]) -> str:
+    return f"{measured['mean']:.3f} ({measured['ci_low']:.3f} … {measured['ci_high']:.3f})"
+
+
+def figure(value: float | None, how: str = ".3f", unit: str = "") -> str:
+    return "unknown" if value is None else f"{value:{how}}{unit}"

@@ -1,4 +1,4 @@
-"""`awareness doctor`: what this machine and installation have and lack, and how fast loads are."""
+"""`awareness doctor`: the state of this machine and installation, and its speed of loads."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-HELP = "look at this machine and installation, and measure how fast memories load here"
+HELP = "check this machine and installation, and measure how fast memories load here"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--target", metavar="MODEL", help="a model that is to be served here")
+    parser.add_argument("--target", metavar="MODEL", help="a model to serve here")
     parser.add_argument(
         "--wmatrix",
         nargs="+",
@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         type=Path,
         metavar="FILE",
-        help="W-Matrices beside those of $AWARENESS_HOME/wmatrices",
+        help="W-Matrices besides those of $AWARENESS_HOME/wmatrices",
     )
     parser.add_argument("--again", action="store_true", help="measure this machine's speed again")
 
@@ -29,14 +29,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from awareness_vllm.serving.doctor import checks, speed
     from awareness_vllm.serving.load_benchmark import calibrated
 
-    found = checks(args.wmatrix, args.target)
+    results = checks(args.wmatrix, args.target)
     calibration = None
-    if not any(check.name == "home" and check.status == "problem" for check in found):
+    if not any(check.name == "home" and check.status == "problem" for check in results):
         calibration = calibrated(again=args.again)
-        found.append(speed(calibration))
+        results.append(speed(calibration))
     return {
-        "checks": [check.model_dump() for check in found],
-        "problems": sum(check.status == "problem" for check in found),
+        "checks": [check.model_dump() for check in results],
+        "problems": sum(check.status == "problem" for check in results),
         "calibration": calibration and calibration.model_dump(mode="json"),
         "file": str(home() / FILE),
     }

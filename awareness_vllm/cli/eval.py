@@ -16,17 +16,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         type=Path,
         metavar="FILE.wmatrix",
-        help="left out when source and target are the same model",
+        help="not needed where source and target are the same model",
     )
     parser.add_argument("--source", required=True, help="folder of the source model")
     parser.add_argument("--target", required=True, help="folder of the target model")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--texts", nargs="+", type=Path, metavar="PATH", help="files or folders")
-    what.add_argument("--cases", type=Path, metavar="FILE.jsonl")
+    what.add_argument("--texts", nargs="+", type=Path, metavar="PATH", help="measure retention")
+    what.add_argument("--cases", type=Path, metavar="FILE.jsonl", help="measure fact recall")
     parser.add_argument("--context", type=int, default=300, help="target tokens of memory")
     parser.add_argument("--continuation", type=int, default=60, help="tokens scored after it")
     parser.add_argument(
-        "--join", action="store_true", help="read successive short texts of a folder as one"
+        "--join", action="store_true", help="join successive short texts of a folder"
     )
     parser.add_argument(
         "--tails",
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="measure also with the memory's last N tokens read natively",
     )
-    parser.add_argument("--limit", type=int, help="at most so many texts or cases")
+    parser.add_argument("--limit", type=int, help="number of texts or cases at most")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -64,10 +64,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def read_cases(path: Path) -> list[dict[str, str]]:
-    """Lines of `{"context", "question", "answer"}`, and `"kind"` where it is known.
+    """The cases of a file: lines of `{"context", "question", "answer"}`, optionally `"kind"`.
 
     Raises:
-        BadInput: names the line.
+        BadInput: an unreadable file, or a line that is not a case.
     """
     from awareness_vllm.errors import BadInput
     from awareness_vllm.files import read_text_file
@@ -93,8 +93,8 @@ def read_cases(path: Path) -> list[dict[str, str]]:
 
 
 def show(result: dict[str, Any]) -> None:
-    for arm, figures in result["conditions"].items():
-        print(f"{arm:22}" + "".join(f"{name} {value:8.4f}   " for name, value in figures.items()))
+    for name, figures in result["conditions"].items():
+        print(f"{name:22}" + "".join(f"{what} {value:8.4f}   " for what, value in figures.items()))
     shares = {"retention": result["retention"]} if "retention" in result else {}
     for name, r in {**shares, **result["tails"]}.items():
         print(f"{name:22}{r['mean']:.3f} (95 % CI {r['ci_low']:.3f} … {r['ci_high']:.3f})")

@@ -1,4 +1,4 @@
-"""`awareness fit`: learn the W-Matrix from one model to another."""
+"""`awareness fit`: learn a W-Matrix from one model to another."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ CONFIGURATION = {
     "tokens": "anchor tokens to read",
     "layers": "source layers to read, evenly spread (default: half of them)",
     "rank": "width of the latent",
-    "calibration": "texts of calibration; 0 for none",
-    "batch": "texts of a step of calibration",
-    "epochs": "times these texts are gone through",
-    "seed": None,
+    "calibration": "calibration texts; 0 for none",
+    "batch": "calibration texts of a step",
+    "epochs": "passes over the calibration texts",
+    "seed": "seed of all random choices",
 }
-"""Fields of FitConfig that have a flag, and its help."""
+"""The fields of FitConfig that are options, with their help."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,13 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--choice",
         choices=("spread", "best", "full"),
-        help="which source layers to read: evenly spread, those that tell most, or those without "
-        "a sliding window",
+        help="source layers to read: evenly spread, the most informative, or those without a "
+        "sliding window",
     )
     parser.add_argument(
         "--without-text",
         action="store_true",
-        help="read the source's states alone: a map for packages captured without text",
+        help="read the source's states alone, for packages captured without text",
     )
 
 
@@ -48,8 +48,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from awareness_vllm.fit.distributed import join
     from awareness_vllm.fit.fit import fit
 
-    given = {name: getattr(args, name) for name in (*CONFIGURATION, "choice")}
-    config = FitConfig(**{name: value for name, value in given.items() if value is not None})
+    options = {name: getattr(args, name) for name in (*CONFIGURATION, "choice")}
+    config = FitConfig(**{name: value for name, value in options.items() if value is not None})
     if args.without_text:
         config = replace(config, predecessors=None)
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""A certificate for the terminal."""
+"""A certificate as lines of text."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from awareness_vllm.wmatrix.certificate import Certificate, Interval, Metrics, P
 
 
 def lines(document: dict[str, Any]) -> list[str]:
-    """A certificate as in a W-Matrix's manifest, line by line."""
-    found = Certificate.model_validate(document)
-    counts = found.counts
+    """The lines of a certificate, as it is in a W-Matrix's manifest."""
+    certificate = Certificate.model_validate(document)
+    counts = certificate.counts
     return [
-        f"certified {found.measured}: tier {found.tier or 'none'} "
-        f"({counts['texts']} texts of {found.protocol.context} tokens, {counts['cases']} facts; "
-        f"{found.hardware})",
-        interval("retention", found.retention),
-        *(line for plan in found.plans for line in plan_lines(plan)),
-        interval("facts, share of native", found.facts),
-        *(interval(f"  {kind}", i) for kind, i in found.facts_kinds.items()),
-        *(interval(f"  {distance}", i) for distance, i in found.facts_distances.items()),
-        interval("above tokens only, nats", found.margin),
-        interval("above tokens only, facts", found.facts_margin),
-        *(metric_lines(found.metrics) if found.metrics else ()),
+        f"certified {certificate.measured}: tier {certificate.tier or 'none'} "
+        f"({counts['texts']} texts of {certificate.protocol.context} tokens, "
+        f"{counts['cases']} facts; {certificate.hardware})",
+        interval("retention", certificate.retention),
+        *(line for plan in certificate.plans for line in plan_lines(plan)),
+        interval("facts, share of native", certificate.facts),
+        *(interval(f"  {kind}", i) for kind, i in certificate.facts_kinds.items()),
+        *(interval(f"  {distance}", i) for distance, i in certificate.facts_distances.items()),
+        interval("above tokens only, nats", certificate.margin),
+        interval("above tokens only, facts", certificate.facts_margin),
+        *(metric_lines(certificate.metrics) if certificate.metrics else ()),
     ]
 
 
 def plan_lines(plan: Plan) -> list[str]:
-    """What a plan keeps of all texts, and of each kind."""
+    """The lines of a plan: its retention on all texts, and on each kind."""
     head = f"{plan.context} tokens, tail {plan.tail}, cost {plan.cost:.0%}"
     return [
         f"{interval(head, plan.retention)}   top-1 {plan.top1:.3f}",

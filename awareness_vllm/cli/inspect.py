@@ -11,7 +11,7 @@ HELP = "print the manifest of a memory package or a W-Matrix"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", metavar="ID|FILE", help="a memory ID, or a file")
+    parser.add_argument("what", metavar="ID|FILE", help="a memory's ID, or a file")
     parser.add_argument("--store", type=Path, help="folder in which the ID is looked up")
 
 

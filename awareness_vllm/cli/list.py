@@ -1,4 +1,4 @@
-"""`awareness list`: the packages of a store."""
+"""`awareness list`: the memory packages of a store."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ HELP = "list the memory packages of a store"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--store", type=Path, help="folder of packages")
+    parser.add_argument("--store", type=Path, help="folder (default: $AWARENESS_HOME/store)")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

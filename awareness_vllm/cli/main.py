@@ -19,14 +19,14 @@ SUBCOMMANDS = (
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line of all subcommands.
+    """The parser of all subcommands.
 
-    Each one's module gives `HELP`, `add_arguments(parser)`, `run(args) -> result` and
-    `show(result)`; one that goes on after its result is printed also gives `after(args, result)`,
-    one whose result can be bad news `status(result)`, its exit status.
+    Each module has `HELP`, `add_arguments(parser)`, `run(args) -> result` and `show(result)`;
+    optionally `after(args, result)`, which runs once the result is printed, and `status(result)`,
+    the exit status.
     """
     top = argparse.ArgumentParser(
-        prog="awareness", description="Memories of one model, served by another."
+        prog="awareness", description="Serve memories of one model with another."
     )
     subparsers = top.add_subparsers(dest="subcommand", required=True, metavar="SUBCOMMAND")
     for name in SUBCOMMANDS:
@@ -41,7 +41,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand. Its exit status, or 1 with the error on stderr (and in the JSON)."""
+    """Run one subcommand and return its exit status: 1 after an error, which is printed on stderr
+    and in the JSON document."""
     top = parser()
     args, rest = top.parse_known_args(argv)
     if rest and args.subcommand != "serve":
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def unusable_file(error: OSError) -> BadInput:
-    """A file that cannot be read or written, as one of our errors."""
+    """The error about a file that cannot be read or written."""
     return BadInput(
         "a file cannot be used",
         found=str(error),
@@ -84,16 +85,16 @@ def unusable_file(error: OSError) -> BadInput:
 
 @contextmanager
 def only_ours_on_stdout() -> Iterator[None]:
-    """Whatever libraries and their child processes print goes to stderr."""
+    """Send what libraries and their child processes print to stderr."""
     sys.stdout.flush()
-    kept = os.dup(1)
+    stdout = os.dup(1)
     os.dup2(2, 1)
     try:
         yield
     finally:
         sys.stdout.flush()
-        os.dup2(kept, 1)
-        os.close(kept)
+        os.dup2(stdout, 1)
+        os.close(stdout)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`awareness path`: the route between two models over W-Matrices, and one map composed of it."""
+"""`awareness path`: the best route between two models, and one W-Matrix composed of it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from typing import Any
 
 from awareness_vllm.cli.options import add_wmatrices
 
-HELP = "find the way between two models that keeps most; --compose makes one W-Matrix of it"
+HELP = "find the route between two models that keeps most; --compose makes one W-Matrix of it"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--from", dest="source", required=True, metavar="MODEL")
-    parser.add_argument("--to", dest="target", required=True, metavar="MODEL")
+    parser.add_argument(
+        "--from", dest="source", required=True, metavar="MODEL", help="folder or name"
+    )
+    parser.add_argument(
+        "--to", dest="target", required=True, metavar="MODEL", help="folder or name"
+    )
     add_wmatrices(parser)
     parser.add_argument(
         "--models",
@@ -22,12 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         type=Path,
         metavar="DIR",
-        help="folders of the models on the way (default: $AWARENESS_HOME/models/NAME)",
+        help="folders of the models on the route (default: $AWARENESS_HOME/models/NAME)",
     )
-    parser.add_argument("--memory", metavar="ID|FILE", help="ask for a memory of this length")
+    parser.add_argument("--memory", metavar="ID|FILE", help="retentions are for its length")
     parser.add_argument("--store", type=Path, help="folder in which the ID is looked up")
     parser.add_argument(
-        "--uncertified", action="store_true", help="go over maps that nobody has measured, too"
+        "--uncertified", action="store_true", help="also use maps without a certificate"
     )
     parser.add_argument(
         "--texts", nargs="+", type=Path, metavar="PATH", help="measure retention on these texts"
@@ -39,24 +43,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="compose",
         type=Path,
         metavar="OUT.wmatrix",
-        help="write the way as one W-Matrix",
+        help="write the route as one W-Matrix",
     )
     parser.add_argument(
         "--anchors",
         nargs="+",
         type=Path,
         metavar="PATH",
-        help="texts to learn the bridges between hops from; without them hops are multiplied out",
+        help="texts to learn the bridges between maps from; without them maps are multiplied out",
     )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    from awareness_vllm.aligners.multihop import MultiHopAligner
     from awareness_vllm.anchors.corpus import load
+    from awareness_vllm.published import MultiHopAligner
 
     texts, anchors = (load(paths) if paths else None for paths in (args.texts, args.anchors))
     aligner = MultiHopAligner(args.wmatrix, models=args.models, store=args.store)
-    found = aligner.find_optimal_path(
+    path = aligner.find_optimal_path(
         args.source,
         args.target,
         args.memory,
@@ -66,15 +70,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         limit=args.limit,
     )
     if args.compose:
-        aligner.compose(found, anchors).save(args.compose)
+        aligner.compose(path, anchors).save(args.compose)
     return {
-        "route": list(found.route),
-        "wmatrices": [str(hop.path) for hop in found.hops],
-        "direct_retention": found.direct_retention,
-        "optimal_retention": found.optimal_retention,
-        "improvement": found.improvement,
-        "basis": found.basis,
-        "note": found.note,
+        "route": list(path.route),
+        "wmatrices": [str(entry.path) for entry in path.wmatrices],
+        "direct_retention": path.direct_retention,
+        "optimal_retention": path.optimal_retention,
+        "improvement": path.improvement,
+        "basis": path.basis,
+        "note": path.note,
         "composed": str(args.compose) if args.compose else None,
     }
 
@@ -84,8 +88,8 @@ def show(result: dict[str, Any]) -> None:
         return "unknown" if result[name] is None else f"{result[name]:{sign}.3f}"
 
     print(" → ".join(result["route"]))
-    print(f"retention {figure('optimal_retention')} ({result['basis'] or 'nobody measured it'})")
+    print(f"retention {figure('optimal_retention')} ({result['basis'] or 'never measured'})")
     print(f"direct {figure('direct_retention')}, improvement {figure('improvement', '+')}")
     print(result["note"])
     if result["composed"]:
-        print(f"{result['composed_map']}: not certified until `awareness certify` has measured it")
+        print(f"{result['composed']}: not certified until `awareness certify` measures it")

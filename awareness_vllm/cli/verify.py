@@ -1,4 +1,4 @@
-"""`awareness verify`: prove that a package or a W-Matrix is whole and unaltered."""
+"""`awareness verify`: check that a memory package or a W-Matrix is whole and unaltered."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from awareness_vllm.cli.inspect import add_arguments
 
 __all__ = ["HELP", "add_arguments", "run", "show"]
 
-HELP = "prove that a memory package or a W-Matrix is whole and unaltered"
+HELP = "check that a memory package or a W-Matrix is whole and unaltered"
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""From a case to its report: each figure from what was measured, else as published, else none."""
+"""The report of a check: each figure as measured, else as published, else unknown."""
 
 from __future__ import annotations
 
@@ -7,9 +7,21 @@ from statistics import fmean
 from awareness_vllm.compatibility.advice import advice
 from awareness_vllm.compatibility.context import CheckContext
 from awareness_vllm.compatibility.estimate import at_tail, predict
-from awareness_vllm.compatibility.load_time.cost import load_times_s, target_memory_gb
-from awareness_vllm.compatibility.load_time.speed import saved
-from awareness_vllm.compatibility.priors import find_name, positional_impact, published_retention
+from awareness_vllm.compatibility.load_time.cost import (
+    MapSize,
+    load_times_s,
+    target_memory_gb,
+    typical_map,
+)
+from awareness_vllm.compatibility.load_time.speed import REFERENCE, saved
+from awareness_vllm.compatibility.models import Model
+from awareness_vllm.compatibility.priors import (
+    find_name,
+    positional_impact,
+    published_architecture,
+    published_retention,
+    without_loss_by,
+)
 from awareness_vllm.compatibility.report import (
     COPIED,
     LEVELS,
@@ -20,29 +32,33 @@ from awareness_vllm.compatibility.report import (
     level_of,
 )
 from awareness_vllm.compatibility.risks import risks
-from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.wmatrix.certificate import TIERS, Certificate, Interval
+from awareness_vllm.wmatrix.manifest import WMatrixManifest
 
 Known = tuple[Interval, Basis]
+Figure = tuple[float, Basis]
 
 
 def report(check: CheckContext) -> CompatibilityReport:
-    """Everything that is known of a case.
+    """The report of a memory on a target.
 
     Raises:
-        BadInput: a kind of text that nobody published.
+        BadInput: an unknown kind of text, where published figures are asked.
     """
-    interval, basis = expected(check) or (None, None)
-    dangers, certificate = risks(check), check.certificate
+    known = expected(check)
+    interval, basis = known or (None, None)
+    certificate = check.certificate
     score = scored(check, interval)
     level, recommendation = level_of(capped(score, facts(check)))
     if basis is not None and basis.kind == "prior":
-        recommendation += ", going by published figures that nobody here measured"
-    positional, positional_basis = positions(check) or (None, None)
-    times = load_times(check)
+        recommendation += ", by published figures that were not measured here"
+    heads, heads_basis = head_mapping(check, known) or (None, None)
+    positional, positional_basis = positions(check, known) or (None, None)
+    memory, memory_basis = memory_gb(check) or (None, None)
+    times, times_basis = load_times(check)
     return CompatibilityReport(
-        memory=check.subject.name,
-        source=check.subject.source.name,
+        memory=check.memory.name,
+        source=check.memory.source.name,
         target=check.target.name,
         tokens=check.tokens,
         compatibility_score=score,
@@ -54,14 +70,17 @@ def report(check: CheckContext) -> CompatibilityReport:
         recommendation=recommendation,
         refusal=None if check.refusal is None else str(check.refusal),
         facts=facts(check),
-        on_itself=check.found.retention if check.found else None,
-        head_mapping_quality=head_mapping(check),
+        on_itself=check.self_test.retention if check.self_test else None,
+        head_mapping_quality=heads,
+        head_mapping_basis=heads_basis,
         positional_compatibility=positional,
         positional_basis=positional_basis,
-        target_memory_gb=memory_gb(check),
+        target_memory_gb=memory,
+        target_memory_basis=memory_basis,
         estimated_load_time_s=times.get("cold"),
-        load_times_s=times,
-        risk_factors=dangers,
+        load_time_basis=times_basis,
+        load_times_s=times if times_basis and times_basis.kind == "measured" else {},
+        risk_factors=risks(check),
         actions=advice(check, interval.mean if interval else None),
         conditions=conditions(check),
         curves=curves(certificate) if certificate else (),
@@ -71,26 +90,27 @@ def report(check: CheckContext) -> CompatibilityReport:
 
 
 def expected(check: CheckContext) -> Known | None:
-    """Retention and where it comes from; None where it is unknown, or the memory refused.
+    """Retention with its basis; None where it is unknown, or the memory refused.
 
-    A memory's own last part is few tokens: where there is a certificate, it errs less
-    (docs/fidelity-log.md), and the measurement stands beside it.
+    A certificate goes before the measurement of the memory on itself, which has few tokens and errs
+    more (docs/fidelity-log.md).
     """
     if check.refusal is not None:
         return None
     if check.exact:
         return COPIED, Basis(kind="exact", source="the same model: its states are copied")
     if check.certificate is not None and check.entry is not None:
-        said = predict(check.certificate, check.tokens, check.config.tail, check.kind)
-        return said, Basis(kind="measured", source=str(check.entry), digest=check.entry.digest)
-    if check.found is not None and check.subject.manifest is not None:
-        digest = check.subject.manifest.payload
+        retention = predict(check.certificate, check.tokens, check.config.tail, check.kind)
+        basis = Basis(kind="measured", source=str(check.entry), digest=check.entry.digest)
+        return retention, basis
+    if check.self_test is not None and check.memory.manifest is not None:
+        digest = check.memory.manifest.payload
         basis = Basis(kind="measured", source="its own last part", digest=digest)
-        return check.found.retention, basis
-    ends = find_name(check.subject.source.name), find_name(check.target.name)
-    if ends[0] is None or ends[1] is None:
+        return check.self_test.retention, basis
+    names = find_name(check.memory.source.name), find_name(check.target.name)
+    if names[0] is None or names[1] is None:
         return None
-    return published_retention(ends[0], ends[1], check.tokens, check.kind)
+    return published_retention(names[0], names[1], check.tokens, check.kind)
 
 
 def scored(check: CheckContext, retention: Interval | None) -> float | None:
@@ -118,68 +138,92 @@ def facts(check: CheckContext) -> Interval | None:
     return check.certificate.facts if check.certificate else None
 
 
-def head_mapping(check: CheckContext) -> float | None:
-    """The overlap of attention distributions with native ones, a mean over layers."""
+def head_mapping(check: CheckContext, known: Known | None) -> Figure | None:
+    """The overlap of attention distributions with native ones, a mean over layers; as a prior what
+    the published share of head redistribution in the loss leaves."""
     if check.exact:
-        return 1.0
-    if check.certificate is None or check.certificate.metrics is None:
-        return None
-    return fmean(check.certificate.metrics.attention_fidelity)
+        return 1.0, Basis(kind="exact", source="heads stay as they are")
+    if check.certificate is not None and check.certificate.metrics is not None and check.entry:
+        basis = Basis(kind="measured", source=str(check.entry), digest=check.entry.digest)
+        return fmean(check.certificate.metrics.attention_fidelity), basis
+    return published_share("Head Redistribution Error", known)
 
 
-def positions(check: CheckContext) -> tuple[float, Basis] | None:
-    """What is left after the conversion of positions, as published for such encodings. Of a map
-    here it takes nothing by itself: positions are taken off and put on exactly."""
+def positions(check: CheckContext, known: Known | None) -> Figure | None:
+    """What the conversion of positions leaves, as published for such encodings, or else by its
+    published share in the loss. A map here loses nothing by it: positions are exact."""
     if check.exact:
         return 1.0, Basis(kind="exact", source="positions stay as they are")
-    source, target = check.subject.source.geometry, check.target.geometry
-    if source is None or target is None:
+    source, target = (encoding(model) for model in (check.memory.source, check.target))
+    impact = positional_impact(source[0], target[0], source[1]) if source and target else None
+    if source is None or target is None or impact is None:
+        return published_share("Positional Re-encoding Drift", known)
+    return 1 - fmean(impact), Basis(kind="prior", source=f"{source[0]} → {target[0]}, published")
+
+
+def published_share(source: str, known: Known | None) -> Figure | None:
+    """What one source of degradation leaves of a published retention; None without one."""
+    if known is None or known[1].kind != "prior":
         return None
-    return published_positions(source, target)
+    basis = Basis(kind="prior", source=f"{source}: its published share of the loss")
+    return without_loss_by(source, known[0].mean), basis
 
 
-def published_positions(source: Geometry, target: Geometry) -> tuple[float, Basis] | None:
-    """The middle of the published range, by the encodings of the first layers that have one."""
-    schemes = [
-        next((la.positions.scheme for la in g.layers if la.positions.scheme != "none"), "none")
-        for g in (source, target)
-    ]
-    window = next((layer.window for layer in source.layers if layer.window), None)
-    impact = positional_impact(schemes[0], schemes[1], window)
-    if impact is None:
-        return None
-    return 1 - fmean(impact), Basis(kind="prior", source=f"{schemes[0]} → {schemes[1]}, published")
+def encoding(model: Model) -> tuple[str, bool] | None:
+    """A model's positional scheme, that of its first layer with one, and whether it has sliding
+    windows; None where it is unknown."""
+    if model.geometry is not None:
+        layers = model.geometry.layers
+        schemes = (layer.positions.scheme for layer in layers)
+        scheme = next((scheme for scheme in schemes if scheme != "none"), "none")
+        return scheme, any(layer.window for layer in layers)
+    shape = published_architecture(model.name)
+    return None if shape is None else (shape.positions, shape.window)
 
 
-def memory_gb(check: CheckContext) -> float | None:
+def memory_gb(check: CheckContext) -> Figure | None:
     """The KV cache that the memory takes, in 1e9 bytes."""
-    if check.target.geometry is None:
+    shape = check.target.shape
+    if shape is None:
         return None
-    return target_memory_gb(check.target.geometry, check.tokens, check.config)
+    basis = Basis(kind="exact", source="computed from the model's geometry")
+    if check.target.geometry is None:
+        source = "upper bound by the published architecture: all its heads have keys and values"
+        basis = Basis(kind="prior", source=source)
+    return target_memory_gb(shape, check.tokens, check.config), basis
 
 
-def load_times(check: CheckContext) -> dict[str, float]:
-    """Seconds by temperature, by what `awareness doctor` measured of this machine; nothing where
-    it has not."""
-    calibration, size = saved(), check.subject.bytes
-    if check.target.geometry is None or calibration is None or size is None:
-        return {}
-    if not check.exact and check.entry is None:
-        return {}
-    return load_times_s(
-        check.target.geometry,
+def load_times(check: CheckContext) -> tuple[dict[str, float], Basis | None]:
+    """Seconds by temperature, by the rates that `awareness doctor` measured of this machine, or by
+    those of the reference machine; none for a memory that no map realigns."""
+    source, target, size = check.memory.source.shape, check.target.shape, check.memory.bytes
+    unmapped = check.verdict is not None and not check.exact and check.entry is None
+    if source is None or target is None or size is None or unmapped:
+        return {}, None
+    wmatrix: MapSize | WMatrixManifest | None = check.entry.manifest if check.entry else None
+    rates, what = saved(), ""
+    if check.verdict is None:
+        wmatrix = typical_map(source, target)
+        what = "a typical map between published architectures, by "
+    times = load_times_s(
+        target,
         check.tokens,
         check.config,
-        calibration,
+        rates or REFERENCE,
         package_bytes=size,
-        wmatrix=None if check.exact or check.entry is None else check.entry.manifest,
+        wmatrix=wmatrix,
     )
+    if rates is None:
+        what += f"the rates of another machine ({REFERENCE.hardware}): run `awareness doctor` once"
+        return times, Basis(kind="prior", source=what)
+    what += f"this machine's rates, measured {rates.measured:%Y-%m-%d}"
+    return times, Basis(kind="measured" if check.verdict else "prior", source=what)
 
 
 def conditions(check: CheckContext) -> dict[str, dict[str, float]]:
     """The five arms: on the memory itself where it was measured, else the certificate's."""
-    if check.found is not None:
-        return {arm: {"nll": nll} for arm, nll in check.found.conditions.items()}
+    if check.self_test is not None:
+        return {name: {"nll": nll} for name, nll in check.self_test.conditions.items()}
     return check.certificate.texts if check.certificate and not check.exact else {}
 
 
@@ -198,6 +242,6 @@ def curves(certificate: Certificate) -> tuple[Curve, ...]:
 
 
 def shares(check: CheckContext) -> tuple[Share, ...]:
-    """What a naive conversion was measured to lose by. By the divergence from native predictions,
-    which needs fewer texts than the surprise at what came."""
+    """The measured shares of a naive conversion's loss, by the divergence from native predictions,
+    which needs fewer texts than the likelihood of the tokens."""
     return check.degradation.shares(check.tokens, "kl") if check.degradation else ()

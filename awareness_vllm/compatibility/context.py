@@ -1,4 +1,4 @@
-"""One memory on one target: all that is known of the two before anything is loaded."""
+"""One memory on one target: everything known of the two before anything is loaded."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from awareness_vllm.compatibility.degradation import Degradation, load_for
-from awareness_vllm.compatibility.models import Model, model
+from awareness_vllm.compatibility.models import Listing, Model, model
 from awareness_vllm.compatibility.target import TargetConfig
 from awareness_vllm.errors import AwarenessError, BadInput
 from awareness_vllm.packages.manifest import Manifest, read_manifest
@@ -21,18 +21,16 @@ if TYPE_CHECKING:
     from awareness_vllm.packages.file import Package
 
 
-class Listing(Protocol):
-    """Whatever is offered, if it says which model it comes from and how long it is."""
+class MemoryListing(Listing, Protocol):
+    """An offer of a memory, if it names its model and its length."""
 
-    @property
-    def source_model(self) -> str: ...
     @property
     def token_count(self) -> int: ...
 
 
 @dataclass(frozen=True)
-class Subject:
-    """The memory that is asked about; of a listing there is neither manifest nor file."""
+class MemoryInfo:
+    """The memory to check; a listing has neither manifest nor file. `tokens` are the source's."""
 
     name: str
     source: Model
@@ -42,40 +40,52 @@ class Subject:
 
     @property
     def bytes(self) -> int | None:
-        """Of the file, or what its states alone would take."""
+        """The size of the file, or of the states alone, in 16 bits; None for an unknown shape."""
         if self.path is not None:
             return self.path.stat().st_size
-        if self.source.geometry is None:
-            return None
-        return 2 * self.source.geometry.width * self.tokens
+        shape = self.source.shape
+        return None if shape is None else 2 * shape.width * self.tokens
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """The result of measuring a memory on its own last quarter: the mean NLL of each condition in
+    nats, and retention with the interval that the retention of as much further text lies in (by
+    chance alone, estimated from stretches of the scored text). `context` and `scored` are tokens of
+    the target."""
+
+    conditions: dict[str, float]
+    retention: Interval
+    context: int
+    scored: int
 
 
 @dataclass(frozen=True)
 class CheckContext:
     """A memory, a target and what lies between them.
 
-    `tokens` are the memory's as the target counts them, or as the source does where nobody has
-    asked the target's tokenizer. `kind` is the kind of its text, if anybody said.
+    `tokens` are the memory's as the target's tokenizer counts them, or as the source's does where
+    the target's was not asked. `kind` is the kind of the text, None where it is unknown.
     """
 
-    subject: Subject
+    memory: MemoryInfo
     target: Model
     config: TargetConfig
     registry: Registry
     tokens: int
     kind: str | None = None
-    found: OnTheSpot | None = None
+    self_test: SelfTest | None = None
 
     @functools.cached_property
     def verdict(self) -> Verdict | None:
         """Whether a server loads the memory, and how; None where one of the two models is known by
         its published name alone."""
-        source, target, name = self.subject.source.geometry, self.target.geometry, self.subject.name
+        source, target, name = self.memory.source.geometry, self.target.geometry, self.memory.name
         if source is None or target is None:
             return None
         limit = self.config.context_length or target.max_positions
-        found = verdict(name, source, target, self.registry, self.subject.manifest)
-        return found.within(name, self.tokens, limit)
+        decided = verdict(name, source, target, self.registry, self.memory.manifest)
+        return decided.within(name, self.tokens, limit)
 
     @property
     def exact(self) -> bool:
@@ -84,12 +94,12 @@ class CheckContext:
 
     @property
     def entry(self) -> WMatrixEntry | None:
-        """The W-Matrix that realigns it."""
+        """The W-Matrix that realigns the memory."""
         return self.verdict.entry if self.verdict else None
 
     @property
     def refusal(self) -> AwarenessError | None:
-        """The error with which a server refuses it."""
+        """The error with which a server refuses the memory."""
         return self.verdict.refusal if self.verdict else None
 
     @property
@@ -98,48 +108,37 @@ class CheckContext:
 
     @functools.cached_property
     def degradation(self) -> Degradation | None:
-        """What the map's loss was measured to come from."""
+        """The measured sources of the map's loss."""
         return load_for(self.entry) if self.entry else None
 
 
-def subject(
-    given: Listing | Package | str | Path, store: Path | None, registry: Registry
-) -> Subject:
-    """The memory that somebody asks about: a listing, a package, its file or its ID.
+def memory_info(
+    memory: MemoryListing | Package | str | Path, store: Path | None, registry: Registry
+) -> MemoryInfo:
+    """The memory of a listing, a package, its file or its ID.
 
     Raises:
-        InvalidMemoryId, MemoryNotFound, PackageCorrupt: no such memory, or a damaged one;
-        BadInput: a listing of a model that nobody knows, or that says too little.
+        InvalidMemoryId, MemoryNotFound, PackageCorrupt: no such memory, or a damaged one.
+        BadInput: a listing of an unknown model, or one without model or length.
     """
     # A package, whose class is not imported here: it needs torch, and a check does not.
-    if isinstance(manifest := getattr(given, "manifest", None), Manifest):
+    if isinstance(manifest := getattr(memory, "manifest", None), Manifest):
         return of_manifest(manifest, manifest.name or "a package")
-    if isinstance(given, str | Path):
-        path = locate(given, store)
+    if isinstance(memory, str | Path):
+        path = locate(memory, store)
         return of_manifest(read_manifest(path), path.stem, path)
-    source, tokens = (getattr(given, name, None) for name in ("source_model", "token_count"))
+    source, tokens = (getattr(memory, name, None) for name in ("source_model", "token_count"))
     if not isinstance(source, str) or not isinstance(tokens, int) or tokens < 1:
         raise BadInput(
-            "a memory listing says too little",
+            "a memory listing lacks its model or its length",
             found=f"source_model={source!r}, token_count={tokens!r}",
-            expected="the name of a model, and how many tokens it read",
+            expected="the name of a model, and a positive number of tokens",
             remedy="give a package, its file or its ID instead",
         )
-    return Subject(str(getattr(given, "id", "a listing")), model(source, registry), tokens)
+    return MemoryInfo(str(getattr(memory, "id", "a listing")), model(source, registry), tokens)
 
 
-def of_manifest(manifest: Manifest, name: str, path: Path | None = None) -> Subject:
+def of_manifest(manifest: Manifest, name: str, path: Path | None = None) -> MemoryInfo:
+    """The memory that a package's manifest describes."""
     source = Model(manifest.geometry.name, manifest.geometry)
-    return Subject(name, source, manifest.tokens, manifest, path)
-
-
-@dataclass(frozen=True)
-class OnTheSpot:
-    """What was found: each arm's mean NLL in nats, and retention with the interval that the same
-    of as much further text lies in: by chance alone, as it shows between stretches of the scored
-    text. `context` and `scored` are tokens of the target."""
-
-    conditions: dict[str, float]
-    retention: Interval
-    context: int
-    scored: int
+    return MemoryInfo(name, source, manifest.tokens, manifest, path)

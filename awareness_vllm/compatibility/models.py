@@ -1,43 +1,44 @@
-"""The two ends of a transfer: models by folder, by the name that W-Matrices know, or published."""
+"""The models of a transfer: by folder, by their name in the W-Matrices, or by a published name."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
-from awareness_vllm.compatibility.priors import known_name
-from awareness_vllm.errors import BadInput
-from awareness_vllm.models.describe import geometry_of, is_model_folder
+from awareness_vllm.compatibility.priors import known_name, published_geometry
 from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.wmatrix.registry import Registry
 
 
+class Listing(Protocol):
+    """An offer, if it names the model that it comes from."""
+
+    @property
+    def source_model(self) -> str: ...
+
+
 @dataclass(frozen=True)
 class Model:
-    """A model that was asked about; without geometry it is known by its published name alone."""
+    """A model; without geometry it is known by its published name alone."""
 
     name: str
     geometry: Geometry | None
 
+    @property
+    def shape(self) -> Geometry | None:
+        """The geometry, or that of the published architecture (a prior); None without either."""
+        return self.geometry or published_geometry(self.name)
 
-def model(given: str | Path, registry: Registry) -> Model:
+
+def model(name: str | Path, registry: Registry) -> Model:
     """A model by its folder or a name.
 
     Raises:
-        BadInput: nobody knows the name, or several models of the W-Matrices have it;
+        BadInput: an unknown name, or one that several models of the W-Matrices have.
         UnsupportedModel: a folder that cannot be used.
     """
-    if is_model_folder(given):
-        geometry = geometry_of(given)
+    geometry = registry.model(name)
+    if geometry is not None:
         return Model(geometry.name, geometry)
-    known = registry.models()
-    found = [geometry for geometry in known if geometry.name == str(given)]
-    if len(found) > 1:
-        raise BadInput(
-            f"{len(found)} models of the W-Matrices are named {str(given)!r}",
-            found=registry,
-            remedy="give the model's folder",
-        )
-    if found:
-        return Model(found[0].name, found[0])
-    return Model(known_name(str(given), {geometry.name for geometry in known}), None)
+    return Model(known_name(str(name), {known.name for known in registry.models()}), None)

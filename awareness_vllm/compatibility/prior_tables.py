@@ -1,6 +1,6 @@
 """`priors.json`: the published tables, each with the document and heading that it was copied from.
 
-Nothing in them was measured by this project. What is made of them is in `priors.py`.
+Nothing in them was measured by this project. `priors.py` reads figures from them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def _ordered(ends: tuple[float, float]) -> tuple[float, float]:
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Range = Annotated[tuple[Fraction, Fraction], AfterValidator(_ordered)]
-"""A published range, lowest and highest: not a confidence interval, nobody says of what share."""
+"""A published range, lowest and highest: not a confidence interval."""
 Class = Literal["same", "similar", "different"]
 Scheme = Literal["rope", "learned", "alibi"]
 
@@ -59,10 +59,11 @@ class Ranges(FrozenModel):
 
 
 class Tiers(FrozenModel):
-    """Retention that is expected of maps of tiers 1 to 4."""
+    """Expected retention, and reconstruction error, of maps of tiers 1 to 4."""
 
     source: str
     ranges: tuple[Range, ...]
+    errors: tuple[Range, ...]
 
 
 class Lengths(FrozenModel):
@@ -88,7 +89,7 @@ class Lengths(FrozenModel):
 
 
 class Conversion(FrozenModel):
-    """What is lost on the way from one positional scheme to another; `window` is the source's."""
+    """The loss of a conversion of positions; `window` is the source's."""
 
     source: Scheme
     window: bool
@@ -98,7 +99,7 @@ class Conversion(FrozenModel):
 
 
 class Conversions(FrozenModel):
-    """The conversions that somebody published a figure for."""
+    """The conversions with a published figure."""
 
     source: str
     rows: tuple[Conversion, ...]
@@ -112,7 +113,7 @@ class Shares(FrozenModel):
 
 
 class Architecture(FrozenModel):
-    """What is published of a model's shape; `estimated` names the fields that are a guess."""
+    """A model's published shape; `estimated` names the fields that are a guess."""
 
     hidden_size: int
     heads: int
@@ -154,7 +155,7 @@ class Tables(FrozenModel):
 
     @property
     def models(self) -> tuple[str, ...]:
-        """Every model that something is published of."""
+        """Every model with a published figure."""
         return (*self.memory.models, *self.partial.ranges)
 
     @model_validator(mode="after")

@@ -1,13 +1,15 @@
-"""What was published of models whose weights nobody can get: shown, and never enough to serve from.
+"""Published figures of models whose weights cannot be had: shown, and never enough to serve from.
 
-Every figure here carries a `Basis` of kind "prior". Its interval is a *published range*: what the
-tables give, from the lowest to the highest figure that speaks of the case. It is no confidence
-interval; nobody says how many transfers lie within it, or that any was measured.
+Every figure here is a "prior". Its interval is a *published range*, from the lowest to the highest
+figure in the tables that applies. It is no confidence interval: the documents do not say how many
+transfers lie within it, or that any was measured.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+import sys
 from collections.abc import Iterable
 
 import numpy as np
@@ -15,12 +17,13 @@ import numpy as np
 from awareness_vllm.compatibility.prior_tables import Architecture, Class, Range, tables
 from awareness_vllm.compatibility.report import Basis, Cell
 from awareness_vllm.errors import BadInput, similar_names
+from awareness_vllm.models.geometry import Geometry, LayerGeometry, Positions
 from awareness_vllm.wmatrix.certificate import Interval
 
 MATRIX_TOKENS = (10_000, 50_000)
-"""The context lengths that the memory matrix is said to hold for."""
+"""The context lengths that the memory matrix was published for."""
 COLUMN = 32_000
-"""The one length of the context table that lies among them."""
+"""The one length of the context table among them."""
 ROUNDING = 0.005
 """The tables are in whole percent."""
 ROTARY = frozenset({"rope", "linear", "dynamic", "llama3", "yarn", "longrope"})
@@ -28,25 +31,25 @@ ROTARY = frozenset({"rope", "linear", "dynamic", "llama3", "yarn", "longrope"})
 
 
 def known_name(name: str, others: Iterable[str] = ()) -> str:
-    """The published name of a model, however it is spelled; `others` may be meant as well.
+    """The published name of a model, in any spelling; the error also suggests `others`.
 
     Raises:
-        BadInput: nothing is published of such a model; the nearest known names are given.
+        BadInput: nothing is published of such a model.
     """
-    if (found := find_name(name)) is not None:
-        return found
+    if (known := find_name(name)) is not None:
+        return known
     raise unknown("model", name, {*tables().models, *tables().aliases.names, *others})
 
 
 def find_name(name: str) -> str | None:
-    """As `known_name`, None where nobody published anything."""
+    """As `known_name`; None for an unknown model."""
     names = {spelling(n): n for n in tables().models}
     names |= {spelling(alias): n for alias, n in tables().aliases.names.items()}
     return names.get(spelling(name))
 
 
 def spelling(name: str) -> str:
-    """A name without what spellings differ in: case, spaces and punctuation but "+"."""
+    """A name without case, spaces and punctuation but "+", in which spellings differ."""
     return "".join(c for c in name.casefold().replace("+", "plus") if c.isalnum())
 
 
@@ -62,46 +65,46 @@ def unknown(what: str, name: str, known: Iterable[str]) -> BadInput:
 
 
 def published_cells() -> list[Cell]:
-    """The published compatibility matrix: every pair that a figure was published for."""
+    """The published compatibility matrix: every pair with a published figure."""
     models = tables().models
-    found = {(s, t): published_retention(s, t, COLUMN) for s in models for t in models}
+    known = {(s, t): published_retention(s, t, COLUMN) for s in models for t in models}
     return [
-        Cell(source=s, target=t, retention=f[0], basis=f[1]) for (s, t), f in found.items() if f
+        Cell(source=s, target=t, retention=k[0], basis=k[1]) for (s, t), k in known.items() if k
     ]
 
 
 def published_retention(
     source: str, target: str, tokens: int, content: str | None = None
 ) -> tuple[Interval, Basis] | None:
-    """What a memory of so many tokens is said to keep from one model to another.
+    """The published retention of a memory of `tokens` tokens from one model on another.
 
-    The mean is the memory matrix's figure, moved by the context table as `at_length` says. Where
-    the kind of `content` is given, it lies half way to the middle of that content's range: the
-    documents do not say how the two combine. The interval goes from the lowest to the highest of
-    the figures that speak of the pair: the matrix's, the context table's, and the range of the
-    content, of all contents where none is given. Content says nothing of a model and itself (its
-    figures are for cross-model transfers).
+    The mean is the memory matrix's figure, scaled by the context table as in `at_length`. With a
+    kind of `content` it is the middle between this and the middle of that content's range: the
+    documents do not say how the two combine. The interval goes from the lowest to the highest
+    figure for the pair: the matrix's, the context table's, and the range of the content, or of all
+    contents. Content does not apply to a model and itself (its figures are for cross-model
+    transfers).
 
-    A model with partial support has a range, with any other, and of two the lower ends count; it is
-    moved like a different architecture's, and content says nothing of it (it stands in another
+    A model with partial support has one range with all others, and of two the lower ends count; it
+    is scaled like a different architecture's, and content does not apply (it is of another
     document).
 
     Returns:
-        None where nothing was published of the pair.
+        None for a pair without a published figure.
 
     Raises:
-        BadInput: a model or content that nobody published anything of.
+        BadInput: an unknown model or content.
     """
-    ends = known_name(source), known_name(target)
+    pair = known_name(source), known_name(target)
     kind = None if content is None else content_range(content)
     where = [tables().context.source]
-    if (figure := tables().memory.at(*ends)) is not None:
+    if (figure := tables().memory.at(*pair)) is not None:
         interval = _of_figure(figure, tokens)
         where.insert(0, tables().memory.source)
-        if ends[0] != ends[1]:
+        if pair[0] != pair[1]:
             interval = _with_content(interval, kind)
             where.append(tables().content.source)
-    elif (span := _partial(*ends)) is not None:
+    elif (span := _partial(*pair)) is not None:
         factor = at_length("different", tokens)
         interval = _interval(sum(span) / 2 * factor, [end * factor for end in span])
         where.insert(0, tables().partial.source)
@@ -111,28 +114,58 @@ def published_retention(
 
 
 def published_vectors(source: str, target: str) -> tuple[Interval, Basis] | None:
-    """What a vector (weights, not a memory) is said to keep from one model to another.
+    """The published retention of a vector (weights, not a memory) from one model on another.
 
     The interval covers the ranges of all tiers that the figure lies in; for a partially supported
-    model it is its range. None where nothing was published of the pair.
+    model it is its range. None for a pair without a published figure.
 
     Raises:
-        BadInput: a model that nobody published anything of.
+        BadInput: an unknown model.
     """
-    ends = known_name(source), known_name(target)
-    if (figure := tables().vectors.at(*ends)) is not None:
+    pair = known_name(source), known_name(target)
+    if (figure := tables().vectors.at(*pair)) is not None:
         tiers = [r for r in tables().tiers.ranges if r[0] <= figure <= r[1]]
         interval = _interval(figure, [end for tier in tiers for end in tier])
         where = f"{tables().vectors.source}; {tables().tiers.source}"
-    elif (span := _partial(*ends)) is not None:
+    elif (span := _partial(*pair)) is not None:
         interval, where = _interval(sum(span) / 2, span), tables().partial.source
     else:
         return None
     return _rounded(interval), Basis(kind="prior", source=where)
 
 
+def published_route(source: str, target: str, tokens: int) -> tuple[tuple[str, ...], float, float]:
+    """The best route between two different models by published figures, direct or through one other
+    model: its models, the product of its retentions, and the retention of the direct transfer.
+
+    Raises:
+        BadInput: an unknown model.
+    """
+    start, end = known_name(source), known_name(target)
+    routes = [(start, end), *((start, m, end) for m in tables().models if m not in (start, end))]
+    retentions = {}
+    for route in routes:
+        figures = [published_retention(*pair, tokens) for pair in itertools.pairwise(route)]
+        retentions[route] = math.prod(figure[0].mean for figure in figures if figure)
+    best = max(routes, key=retentions.__getitem__)
+    return best, retentions[best], retentions[start, end]
+
+
+def published_error(retention: float) -> float | None:
+    """The middle of the published reconstruction errors of the tiers that a retention lies in, of
+    the first tier where it is above all of them; None below all of them."""
+    tiers = tables().tiers
+    known = list(zip(tiers.ranges, tiers.errors, strict=True))
+    errors = [error for (low, high), error in known if low <= retention <= high]
+    if retention > known[0][0][1]:
+        errors = [known[0][1]]
+    if not errors:
+        return None
+    return (min(low for low, _ in errors) + max(high for _, high in errors)) / 2
+
+
 def class_of(figure: float) -> Class:
-    """How alike two architectures are, read off the matrix: the class whose retention at 32K tokens
+    """The similarity of two architectures, by the matrix: the class whose retention at 32K tokens
     the pair's figure reaches, so that a doubtful pair loses more with length, not less."""
     column = tables().context.tokens.index(COLUMN)
     if figure >= tables().context.same[column]:
@@ -150,8 +183,8 @@ def by_length(architectures: Class, tokens: int) -> float:
 
 
 def at_length(architectures: Class, tokens: int) -> float:
-    """What a figure of the matrix is to be multiplied by: 1 within the lengths that it holds for,
-    beyond them what the context table gains or loses from the nearer end."""
+    """The factor for a figure of the matrix: 1 within the lengths that it was published for,
+    beyond them the context table's ratio to the nearer end."""
     low, high = MATRIX_TOKENS
     nearest = min(max(tokens, low), high)
     return by_length(architectures, tokens) / by_length(architectures, nearest)
@@ -159,27 +192,23 @@ def at_length(architectures: Class, tokens: int) -> float:
 
 def content_range(content: str) -> Range:
     """The published range of a kind of content. Raises BadInput."""
-    ranges = {spelling(name): found for name, found in tables().content.ranges.items()}
-    if (found := ranges.get(spelling(content))) is None:
+    ranges = {spelling(name): span for name, span in tables().content.ranges.items()}
+    if (span := ranges.get(spelling(content))) is None:
         raise unknown("kind of content", content, tables().content.ranges)
-    return found
+    return span
 
 
-def positional_impact(
-    source_scheme: str, target_scheme: str, window: int | None
-) -> tuple[float, float] | None:
-    """The share that converting positions is said to lose, lowest and highest.
+def positional_impact(source_scheme: str, target_scheme: str, windowed: bool) -> Range | None:
+    """The published share that the conversion of positions loses, lowest and highest; None for a
+    conversion without a published figure.
 
     Args:
         source_scheme, target_scheme: as in `Positions.scheme`.
-        window: the source's sliding window in tokens.
-
-    Returns:
-        None for a conversion that nobody published a figure for.
+        windowed: whether the source has sliding windows.
     """
-    ends = ["rope" if s in ROTARY else s for s in (source_scheme, target_scheme)]
+    schemes = ["rope" if s in ROTARY else s for s in (source_scheme, target_scheme)]
     for row in tables().positions.rows:
-        if [row.source, row.target] == ends and row.window == (window is not None):
+        if [row.source, row.target] == schemes and row.window == windowed:
             return row.loss
     return None
 
@@ -189,38 +218,67 @@ def published_shares() -> dict[str, float]:
     return dict(tables().shares.shares)
 
 
-def published_architecture(name: str) -> Architecture | None:
-    """The published shape of a model that is known by name; None where there is none.
+def without_loss_by(source: str, retention: float) -> float:
+    """What one source of degradation leaves: 1 less its published share of the whole loss."""
+    return 1 - published_shares()[source] * (1 - min(max(retention, 0.0), 1.0))
 
-    Raises:
-        BadInput: nothing is published of such a model.
-    """
+
+def published_architecture(name: str) -> Architecture | None:
+    """The published architecture of a model; None where there is none. Raises BadInput."""
     return tables().architectures.models.get(known_name(name))
 
 
+def published_geometry(name: str) -> Geometry | None:
+    """The cache of a published architecture, to compute sizes from; None where there is none.
+
+    No KV heads are published: each attention head counts as one, so sizes are upper bounds. It has
+    no fingerprints, and no limit of positions.
+
+    Raises:
+        BadInput: an unknown model.
+    """
+    if (shape := published_architecture(name)) is None:
+        return None
+    layer = LayerGeometry(
+        heads=shape.heads,
+        head_dim=shape.hidden_size // shape.heads,
+        positions=Positions(scheme=shape.positions),
+    )
+    return Geometry(
+        name=known_name(name),
+        model_type="published",
+        dtype="bfloat16",
+        hidden_size=shape.hidden_size,
+        vocab_size=shape.vocabulary,
+        max_positions=sys.maxsize,
+        layers=(layer,) * shape.layers,
+        weights="",
+        tokenizer="",
+    )
+
+
 def _of_figure(figure: float, tokens: int) -> Interval:
-    """A figure of the matrix at a length, beside the context table's for its class.
+    """A figure of the matrix at a length, with the context table's for its class.
 
     Shorter contexts gain, but never beyond both published figures: a matrix that says 99 % of
     medium contexts does not promise 100 % of short ones.
     """
     architectures = class_of(figure)
     table = by_length(architectures, tokens)
-    moved = min(figure * at_length(architectures, tokens), max(figure, table))
-    return _interval(moved, [table])
+    scaled = min(figure * at_length(architectures, tokens), max(figure, table))
+    return _interval(scaled, [table])
 
 
 def _with_content(interval: Interval, kind: Range | None) -> Interval:
-    """A pair's figures beside those of a kind of content, of all kinds where it is not known."""
+    """A pair's figures with those of a kind of content, of all kinds where it is unknown."""
     ranges = tables().content.ranges.values() if kind is None else [kind]
     mean = interval.mean if kind is None else (interval.mean + sum(kind) / 2) / 2
-    ends = (end for found in ranges for end in found)
-    return _interval(mean, [interval.ci_low, interval.ci_high, *ends])
+    return _interval(mean, [interval.ci_low, interval.ci_high, *itertools.chain(*ranges)])
 
 
 def _partial(source: str, target: str) -> Range | None:
     """The range of a partially supported model with any other, of two the lower ends."""
-    ranges = [r for end in (source, target) if (r := tables().partial.ranges.get(end))]
+    ranges = [r for name in (source, target) if (r := tables().partial.ranges.get(name))]
     if not ranges or source == target:
         return None
     return min(low for low, _ in ranges), min(high for _, high in ranges)
@@ -228,11 +286,11 @@ def _partial(source: str, target: str) -> Range | None:
 
 def _interval(mean: float, figures: Iterable[float]) -> Interval:
     """The mean, and the lowest and highest of it and other figures."""
-    ends = [mean, *figures]
-    return Interval(mean=mean, ci_low=min(ends), ci_high=max(ends))
+    figures = [mean, *figures]
+    return Interval(mean=mean, ci_low=min(figures), ci_high=max(figures))
 
 
 def _rounded(interval: Interval) -> Interval:
-    """The interval with what rounding may have hidden at either end."""
+    """The interval, wider by the tables' rounding."""
     low, high = interval.ci_low - ROUNDING, interval.ci_high + ROUNDING
     return Interval(mean=interval.mean, ci_low=max(low, 0.0), ci_high=min(high, 1.0))

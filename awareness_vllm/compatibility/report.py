@@ -1,7 +1,7 @@
-"""What is said of a memory on a target before it is loaded, with where each figure comes from.
+"""The report of a memory on a target, with the basis of each figure.
 
-Score, level and recommendation are those of the published interface. A *prior* is a figure that
-somebody published for models whose weights nobody can get: it is shown, and decides nothing.
+Score, level and recommendation are those of the published interface. A *prior* is a figure that was
+published for models whose weights cannot be had: it is shown, and decides nothing.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ LEVELS: tuple[tuple[float, Level, str], ...] = (
 """Lowest score of a level, its name and the recommendation, as published."""
 
 COPIED = Interval(mean=1, ci_low=1, ci_high=1)
-"""What a model keeps of its own memory."""
+"""The retention of a model's own memory."""
 REMAINDER = "remainder"
 """The share of a loss that is left with all constraints lifted."""
 
 
 class Basis(FrozenModel):
-    """Where a figure comes from.
+    """The origin of a figure.
 
-    "exact": the same model, a copy. "measured": in five arms, by the certificate of the W-Matrix
-    file `digest`, or here on the package of that digest. "prior": published in `source`, measured
-    by nobody here.
+    "exact": computed, as for a copy of a model's own states, or from a geometry. "measured": by the
+    certificate of the W-Matrix file `digest`, here on the package of that digest, or of this
+    machine. "prior": published in `source`, or of another machine; not measured here.
     """
 
     kind: Literal["exact", "measured", "prior"]
@@ -45,14 +45,14 @@ class Basis(FrozenModel):
 
 
 class RiskFactor(FrozenModel):
-    """What may make the memory worth less than the estimate says, or unusable."""
+    """A reason why the memory may be worth less than the estimate says, or unusable."""
 
     description: str
     impact: Impact
 
 
 class Action(FrozenModel):
-    """What would raise retention, by how much (None: nobody knows), and how that is known."""
+    """A way to raise retention, with its gain (None: unknown) and the gain's basis."""
 
     description: str
     gain: float | None
@@ -78,15 +78,18 @@ class Curve(FrozenModel):
 
 
 class CompatibilityReport(FrozenModel):
-    """What a memory would be on a target. Figures that nobody knows are None.
+    """A memory on a target. Unknown figures are None; a figure has the basis beside it, or else the
+    report's.
 
     `estimated_retention` lies within `ci_low` … `ci_high` for 95 % of memories like this one where
     its basis is measured. `refusal` is the error with which a server refuses the memory: its score
     is 0 then, and nothing is estimated. `head_mapping_quality` is the overlap of the attention
-    distributions with native ones, 0 to 1; `positional_compatibility` what is left after the
-    conversion of positions, 0 to 1. `estimated_load_time_s` is that of a cold load; `load_times_s`
-    has the others. `facts` is fact recall as a share of native, `on_itself` retention as measured
-    on the memory's own last part.
+    distributions with native ones, 0 to 1, as a prior what the published share of head mapping in
+    the loss leaves; `positional_compatibility` what the conversion of positions leaves, 0 to 1.
+    `target_memory_gb` are 1e9 bytes of KV cache, an upper bound by a published architecture.
+    `estimated_load_time_s` is that of a cold load; `load_times_s` has all temperatures, where
+    `awareness doctor` measured this machine. `facts` is fact recall as a share of native,
+    `on_itself` the retention measured on the memory's own last quarter.
     """
 
     memory: str
@@ -104,10 +107,13 @@ class CompatibilityReport(FrozenModel):
     facts: Interval | None = None
     on_itself: Interval | None = None
     head_mapping_quality: float | None
+    head_mapping_basis: Basis | None = None
     positional_compatibility: float | None
     positional_basis: Basis | None
     target_memory_gb: float | None
+    target_memory_basis: Basis | None = None
     estimated_load_time_s: float | None
+    load_time_basis: Basis | None = None
     load_times_s: dict[str, float] = Field(default_factory=dict)
     risk_factors: tuple[RiskFactor, ...] = ()
     actions: tuple[Action, ...] = ()
@@ -125,9 +131,9 @@ class CompatibilityReport(FrozenModel):
 class Estimate(FrozenModel):
     """What a W-Matrix keeps in general: the published fields of `CompatibilityChecker`.
 
-    `alignment_quality` is the mean cosine of aligned states to the target's own;
-    `dimensional_loss` what a round trip through the map loses, `structural_mismatch` how far the
-    two geometries are apart; all 0 to 1, None where nobody knows.
+    `alignment_quality` is the mean cosine of aligned states to the target's own, as a prior 1 less
+    the published reconstruction error; `dimensional_loss` what a round trip through the map loses,
+    `structural_mismatch` how far the two geometries are apart; all 0 to 1, None where unknown.
     """
 
     source: str
@@ -144,7 +150,7 @@ class Estimate(FrozenModel):
 
 
 class Cell(FrozenModel):
-    """One pair of models in the compatibility matrix; nothing known where `basis` is None."""
+    """One pair of models in the compatibility matrix; unknown where `basis` is None."""
 
     source: str
     target: str
@@ -153,7 +159,7 @@ class Cell(FrozenModel):
 
 
 class Matrix(FrozenModel):
-    """Every source with every target: what was measured, and what was published."""
+    """Every source with every target: measured and published retentions."""
 
     sources: tuple[str, ...]
     targets: tuple[str, ...]
@@ -161,13 +167,13 @@ class Matrix(FrozenModel):
 
     def cell(self, source: str, target: str) -> Cell | None:
         """The best known cell of a pair: measured before published, published before nothing."""
-        found = [c for c in self.cells if (c.source, c.target) == (source, target)]
+        cells = [c for c in self.cells if (c.source, c.target) == (source, target)]
         order = ("exact", "measured", "prior", None)
-        return min(found, key=lambda c: order.index(c.basis and c.basis.kind), default=None)
+        return min(cells, key=lambda c: order.index(c.basis and c.basis.kind), default=None)
 
 
 def level_of(score: float | None) -> tuple[Level | None, str]:
     """The published level of a score, and its recommendation."""
     if score is None:
-        return None, "Nobody knows: certify a W-Matrix, or check with --measure"
+        return None, "Unknown: certify a W-Matrix, or check with --measure"
     return next((name, says) for least, name, says in LEVELS if score > least)

@@ -1,4 +1,4 @@
-"""What may make a memory worth less than the estimate says, or unusable: registered functions."""
+"""Risk factors of a memory on a target: registered functions."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ FEW_TEXTS = 32
 
 
 def risk(function: Risk) -> Risk:
-    """Register a function that gives impacts and descriptions."""
+    """Register a function that yields impacts and descriptions."""
     RISKS.append(function)
     return function
 
 
 def risks(check: CheckContext) -> tuple[RiskFactor, ...]:
-    """All risks of a case, the worst first."""
-    found = [RiskFactor(impact=i, description=says) for one in RISKS for i, says in one(check)]
+    """All risks of a memory on a target, the highest impact first."""
+    factors = [RiskFactor(impact=i, description=text) for one in RISKS for i, text in one(check)]
     if check.target.geometry is not None:
-        found += findings(check.config, check.target.geometry, check.tokens)
-    return tuple(sorted(found, key=lambda r: ("high", "medium", "low").index(r.impact)))
+        factors += serving_risks(check.config, check.target.geometry, check.tokens)
+    return tuple(sorted(factors, key=lambda r: ("high", "medium", "low").index(r.impact)))
 
 
 @risk
 def refused(check: CheckContext) -> Iterator[tuple[Impact, str]]:
-    """A memory that a server does not load."""
+    """A memory that a server refuses."""
     if check.refusal is not None:
         yield "high", f"it cannot be loaded: {check.refusal.what}"
 
@@ -42,18 +42,18 @@ def refused(check: CheckContext) -> Iterator[tuple[Impact, str]]:
 @risk
 def unmeasured(check: CheckContext) -> Iterator[tuple[Impact, str]]:
     if check.entry is not None and check.certificate is None:
-        yield "high", "the W-Matrix has no certificate: nobody has measured what it keeps"
+        yield "high", "the W-Matrix has no certificate: its retention was never measured"
 
 
 @risk
 def beyond_measured(check: CheckContext) -> Iterator[tuple[Impact, str]]:
-    """Lengths and kinds of text that the certificate has not seen."""
+    """Lengths and kinds of text that the certificate does not cover."""
     if check.certificate is None:
         return
     longest = max(plan.context for plan in check.certificate.plans)
     if check.tokens > longest:
         impact: Impact = "high" if check.tokens > 2 * longest else "medium"
-        yield impact, f"{check.tokens} tokens, and nobody has measured more than {longest}"
+        yield impact, f"{check.tokens} tokens: the longest measured memories have {longest}"
     if (count := check.certificate.counts["texts"]) < FEW_TEXTS:
         yield "medium", f"the certificate is from {count} texts: others may differ"
     kinds = {kind for plan in check.certificate.plans for kind in plan.kinds}
@@ -63,63 +63,61 @@ def beyond_measured(check: CheckContext) -> Iterator[tuple[Impact, str]]:
 
 @risk
 def lost_facts(check: CheckContext) -> Iterator[tuple[Impact, str]]:
-    """Facts that retention alone hides the loss of."""
+    """Lost facts, which retention alone hides."""
     if check.certificate is None:
         return
-    kept = check.certificate.facts.mean
-    if kept < TIERS[0][1]:
-        impact: Impact = "high" if kept < TIERS[1][1] else "medium"
-        yield impact, f"names, places and codes: only {kept:.2f} of those recalled natively"
+    recall = check.certificate.facts.mean
+    if recall < TIERS[0][1]:
+        impact: Impact = "high" if recall < TIERS[1][1] else "medium"
+        yield impact, f"names, places and codes: only {recall:.2f} of those recalled natively"
 
 
 @risk
 def published_only(check: CheckContext) -> Iterator[tuple[Impact, str]]:
-    if check.subject.source.geometry is None or check.target.geometry is None:
-        yield "high", "known by published figures alone: nobody here measured them, or can load it"
+    if check.memory.source.geometry is None or check.target.geometry is None:
+        yield "high", "published figures alone: not measured here, and the memory cannot be loaded"
 
 
 FEW_BITS = ("int4", "awq", "gptq")
 EIGHT_BITS = ("fp8", "int8")
 
 
-def findings(config: TargetConfig, geometry: Geometry, tokens: int) -> tuple[RiskFactor, ...]:
-    """The risks of serving a memory of so many tokens (the target's) in this way."""
+def serving_risks(config: TargetConfig, geometry: Geometry, tokens: int) -> tuple[RiskFactor, ...]:
+    """The risks of these settings for a memory of `tokens` of the target's tokens."""
     return (*room(config, geometry, tokens), *other_weights(config), *other_cache(config))
 
 
 def room(config: TargetConfig, geometry: Geometry, tokens: int) -> tuple[RiskFactor, ...]:
-    """Whether the devices have room for the memory, and anything of it is loaded."""
-    found = []
+    """A memory that is too large for the devices, or so short that nothing of it is loaded."""
+    factors = []
     each = target_memory_gb(geometry, tokens, config) / config.num_gpus
     if config.memory_gb is not None and each > config.memory_gb:
-        says = f"the memory takes {each:.3g} GB of each device, which has {config.memory_gb:g} GB"
-        found.append(RiskFactor(description=says, impact="high"))
+        text = f"the memory takes {each:.3g} GB of each device, which has {config.memory_gb:g} GB"
+        factors.append(RiskFactor(description=text, impact="high"))
     if tokens <= config.tail:
-        says = (
+        text = (
             f"the target reads all {tokens} tokens itself (tail {config.tail}): nothing is loaded"
         )
-        found.append(RiskFactor(description=says, impact="low"))
-    return tuple(found)
+        factors.append(RiskFactor(description=text, impact="low"))
+    return tuple(factors)
 
 
 def other_weights(config: TargetConfig) -> tuple[RiskFactor, ...]:
-    """Weights for which no certificate speaks: a W-Matrix is fitted and measured on exact ones."""
-    found = []
+    """Weights without a certificate: a W-Matrix is fitted and measured on exact ones."""
+    factors = []
     if config.custom_fine_tune is not None:
-        says = f"{config.custom_fine_tune} has other weights than a W-Matrix of the target was "
-        found.append(RiskFactor(description=says + "fitted to; fit one for it", impact="high"))
+        text = f"{config.custom_fine_tune} has other weights than a W-Matrix of the target was "
+        factors.append(RiskFactor(description=text + "fitted to; fit one for it", impact="high"))
     if config.quantization in (*FEW_BITS, *EIGHT_BITS):
         impact = "medium" if config.quantization in EIGHT_BITS else "high"
-        says = f"{config.quantization} weights are not those that a W-Matrix was measured on"
-        found.append(RiskFactor(description=says, impact=impact))
-    return tuple(found)
+        text = f"{config.quantization} weights are not those that a W-Matrix was measured on"
+        factors.append(RiskFactor(description=text, impact=impact))
+    return tuple(factors)
 
 
 def other_cache(config: TargetConfig) -> tuple[RiskFactor, ...]:
-    """States that are rounded on their way in."""
+    """A cache that rounds the states."""
     if not config.kv_cache_dtype.startswith("fp8"):
         return ()
-    says = (
-        f"a {config.kv_cache_dtype} cache rounds the memory's states; nobody measured what is lost"
-    )
-    return (RiskFactor(description=says, impact="low"),)
+    text = f"a {config.kv_cache_dtype} cache rounds the memory's states: a loss never measured here"
+    return (RiskFactor(description=text, impact="low"),)

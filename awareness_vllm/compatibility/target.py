@@ -1,4 +1,4 @@
-"""How a target is served, as far as it decides whether a memory fits there and what it costs."""
+"""The settings of a target's server that decide whether a memory fits there, and its cost."""
 
 from __future__ import annotations
 
@@ -24,52 +24,56 @@ QUANTIZATIONS: dict[str, str | None] = {
     "awq": None,
     "gptq": None,
 }
-"""What is known of weights, and the dtype that each computes in; None: the model's own. However few
-bits the weights have, vLLM's cache is in that dtype unless `kv_cache_dtype` says otherwise."""
+"""Quantizations of weights, and the dtype that each computes in (None: the model's own), which is
+also that of vLLM's cache unless `kv_cache_dtype` says otherwise."""
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
 
 
 class TargetConfig(FrozenModel):
-    """What a target's server is started with; every field may be left out.
+    """The settings of a target's server; each has a default, and is an option of `awareness check`
+    with the same help."""
 
-    `quantization` is that of the weights, a key of QUANTIZATIONS. `kv_cache_dtype` has vLLM's
-    names. `context_length` is vLLM's `--max-model-len`, `num_gpus` its tensor parallelism,
-    `memory_gb` one device's memory in 1e9 bytes, `block_size` the tokens of a block of the KV cache
-    (vLLM on a CPU takes 128). The target reads the last `tail` tokens of a memory itself.
-    `custom_fine_tune` names a checkpoint whose weights are not the target's own.
-    """
-
-    quantization: StrictStr | None = None
-    kv_cache_dtype: CacheDtype = "auto"
-    context_length: StrictInt | None = Field(None, gt=0)
-    num_gpus: StrictInt = Field(1, gt=0)
-    memory_gb: StrictInt | StrictFloat | None = Field(None, gt=0, allow_inf_nan=False)
-    block_size: StrictInt = Field(16, gt=0)
-    tail: StrictInt = Field(TAIL, ge=0)
-    custom_fine_tune: StrictStr | None = Field(None, min_length=1)
+    quantization: StrictStr | None = Field(
+        None, description=f"quantization of the weights: {', '.join(QUANTIZATIONS)}"
+    )
+    kv_cache_dtype: CacheDtype = Field("auto", description="vLLM's option of that name")
+    context_length: StrictInt | None = Field(None, gt=0, description="vLLM's --max-model-len")
+    num_gpus: StrictInt = Field(1, gt=0, description="vLLM's --tensor-parallel-size")
+    memory_gb: StrictInt | StrictFloat | None = Field(
+        None, gt=0, allow_inf_nan=False, description="memory of one device, in 1e9 bytes"
+    )
+    block_size: StrictInt = Field(
+        16, gt=0, description="tokens of a block of the KV cache (128 in vLLM on a CPU)"
+    )
+    tail: StrictInt = Field(
+        TAIL, ge=0, description="last tokens of a memory that the target reads itself"
+    )
+    custom_fine_tune: StrictStr | None = Field(
+        None, min_length=1, description="name of a checkpoint with other weights than the target's"
+    )
 
     @classmethod
-    def read(cls, given: Mapping[str, Any] | TargetConfig | None) -> TargetConfig:
-        """A configuration as a caller gives it.
+    def read(cls, config: Mapping[str, Any] | TargetConfig | None) -> TargetConfig:
+        """A configuration from the fields that a caller gives.
 
         Raises:
             BadInput: an unknown field or name, a wrong type or number, or a cache that vLLM does
                 not have beside such weights.
         """
-        if given is None or isinstance(given, TargetConfig):
-            return given or cls()
-        if not isinstance(given, Mapping):
+        if config is None or isinstance(config, TargetConfig):
+            return config or cls()
+        if not isinstance(config, Mapping):
             raise BadInput(
                 "target_config is not a mapping",
-                found=type(given).__name__,
+                found=type(config).__name__,
                 expected=f"some of {', '.join(cls.model_fields)}",
             )
-        for name in given:
-            known("field of target_config", name, cls.model_fields)
-        known("quantization", given.get("quantization"), (*QUANTIZATIONS, None))
-        known("kv_cache_dtype", given.get("kv_cache_dtype", "auto"), get_args(CacheDtype))
+        for name in config:
+            check_name("field of target_config", name, cls.model_fields)
+        check_name("quantization", config.get("quantization"), (*QUANTIZATIONS, None))
+        check_name("kv_cache_dtype", config.get("kv_cache_dtype", "auto"), get_args(CacheDtype))
         try:
-            return cls(**given)
+            return cls(**config)
         except ValidationError as error:
             first = error.errors()[0]
             raise BadInput(
@@ -79,15 +83,11 @@ class TargetConfig(FrozenModel):
             ) from error
 
     def check(self, geometry: Geometry) -> None:
-        """Refuse what vLLM would refuse to start with this model.
-
-        Raises:
-            BadInput
-        """
+        """Raises BadInput for settings with which vLLM does not start this model."""
         longest = self.context_length
         if longest is not None and longest > geometry.max_positions:
             raise BadInput(
-                f"context_length is beyond what {geometry.name} was made for",
+                f"context_length is beyond the positions of {geometry.name}",
                 found=longest,
                 expected=f"{geometry.max_positions} at most",
             )
@@ -101,7 +101,7 @@ class TargetConfig(FrozenModel):
         self.check_cache(geometry)
 
     def check_cache(self, geometry: Geometry) -> None:
-        """Refuse a cache in another dtype than attention can read. Raises BadInput."""
+        """Raises BadInput for a cache in another dtype than attention can read."""
         computed, cache = self.computed_in(geometry), self.kv_cache_dtype
         wrong = cache in ("float16", "bfloat16") and cache != computed
         if wrong or (self.quantization == "fp8" and cache == "fp8_e5m2"):
@@ -112,7 +112,7 @@ class TargetConfig(FrozenModel):
             )
 
     def computed_in(self, geometry: Geometry) -> str:
-        """The dtype that attention computes in; unless it is asked to, vLLM does not in float32."""
+        """The dtype that attention computes in; float32 only where it is set, as in vLLM."""
         own = "bfloat16" if geometry.dtype == "float32" else geometry.dtype
         return (self.quantization and QUANTIZATIONS[self.quantization]) or own
 
@@ -122,16 +122,16 @@ class TargetConfig(FrozenModel):
         return ITEM_BYTES[self.computed_in(geometry) if auto else self.kv_cache_dtype]
 
 
-def known(what: str, found: object, names: Iterable[object]) -> None:
-    """Refuse what is none of the names; those nearest to it are named. Raises BadInput."""
+def check_name(what: str, name: object, names: Iterable[object]) -> None:
+    """Raises BadInput for a name that is none of `names`; the error suggests similar ones."""
     names = list(names)
-    if found in names:
+    if name in names:
         return
-    words = [name for name in names if isinstance(name, str)]
-    near = similar_names(found, words)
+    words = [known for known in names if isinstance(known, str)]
+    near = similar_names(name, words)
     raise BadInput(
         f"unknown {what}",
-        found=repr(found)[:80],
+        found=repr(name)[:80],
         expected=", ".join(words),
         remedy=f"did you mean {' or '.join(near)}?" if near else None,
     )

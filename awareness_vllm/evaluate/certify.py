@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from awareness_vllm.anchors.corpus import Document, digest
+from awareness_vllm.anchors.corpus import Document, digest, sources
 from awareness_vllm.evaluate.bootstrap import mean
 from awareness_vllm.evaluate.conditions import EvalHarness, tail_condition
 from awareness_vllm.evaluate.evaluate import (
@@ -91,6 +91,7 @@ def certify(
         limit=limit,
         context=context,
         continuation=continuation,
+        sources=sources(texts),
     )
     plans = build_plans(harness, wmatrix, on_texts, {context: on_cases})
     certificate = build_certificate(protocol, on_texts[context], on_cases, metrics, plans)

@@ -22,12 +22,19 @@ DOMAINS = "domains.json"
 class WMatrixTrainer:
     """The trainer of a W-Matrix from one model to another.
 
+        trainer = WMatrixTrainer(source_model="models/a", target_model="models/b")
+        trainer.configure(num_anchors=10000, layers="all", regularization=0.01)
+        w_matrix = trainer.train(epochs=100, validation_split=0.2, early_stopping_patience=10)
+        print(f"{w_matrix.accuracy:.3f} {w_matrix.reconstruction_error:.4f}")
+        w_matrix.save("a-to-b.wmatrix")
+        w_matrix.register(name="a-to-b")
+
     Args:
         source_model, target_model: Hugging Face folders.
-        source_endpoint, target_endpoint: vLLM servers; not supported yet.
+        source_endpoint, target_endpoint: refused, since an endpoint returns text and no KV states.
 
     Raises:
-        UnsupportedModel: a model whose cache cannot be mapped, or an endpoint.
+        UnsupportedModel: a closed model, one whose cache cannot be mapped, or an endpoint.
     """
 
     def __init__(
@@ -41,10 +48,10 @@ class WMatrixTrainer:
         for endpoint in (source_endpoint, target_endpoint):
             if endpoint is not None:
                 raise UnsupportedModel(
-                    "models behind an endpoint are not supported yet",
+                    "a map cannot be learned through an endpoint: it returns text and no KV states",
                     found=endpoint,
-                    expected="a local Hugging Face folder",
-                    remedy="give the models' folders",
+                    expected="models that run in this process, as local Hugging Face folders",
+                    remedy="download both models' weights and give their folders, without endpoint",
                 )
         self.source, self.target = resolve_folder(source_model), resolve_folder(target_model)
         self.source_geometry = geometry_of(self.source)
@@ -67,12 +74,12 @@ class WMatrixTrainer:
         text: bool = True,
         seed: int | None = None,
     ) -> WMatrixTrainer:
-        """Set the parameters that are not None; the trainer itself.
+        """Change some options; those left out keep their values.
 
         Args:
             num_anchors: tokens that both models read; each is one anchor.
-            anchor_domains: domains of the default anchors; all by default.
-            anchors: files and folders of texts, instead of the default ones.
+            anchor_domains: domains of texts under `$AWARENESS_HOME/anchors`; all by default.
+            anchors: files and folders of texts, instead of these.
             layers: source layers to read, evenly spread; half by default.
             optimization: "svd", the reduced-rank ridge.
             regularization: ridge, as a share of the features' variance; by default chosen on
@@ -87,10 +94,8 @@ class WMatrixTrainer:
         if optimization != "svd":
             raise BadInput("unknown optimization", found=optimization, expected="svd")
         if anchors is not None and anchor_domains is not None:
-            raise BadInput(
-                "anchors and anchor_domains exclude each other", remedy="give one of them"
-            )
-        settings = {
+            raise BadInput("anchors and anchor_domains exclude each other", remedy="give one")
+        options = {
             "tokens": num_anchors,
             "layers": len(self.source_geometry.layers) if layers == "all" else layers,
             "ridge": regularization,
@@ -100,7 +105,7 @@ class WMatrixTrainer:
         }
         if not text:
             self.config = replace(self.config, predecessors=None)
-        changes = {name: value for name, value in settings.items() if value is not None}
+        changes = {name: value for name, value in options.items() if value is not None}
         self.config = replace(self.config, **changes)  # type: ignore[arg-type]
         self.anchors = anchors if anchors is not None else self.anchors
         self.domains = anchor_domains if anchor_domains is not None else self.domains
@@ -117,13 +122,17 @@ class WMatrixTrainer:
         folder: Path | None = None,
         progress: bool = True,
     ) -> WMatrix:
-        """The fitted and calibrated W-Matrix.
+        """Fit and calibrate the map.
 
         Args:
             epochs: passes over the calibration texts.
-            validation_split: share of the documents that is held out for scores and R².
-            early_stopping_patience: epochs without a better score before training ends.
-            folder: for checkpoints, from which a killed training resumes.
+            validation_split: share of the documents that is held out, to stop by and to score.
+            early_stopping_patience: epochs without a better score there before training ends.
+            num_anchors, anchor_domains: as in `configure`.
+            folder: for unfinished work; a killed training continues from it.
+
+        Raises:
+            BadInput: an unknown domain, or no texts.
         """
         self.configure(num_anchors=num_anchors, anchor_domains=anchor_domains)
         config = replace(
@@ -137,7 +146,7 @@ class WMatrixTrainer:
         )
 
     def documents(self) -> list[Document]:
-        """The anchors, as configured."""
+        """The anchor documents. Raises BadInput."""
         if self.anchors is not None:
             return load([Path(path) for path in self.anchors])
         if self.domains is None:
@@ -146,8 +155,8 @@ class WMatrixTrainer:
 
 
 def domain_folders(domains: Sequence[str]) -> list[Path]:
-    """The folders under `$AWARENESS_HOME/anchors` of these domains, by its `domains.json`; a
-    folder's name is a domain too.
+    """The folders of some domains under `$AWARENESS_HOME/anchors`: those that `domains.json` there
+    lists, or the folder of that name.
 
     Raises:
         BadInput: an unknown domain.
@@ -163,6 +172,7 @@ def domain_folders(domains: Sequence[str]) -> list[Path]:
             "unknown anchor domain",
             found=sorted(unknown),
             expected=", ".join(sorted(folders)) or f"a folder of texts under {root}",
-            remedy="`make anchors` installs the default ones; or give files and folders as anchors",
+            remedy="put a folder of that name there, give files and folders as `anchors`, or "
+            "install the default ones with `make anchors`",
         )
     return [root / name for domain in domains for name in folders[domain]]

@@ -43,12 +43,29 @@ def resolve_folder(model: str | Path) -> Path:
 
         return Path(snapshot_download(str(model), local_files_only=True))
     except Exception as error:
+        if str(model).casefold().startswith(CLOSED):
+            raise closed_model(str(model)) from error
         raise UnsupportedModel(
             f"no model at {str(model)!r}",
             found=f"no config.json there, and not in the local hub cache ({type(error).__name__})",
             expected="a Hugging Face model folder",
             remedy="give a folder with config.json, safetensors and tokenizer.json",
         ) from error
+
+
+CLOSED = ("gpt-3", "gpt-4", "gpt-5", "chatgpt", "claude", "gemini")
+"""How names of models begin that are served through an API only."""
+
+
+def closed_model(name: str) -> UnsupportedModel:
+    """The error about a model of which nobody outside can read weights or KV states."""
+    return UnsupportedModel(
+        f"{name} is a closed model: its weights and KV states cannot be had",
+        found="a model that is served through an API only",
+        expected="open models, as local Hugging Face folders",
+        remedy="give the folders of open models; of closed ones MemoryCompatibilityChecker and "
+        "`awareness check` show published figures (priors)",
+    )
 
 
 def geometry_of(folder: str | Path, tokens: int | None = None) -> Geometry:

@@ -27,14 +27,16 @@ class Interval(FrozenModel):
 
 
 class Protocol(FrozenModel):
-    """The protocol of a measurement: digests of the `texts` and `cases`, of which `limit` were
-    taken evenly; `context` tokens of memory, and `continuation` tokens scored after it."""
+    """What was measured on, and how. `texts` and `cases` are digests; `limit` documents of them
+    were taken evenly; `context` tokens of memory, `continuation` tokens scored after it. `sources`
+    are the folders and files that the texts came from (version 0.1 did not record them)."""
 
     texts: str
     cases: str
     limit: int
     context: int
     continuation: int
+    sources: tuple[str, ...] = ()
 
 
 class Plan(FrozenModel):

@@ -1,4 +1,4 @@
-"""The W-Matrix files at hand, read as far as their manifests: which leads from where to where."""
+"""The registry of W-Matrix files, read as far as their manifests: which map leads where."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from awareness_vllm.errors import NoWMatrix, WMatrixCorrupt
+from awareness_vllm.errors import BadInput, NoWMatrix, WMatrixCorrupt
 from awareness_vllm.files import file_digest, wmatrices_dir
+from awareness_vllm.models.describe import geometry_of, is_model_folder
 from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.wmatrix.certificate import Certificate
 from awareness_vllm.wmatrix.manifest import WMatrixManifest, read_manifest
@@ -32,11 +33,11 @@ class WMatrixEntry:
 
     @functools.cached_property
     def certificate(self) -> Certificate | None:
-        """None where the map was never measured, or by an older version only."""
-        measured = self.manifest.measured
-        if measured is None and self.manifest.certificate is not None:
+        """The map's measured figures; None without a certificate that this version reads."""
+        certificate = self.manifest.measured
+        if certificate is None and self.manifest.certificate is not None:
             logger.warning("%s: its certificate is an older version's: certify it again", self)
-        return measured
+        return certificate
 
     def leads(self, source: Geometry, target: Geometry) -> bool:
         """Whether the map is one from these exact weights to those."""
@@ -54,12 +55,14 @@ class Registry:
 
     @classmethod
     def read(cls, paths: Registry | Iterable[str | Path] | None = None) -> Registry:
-        """The W-Matrices of files and folders, by default of `$AWARENESS_HOME/wmatrices`, which
-        need not exist; a registry as it is.
+        """The registry of some files and folders; a registry is returned unchanged.
+
+        Args:
+            paths: by default `$AWARENESS_HOME/wmatrices`, which need not exist. In a folder, files
+                that this version cannot read are skipped.
 
         Raises:
-            WMatrixCorrupt: a file that was named itself; in a folder, files that this version does
-                not read are passed over.
+            WMatrixCorrupt: an unreadable file among `paths` themselves.
         """
         if isinstance(paths, Registry):
             return paths
@@ -84,19 +87,19 @@ class Registry:
         return "; ".join(map(str, self.entries)) or "no W-Matrix at all"
 
     def usable(self, has_text: bool) -> Registry:
-        """The maps for packages with their text, which read its tokens, or for those without."""
+        """The maps for packages with their text, which read its tokens, or without it."""
         return Registry(tuple(e for e in self.entries if e.manifest.reads_tokens == has_text))
 
     def certified(self) -> Registry:
-        """The maps that were measured."""
+        """The maps that have a certificate."""
         return Registry(tuple(e for e in self.entries if e.certificate))
 
     def find(self, source: Geometry, target: Geometry, has_text: bool) -> WMatrixEntry:
-        """The map that serves memories of one model on another: of several the one that was
-        measured to keep most.
+        """The map that serves memories of one model on another; of several the one with the
+        highest certified retention.
 
         Raises:
-            NoWMatrix: there is none; the maps at hand are named.
+            NoWMatrix: there is none; the error names the maps that there are.
         """
         matches = [entry for entry in self.usable(has_text) if entry.leads(source, target)]
         if matches:
@@ -111,6 +114,25 @@ class Registry:
             "route through other models with `awareness path`",
         )
 
+    def model(self, model: str | Path) -> Geometry | None:
+        """A model by its folder or by its name in the maps; None for an unknown name.
+
+        Raises:
+            BadInput: several models have the name.
+            UnsupportedModel: the folder of a model whose cache cannot be described.
+        """
+        if is_model_folder(model):
+            return geometry_of(model)
+        matches = [geometry for geometry in self.models() if geometry.name == str(model)]
+        if len(matches) > 1:
+            raise BadInput(
+                f"{len(matches)} models of the W-Matrices are named {str(model)!r}",
+                found=self,
+                expected="the name of one model",
+                remedy="give the model's folder",
+            )
+        return matches[0] if matches else None
+
     def models(self) -> list[Geometry]:
         """The models that maps lead from and to, each once."""
         models: list[Geometry] = []
@@ -122,5 +144,14 @@ class Registry:
 
 
 def best(entries: Iterable[WMatrixEntry]) -> WMatrixEntry:
-    """The map that was measured to keep most; any where none was measured."""
+    """The map with the highest certified retention; any map where none is certified."""
     return max(entries, key=lambda e: e.certificate.retention.mean if e.certificate else -1.0)
+
+
+def locate(wmatrix: str | Path) -> Path:
+    """The file of a W-Matrix, by its path or by its name under `$AWARENESS_HOME/wmatrices`, with or
+    without `.wmatrix`. A path that is neither is returned unchanged."""
+    path = Path(wmatrix)
+    registered = wmatrices_dir() / f"{path.name.removesuffix('.wmatrix')}.wmatrix"
+    by_name = path.name == str(path) and not path.is_file() and registered.is_file()
+    return registered if by_name else path

@@ -1,4 +1,4 @@
-"""Ways from one model to another over the W-Matrices at hand, by what their certificates say."""
+"""Routes from one model to another over W-Matrices, by what their certificates say."""
 
 from __future__ import annotations
 
@@ -10,78 +10,88 @@ from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.wmatrix.certificate import with_tail
 from awareness_vllm.wmatrix.registry import Registry, WMatrixEntry
 
-Hops = tuple[WMatrixEntry, ...]
+Route = tuple[WMatrixEntry, ...]
+"""W-Matrices one after another: each leads from the model to which the one before it leads."""
 SMALLEST = 1e-9
-"""A retention of nothing, or less, has no logarithm."""
+"""The least retention of a map on a route: zero and less have no logarithm."""
 
 
 def key(model: Geometry) -> object:
-    """What tells models apart, as `Geometry.same_model` does."""
+    """The identity of a model, as in `Geometry.same_model`."""
     return model.weights, model.tokenizer, model.layers
 
 
-def names(hops: Hops) -> tuple[str, ...]:
-    """The models on the way."""
-    return (hops[0].manifest.source.name, *(hop.manifest.target.name for hop in hops))
+def names(route: Route) -> tuple[str, ...]:
+    """The models along a route."""
+    return (route[0].manifest.source.name, *(entry.manifest.target.name for entry in route))
 
 
-def kept(entry: WMatrixEntry, context: int | None) -> float | None:
-    """What a map alone is certified to keep of so many tokens, by default of its protocol's."""
-    if (found := entry.certificate) is None:
+def certified_retention(entry: WMatrixEntry, context: int | None) -> float | None:
+    """The certified retention of a map alone, without a native tail, for a memory of `context`
+    tokens (by default the protocol's); None without a certificate."""
+    if (certificate := entry.certificate) is None:
         return None
-    return with_tail(found, context or found.protocol.context, 0).retention.mean
+    return with_tail(certificate, context or certificate.protocol.context, 0).retention.mean
 
 
-def expected(hops: Hops, context: int | None) -> float | None:
-    """What a way keeps: a hop's certificate, or the product of several; None where one has none."""
-    found = [kept(hop, context) for hop in hops]
-    if any(k is None for k in found):
+def expected_retention(route: Route, context: int | None) -> float | None:
+    """The certified retention of one map, or the product over several; None where one of them has
+    no certificate."""
+    factors = [certified_retention(entry, context) for entry in route]
+    if any(factor is None for factor in factors):
         return None
-    if len(found) == 1:
-        return found[0]
-    return math.prod(min(max(k, 0.0), 1.0) for k in found if k is not None)
+    if len(factors) == 1:
+        return factors[0]
+    return math.prod(min(max(factor, 0.0), 1.0) for factor in factors if factor is not None)
 
 
-def best(
+def best_route(
     registry: Registry,
     start: Geometry,
     end: Geometry,
     context: int | None,
     *,
     direct: bool,
-) -> Hops | None:
-    """The way with the fewest uncertified hops, of these the one that keeps most (Dijkstra on
-    −log retention), of these the shortest; with `direct` in one hop, otherwise in several."""
+) -> Route | None:
+    """The route with the fewest uncertified maps, among those the one of highest expected retention
+    (Dijkstra on −log retention), among those the shortest; None where no route leads there.
+
+    Args:
+        direct: of one map; otherwise of several.
+    """
     edges: dict[object, list[WMatrixEntry]] = {}
     for entry in registry:
         source, target = key(entry.manifest.source), key(entry.manifest.target)
         if ((source, target) == (key(start), key(end))) == direct:
             edges.setdefault(source, []).append(entry)
     ties = itertools.count()
-    heap: list[tuple[int, float, int, int, Hops]] = [(0, 0.0, 0, next(ties), ())]
+    heap: list[tuple[int, float, int, int, Route]] = [(0, 0.0, 0, next(ties), ())]
     settled: set[object] = set()
     while heap:
-        unknown, cost, length, _, way = heapq.heappop(heap)
-        at = key(way[-1].manifest.target if way else start)
+        uncertified, cost, length, _, route = heapq.heappop(heap)
+        at = key(route[-1].manifest.target if route else start)
         if at in settled:
             continue
         settled.add(at)
         if at == key(end):
-            return way
+            return route
         for entry in edges.get(at, ()):
-            k = kept(entry, context)
-            more = 0.0 if k is None else -math.log(min(max(k, SMALLEST), 1.0))
-            step = (unknown + (k is None), cost + more, length + 1, next(ties), (*way, entry))
+            retention = certified_retention(entry, context)
+            more = 0.0 if retention is None else -math.log(min(max(retention, SMALLEST), 1.0))
+            unknown = uncertified + (retention is None)
+            step = (unknown, cost + more, length + 1, next(ties), (*route, entry))
             heapq.heappush(heap, step)
     return None
 
 
-def note(usable: Registry, start: Geometry, end: Geometry, way: Hops, direct: Hops | None) -> str:
-    """How the direct map fared against the way that was found."""
-    if way is direct:
-        return "the direct map: no other way is expected to keep more"
+def note(
+    usable: Registry, start: Geometry, end: Geometry, route: Route, direct: Route | None
+) -> str:
+    """A sentence that compares the route with the direct map."""
+    if route is direct:
+        return "the direct map: no other route is expected to keep more"
     if direct:
         return "expected to keep more than the direct map"
-    if best(usable, start, end, None, direct=True):
-        return "a direct map exists, and nobody has measured it"
+    if best_route(usable, start, end, None, direct=True):
+        return "there is a direct map, but it was never measured"
     return "there is no direct map"

@@ -1,4 +1,4 @@
-"""Whether a target can use a memory, and how: decided here for servers, checks and routers."""
+"""The verdict whether a target can use a memory, and how: one for servers and checks."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from awareness_vllm.wmatrix.registry import Registry, WMatrixEntry
 @dataclass(frozen=True)
 class Verdict:
     """How a memory gets into a target's cache: as an exact copy, or realigned by the map `entry`.
-    With a `refusal` it does not, and that is the error which a server answers."""
+    With a `refusal`, the error that a server answers, it does not."""
 
     exact: bool = False
     entry: WMatrixEntry | None = None
     refusal: AwarenessError | None = None
 
     def within(self, memory: str, tokens: int, limit: int) -> Verdict:
-        """The same verdict for a memory of so many target tokens: refused where no room is left for
-        a question and its answer in a context window of `limit`."""
+        """The verdict on a memory of so many target tokens in a context window of `limit`: refused
+        where no room is left for a question and its answer."""
         try:
             check_fits(f"memory {memory}", tokens, 1, limit)
         except ContextTooLong as error:

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from awareness_vllm.anchors.corpus import Document
+from awareness_vllm.anchors.corpus import Document, digest, sources
+from awareness_vllm.anchors.corpus import load as load_texts
 from awareness_vllm.cli.format import lines
 from awareness_vllm.cli.main import main
 from awareness_vllm.errors import BadInput, QualityUnreachable, WMatrixCorrupt
@@ -246,12 +247,14 @@ def test_lengths_and_plans_are_measured(
         progress=False,
     )
     found = Certificate.model_validate(measured.manifest.certificate)
-    ways = [(way.context, way.tail) for way in found.plans]
-    assert ways == [(100, 0), (100, 16), (100, 32), (400, 0), (400, 16), (400, 64), (400, 160)]
-    costs = [way.cost for way in found.plans[:3]]
+    # These documents' names have no folder.
+    assert found.protocol.sources == tuple(document.name for document in anchors)
+    plans = [(plan.context, plan.tail) for plan in found.plans]
+    assert plans == [(100, 0), (100, 16), (100, 32), (400, 0), (400, 16), (400, 64), (400, 160)]
+    costs = [plan.cost for plan in found.plans[:3]]
     assert costs == sorted(costs)
     assert costs[1] - costs[0] == pytest.approx(0.16 * (1 - costs[0]))
-    recalled = [way.facts and way.facts.mean for way in found.plans]
+    recalled = [plan.facts and plan.facts.mean for plan in found.plans]
     assert recalled == [0.5, 1, 1, None, None, None, None]
 
 
@@ -281,6 +284,78 @@ def test_changed_weights_are_drift_with_the_reason(
     assert status.recommendation == "fit it again"
     assert any("weights" in reason for reason in status.reasons)
     assert any("tokenizer" in reason for reason in status.reasons)
+
+
+def with_protocol(path: Path, **update: object) -> Path:
+    """The same file, with other fields in its certificate's protocol."""
+    wmatrix = load(path)
+    assert wmatrix.manifest.certificate is not None
+    protocol = wmatrix.manifest.certificate["protocol"] | update
+    document = wmatrix.manifest.certificate | {"protocol": protocol}
+    manifest = wmatrix.manifest.model_copy(update={"certificate": document})
+    replace(wmatrix, manifest=manifest).save(path)
+    return path
+
+
+@pytest.mark.parametrize("recorded", [("poems", "lists"), ()], ids=["named", "version 0.1"])
+def test_the_monitor_takes_the_certificates_own_texts(
+    tiny_models: tuple[Path, Path],
+    fitted: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    recorded: tuple[str, ...],
+) -> None:
+    """Version 0.1 recorded the folders as the kinds of its plans."""
+    monkeypatch.setenv("AWARENESS_HOME", str(tmp_path / "home"))
+    folders = (tmp_path / "home/held-out/poems", tmp_path / "home/anchors/lists")
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "a.txt").write_text(f"{folder.name} and what is in them " * 20)
+    documents = load_texts(folders)
+    assert sources(documents) == ("poems", "lists")
+    with_protocol(fitted, texts=digest(documents), sources=recorded)
+    measured: list[Sequence[Document]] = []
+
+    def evaluate(harness: object, given: Sequence[Document], **_: object) -> TextFigures:
+        measured.append(given)
+        return texts(0.9)
+
+    monkeypatch.setattr(monitor, "evaluate_texts", evaluate)
+    checker = WMatrixMonitor(source=tiny_models[0], target=tiny_models[1])
+    assert checker.check(fitted).accuracy == pytest.approx(0.9)
+    # By the name under which it is registered, with and without its suffix.
+    load(fitted).register("the-pair")
+    for name in ("the-pair", "the-pair.wmatrix"):
+        assert checker.check(name).accuracy == pytest.approx(0.9)
+    assert {d.name for given in measured for d in given} == {"poems/a.txt", "lists/a.txt"}
+    (folders[0] / "b.txt").write_text("another one, which the certificate does not have " * 20)
+    with pytest.raises(BadInput, match="held-out") as caught:
+        checker.check(fitted)
+    assert "poems" in str(caught.value.expected)
+
+
+def test_other_weights_of_the_same_shape_are_measured(
+    tiny_models: tuple[Path, Path], fitted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(monitor, "evaluate_texts", lambda *args, **kwargs: texts(0.5))
+    wmatrix = load(fitted)
+    tuned = wmatrix.manifest.target.model_copy(update={"weights": "w" * 64})
+    manifest = wmatrix.manifest.model_copy(update={"target": tuned})
+    replace(wmatrix, manifest=manifest).save(fitted)
+    checker = WMatrixMonitor([Document("a", "b")], source=tiny_models[0], target=tiny_models[1])
+    status = checker.check(fitted)
+    assert status.accuracy == pytest.approx(0.5)
+    assert status.recommendation == "fit it again"
+    assert ["weights" in reason for reason in status.reasons] == [True, False]
+    # Without texts the changed weights are reason enough.
+    status = WMatrixMonitor([], source=tiny_models[0], target=tiny_models[1]).check(fitted)
+    assert (status.drift_detected, status.accuracy) == (True, None)
+
+
+def test_sources_are_folders_and_files() -> None:
+    names = ("poems/a.txt", "poems/deep/b.txt", "art#0", "art#1", "c#/x#0", "one.txt")
+    documents = [Document(name, "") for name in names]
+    assert sources(documents) == ("poems", "art", "c#", "one.txt")
 
 
 def test_a_map_without_certificate_cannot_drift(wmatrix: WMatrix, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from awareness_vllm.compatibility.estimate import predict, quantile
-from awareness_vllm.compatibility.on_the_spot import further, measure, stretches
+from awareness_vllm.compatibility.self_test import measure, of_further_text, sums
 from awareness_vllm.errors import BadInput
 from awareness_vllm.models.hf import load_model, states
 from awareness_vllm.packages.capture import capture, read_tokens
@@ -127,7 +127,7 @@ def test_every_estimate_lies_in_its_interval(
 
 
 def test_another_stretch_is_subject_to_chance_as_well() -> None:
-    found = further({"mean": 0.8, "ci_low": 0.7, "ci_high": 1.0})
+    found = of_further_text({"mean": 0.8, "ci_low": 0.7, "ci_high": 1.0})
     assert (found.mean, found.ci_low) == (0.8, pytest.approx(0.8 - 0.1 * math.sqrt(2)))
     assert found.ci_high == pytest.approx(0.8 + 0.2 * math.sqrt(2))
 
@@ -155,7 +155,7 @@ def test_few_documents_make_wider_intervals(freedom: int, t: float) -> None:
 
 
 def test_stretches_add_neighbours() -> None:
-    assert stretches(np.ones(40)).tolist() == [16, 16, 8]
+    assert sums(np.ones(40)).tolist() == [16, 16, 8]
 
 
 def test_a_beginning_is_the_memory_of_fewer_tokens(make_package: Callable[..., Package]) -> None:

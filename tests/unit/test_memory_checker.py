@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from awareness_vllm import MemoryCompatibilityChecker
 from awareness_vllm.anchors.corpus import Document
 from awareness_vllm.cli.main import main
-from awareness_vllm.compatibility import appraisal, on_the_spot
-from awareness_vllm.compatibility.context import OnTheSpot
+from awareness_vllm.compatibility import appraisal, self_test
+from awareness_vllm.compatibility.context import SelfTest
 from awareness_vllm.compatibility.estimate import predict
+from awareness_vllm.compatibility.load_time.speed import REFERENCE
 from awareness_vllm.compatibility.report import CompatibilityReport, level_of
 from awareness_vllm.errors import BadInput, PackageCorrupt
 from awareness_vllm.fit import gather
@@ -190,11 +191,11 @@ def test_longer_than_measured_and_few_texts_are_risks(
 ) -> None:
     listing = SimpleNamespace(source_model="source", token_count=1500)
     found = certify(texts=8).check(listing, tiny_models[1].name)
-    assert "medium: 1500 tokens, and nobody has measured more than 1000" in described(found)
+    assert "medium: 1500 tokens: the longest" in described(found)
     assert "from 8 texts" in described(found)
     listing.token_count = 5000
     assert "high: 5000 tokens" in described(certify().check(listing, tiny_models[1].name))
-    assert "nobody has measured more" not in described(
+    assert "the longest" not in described(
         certify().check(package=memory, target_model=tiny_models[1])
     )
 
@@ -213,10 +214,10 @@ def test_advice_is_sorted_and_says_how_it_is_known(certify: Any, tiny_models: Mo
     assert report.actions[0].gain == pytest.approx(1 - 0.85)
 
 
-def test_nobody_knows_and_says_so(plain: Path, memory: Package, tiny_models: Models) -> None:
+def test_an_unknown_retention_is_none(plain: Path, memory: Package, tiny_models: Models) -> None:
     report = MemoryCompatibilityChecker([plain]).check(package=memory, target_model=tiny_models[1])
     assert (report.estimated_retention, report.basis, report.level) == (None, None, None)
-    assert "Nobody knows" in report.recommendation
+    assert "Unknown" in report.recommendation
     assert "no certificate" in described(report)
     assert any("awareness certify" in action.description for action in report.actions)
 
@@ -241,10 +242,36 @@ def test_published_figures_are_priors(tmp_path: Path) -> None:
     assert report.basis.kind == "prior"
     assert report.estimated_retention == pytest.approx(0.91, abs=0.02)
     assert report.ci_low < report.estimated_retention < report.ci_high
-    assert "nobody here measured" in report.recommendation
+    assert "not measured here" in report.recommendation
     assert (report.memory, report.level) == ("mem_xyz789", level_of(0.91)[0])
-    assert report.target_memory_gb is None
+    # 80 layers of 64 heads × 128, keys and values of 2 bytes each: the table has no KV heads.
+    assert report.target_memory_gb == pytest.approx(12_000 * 80 * 64 * 128 * 2 * 2 / 1e9)
+    # A quarter of the loss is the heads'; learned positions to RoPE lose 1 to 3 %.
+    assert report.head_mapping_quality == pytest.approx(1 - 0.25 * 0.09, abs=0.003)
+    assert report.positional_compatibility == pytest.approx(0.98)
+    assert report.estimated_load_time_s > 0
+    figures = ("head_mapping", "positional", "target_memory", "load_time")
+    assert {getattr(report, f"{name}_basis").kind for name in figures} == {"prior"}
+    assert report.load_times_s == {}
     assert "published figures alone" in described(report)
+
+
+def test_what_no_table_has_stays_unknown() -> None:
+    listing = SimpleNamespace(source_model="gpt-4o", token_count=12_000)
+    report = MemoryCompatibilityChecker([]).check(listing, "gemini-pro")
+    assert report.estimated_retention is not None
+    # No architecture of either is published, only the share of the loss.
+    assert report.positional_compatibility == pytest.approx(1 - 0.2 * 0.07, abs=0.003)
+    assert (report.target_memory_gb, report.estimated_load_time_s) == (None, None)
+    assert (report.target_memory_basis, report.load_time_basis) == (None, None)
+
+
+def test_a_local_model_without_map_has_no_published_share(
+    tiny_models: Models, memory: Package
+) -> None:
+    report = MemoryCompatibilityChecker([]).check(package=memory, target_model=tiny_models[1])
+    assert (report.head_mapping_quality, report.estimated_load_time_s) == (None, None)
+    assert report.target_memory_basis.kind == "exact"
 
 
 @pytest.mark.parametrize(
@@ -252,12 +279,12 @@ def test_published_figures_are_priors(tmp_path: Path) -> None:
     [
         (SimpleNamespace(source_model="gpt-4", token_count=9), "lama-3.1-70b", "LLaMA 3.1 70B"),
         (SimpleNamespace(source_model="gpt-5", token_count=9), "gpt-4", "GPT-4"),
-        (SimpleNamespace(source_model="gpt-4", token_count=0), "gpt-4", "too little"),
-        (SimpleNamespace(source_model=None, token_count=5), "gpt-4", "too little"),
+        (SimpleNamespace(source_model="gpt-4", token_count=0), "gpt-4", "lacks"),
+        (SimpleNamespace(source_model=None, token_count=5), "gpt-4", "lacks"),
         (None, "gpt-4", "one memory and one target"),
     ],
 )
-def test_what_nobody_knows_is_an_error(listing: Any, target: str, says: str) -> None:
+def test_an_unknown_memory_or_model_is_an_error(listing: Any, target: str, says: str) -> None:
     with pytest.raises(BadInput, match=says):
         MemoryCompatibilityChecker([]).check(listing, target)
 
@@ -280,11 +307,11 @@ def test_a_measurement_on_the_memory_stands_beside_the_certificates_word(
 ) -> None:
     asked: list[tuple[Any, ...]] = []
 
-    def measured(*given: Any) -> OnTheSpot:
+    def measured(*given: Any) -> SelfTest:
         asked.append(given)
-        return OnTheSpot({"native": 1.0}, Interval(mean=0.5, ci_low=0.45, ci_high=0.55), 90, 30)
+        return SelfTest({"native": 1.0}, Interval(mean=0.5, ci_low=0.45, ci_high=0.55), 90, 30)
 
-    monkeypatch.setattr(on_the_spot, "measure", measured)
+    monkeypatch.setattr(self_test, "measure", measured)
     expected = certify().check(package=memory, target_model=tiny_models[1])
     report = certify().check(package=memory, target_model=tiny_models[1], measure=True)
     assert (report.estimated_retention, report.basis) == (
@@ -324,10 +351,11 @@ def test_load_times_come_from_the_doctor(
     certify: Any, memory: Package, tiny_models: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     times = {"cold": 0.3, "warm": 0.1, "hot": 0.0}
-    monkeypatch.setattr(appraisal, "saved", lambda: object())
+    monkeypatch.setattr(appraisal, "saved", lambda: REFERENCE)
     monkeypatch.setattr(appraisal, "load_times_s", lambda *_, **__: times)
     report = certify().check(package=memory, target_model=tiny_models[1])
     assert (report.load_times_s, report.estimated_load_time_s) == (times, 0.3)
+    assert report.load_time_basis.kind == "measured"
 
 
 def test_the_command(
@@ -349,7 +377,7 @@ def test_the_command(
     assert "estimated retention" in shown
     assert path.stem in (tmp_path / "page.html").read_text()
     assert main(["check", "--source", "gpt-4", "--target", "gpt-4o"]) == 1
-    assert "too little" in capsys.readouterr().err
+    assert "lacks" in capsys.readouterr().err
 
 
 def test_the_command_loads_no_model_library_for_a_config_that_was_read_before(

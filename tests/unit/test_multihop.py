@@ -1,4 +1,4 @@
-"""Ways over W-Matrices: the best one by certificates, honest about what nobody knows."""
+"""Routes over W-Matrices and over published figures: the best one, and the basis of its figures."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 from tokenizers import Tokenizer
 
 import awareness_vllm
+from awareness_vllm import MultiHopAligner, MultiHopMemoryAligner
 from awareness_vllm.aligners import multihop
-from awareness_vllm.aligners.multihop import MultiHopAligner, MultiHopMemoryAligner
 from awareness_vllm.anchors.corpus import Document
 from awareness_vllm.cli.main import main
 from awareness_vllm.errors import BadInput, NoWMatrix, UnsupportedModel
@@ -78,7 +78,7 @@ def certified(kept: float | tuple[float, float] | None) -> Certificate | None:
 
 @pytest.mark.parametrize("name", ["~0", "x" * 300, "a\0"])
 def test_any_text_is_a_name_or_bad_input(over: Callable[..., MultiHopAligner], name: str) -> None:
-    with pytest.raises(BadInput, match="no models"):
+    with pytest.raises(BadInput, match="unknown model"):
         over(a_b=0.9).find_optimal_path(name, "b")
 
 
@@ -139,7 +139,7 @@ def test_uncertified_maps_are_used_where_asked_for(over: Callable[..., MultiHopA
     aligner = over(a_c=None, a_b=0.6, b_c=0.6)
     found = aligner.find_optimal_path("a", "c")
     assert (found.route, found.direct_retention, found.improvement) == (("a", "b", "c"), None, None)
-    assert "nobody has measured it" in found.note
+    assert "never measured" in found.note
     assert aligner.find_optimal_path("a", "c", uncertified=True).route == ("a", "b", "c")
     with pytest.raises(NoWMatrix, match=r"certify. a → b \(a_b"):
         over(a_b=None, b_c=0.9).find_optimal_path("a", "c")
@@ -169,7 +169,7 @@ def test_a_note_says_how_the_direct_map_fared(over: Callable[..., MultiHopAligne
     def said(**maps: float) -> str:
         return over(**maps).find_optimal_path("a", "c").note
 
-    assert "no other way is expected to keep more" in said(a_c=0.9, a_b=0.5, b_c=0.5)
+    assert "no other route" in said(a_c=0.9, a_b=0.5, b_c=0.5)
     assert "more than the direct map" in said(a_c=0.1, a_b=0.5, b_c=0.5)
     assert "there is no direct map" in said(a_b=0.5, b_c=0.5)
 
@@ -177,15 +177,15 @@ def test_a_note_says_how_the_direct_map_fared(over: Callable[..., MultiHopAligne
 def test_one_model_is_a_copy(over: Callable[..., MultiHopAligner]) -> None:
     found = over(a_b=0.9).find_optimal_path("a", "a")
     assert (found.route, found.optimal_retention, found.basis) == (("a",), 1.0, "exact")
-    with pytest.raises(BadInput, match="nothing to fold"):
+    with pytest.raises(BadInput, match="nothing to compose"):
         over(a_b=0.9).compose(found)
 
 
 def test_what_leads_nowhere_is_said(over: Callable[..., MultiHopAligner]) -> None:
-    with pytest.raises(NoWMatrix, match="no way leads from c to a"):
+    with pytest.raises(NoWMatrix, match="no route leads from c to a"):
         over(a_b=0.9, b_c=0.9).find_optimal_path("c", "a")
-    with pytest.raises(BadInput, match=r"no models .* 'gemma'\. .*one of gemma3-270m"):
-        over(**{"gemma3-270m_smollm2-135m": 0.5}).find_optimal_path("gemma", "smollm2-135m")
+    with pytest.raises(BadInput, match=r"'gemma3'.*one of gemma3-270m"):
+        over(**{"gemma3-270m_smollm2-135m": 0.5}).find_optimal_path("gemma3", "smollm2-135m")
     (entry,) = over(a_b=0.9).registry
     twin = entry.manifest
     twin = twin.model_copy(update={"target": twin.target.model_copy(update={"weights": "x"})})
@@ -295,9 +295,10 @@ def test_the_command_finds_and_composes(
     assert (found["wmatrices"], found["composed"]) == (hops, str(out))
     assert (found["optimal_retention"], found["basis"]) == (None, None)
     assert len(load(out).manifest.composed) == 2
-    assert main(argv) == 0
+    assert main([*argv, "--compose", str(out)]) == 0
     printed = capfd.readouterr().out
-    assert "source → target → third\nretention unknown (nobody measured it)" in printed
+    assert str(out) in printed
+    assert "source → target → third\nretention unknown (never measured)" in printed
     assert "there is no direct map" in printed
     assert main([*argv[:-1], "--json"]) == 1
     assert json.loads(capfd.readouterr().out)["error"]["type"] == "NoWMatrix"

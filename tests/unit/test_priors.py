@@ -24,9 +24,13 @@ from awareness_vllm.compatibility.priors import (
     positional_impact,
     published_architecture,
     published_cells,
+    published_error,
+    published_geometry,
     published_retention,
+    published_route,
     published_shares,
     published_vectors,
+    without_loss_by,
 )
 from awareness_vllm.compatibility.report import Basis, Matrix
 from awareness_vllm.errors import BadInput, QualityUnreachable
@@ -75,7 +79,7 @@ def test_names_are_known_however_they_are_spelled(given_name: str, name: str) ->
 
 
 def test_a_smaller_model_is_not_taken_for_its_larger_one() -> None:
-    # Nobody published anything of these.
+    # Nothing is published of these.
     for name in ("llama-3.1-8b", "command-r", "gpt-4-turbo", "qwen-2-7b", "falcon", ""):
         assert find_name(name) is None
 
@@ -290,23 +294,56 @@ def test_the_class_is_what_the_figure_reaches(figure: float, expected: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("ends", "window", "expected"),
+    ("schemes", "windowed", "expected"),
     [
-        (("rope", "rope"), None, (0.0, 0.01)),
-        (("llama3", "yarn"), None, (0.0, 0.01)),
-        (("rope", "longrope"), 512, (0.01, 0.02)),
-        (("learned", "rope"), None, (0.01, 0.03)),
-        (("linear", "learned"), None, (0.01, 0.03)),
-        (("alibi", "dynamic"), None, (0.03, 0.05)),
-        (("rope", "alibi"), None, None),
-        (("none", "rope"), None, None),
-        (("learned", "rope"), 512, None),
+        (("rope", "rope"), False, (0.0, 0.01)),
+        (("llama3", "yarn"), False, (0.0, 0.01)),
+        (("rope", "longrope"), True, (0.01, 0.02)),
+        (("learned", "rope"), False, (0.01, 0.03)),
+        (("linear", "learned"), False, (0.01, 0.03)),
+        (("alibi", "dynamic"), False, (0.03, 0.05)),
+        (("rope", "alibi"), False, None),
+        (("none", "rope"), False, None),
+        (("learned", "rope"), True, None),
     ],
 )
 def test_positional_impact(
-    ends: tuple[str, str], window: int | None, expected: tuple[float, float] | None
+    schemes: tuple[str, str], windowed: bool, expected: tuple[float, float] | None
 ) -> None:
-    assert positional_impact(*ends, window) == expected
+    assert positional_impact(*schemes, windowed) == expected
+
+
+def test_a_share_of_the_loss_is_taken_off() -> None:
+    assert without_loss_by("Head Redistribution Error", 0.9) == pytest.approx(0.975)
+    assert without_loss_by("Positional Re-encoding Drift", 1.2) == 1
+    assert without_loss_by("Positional Re-encoding Drift", -0.5) == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize(
+    ("retention", "error"),
+    [(0.99, 0.01), (0.93, 0.01), (0.90, 0.025), (0.86, 0.035), (0.7, 0.15), (0.5, None)],
+)
+def test_the_error_is_that_of_the_retentions_tiers(retention: float, error: float | None) -> None:
+    assert published_error(retention) == (error if error is None else pytest.approx(error))
+
+
+def test_an_architecture_is_a_cache_with_as_many_kv_heads_as_heads() -> None:
+    shape = published_geometry("gpt-4")
+    assert shape is not None
+    assert (len(shape.layers), shape.layers[0].heads, shape.layers[0].head_dim) == (120, 96, 128)
+    assert shape.layers[0].positions.scheme == "learned"
+    assert not shape.weights
+    assert published_geometry("gemini-pro") is None
+
+
+def test_the_published_route_is_never_worse_than_the_direct_one() -> None:
+    models = tables().models
+    for source in models:
+        for target in set(models) - {source}:
+            route, best, direct = published_route(source, target, 32_000)
+            assert (route[0], route[-1]) == (source, target)
+            assert best >= direct == mean(source, target, 32_000)
+            assert (len(route) == 2) == (best == direct)
 
 
 def test_every_scheme_of_geometries_is_rotary_or_known_by_its_name() -> None:

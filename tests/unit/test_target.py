@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from typing import Any, get_args
 
 import pytest
@@ -9,12 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from awareness_vllm.cli import check as check_
-from awareness_vllm.compatibility.risks import findings
+from awareness_vllm.compatibility.context import CheckContext, MemoryInfo
+from awareness_vllm.compatibility.models import Model
+from awareness_vllm.compatibility.risks import serving_risks
 from awareness_vllm.compatibility.target import ITEM_BYTES, QUANTIZATIONS, CacheDtype, TargetConfig
-from awareness_vllm.errors import BadInput
+from awareness_vllm.errors import BadInput, ContextTooLong
 from awareness_vllm.models.geometry import Geometry, LayerGeometry, Positions
 from awareness_vllm.serving.config import ServingConfig
 from awareness_vllm.wmatrix.certificate import TAIL
+from awareness_vllm.wmatrix.registry import Registry
 
 pytestmark = pytest.mark.unit
 
@@ -53,7 +57,7 @@ def test_the_published_example_is_read() -> None:
     config = TargetConfig.read(published)
     assert config.model_dump(exclude_unset=True) == published
     llama = model(max_positions=131_072)
-    (risk,) = findings(config, llama, 1000)
+    (risk,) = serving_risks(config, llama, 1000)
     assert "my-checkpoint-v2" in risk.description
 
 
@@ -178,8 +182,6 @@ def test_float32_weights_are_served_in_sixteen_bits_unless_asked() -> None:
 @pytest.mark.parametrize(
     ("config", "tokens", "impact", "says"),
     [
-        ({"context_length": 1000}, 1000, "high", "do not fit"),
-        ({}, 5000, "high", "do not fit"),
         ({"memory_gb": 1e-4}, 1000, "high", "GB of each device"),
         ({}, 16, "low", "nothing is loaded"),
         ({"custom_fine_tune": "mine"}, 500, "high", "mine has other weights"),
@@ -191,22 +193,53 @@ def test_float32_weights_are_served_in_sixteen_bits_unless_asked() -> None:
 def test_what_forbids_nothing_is_a_risk(
     config: dict[str, Any], tokens: int, impact: str, says: str
 ) -> None:
-    (risk,) = findings(TargetConfig.read(config), model(), tokens)
+    (risk,) = serving_risks(TargetConfig.read(config), model(), tokens)
     assert risk.impact == impact
     assert says in risk.description
 
 
 def test_without_risks_there_are_none() -> None:
     config = {"quantization": "bf16", "context_length": 1001, "memory_gb": 80, "num_gpus": 4}
-    assert findings(TargetConfig.read(config), model(), 1000) == ()
+    assert serving_risks(TargetConfig.read(config), model(), 1000) == ()
 
 
 def test_more_devices_have_room_for_more() -> None:
     """2,048 bytes a token: 1,024 tokens are 2.1 MB, on two devices 1.05 each."""
     small = {"memory_gb": 0.0015}
-    assert len(findings(TargetConfig.read(small), model(), 1024)) == 1
-    assert findings(TargetConfig.read(small | {"num_gpus": 2}), model(), 1024) == ()
+    assert len(serving_risks(TargetConfig.read(small), model(), 1024)) == 1
+    assert serving_risks(TargetConfig.read(small | {"num_gpus": 2}), model(), 1024) == ()
+
+
+@pytest.mark.parametrize(("context", "tokens"), [(1000, 999), (None, 4095)])
+def test_a_memory_that_fills_the_context_is_refused(context: int | None, tokens: int) -> None:
+    """No token is left to ask and to answer with."""
+    target = Model("tiny", model())
+
+    def refusal(count: int) -> Any:
+        config = TargetConfig(context_length=context)
+        memory = MemoryInfo("m", target, count)
+        return CheckContext(memory, target, config, Registry(), count).refusal
+
+    assert refusal(tokens - 1) is None
+    assert isinstance(refusal(tokens), ContextTooLong)
 
 
 def test_the_command_has_an_option_for_every_field() -> None:
-    assert set(check_.CONFIG) == set(TargetConfig.model_fields)
+    parser = argparse.ArgumentParser()
+    check_.add_arguments(parser)
+    options: dict[str, Any] = {
+        "quantization": "fp16",
+        "kv_cache_dtype": "fp8",
+        "context_length": 1000,
+        "num_gpus": 2,
+        "memory_gb": 79.5,
+        "block_size": 128,
+        "tail": 0,
+        "custom_fine_tune": "1234567",
+    }
+    assert set(options) == set(TargetConfig.model_fields)
+    argv = ["--target", "t"]
+    for name, value in options.items():
+        argv += [f"--{name.replace('_', '-')}", str(value)]
+    found = vars(parser.parse_args(argv))
+    assert TargetConfig.read({name: found[name] for name in options}) == TargetConfig(**options)

@@ -185,14 +185,14 @@ def test_using_one_says_what_was_measured(
         versions={},
     )
     record()
-    with pytest.warns(TrainingFreeWarning, match="nobody has measured what it keeps"):
+    with pytest.warns(TrainingFreeWarning, match="never measured"):
         warn(configuration, geometry, other)
     record(figure)
     with pytest.warns(TrainingFreeWarning, match=r"tiny → other: retention -0\.250 \(-0\.500"):
         warn(configuration, geometry, other)
     with pytest.warns(TrainingFreeWarning, match="between these models; elsewhere: retention -0.2"):
         warn(configuration, other, geometry)
-    with pytest.warns(TrainingFreeWarning, match="nobody has measured what it keeps"):
+    with pytest.warns(TrainingFreeWarning, match="never measured"):
         warn(Configuration("uniform", "mean"), geometry, other)
 
 

@@ -1,17 +1,18 @@
-"""What a memory costs on a target: bytes of its KV cache, and seconds until they are written.
+"""The cost of a memory on a target: bytes of its KV cache, and seconds until they are written.
 
 Both follow vLLM: its blocks, what it holds of a window, its groups of layers. The seconds are a
-linear model of a load's way (serving/supply.py, serving/worker.py) with the rates that `awareness
-doctor` has measured on this machine.
+linear model of a load (serving/connector/) with the rates that `awareness doctor` measured.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from awareness_vllm.compatibility.target import TargetConfig
+from awareness_vllm.fit.config import FitConfig
 from awareness_vllm.models.geometry import Geometry, LayerGeometry
 
 if TYPE_CHECKING:
@@ -24,8 +25,18 @@ PAD_BELOW = 1.5
 as many; else it cuts the more into groups as large as the fewer."""
 
 
+@dataclass(frozen=True)
+class MapSize:
+    """The numbers that decide a map's work, as in `WMatrixManifest`."""
+
+    rank: int
+    source_width: int
+    embedding_width: int
+    target: Geometry
+
+
 def target_memory_gb(geometry: Geometry, tokens: int, config: TargetConfig) -> float:
-    """1e9 bytes of KV cache that a memory of so many tokens (the target's) holds, on all ranks.
+    """1e9 bytes of KV cache that a memory of `tokens` (the target's) holds, on all ranks.
 
     Exact for vLLM's default allocator, but for models whose layers differ both in their window and
     in their width: there vLLM may pad more than is counted here.
@@ -55,7 +66,7 @@ def lost_tokens(tokens: int, window: int | None, block: int) -> int:
 
 
 def held_tokens(tokens: int, window: int | None, block: int) -> int:
-    """Tokens that there is room for in the blocks that vLLM holds of a layer."""
+    """Tokens in the blocks that vLLM holds of a layer."""
     return -(-tokens // block) * block - lost_tokens(tokens, window, block)
 
 
@@ -75,8 +86,15 @@ def written_bytes(geometry: Geometry, begin: int, end: int, config: TargetConfig
     )
 
 
-def map_work(wmatrix: WMatrixManifest) -> tuple[int, int]:
-    """For one token: numbers that a map reads and gives, and its floating point operations."""
+def typical_map(source: Geometry, target: Geometry) -> MapSize:
+    """The size of a map that is fitted by default: half of the source's layers are read."""
+    config = FitConfig()
+    embeddings = (1 + (config.predecessors or 0)) * target.hidden_size
+    return MapSize(config.rank, source.width // 2, embeddings, target)
+
+
+def map_work(wmatrix: WMatrixManifest | MapSize) -> tuple[int, int]:
+    """For one token: numbers that a map reads and writes, and its floating point operations."""
     numbers = wmatrix.source_width + wmatrix.embedding_width + wmatrix.target.width
     return numbers, 2 * wmatrix.rank * numbers
 
@@ -88,13 +106,13 @@ def load_times_s(
     calibration: Calibration,
     *,
     package_bytes: int,
-    wmatrix: WMatrixManifest | None,
+    wmatrix: WMatrixManifest | MapSize | None,
 ) -> dict[str, float]:
-    """Seconds of a load by temperature, on a server that has nothing else to do.
+    """Seconds of a load by temperature, on an idle server.
 
-    What is predicted is what that server says of the load: `seconds` of `memory` in its response,
-    `vllm:awareness_load_seconds` on /metrics. This is from when the engine wants the memory until
-    it is written; the frontend's checks, the native tail and the question come on top.
+    They predict `seconds` of `memory` in the server's response, and `vllm:awareness_load_seconds`
+    on /metrics: from the engine's request for the memory until it is written. The frontend's
+    checks, the native tail and the question come on top.
 
     Args:
         geometry: the target's.

@@ -78,3 +78,21 @@ def saved(path: Path | None = None) -> Calibration | None:
         return Calibration.model_validate_json((path or home() / FILE).read_bytes())
     except (OSError, ValidationError):
         return None
+
+
+REFERENCE = Calibration(
+    measured=datetime.datetime(2026, 11, 26, 11, 3, 47, tzinfo=datetime.UTC),
+    hardware="2 × AMD EPYC",
+    versions={"torch": "2.13.0+cpu", "transformers": "5.19.0"},
+    threads=2,
+    load=2.08,
+    read_fixed_s=0.00201,
+    read_bytes_per_s=1.766e9,
+    text_tokens_per_s=2.812e5,
+    align_fixed_s=0.00342,
+    align_numbers_per_s=4.791e8,
+    align_flop_per_s=3.915e11,
+    write_layer_s=4.14e-5,
+    write_bytes_per_s=4.215e9,
+)
+"""The rates of one machine, for an estimate where `awareness doctor` did not measure this one."""

@@ -253,7 +253,7 @@ def _report(
     except (NoWMatrix, UnsupportedRequest):  # the report's verdict says so, too
         tokens = manifest.tokens
     check = CheckContext(
-        subject=of_manifest(manifest, memory_id, path),
+        memory=of_manifest(manifest, memory_id, path),
         target=Model(memories.geometry.name, memories.geometry),
         config=config.model_copy(update={"context_length": memories.max_model_len}),
         registry=memories.registry,

@@ -1,18 +1,19 @@
 """`CompatibilityChecker`: what a W-Matrix keeps in general between two models, before anything is
-loaded. Its certificate says so; where there is none, published figures are shown as what they are.
+loaded: by its certificate; without one, by published figures, which are labelled as priors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from awareness_vllm.compatibility.mismatch import mean, structural_mismatch
-from awareness_vllm.compatibility.models import Model, model
+from awareness_vllm.compatibility.models import Listing, Model, model
 from awareness_vllm.compatibility.priors import (
     COLUMN,
     find_name,
+    published_error,
     published_retention,
     published_vectors,
 )
@@ -21,20 +22,22 @@ from awareness_vllm.compatibility.target import TargetConfig
 from awareness_vllm.errors import BadInput
 from awareness_vllm.wmatrix.certificate import TIERS, Certificate, Interval
 from awareness_vllm.wmatrix.registry import Registry, WMatrixEntry
-from awareness_vllm.wmatrix.verdict import Verdict, verdict
+from awareness_vllm.wmatrix.verdict import verdict
 
 Risk = Literal["Low", "Medium", "High"]
-
-
-class Listing(Protocol):
-    """Whatever is offered, if it says which model it comes from."""
-
-    @property
-    def source_model(self) -> str: ...
+Known = tuple[Interval, Basis]
 
 
 class CompatibilityChecker:
     """Estimates what is kept between two models.
+
+        estimate = CompatibilityChecker().estimate(
+            vector_listing=listing,
+            target_model="llama-3.1-70b",
+            target_config={"quantization": "fp16", "context_length": 128000},
+        )
+        print(f"{estimate.retention:.1%} ({estimate.ci_low:.1%} - {estimate.ci_high:.1%})")
+        print(f"{estimate.alignment_quality:.3f}", estimate.risk_level, estimate.recommendation)
 
     Args:
         wmatrices: a registry, or files and folders, by default `$AWARENESS_HOME/wmatrices`.
@@ -51,19 +54,19 @@ class CompatibilityChecker:
         *,
         source_model: str | Path | None = None,
     ) -> Estimate:
-        """What is kept from a model, or from a listing's, to another.
+        """The estimate for a model, or that of a listing, to another.
 
-        Models are given by folder, by the name that W-Matrices know them by, or by a published
-        name. The best certified W-Matrix of the pair says what the map alone keeps; where there is
-        none, what was published is returned as a prior: of memories, or of vectors where a
-        listing of one was given.
+        Models are given by folder, by their name in the W-Matrices, or by a published name. The
+        pair's best certificate says what the map alone keeps; without one, published figures are
+        returned as a prior: of memories, or of vectors where a listing of one is given.
 
         Args:
+            vector_listing: anything with `source_model`, instead of `source_model`.
             target_config: fields of `TargetConfig`. They are checked; a general figure is the map
-                alone's at the protocol's length, which nothing in them changes.
+                alone's at the protocol's length, which they do not change.
 
         Raises:
-            BadInput: a name that nobody knows, or several models have; a source or target missing;
+            BadInput: an unknown name, or one that several models have; a source or target missing;
                 a configuration that contradicts itself or the target.
             UnsupportedModel: the folder of a model that cannot be used.
         """
@@ -74,29 +77,25 @@ class CompatibilityChecker:
                 f"target_model={target_model!r}",
                 expected="target_model, and either vector_listing or source_model",
             )
-        given = vector_listing.source_model if vector_listing is not None else source_model
-        assert given is not None
-        source, target = model(given, self.registry), model(target_model, self.registry)
+        name = vector_listing.source_model if vector_listing is not None else source_model
+        assert name is not None
+        source, target = model(name, self.registry), model(target_model, self.registry)
         config = TargetConfig.read(target_config)
+        entry = None
         if target.geometry is not None:
             config.check(target.geometry)
-        found = _verdict(self.registry, source, target)
-        if found is not None and found.exact:
-            return _copy(source, target)
-        entry = found.entry if found else None
+        if source.geometry is not None and target.geometry is not None:
+            decided = verdict(source.name, source.geometry, target.geometry, self.registry)
+            if decided.exact:
+                return _exact(source, target)
+            entry = decided.entry
         if entry is not None and entry.certificate is not None:
             return _certified(source, target, entry, entry.certificate)
-        published = _published(source, target, vectors=vector_listing is not None)
-        return _uncertified(source, target, entry, published)
+        prior = _published(source, target, vectors=vector_listing is not None)
+        return _uncertified(source, target, entry, prior)
 
 
-def _verdict(registry: Registry, source: Model, target: Model) -> Verdict | None:
-    if source.geometry is None or target.geometry is None:
-        return None
-    return verdict(source.name, source.geometry, target.geometry, registry)
-
-
-def _copy(source: Model, target: Model) -> Estimate:
+def _exact(source: Model, target: Model) -> Estimate:
     return _estimate(
         source,
         target,
@@ -111,39 +110,43 @@ def _copy(source: Model, target: Model) -> Estimate:
 def _certified(
     source: Model, target: Model, entry: WMatrixEntry, certificate: Certificate
 ) -> Estimate:
-    kept, facts = certificate.retention, certificate.facts.mean
-    basis = Basis(kind="measured", source=str(entry), digest=entry.digest)
+    retention, facts, metrics = certificate.retention, certificate.facts.mean, certificate.metrics
+    risks: dict[int | None, Risk] = {1: "Low", 2: "Medium"}
     return _estimate(
         source,
         target,
-        (kept, basis),
-        alignment_quality=_quality(certificate),
+        (retention, Basis(kind="measured", source=str(entry), digest=entry.digest)),
+        # The mean cosine over layers; of states that point away nothing is left.
+        alignment_quality=max(0.0, mean(list(metrics.semantic_preservation))) if metrics else None,
         dimensional_loss=_loss(entry),
-        risk=_risk_of_tier(certificate.tier),
-        recommendation=f"{level_of(kept.mean)[1]}; facts are recalled {facts:.2f} times as often "
-        "as by reading the text",
+        # The tier counts recalled facts, whose loss retention alone hides.
+        risk=risks.get(certificate.tier, "High"),
+        recommendation=f"{level_of(retention.mean)[1]}; facts are recalled {facts:.2f} times as "
+        "often as by reading the text",
     )
 
 
 def _uncertified(
-    source: Model,
-    target: Model,
-    entry: WMatrixEntry | None,
-    published: tuple[Interval, Basis] | None,
+    source: Model, target: Model, entry: WMatrixEntry | None, prior: Known | None
 ) -> Estimate:
-    remedy = _remedy(source, target, entry)
-    if published is None:
-        recommendation = f"Nobody knows: {remedy}"
-    else:
-        says = level_of(published[0].mean)[1]
-        recommendation = f"{says}, going by published figures that nobody here measured: {remedy}"
+    recommendation, error = f"Unknown: {_remedy(source, target, entry)}", None
+    risk: Risk = "High"
+    if prior is not None:
+        retention = prior[0].mean
+        error = published_error(retention)
+        # At best medium: a published figure does not count facts, and was not measured here.
+        risk = "High" if retention < TIERS[1][0] else "Medium"
+        recommendation = (
+            f"{level_of(retention)[1]}, by published figures that were not measured here: "
+            f"{_remedy(source, target, entry)}"
+        )
     return _estimate(
         source,
         target,
-        published,
-        alignment_quality=None,
-        dimensional_loss=None if entry is None else _loss(entry),
-        risk=_risk_of_prior(published),
+        prior,
+        alignment_quality=None if error is None else 1 - error,
+        dimensional_loss=error if entry is None else _loss(entry),
+        risk=risk,
         recommendation=recommendation,
     )
 
@@ -151,7 +154,7 @@ def _uncertified(
 def _estimate(
     source: Model,
     target: Model,
-    known: tuple[Interval, Basis] | None,
+    known: Known | None,
     *,
     alignment_quality: float | None,
     dimensional_loss: float | None,
@@ -174,13 +177,13 @@ def _estimate(
     )
 
 
-def _published(source: Model, target: Model, *, vectors: bool) -> tuple[Interval, Basis] | None:
-    ends = find_name(source.name), find_name(target.name)
-    if ends[0] is None or ends[1] is None:
+def _published(source: Model, target: Model, *, vectors: bool) -> Known | None:
+    names = find_name(source.name), find_name(target.name)
+    if names[0] is None or names[1] is None:
         return None
     if vectors:
-        return published_vectors(ends[0], ends[1])
-    return published_retention(ends[0], ends[1], COLUMN)
+        return published_vectors(names[0], names[1])
+    return published_retention(names[0], names[1], COLUMN)
 
 
 def _mismatch(source: Model, target: Model) -> float | None:
@@ -189,30 +192,10 @@ def _mismatch(source: Model, target: Model) -> float | None:
     return structural_mismatch(source.geometry, target.geometry)
 
 
-def _quality(certificate: Certificate) -> float | None:
-    """The mean cosine over layers; a map whose states point away has none of it."""
-    if certificate.metrics is None:
-        return None
-    return max(0.0, mean(list(certificate.metrics.semantic_preservation)))
-
-
 def _loss(entry: WMatrixEntry) -> float | None:
-    """The manifest's reconstruction error: what is lost beyond all that there was is all of it."""
-    found = entry.manifest.reconstruction_error
-    return None if found is None else min(max(found, 0.0), 1.0)
-
-
-def _risk_of_tier(tier: int | None) -> Risk:
-    """The tier counts recalled facts, whose loss retention alone hides."""
-    risks: dict[int | None, Risk] = {1: "Low", 2: "Medium"}
-    return risks.get(tier, "High")
-
-
-def _risk_of_prior(published: tuple[Interval, Basis] | None) -> Risk:
-    """At best medium: a published figure says nothing of facts, and nobody here measured it."""
-    if published is None or published[0].mean < TIERS[1][0]:
-        return "High"
-    return "Medium"
+    """The manifest's reconstruction error, at most 1."""
+    error = entry.manifest.reconstruction_error
+    return None if error is None else min(max(error, 0.0), 1.0)
 
 
 def _remedy(source: Model, target: Model, entry: WMatrixEntry | None) -> str:
@@ -226,5 +209,5 @@ def _remedy(source: Model, target: Model, entry: WMatrixEntry | None) -> str:
         )
     return (
         f"fit a map with `awareness fit` from {source.name} to {target.name} and certify it with "
-        "`awareness certify`, or look for a way through other models with `awareness path`"
+        "`awareness certify`, or look for a route through other models with `awareness path`"
     )

@@ -1,4 +1,4 @@
-"""`MemoryCompatibilityChecker`: what a memory would be on a target, before anything is loaded."""
+"""`MemoryCompatibilityChecker`: the report of a memory on a target, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from awareness_vllm.compatibility.appraisal import report
-from awareness_vllm.compatibility.context import CheckContext, Listing, subject
+from awareness_vllm.compatibility.context import CheckContext, MemoryListing, memory_info
 from awareness_vllm.compatibility.models import model
 from awareness_vllm.compatibility.report import CompatibilityReport
 from awareness_vllm.compatibility.target import TargetConfig
@@ -20,6 +20,17 @@ if TYPE_CHECKING:
 
 class MemoryCompatibilityChecker:
     """Checks memories against targets.
+
+        report = MemoryCompatibilityChecker().check(
+            memory_listing=listing,
+            target_model="llama-3.1-70b",
+            target_config={"quantization": "fp16", "context_length": 128000, "num_gpus": 4},
+        )
+        print(f"{report.compatibility_score:.1%} {report.estimated_retention:.1%}")
+        print(f"{report.head_mapping_quality:.3f} {report.positional_compatibility:.3f}")
+        print(f"{report.target_memory_gb:.1f} GB {report.estimated_load_time_s:.0f} s")
+        for risk in report.risk_factors:
+            print(risk.description, risk.impact)
 
     Args:
         wmatrices: a registry, or files and folders, by default `$AWARENESS_HOME/wmatrices`.
@@ -37,7 +48,7 @@ class MemoryCompatibilityChecker:
 
     def check(
         self,
-        memory_listing: Listing | Package | str | Path | None = None,
+        memory_listing: MemoryListing | Package | str | Path | None = None,
         target_model: str | Path | None = None,
         target_config: Mapping[str, Any] | TargetConfig | None = None,
         *,
@@ -45,19 +56,19 @@ class MemoryCompatibilityChecker:
         kind: str | None = None,
         measure: bool = False,
     ) -> CompatibilityReport:
-        """What a memory would be on a target.
+        """The report of a memory on a target.
 
         Args:
-            memory_listing: what is offered: anything with `source_model` and `token_count`; or, as
-                with `package`, a package, its file or its ID in the store.
-            target_model: a folder, a name that the W-Matrices know, or a published one.
+            memory_listing: anything with `source_model` and `token_count`; or, as with `package`, a
+                package, its file or its ID in the store.
+            target_model: a folder, a model's name in the W-Matrices, or a published one.
             target_config: fields of `TargetConfig`.
             kind: the kind of its text, as the certificate (or a published table) names kinds.
-            measure: measure the package on its own last part; the target must be a folder.
+            measure: measure the package on its own last quarter; the target must be a folder.
 
         Raises:
-            BadInput: a name that nobody knows, a configuration that contradicts itself;
-            InvalidMemoryId, MemoryNotFound, PackageCorrupt: no such memory, or a damaged one;
+            BadInput: an unknown name, or a configuration that contradicts itself.
+            InvalidMemoryId, MemoryNotFound, PackageCorrupt: no such memory, or a damaged one.
             UnsupportedModel: the folder of a model that cannot be used.
         """
         if (memory_listing is None) == (package is None) or target_model is None:
@@ -67,22 +78,22 @@ class MemoryCompatibilityChecker:
                 f"target_model={target_model!r}"[:200],
                 expected="target_model, and either memory_listing or package",
             )
-        given = package if memory_listing is None else memory_listing
-        assert given is not None
-        about = subject(given, self.store, self.registry)
+        memory = package if memory_listing is None else memory_listing
+        assert memory is not None
+        info = memory_info(memory, self.store, self.registry)
         check = CheckContext(
-            subject=about,
+            memory=info,
             target=model(target_model, self.registry),
             config=TargetConfig.read(target_config),
             registry=self.registry,
-            tokens=about.tokens,
+            tokens=info.tokens,
             kind=kind,
         )
         if check.target.geometry is not None:
             check.config.check(check.target.geometry)
         if measure:
             # Late: it loads models, and nothing else of a check needs torch.
-            from awareness_vllm.compatibility.on_the_spot import measured
+            from awareness_vllm.compatibility.self_test import with_self_test
 
-            check = measured(check, given, target_model)
+            check = with_self_test(check, memory, target_model)
         return report(check)

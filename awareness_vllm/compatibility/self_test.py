@@ -1,8 +1,7 @@
-"""A quick measurement on the memory itself: its last part, after its first, in five arms.
+"""A quick measurement of a memory on itself: its last quarter, read after the rest, in five arms.
 
 States of a prefix do not depend on what follows, so a package's first part is a memory of its own,
-and its text's last part is a continuation that nobody has to make up. The source model is not
-needed.
+and its text's last part is a real continuation. The source model is not needed.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from awareness_vllm.compatibility.context import CheckContext, OnTheSpot, Subject
+from awareness_vllm.compatibility.context import CheckContext, MemoryInfo, SelfTest
 from awareness_vllm.errors import BadInput, PackageCorrupt
 from awareness_vllm.evaluate.bootstrap import retention
 from awareness_vllm.evaluate.conditions import EvalHarness, tail_condition, token_nll
@@ -25,50 +24,49 @@ from awareness_vllm.packages.manifest import read_manifest
 from awareness_vllm.wmatrix.certificate import Interval
 from awareness_vllm.wmatrix.file import WMatrix, load
 
-LAST = 0.25
-"""The share of a memory that is scored, but at most so many tokens:"""
-MOST = 256
-LEAST = 32
-"""Fewer scored tokens than this say nothing."""
+SCORED_SHARE = 0.25
+"""The share of a memory that is scored."""
+MOST_SCORED, LEAST_SCORED = 256, 32
+"""Tokens that are scored at most, and at least: fewer say nothing."""
 STRETCH = 16
 """Tokens that are resampled together: neighbours are alike."""
 
 
-def measured(check: CheckContext, given: object, target: str | Path) -> CheckContext:
-    """The case with what its memory's own last part says.
+def with_self_test(check: CheckContext, memory: object, target: str | Path) -> CheckContext:
+    """The check with the measurement of its memory.
 
     Args:
-        given: the memory as it was given, where it is no file.
+        memory: the package, where the check has no file of it.
 
     Raises:
-        BadInput: nothing that can be measured, or nothing to measure it with.
+        BadInput: no package, target folder or W-Matrix to measure with.
     """
-    memory = verify(check.subject.path) if check.subject.path else given
+    package = verify(check.memory.path) if check.memory.path else memory
     reachable = check.target.geometry is not None and (check.exact or check.entry is not None)
-    if not isinstance(memory, Package) or not reachable:
+    if not isinstance(package, Package) or not reachable:
         raise BadInput(
             "there is nothing to measure",
-            found=f"{check.subject.name}, for {check.target.name}",
+            found=f"{check.memory.name}, for {check.target.name}",
             expected="a package, the target's folder, and a W-Matrix between the two models",
             remedy="check without measuring, or fit a W-Matrix with `awareness fit`",
         )
     wmatrix = None if check.exact or check.entry is None else load(check.entry.path)
     tail = 0 if wmatrix is None else check.config.tail
-    wrong = another(check.subject)
-    found = measure(memory, wmatrix, resolve_folder(target), tail, wrong)
-    return replace(check, found=found)
+    other = other_memory(check.memory)
+    result = measure(package, wmatrix, resolve_folder(target), tail, other)
+    return replace(check, self_test=result)
 
 
-def another(subject: Subject) -> Package | None:
+def other_memory(memory: MemoryInfo) -> Package | None:
     """Another memory of the same source in the same folder, the smallest, for the wrong-memory arm;
     None where there is none."""
-    if subject.path is None or subject.source.geometry is None:
+    if memory.path is None or memory.source.geometry is None:
         return None
-    others = [p for p in subject.path.parent.glob("mem_*.safetensors") if p != subject.path]
+    others = [p for p in memory.path.parent.glob("mem_*.safetensors") if p != memory.path]
     for path in sorted(others, key=lambda p: (p.stat().st_size, p.name)):
-        with contextlib.suppress(PackageCorrupt):  # a damaged neighbour is not what was asked for
+        with contextlib.suppress(PackageCorrupt):  # a damaged neighbour is not checked here
             manifest = read_manifest(path)
-            if manifest.has_text and manifest.geometry.same_model(subject.source.geometry):
+            if manifest.has_text and manifest.geometry.same_model(memory.source.geometry):
                 return read(path)
     return None
 
@@ -79,7 +77,7 @@ def measure(
     target: str | Path,
     tail: int = 0,
     other: Package | None = None,
-) -> OnTheSpot:
+) -> SelfTest:
     """Measure a memory on its own last part.
 
     Args:
@@ -88,36 +86,36 @@ def measure(
         other: another memory of the source, for the wrong-memory arm.
 
     Raises:
-        BadInput: a memory without text, or too short; one that is worth nothing for its own end.
+        BadInput: a memory without text, or too short; one that does not help with its own end.
     """
     return measure_with(EvalHarness(None, Path(target), wmatrix), package, tail, other)
 
 
 def measure_with(
     harness: EvalHarness, package: Package, tail: int = 0, other: Package | None = None
-) -> OnTheSpot:
+) -> SelfTest:
     """`measure` with models that are loaded already."""
-    first, ids = parted(harness, package)
+    first, ids = split(harness, package)
     logprobs = harness.conditions(first, other, ids, len(ids) - 1, (tail,) if tail else ())
-    nll = {arm: token_nll(found, ids).numpy() for arm, found in logprobs.items()}
+    nll = {name: token_nll(probs, ids).numpy() for name, probs in logprobs.items()}
     served = nll[tail_condition(tail)]
-    return OnTheSpot(
-        conditions={arm: float(values.mean()) for arm, values in nll.items()},
-        retention=further(retention(*map(stretches, (nll["native"], served, nll["none"])))),
+    return SelfTest(
+        conditions={name: float(values.mean()) for name, values in nll.items()},
+        retention=of_further_text(retention(*map(sums, (nll["native"], served, nll["none"])))),
         context=len(harness.ids(first.text)),
         scored=len(ids) - 1,
     )
 
 
-def parted(harness: EvalHarness, package: Package) -> tuple[Package, list[int]]:
-    """A memory's first part, and the target's ids of the rest (one to start from)."""
-    scored = min(MOST, int(package.manifest.tokens * LAST))
-    if not package.manifest.has_text or scored < LEAST:
+def split(harness: EvalHarness, package: Package) -> tuple[Package, list[int]]:
+    """A memory's first part, and the target's ids of the rest (the first one is not scored)."""
+    scored = min(MOST_SCORED, int(package.manifest.tokens * SCORED_SHARE))
+    if not package.manifest.has_text or scored < LEAST_SCORED:
         raise BadInput(
             "the memory cannot be measured on itself",
             found=f"{package.manifest.tokens} tokens"
             + ("" if package.manifest.has_text else " without their text"),
-            expected=f"at least {round(LEAST / LAST)} tokens with their text",
+            expected=f"at least {round(LEAST_SCORED / SCORED_SHARE)} tokens with their text",
             remedy="rely on the certificate, or measure with texts: `awareness eval`",
         )
     first = beginning(package, package.manifest.tokens - scored)
@@ -125,13 +123,14 @@ def parted(harness: EvalHarness, package: Package) -> tuple[Package, list[int]]:
     return first, tokenize(load_tokenizer(str(harness.target)), rest).ids
 
 
-def further(found: dict[str, float]) -> Interval:
-    """From the interval of a figure to that of another such figure: both are subject to chance."""
-    mean = found["mean"]
-    low, high = (mean + math.sqrt(2) * (found[end] - mean) for end in ("ci_low", "ci_high"))
+def of_further_text(measured: dict[str, float]) -> Interval:
+    """The interval that a second measurement lies in, from that of the first: both are subject to
+    chance, so it is wider by the root of two."""
+    mean = measured["mean"]
+    low, high = (mean + math.sqrt(2) * (measured[end] - mean) for end in ("ci_low", "ci_high"))
     return Interval(mean=mean, ci_low=low, ci_high=high)
 
 
-def stretches(nll: np.ndarray) -> np.ndarray:
-    """Sums over neighbours."""
+def sums(nll: np.ndarray) -> np.ndarray:
+    """Sums over stretches of neighbouring tokens, [T] to [T / STRETCH, rounded up]."""
     return np.add.reduceat(nll, np.arange(0, len(nll), STRETCH))
