@@ -1,4 +1,4 @@
-"""The trainer's names, and what the map says of its heads."""
+"""The trainer by its published names, and the head mapping of a map."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_names_are_not_paths(wmatrix: WMatrix) -> None:
         wmatrix.register("../elsewhere")
 
 
-def test_what_cannot_be_honoured_is_refused(tiny_models: tuple[Path, Path]) -> None:
+def test_unsupported_settings_are_refused(tiny_models: tuple[Path, Path]) -> None:
     with pytest.raises(UnsupportedModel, match="endpoint"):
         WMatrixTrainer(*tiny_models, source_endpoint="http://localhost:1")
     with pytest.raises(BadInput, match="optimization"):
@@ -91,11 +91,11 @@ def test_a_planted_head_is_found(wmatrix: WMatrix) -> None:
     encode[width:, 1] = 1.0
     decode[1, 0:4] = 1.0
     planted = replace(wmatrix, encode=encode, decode=decode)
-    found = {row.target: row for row in head_mapping_summary(planted, top=1)}
-    row = found[Head("key", 2, 0)]
+    result = {row.target: row for row in head_mapping_summary(planted, top=1)}
+    row = result[Head("key", 2, 0)]
     assert row.shares == ((Head("value", 1, 0), pytest.approx(1.0)),)
     assert row.tokens == 0
-    assert found[Head("key", 0, 0)].tokens == pytest.approx(1.0)
+    assert result[Head("key", 0, 0)].tokens == pytest.approx(1.0)
 
 
 def test_layers_correspond(wmatrix: WMatrix) -> None:
@@ -113,13 +113,13 @@ def test_heads_prints_and_draws(
     path, plot = tmp_path / "a.wmatrix", tmp_path / "a.png"
     wmatrix.save(path)
     assert main(["heads", str(path), "--top", "2", "--json"]) == 0
-    found = json.loads(capfd.readouterr().out)
-    assert (found["source"], found["target"], found["plot"]) == ("tiny", "target", None)
-    assert [row["target"] for row in found["heads"][:2]] == [
+    result = json.loads(capfd.readouterr().out)
+    assert (result["source"], result["target"], result["plot"]) == ("tiny", "target", None)
+    assert [row["target"] for row in result["heads"][:2]] == [
         "layer 0 head 0 key",
         "layer 1 head 0 key",
     ]
-    assert all(len(row["sources"]) == 2 for row in found["heads"])
+    assert all(len(row["sources"]) == 2 for row in result["heads"])
     assert main(["heads", str(path)]) == 0
     lines = capfd.readouterr().out.splitlines()
     assert lines[0] == "target ← tiny, shares of the map's weight"
@@ -137,8 +137,8 @@ def test_heads_prints_and_draws(
 def test_the_heat_map_holds_every_share(wmatrix: WMatrix) -> None:
     rows = head_mapping_summary(wmatrix, top=2**31)
     across = [head for head, _ in heads(wmatrix.manifest.source, wmatrix.manifest.layers)]
-    found = shares(rows, across)
-    assert found.shape == (6, 6)
+    result = shares(rows, across)
+    assert result.shape == (6, 6)
     tokens = [row.tokens for row in rows]
-    assert found.sum(1) + tokens == pytest.approx(1)
-    assert found[2, across.index(rows[2].shares[0][0])] == rows[2].shares[0][1]
+    assert result.sum(1) + tokens == pytest.approx(1)
+    assert result[2, across.index(rows[2].shares[0][0])] == rows[2].shares[0][1]
