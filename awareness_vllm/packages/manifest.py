@@ -141,7 +141,7 @@ def parse_manifest(document: str, shapes: Mapping[str, tuple[int, ...]], path: P
         raise corrupt_package(path, f"first tokens of {len(first)} of {len(layers)} layers")
     expected: dict[str, tuple[int, ...]] = {"tokens": (tokens,), "spans": (tokens, 2)}
     for i, layer in enumerate(layers):
-        shape = (tokens - manifest.first_token(i), layer.heads, layer.head_dim)
+        shape: tuple[int, ...] = (tokens - manifest.first_token(i), layer.heads, layer.head_dim)
         expected |= {tensor_name(i, "key"): shape, tensor_name(i, "value"): shape}
     for name, shape in expected.items():
         if shapes.get(name) != shape:

@@ -271,7 +271,7 @@ def hops(
 
 
 def unlike(hop: Hop, embed: Callable[[Tensor], Tensor], composed_map: WMatrix, text: str) -> float:
-    """The distance of a composed round trip's states are from the model's own, beside these states."""
+    """The distance of a composed round trip's states from the model's own, relative to these."""
     package = capture(hop.folder, text, model=hop.model)
     memory = realign(package, composed_map, hop.folder, embed, dtype=torch.float32)
     keys, values = states(hop.model, memory.ids)
