@@ -10,6 +10,7 @@ from torch import Tensor
 
 from awareness_vllm.fit.checkpoint import Checkpoint
 from awareness_vllm.fit.reader import Reader
+from awareness_vllm.models.hf import last_logits
 from awareness_vllm.models.tokens import load_tokenizer, tokenize
 from awareness_vllm.wmatrix.file import WMatrix
 
@@ -70,7 +71,7 @@ class CalibrationExamples:
         reader = self.reader
         ids = tokenize(load_tokenizer(str(reader.target)), continuation).ids
         row = reader.read(context)
-        native = reader.logits([*row.ids, *ids], len(ids))
+        native = last_logits(reader.target_model, [*row.ids, *ids], len(ids))
         likely = native.topk(min(LIKELY, native.shape[1]), dim=-1).indices.unique()
         features = ((row.features - self.wmatrix.mean) * self.wmatrix.scale).bfloat16()
         features[row.masked.nonzero()[:, 0], : reader.width] = 0

@@ -63,7 +63,6 @@ class Elimination:
         self.inverse = torch.cholesky_inverse(factor, upper=True)
         self.solution = torch.cholesky_solve(cross * weight, factor, upper=True)
         self.features = {i: state_columns(source, [i]) for i in range(len(source.layers))}
-        self.lost = 0.0
 
     def cost(self, layer: int) -> float:
         """The growth of the weighted squared error per row without a layer."""
@@ -73,7 +72,6 @@ class Elimination:
 
     def drop(self, layer: int) -> None:
         """Leave a layer out."""
-        self.lost += self.cost(layer)
         own = self.features.pop(layer)
         share = torch.linalg.solve(self.inverse[own][:, own], self.inverse[own]).T
         self.solution -= share @ self.solution[own].clone()

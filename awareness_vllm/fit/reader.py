@@ -121,11 +121,6 @@ class Reader:
         x, y = row.features[usable], y[usable]
         return x, y - x[:, : self.width] if self.residual else y
 
-    @torch.no_grad()
-    def logits(self, ids: list[int], last: int) -> Tensor:
-        """The target's logits at the last `last` of these ids, [last, V]."""
-        return last_logits(self.target_model, ids, last)
-
     def logits_after(
         self, sinks: tuple[list[Tensor], list[Tensor]], flat: Tensor, ids: list[int]
     ) -> Tensor:
@@ -138,10 +133,10 @@ class Reader:
         free, values = split_states(self.target_geometry, flat)
         positions = torch.arange(len(self.sink), len(self.sink) + len(flat))
         layers = zip(free, self.target_geometry.layers, strict=True)
-        keys = [rotate(key, positions, layer.positions) for key, layer in layers]
-        all_keys, all_values = (
+        rotated = [rotate(key, positions, layer.positions) for key, layer in layers]
+        keys, values = (
             [torch.cat((sink.float(), state.float())) for sink, state in zip(*part, strict=True)]
-            for part in zip(sinks, (keys, values), strict=True)
+            for part in zip(sinks, (rotated, values), strict=True)
         )
-        inputs = inputs_after(all_keys, all_values, ids, torch.bfloat16)
+        inputs = inputs_after(keys, values, ids, torch.bfloat16)
         return last_logits(self.target_model, ids, len(ids), **inputs)

@@ -1,4 +1,4 @@
-"""The certificate says what was measured, the monitor what has changed since."""
+"""The certificate has the measured figures, the monitor reports changes since."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from awareness_vllm.anchors.corpus import load as load_texts
 from awareness_vllm.cli.format import lines
 from awareness_vllm.cli.main import main
 from awareness_vllm.errors import BadInput, QualityUnreachable, WMatrixCorrupt
-from awareness_vllm.evaluate import certify as certifying
+from awareness_vllm.evaluate import certify as certify_module
 from awareness_vllm.evaluate import monitor
 from awareness_vllm.evaluate.certify import build_certificate, build_plan, certify
 from awareness_vllm.evaluate.evaluate import CaseFigures, TextFigures
@@ -44,15 +44,15 @@ METRICS = Metrics(
 )
 
 
-def measured_plan(context: int, tail: int, cost: float, kept: float) -> Plan:
-    interval = Interval(mean=kept, ci_low=0, ci_high=1)
+def measured_plan(context: int, tail: int, cost: float, retention: float) -> Plan:
+    interval = Interval(mean=retention, ci_low=0, ci_high=1)
     return Plan(
         context=context,
         tail=tail,
         cost=cost,
         retention=interval,
         kinds={"poems": interval, "lists": interval},
-        top1=kept,
+        top1=retention,
         tokens_only=interval,
         facts=interval,
     )
@@ -68,12 +68,12 @@ PLANS = [
 CONDITIONS = ("native", "memory", "tokens_only", "wrong_memory", "none")
 
 
-def texts(kept: float = 0.9, count: int = 8) -> TextFigures:
+def texts(retention: float = 0.9, count: int = 8) -> TextFigures:
     """Texts of two kinds; the memory arm keeps so much of what reading brings."""
     rng = np.random.default_rng(0)
     native = 3 + rng.random(count)
     brought = 0.5 + rng.random(count)
-    nll = dict(zip(CONDITIONS, (0, 1 - kept, 0.8, 1.1, 1), strict=True))
+    nll = dict(zip(CONDITIONS, (0, 1 - retention, 0.8, 1.1, 1), strict=True))
     conditions = {
         arm: np.stack((native + loss * brought, np.full(count, loss), np.full(count, 1 - loss)), 1)
         for arm, loss in nll.items()
@@ -91,55 +91,53 @@ def cases(native: int = 6, memory: int = 3, count: int = 8) -> CaseFigures:
     )
 
 
-def test_the_figures_are_those_that_were_measured() -> None:
-    found = build_certificate(PROTOCOL, texts(0.9), cases(), METRICS, PLANS)
-    assert found.retention.mean == pytest.approx(0.9)
-    assert found.facts.mean == pytest.approx(0.5)
-    assert found.facts.ci_low < 0.5 < found.facts.ci_high
-    assert found.margin.ci_low > 0
-    assert found.facts_margin.mean == pytest.approx(3 / 8)
+def test_a_certificate_has_the_measured_figures() -> None:
+    result = build_certificate(PROTOCOL, texts(0.9), cases(), METRICS, PLANS)
+    assert result.retention.mean == pytest.approx(0.9)
+    assert result.facts.mean == pytest.approx(0.5)
+    assert result.facts.ci_low < 0.5 < result.facts.ci_high
+    assert result.margin.ci_low > 0
+    assert result.facts_margin.mean == pytest.approx(3 / 8)
     # Of cases 0 to 7 the target recalls 0 to 5, the memory 0 to 2.
-    assert found.facts_kinds["city"].mean == pytest.approx(2 / 3)
-    assert found.facts_kinds["code"].mean == pytest.approx(1 / 3)
-    assert {k: round(i.mean, 6) for k, i in found.facts_distances.items()} == {
+    assert result.facts_kinds["city"].mean == pytest.approx(2 / 3)
+    assert result.facts_kinds["code"].mean == pytest.approx(1 / 3)
+    assert {k: round(i.mean, 6) for k, i in result.facts_distances.items()} == {
         "from   0 tokens": 0.75,
         "from 128 tokens": 0,
     }
-    assert found.counts == {"texts": 8, "cases": 8}
-    assert found.texts["memory"]["top1"] == pytest.approx(0.9)
+    assert result.counts == {"texts": 8, "cases": 8}
+    assert result.texts["memory"]["top1"] == pytest.approx(0.9)
 
 
 @pytest.mark.parametrize(("wanted", "tail"), [(0.5, 0), (0.9, 0), (0.91, 16), (0.97, 64)])
-def test_the_dial_takes_the_cheapest_plan_that_keeps_enough(wanted: float, tail: int) -> None:
-    found = build_certificate(PROTOCOL, texts(), cases(), METRICS, PLANS)
-    assert cheapest(found, wanted).tail == tail
+def test_the_cheapest_plan_reaches_the_quality_target(wanted: float, tail: int) -> None:
+    result = build_certificate(PROTOCOL, texts(), cases(), METRICS, PLANS)
+    assert cheapest(result, wanted).tail == tail
 
 
 @pytest.mark.parametrize(("context", "tail"), [(None, 0), (10, 0), (300, 0), (301, 48), (9000, 48)])
-def test_the_dial_looks_at_a_length_that_is_no_shorter_if_there_is_one(
-    context: int | None, tail: int
-) -> None:
-    found = build_certificate(PROTOCOL, texts(), cases(), METRICS, PLANS)
-    assert cheapest(found, 0.82, context).tail == tail
+def test_plans_are_of_the_next_longer_measured_context(context: int | None, tail: int) -> None:
+    result = build_certificate(PROTOCOL, texts(), cases(), METRICS, PLANS)
+    assert cheapest(result, 0.82, context).tail == tail
 
 
-def test_a_plan_says_what_each_kind_keeps() -> None:
-    found = build_plan(300, 0, 0.2, texts(0.9), cases())
-    assert found.kinds.keys() == {"poems", "lists"}
-    assert found.kinds["lists"].mean == pytest.approx(0.9)
-    assert found.tokens_only.mean == pytest.approx(0.2)
-    assert found.top1 == pytest.approx(0.9)
-    assert found.facts is not None
-    assert found.facts.mean == pytest.approx(0.5)
+def test_a_plan_has_the_retention_of_each_kind() -> None:
+    result = build_plan(300, 0, 0.2, texts(0.9), cases())
+    assert result.kinds.keys() == {"poems", "lists"}
+    assert result.kinds["lists"].mean == pytest.approx(0.9)
+    assert result.tokens_only.mean == pytest.approx(0.2)
+    assert result.top1 == pytest.approx(0.9)
+    assert result.facts is not None
+    assert result.facts.mean == pytest.approx(0.5)
 
 
-def test_a_target_that_no_plan_reaches_names_the_best() -> None:
-    found = build_certificate(PROTOCOL, texts(), cases(), METRICS, PLANS)
+def test_an_unreachable_quality_target_names_the_best_plan() -> None:
+    result = build_certificate(PROTOCOL, texts(), cases(), METRICS, PLANS)
     with pytest.raises(QualityUnreachable, match=r"0\.970, with the last 64"):
-        cheapest(found, 0.98)
+        cheapest(result, 0.98)
 
 
-def test_facts_that_the_target_itself_cannot_recall_are_no_measure() -> None:
+def test_recall_needs_facts_that_the_native_arm_recalls() -> None:
     with pytest.raises(BadInput, match="measure against"):
         build_certificate(PROTOCOL, texts(), cases(native=0, memory=0), METRICS, [])
 
@@ -165,9 +163,9 @@ def certified(wmatrix: WMatrix, tmp_path: Path) -> Path:
 
 def test_the_files_digest_covers_the_certificate(certified: Path) -> None:
     raw = certified.read_bytes()
-    found = load(certified).manifest.certificate
-    assert found is not None
-    mean = str(found["retention"]["mean"]).encode()
+    result = load(certified).manifest.certificate
+    assert result is not None
+    mean = str(result["retention"]["mean"]).encode()
     assert raw.count(mean) >= 1
     better = mean[:-1] + (b"1" if mean[-1:] != b"1" else b"2")
     certified.write_bytes(raw.replace(mean, better, 1))
@@ -184,7 +182,7 @@ def test_inspect_prints_it(certified: Path, capsys: pytest.CaptureFixture[str]) 
     assert json.loads(capsys.readouterr().out)["certified"] is True
 
 
-def test_who_has_none_says_so(
+def test_without_a_certificate_the_summary_says_so(
     wmatrix: WMatrix, certified: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wmatrix.save(tmp_path / "plain.wmatrix")
@@ -228,13 +226,13 @@ def test_lengths_and_plans_are_measured(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def with_tails(*args: object, tails: Sequence[int], **kwargs: object) -> CaseFigures:
-        found = cases()
+        result = cases()
         for tail in tails:
-            found.conditions[f"memory_tail_{tail}"] = found.conditions["native"]
-        return found
+            result.conditions[f"memory_tail_{tail}"] = result.conditions["native"]
+        return result
 
     # No random model recalls a fact.
-    monkeypatch.setattr(certifying, "evaluate_cases", with_tails)
+    monkeypatch.setattr(certify_module, "evaluate_cases", with_tails)
     measured = certify(
         load(fitted),
         *tiny_models,
@@ -246,31 +244,31 @@ def test_lengths_and_plans_are_measured(
         lengths=[400],
         progress=False,
     )
-    found = Certificate.model_validate(measured.manifest.certificate)
+    result = Certificate.model_validate(measured.manifest.certificate)
     # These documents' names have no folder.
-    assert found.protocol.sources == tuple(document.name for document in anchors)
-    plans = [(plan.context, plan.tail) for plan in found.plans]
-    assert plans == [(100, 0), (100, 16), (100, 32), (400, 0), (400, 16), (400, 64), (400, 160)]
-    costs = [plan.cost for plan in found.plans[:3]]
+    assert result.protocol.sources == tuple(document.name for document in anchors)
+    ways = [(way.context, way.tail) for way in result.plans]
+    assert ways == [(100, 0), (100, 16), (100, 32), (400, 0), (400, 16), (400, 64), (400, 160)]
+    costs = [way.cost for way in result.plans[:3]]
     assert costs == sorted(costs)
     assert costs[1] - costs[0] == pytest.approx(0.16 * (1 - costs[0]))
-    recalled = [plan.facts and plan.facts.mean for plan in found.plans]
+    recalled = [way.facts and way.facts.mean for way in result.plans]
     assert recalled == [0.5, 1, 1, None, None, None, None]
 
 
-@pytest.mark.parametrize(("kept", "drifted"), [(0.9, False), (0.95, False), (0.5, True)])
+@pytest.mark.parametrize(("retention", "drifted"), [(0.9, False), (0.95, False), (0.5, True)])
 def test_drift_is_retention_below_the_certificates_interval(
     tiny_models: tuple[Path, Path],
     fitted: Path,
     monkeypatch: pytest.MonkeyPatch,
-    kept: float,
+    retention: float,
     drifted: bool,
 ) -> None:
-    monkeypatch.setattr(monitor, "evaluate_texts", lambda *args, **kwargs: texts(kept))
+    monkeypatch.setattr(monitor, "evaluate_texts", lambda *args, **kwargs: texts(retention))
     checker = WMatrixMonitor([Document("a", "b")], source=tiny_models[0], target=tiny_models[1])
     status = checker.check(fitted)
     assert status.drift_detected is drifted
-    assert status.accuracy == pytest.approx(kept)
+    assert status.accuracy == pytest.approx(retention)
     assert bool(status.reasons) is drifted
 
 

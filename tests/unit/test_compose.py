@@ -1,4 +1,4 @@
-"""Two maps folded into one: exact where the algebra is, and never dearer than a direct map."""
+"""Two maps composed into one: exact where the algebra is, at the cost of a direct map."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from awareness_vllm.align.realign import realign
 from awareness_vllm.anchors.corpus import Document
 from awareness_vllm.errors import BadInput, NoWMatrix, UnsupportedModel
 from awareness_vllm.evaluate.flops import map_flop
-from awareness_vllm.fit import compose as folding
+from awareness_vllm.fit import compose as compose_module
 from awareness_vllm.fit import gather
 from awareness_vllm.fit.compose import Hop, compose, learn_bridge
 from awareness_vllm.fit.config import FitConfig
@@ -139,7 +139,7 @@ PAIRS = {
 
 
 @pytest.mark.parametrize(("first", "second"), PAIRS.values(), ids=PAIRS)
-def test_the_fold_is_one_map_after_the_other(first: WMatrix, second: WMatrix) -> None:
+def test_the_composition_is_one_map_after_the_other(first: WMatrix, second: WMatrix) -> None:
     generator = torch.Generator().manual_seed(5)
     states = torch.randn(9, first.manifest.source_width, generator=generator)
     tokens = torch.randn(9, second.manifest.embedding_width, generator=generator)
@@ -150,7 +150,7 @@ def test_the_fold_is_one_map_after_the_other(first: WMatrix, second: WMatrix) ->
     assert composed_map.manifest.residual == (first.manifest.residual and second.manifest.residual)
 
 
-def test_three_maps_fold_one_by_one() -> None:
+def test_three_maps_compose_one_by_one() -> None:
     one, two, three = random_map(A, B, (0,)), random_map(B, C, (0, 1)), random_map(C, A2, (1,))
     left, right = compose(compose(one, two), three), compose(one, compose(two, three))
     generator = torch.Generator().manual_seed(5)
@@ -176,19 +176,19 @@ def test_it_is_an_uncertified_file_like_any_other(tmp_path: Path) -> None:
     first, second = PAIRS["plain"]
     composed_map = compose(first, second)
     composed_map.save(tmp_path / "f.wmatrix")
-    found = load(tmp_path / "f.wmatrix")
-    manifest = found.manifest
-    assert torch.equal(found.encode, composed_map.encode)
+    result = load(tmp_path / "f.wmatrix")
+    manifest = result.manifest
+    assert torch.equal(result.encode, composed_map.encode)
     assert (manifest.source, manifest.target, manifest.sink) == (A, C, (2,))
     assert manifest.composed == (first.payload, second.payload)
-    assert (manifest.standing, found.accuracy, found.reconstruction_error) == (
+    assert (manifest.standing, result.accuracy, result.reconstruction_error) == (
         "not certified",
         None,
         None,
     )
 
 
-def test_a_lower_rank_keeps_what_weighs_most() -> None:
+def test_a_lower_rank_keeps_the_largest_components() -> None:
     first, second = PAIRS["second adds"]
     whole = compose(first, second, rank=14)
     product = whole.encode @ whole.decode
@@ -238,7 +238,7 @@ def packed(
     )
 
 
-def test_memories_go_through_the_fold_as_through_both(
+def test_memories_are_the_same_through_the_composition_and_through_both(
     folder: Path, byte_fallback_tokenizer: Tokenizer
 ) -> None:
     """One tokenizer for all three, no embeddings in the first map: exact, positions and all."""
@@ -248,9 +248,11 @@ def test_memories_go_through_the_fold_as_through_both(
     middle = realign(package, first, folder, embeds[0], dtype=torch.float32)
     between = packed(B, middle.ids, package.spans, middle.keys, middle.values)
     expected = realign(between, second, folder, embeds[1], dtype=torch.float32)
-    found = realign(package, compose(first, second), folder, embeds[1], dtype=torch.float32)
-    assert found.ids == expected.ids
-    for one, other in zip(found.keys + found.values, expected.keys + expected.values, strict=True):
+    result = realign(package, compose(first, second), folder, embeds[1], dtype=torch.float32)
+    assert result.ids == expected.ids
+    for one, other in zip(
+        result.keys + result.values, expected.keys + expected.values, strict=True
+    ):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
@@ -269,18 +271,18 @@ def hops(
 
 
 def unlike(hop: Hop, embed: Callable[[Tensor], Tensor], composed_map: WMatrix, text: str) -> float:
-    """How far a folded round trip's states are from the model's own, beside these states."""
+    """The distance of a composed round trip's states from the model's own, relative to these."""
     package = capture(hop.folder, text, model=hop.model)
     memory = realign(package, composed_map, hop.folder, embed, dtype=torch.float32)
     keys, values = states(hop.model, memory.ids)
-    found, own = (
+    result, own = (
         flat_states(package.geometry, *part)[1:]
         for part in ((memory.keys, memory.values), (keys, values))
     )
-    return ((found - own).norm() / (own - own.mean(0)).norm()).item()
+    return ((result - own).norm() / (own - own.mean(0)).norm()).item()
 
 
-def test_a_bridge_mends_what_the_first_map_leaves_to_chance(
+def test_a_bridge_ignores_noise_in_the_first_maps_outputs(
     hops: tuple[Hop, Hop, Callable[[Tensor], Tensor]], anchors: list[Document]
 ) -> None:
     """Noise in outputs that B does not feel goes through the algebra, as through the chain."""
@@ -293,13 +295,13 @@ def test_a_bridge_mends_what_the_first_map_leaves_to_chance(
     bridge = learn_bridge(first, second, first.folder, embed, anchors[1:], rows=1000)
     assert bridge.rows >= 1000
     text = anchors[0].text[:400]
-    folds = [compose(noisy, second.wmatrix, bridge=b) for b in (None, bridge)]
-    assert folds[1].manifest.fit == {"bridge_rows": bridge.rows}
-    algebra, bridged = (unlike(first, embed, composed_map, text) for composed_map in folds)
+    compositions = [compose(noisy, second.wmatrix, bridge=b) for b in (None, bridge)]
+    assert compositions[1].manifest.fit == {"bridge_rows": bridge.rows}
+    algebra, bridged = (unlike(first, embed, composed_map, text) for composed_map in compositions)
     assert bridged < 0.5 < 1.5 < algebra
 
 
-def test_a_bridge_is_in_the_units_of_what_it_reads(
+def test_a_bridge_has_the_units_of_its_features(
     hops: tuple[Hop, Hop, Callable[[Tensor], Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second, embed = hops
@@ -308,10 +310,10 @@ def test_a_bridge_is_in_the_units_of_what_it_reads(
     weight = torch.randn(ranks[0] + 5, ranks[1], generator=generator)
     spread = torch.linspace(0.1, 10, len(weight))
     x = torch.randn(2000, len(weight), generator=generator) * spread + 3
-    monkeypatch.setattr(folding, "bridge_rows", lambda *args: iter([(x, x @ weight + 7)]))
+    monkeypatch.setattr(compose_module, "bridge_rows", lambda *args: iter([(x, x @ weight + 7)]))
     bridge = learn_bridge(first, second, first.folder, embed, [])
-    found = torch.cat((bridge.states, bridge.tokens)) * spread[:, None]
-    assert (found - weight * spread[:, None]).norm() < 0.05 * found.norm()
+    result = torch.cat((bridge.states, bridge.tokens)) * spread[:, None]
+    assert (result - weight * spread[:, None]).norm() < 0.05 * result.norm()
     torch.testing.assert_close(
         x.mean(0) @ torch.cat((bridge.states, bridge.tokens)) + bridge.bias,
         (x @ weight + 7).mean(0),
@@ -320,7 +322,7 @@ def test_a_bridge_is_in_the_units_of_what_it_reads(
     )
 
 
-def test_no_bridge_follows_a_map_that_adds(
+def test_no_bridge_follows_a_residual_map(
     hops: tuple[Hop, Hop, Callable[[Tensor], Tensor]], anchors: list[Document]
 ) -> None:
     first, second, embed = hops
@@ -338,7 +340,7 @@ def test_too_few_texts_are_refused(
         learn_bridge(first, second, first.folder, embed, [])
 
 
-def test_maps_that_read_where_tokens_stand_are_not_folded(wmatrix: WMatrix) -> None:
+def test_maps_with_position_embeddings_are_not_composed(wmatrix: WMatrix) -> None:
     placed = replace(
         wmatrix, manifest=wmatrix.manifest.model_copy(update={"position_embeddings": ("target",)})
     )

@@ -59,8 +59,8 @@ def test_latin_1_is_read_and_binary_skipped(
     (tmp_path / "binary").write_bytes(b"\xff\x01\x02" * 200)
     (tmp_path / "nul.txt").write_bytes(b"a\0b" * 200)
     with caplog.at_level(logging.WARNING):
-        found = load([tmp_path])
-    assert [document.text[:4] for document in found] == ["Café"]
+        result = load([tmp_path])
+    assert [document.text[:4] for document in result] == ["Café"]
     assert "binary" in caplog.text
     assert "nul.txt" in caplog.text
 
@@ -68,12 +68,12 @@ def test_latin_1_is_read_and_binary_skipped(
 def test_fortune_files_become_documents_of_several_sayings(tmp_path: Path) -> None:
     sayings = [f"Saying number {i} is wise. " + "word " * 20 for i in range(100)]
     (tmp_path / "sayings").write_text("\n%\n".join(sayings) + "\n%\n")
-    found = load([tmp_path])
-    assert len(found) > 2
-    assert all(2000 <= len(document.text) <= 4000 for document in found[:-1])
-    assert len({document.name for document in found}) == len(found)
-    assert not any("%" in document.text for document in found)
-    assert sum(document.text.count("Saying number") for document in found) == 100
+    result = load([tmp_path])
+    assert len(result) > 2
+    assert all(2000 <= len(document.text) <= 4000 for document in result[:-1])
+    assert len({document.name for document in result}) == len(result)
+    assert not any("%" in document.text for document in result)
+    assert sum(document.text.count("Saying number") for document in result) == 100
 
 
 def test_html_gives_its_text_only() -> None:

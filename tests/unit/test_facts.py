@@ -43,8 +43,8 @@ def test_no_measured_word_is_in_any_fitted_text() -> None:
 
 def test_no_code_is_in_both() -> None:
     fitted = set().union(*(re.findall(r"\b\d{4}\b", text) for text in fact_texts(300, 0)))
-    asked = {case["answer"].strip() for case in fact_cases(300, 0)}
-    codes = {answer for answer in asked if answer.isdigit()}
+    answers = {case["answer"].strip() for case in fact_cases(300, 0)}
+    codes = {answer for answer in answers if answer.isdigit()}
     assert len(codes) > 80
     # Years are four digits too; a case's code must not be told by them either.
     assert not {c for c in codes & fitted if not 1951 <= int(c) < 2025}

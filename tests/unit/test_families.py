@@ -55,13 +55,13 @@ def continued(
     for i, layer in enumerate(zip(keys, values, strict=True)):
         cached = (state.repeat_interleave(cache_repeats(model.config), dim=1) for state in layer)
         cache.update(*(state.transpose(0, 1)[None] for state in cached), i)
-    said, first = [last], torch.empty(0)
+    tokens, first = [last], torch.empty(0)
     for step in range(SAID):
         at = {"position_ids": torch.tensor([[offset + len(keys[0]) + step]])} if offset else {}
-        logits = model(torch.tensor([said[-1:]]), past_key_values=cache, **at).logits[0, -1]
+        logits = model(torch.tensor([tokens[-1:]]), past_key_values=cache, **at).logits[0, -1]
         first = first if step else logits
-        said.append(int(logits.argmax()))
-    return said[1:], first
+        tokens.append(int(logits.argmax()))
+    return tokens[1:], first
 
 
 @torch.no_grad()
@@ -69,12 +69,12 @@ def native(model: PreTrainedModel, ids: list[int]) -> tuple[list[int], Tensor]:
     """The same after the text, as it is read at once into the model's own cache."""
     cache = DynamicCache()
     model(torch.tensor([ids[:-1]]), past_key_values=cache)
-    said, first = [ids[-1]], torch.empty(0)
+    tokens, first = [ids[-1]], torch.empty(0)
     for step in range(SAID):
-        logits = model(torch.tensor([said[-1:]]), past_key_values=cache).logits[0, -1]
+        logits = model(torch.tensor([tokens[-1:]]), past_key_values=cache).logits[0, -1]
         first = first if step else logits
-        said.append(int(logits.argmax()))
-    return said[1:], first
+        tokens.append(int(logits.argmax()))
+    return tokens[1:], first
 
 
 def test_states_have_the_geometrys_shapes(
@@ -105,11 +105,11 @@ def test_vllm_reads_the_same_heads(model: PreTrainedModel, geometry: Geometry) -
 def test_a_models_own_states_are_as_good_as_its_text(
     model: PreTrainedModel, ids: list[int]
 ) -> None:
-    said, logits = native(model, ids)
-    again, found = continued(model, *states(model, ids[:-1]), ids[-1])
-    assert torch.equal(found, logits)
-    assert again == said
-    assert len(set(said)) > 4, "too dull a model to tell anything"
+    tokens, logits = native(model, ids)
+    again, result = continued(model, *states(model, ids[:-1]), ids[-1])
+    assert torch.equal(result, logits)
+    assert again == tokens
+    assert len(set(tokens)) > 4, "too dull a model to tell anything"
 
 
 def test_keys_without_and_with_positions_again(
@@ -122,12 +122,12 @@ def test_keys_without_and_with_positions_again(
         free.append(unrotate(key, at, layer.positions))
         again.append(rotate(free[-1], at, layer.positions))
     expected = continued(model, keys, values, ids[-1])[1]
-    found = continued(model, again, values, ids[-1])[1]
+    result = continued(model, again, values, ids[-1])[1]
     close = 200 * EPSILON * expected.abs().max().item()
-    torch.testing.assert_close(found, expected, atol=close, rtol=0)
+    torch.testing.assert_close(result, expected, atol=close, rtol=0)
     # A model whose keys hold positions says something else without them.
-    turned = any(layer.positions.rotary_dim for layer in geometry.layers)
-    assert turned != torch.equal(continued(model, free, values, ids[-1])[1], expected)
+    rotated = any(layer.positions.rotary_dim for layer in geometry.layers)
+    assert rotated != torch.equal(continued(model, free, values, ids[-1])[1], expected)
 
 
 @torch.no_grad()
@@ -147,7 +147,7 @@ def test_states_moved_are_states_read_elsewhere(
     expected = model(
         torch.tensor([ids[-1:]]), position_ids=at[None, -1:] + 1, past_key_values=cache
     ).logits[0, -1]
-    found = continued(model, moved, values, ids[-1], OFFSET)[1]
+    result = continued(model, moved, values, ids[-1], OFFSET)[1]
     # Angles are as large as positions, and what rounds them passes through two layers.
     close = 20 * (OFFSET + TOKENS) * EPSILON * expected.abs().max().item()
-    torch.testing.assert_close(found, expected, atol=close, rtol=0)
+    torch.testing.assert_close(result, expected, atol=close, rtol=0)

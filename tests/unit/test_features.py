@@ -63,21 +63,21 @@ def test_flat_states_are_float32(geometry: Geometry) -> None:
 @given(tokens=st.integers(0, 6), count=st.integers(0, 8))
 def test_predecessors_stand_beside_each_row(tokens: int, count: int) -> None:
     x = torch.arange(1.0, 1 + 2 * tokens).view(tokens, 2)
-    found = with_predecessors(x, count)
-    assert found.shape == (tokens, 2 * (1 + count))
+    result = with_predecessors(x, count)
+    assert result.shape == (tokens, 2 * (1 + count))
     for t in range(tokens):
         for back in range(count + 1):
             expected = x[t - back] if t >= back else torch.zeros(2)
-            assert torch.equal(found[t, 2 * back : 2 * back + 2], expected)
+            assert torch.equal(result[t, 2 * back : 2 * back + 2], expected)
 
 
 def test_rms_normalise() -> None:
     x = torch.tensor([[3.0, 4.0], [-30.0, 40.0], [0.0, 0.0]]).bfloat16()
-    found = rms_normalise(x)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found[:2].square().mean(-1), torch.ones(2))
-    torch.testing.assert_close(found[0, 1] / found[0, 0], torch.tensor(4 / 3))
-    assert not found[2].any()
+    result = rms_normalise(x)
+    assert result.dtype == torch.float32
+    torch.testing.assert_close(result[:2].square().mean(-1), torch.ones(2))
+    torch.testing.assert_close(result[0, 1] / result[0, 0], torch.tensor(4 / 3))
+    assert not result[2].any()
 
 
 def test_encode_and_decode_are_an_affine_map() -> None:
@@ -85,20 +85,20 @@ def test_encode_and_decode_are_an_affine_map() -> None:
     x, down, up, bias = (
         torch.randn(*shape, generator=generator) for shape in ((5, 7), (7, 3), (3, 4), (4,))
     )
-    found = decode(encode(x, down), up, bias)
-    torch.testing.assert_close(found, x @ down @ up + bias)
+    result = decode(encode(x, down), up, bias)
+    torch.testing.assert_close(result, x @ down @ up + bias)
     half = decode(encode(x, down.bfloat16()), up.bfloat16(), bias)
     assert half.dtype == torch.float32
 
 
-def test_rows_at_the_first_source_position_are_blank() -> None:
+def test_rows_at_the_first_source_position_are_masked() -> None:
     assert masked_rows(np.array([0, 0, 1, 5, 0])).tolist() == [True, True, False, False, True]
 
 
 def test_embedding_features_see_the_sink_but_leave_it_out() -> None:
     table = torch.tensor([[1.0, 1.0], [2.0, 0.0], [0.0, 3.0]])
-    found = embedding_features(lambda ids: table[ids], [2, 0, 1], sink=1, predecessors=2)
+    result = embedding_features(lambda ids: table[ids], [2, 0, 1], sink=1, predecessors=2)
     rows = rms_normalise(table)
-    assert torch.equal(found[0], torch.cat((rows[0], rows[2], torch.zeros(2))))
-    assert torch.equal(found[1], torch.cat((rows[1], rows[0], rows[2])))
-    assert len(found) == 2
+    assert torch.equal(result[0], torch.cat((rows[0], rows[2], torch.zeros(2))))
+    assert torch.equal(result[1], torch.cat((rows[1], rows[0], rows[2])))
+    assert len(result) == 2

@@ -79,7 +79,7 @@ def killed_after(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, call
         ),
     ],
 )
-def test_a_killed_fit_goes_on_where_it_was(
+def test_a_killed_fit_resumes(
     tiny_models: tuple[Path, Path],
     anchors: list[Document],
     tmp_path: Path,
@@ -103,7 +103,7 @@ def test_a_killed_fit_goes_on_where_it_was(
 
 
 @pytest.mark.usefixtures("small")
-def test_what_was_done_is_not_done_again(
+def test_finished_steps_are_not_repeated(
     tiny_models: tuple[Path, Path], anchors: list[Document], tmp_path: Path
 ) -> None:
     read: list[str] = []
@@ -131,26 +131,26 @@ def test_another_configuration_starts_anew(tmp_path: Path) -> None:
     assert Checkpoint(tmp_path / "work", "two").load("a") is None
 
 
-def test_a_set_that_was_cut_off_counts_as_none(tmp_path: Path) -> None:
-    work = Checkpoint(tmp_path / "work", "one")
-    work.save("a", {"x": torch.ones(1000)}, {})
+def test_a_truncated_checkpoint_is_ignored(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(tmp_path / "work", "one")
+    checkpoint.save("a", {"x": torch.ones(1000)}, {})
     path = tmp_path / "work" / "a.safetensors"
     path.write_bytes(path.read_bytes()[:300])
-    assert work.load("a") is None
+    assert checkpoint.load("a") is None
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("small")
-def test_calibration_keeps_the_epoch_that_was_best(
+def test_calibration_returns_the_best_epoch(
     tiny_models: tuple[Path, Path], anchors: list[Document], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The map before any step is called the best: then nothing of the training may remain.
     scores = iter((0.0, 1.0, 2.0))
     monkeypatch.setattr(calibrate, "mean_kl", lambda *args: next(scores))
-    kept = fitted(tiny_models, anchors, None)
+    best = fitted(tiny_models, anchors, None)
     plain = fit.fit(*tiny_models, anchors, replace(CONFIG, calibration=0), progress=False)
     for part in calibrate.PARTS:
-        assert torch.equal(getattr(kept, part), getattr(plain, part))
+        assert torch.equal(getattr(best, part), getattr(plain, part))
 
 
 @pytest.mark.slow
@@ -160,18 +160,18 @@ def test_calibration_lowers_the_divergence_on_held_out_texts(
     anchors: list[Document],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    found: list[list[float]] = []
+    scores: list[list[float]] = []
     original = fit.calibrate
 
     def noted(*args: object, **kwargs: object) -> object:
         result = original(*args, **kwargs)
-        found.append(result[1])
+        scores.append(result[1])
         return result
 
     monkeypatch.setattr(fit, "calibrate", noted)
     config = replace(CONFIG, calibration=12, epochs=3)
     fit.fit(*tiny_models, anchors, config, progress=False)
-    assert min(found[0][1:]) < found[0][0]
+    assert min(scores[0][1:]) < scores[0][0]
 
 
 @pytest.mark.usefixtures("small")
@@ -234,7 +234,7 @@ def perturbed(folder: Path, into: Path, noise: float) -> Path:
 
 
 @pytest.mark.usefixtures("small")
-def test_a_variants_map_adds_to_what_the_source_says(
+def test_a_variants_map_adds_to_the_sources_states(
     tiny_models: tuple[Path, Path], anchors: list[Document], tmp_path: Path
 ) -> None:
     variant = perturbed(tiny_models[0], tmp_path / "variant", 0.02)
@@ -254,8 +254,8 @@ def test_a_variants_map_adds_to_what_the_source_says(
     embeddings = torch.zeros(3, len(wmatrix.mean) - width)
     nothing = replace(wmatrix, decode=0 * wmatrix.decode, bias=0 * wmatrix.bias)
     keys, values = nothing.map(source, embeddings, masked)
-    kept = torch.cat([s.flatten(1) for s in (*keys, *values)], dim=1)
-    assert torch.equal(kept[[0, 2]], source[[0, 2]])
-    assert torch.equal(kept[1], wmatrix.mean[:width])
+    best = torch.cat([s.flatten(1) for s in (*keys, *values)], dim=1)
+    assert torch.equal(best[[0, 2]], source[[0, 2]])
+    assert torch.equal(best[1], wmatrix.mean[:width])
     keys, values = nothing.map(None, embeddings)
     assert torch.equal(keys[0].flatten(1)[2], wmatrix.mean[: keys[0][0].numel()])

@@ -150,7 +150,7 @@ STATED: dict[str, Stated] = {
 
 
 @pytest.mark.parametrize("kind", list(STATED))
-def test_what_families_leave_unsaid_is_known(kind: str) -> None:
+def test_defaults_of_families_are_known(kind: str) -> None:
     config, heads, positions, windows = STATED[kind]
     layers = read(config | {"model_type": kind}).layers
     each = positions if isinstance(positions, list) else [positions] * 2
@@ -187,8 +187,8 @@ def test_longrope_is_that_of_the_tokens_read_at_once() -> None:
 
 
 def test_a_model_type_that_transformers_lacks_is_read_as_it_stands() -> None:
-    found = read(PLAIN | {"model_type": "novel", "rope_theta": 1e4})
-    assert found.layers[0].positions == WHOLE
+    result = read(PLAIN | {"model_type": "novel", "rope_theta": 1e4})
+    assert result.layers[0].positions == WHOLE
 
 
 def test_partial_rotary_factor_narrows_the_rotation() -> None:
@@ -222,7 +222,7 @@ def test_no_kv_head_count_means_one_per_attention_head() -> None:
         ({"max_position_embeddings": None}, "max_position_embeddings"),
     ],
 )
-def test_what_cannot_be_described_is_refused_by_name(change: dict[str, Any], named: str) -> None:
+def test_unsupported_configs_are_refused_by_field(change: dict[str, Any], named: str) -> None:
     with pytest.raises(UnsupportedModel, match=named):
         read(LLAMA | change)
 
@@ -265,9 +265,9 @@ def reading(
 
     read = []
 
-    def counted(*given: Any, **more: Any) -> Geometry:
-        read.append(given)
-        return from_config(*given, **more)
+    def counted(*arguments: Any, **more: Any) -> Geometry:
+        read.append(arguments)
+        return from_config(*arguments, **more)
 
     monkeypatch.setattr(module, "from_config", counted)
 
@@ -287,7 +287,7 @@ def reading(
     return of
 
 
-def test_what_a_config_says_is_kept(reading: Callable[..., tuple[Geometry, bool]]) -> None:
+def test_a_configs_geometry_is_cached(reading: Callable[..., tuple[Geometry, bool]]) -> None:
     first, read = reading(GEMMA)
     assert read
     assert reading(GEMMA) == (first, False)
@@ -300,17 +300,17 @@ def test_what_a_config_says_is_kept(reading: Callable[..., tuple[Geometry, bool]
 
 
 @pytest.mark.parametrize("damage", [b"", b"{}", b"\xff\xfe"])
-def test_a_damaged_keeping_is_read_again(
+def test_a_damaged_cache_is_replaced(
     reading: Callable[..., tuple[Geometry, bool]], tmp_path: Path, damage: bytes
 ) -> None:
     first, _ = reading(LLAMA)
-    (kept,) = (tmp_path / "home" / "geometries").iterdir()
-    kept.write_bytes(damage)
+    (cached,) = (tmp_path / "home" / "geometries").iterdir()
+    cached.write_bytes(damage)
     assert reading(LLAMA) == (first, True)
     assert reading(LLAMA) == (first, False)
 
 
-def test_what_reads_configs_is_part_of_what_is_kept(
+def test_the_cache_depends_on_the_code_that_reads_configs(
     reading: Callable[..., tuple[Geometry, bool]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reading(LLAMA)
@@ -321,7 +321,7 @@ def test_what_reads_configs_is_part_of_what_is_kept(
     assert reading(LLAMA)[1]
 
 
-def test_a_home_that_cannot_be_written_to_keeps_nothing(
+def test_a_read_only_home_has_no_cache(
     reading: Callable[..., tuple[Geometry, bool]], tmp_path: Path
 ) -> None:
     (tmp_path / "home").write_text("a file, not a folder")

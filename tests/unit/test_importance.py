@@ -1,4 +1,4 @@
-"""The regression's weights: states that no prediction hangs on weigh nothing."""
+"""The weights of the regression: states that no prediction depends on weigh nothing."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def test_states_that_nothing_reads_are_unimportant(tiny_models: tuple[Path, Path
     reader = Reader(*tiny_models, predecessors=0)
     layers = reader.target_model.model.layers
     torch.nn.init.zeros_(layers[1].self_attn.o_proj.weight)
-    found = importance(reader, PAIRS)
+    result = importance(reader, PAIRS)
     widths = [layer.width for layer in reader.target_geometry.layers] * 2
-    keys_0, keys_1, values_0, values_1 = found.split(widths)
+    keys_0, keys_1, values_0, values_1 = result.split(widths)
     assert not keys_1.any()
     assert not values_1.any()
     assert (keys_0 > 0).all()
     assert (values_0 > 0).all()
-    assert torch.equal(found, importance(reader, PAIRS))
+    assert torch.equal(result, importance(reader, PAIRS))
 
 
 def test_weights_are_of_standardised_targets() -> None:

@@ -1,4 +1,4 @@
-"""Freed memory is kept: measured in its own process, since the setting lasts for the process."""
+"""Memory that glibc keeps, measured in a process of its own, since the setting lasts for it."""
 
 from __future__ import annotations
 

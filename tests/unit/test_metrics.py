@@ -57,11 +57,11 @@ def test_cosine_is_that_of_the_tokens_after_the_sink(native: AlignedMemory) -> N
 def test_attention_is_a_distribution_and_overlaps_with_itself(
     model: torch.nn.Module, native: AlignedMemory
 ) -> None:
-    found = attention(model, native, IDS)
-    assert len(found) == 2
-    assert found[0].shape == (3, len(IDS), len(native.ids) + len(IDS))
-    torch.testing.assert_close(found[0].sum(-1), torch.ones(3, len(IDS)))
-    torch.testing.assert_close(overlap(found, found), torch.ones(2))
+    result = attention(model, native, IDS)
+    assert len(result) == 2
+    assert result[0].shape == (3, len(IDS), len(native.ids) + len(IDS))
+    torch.testing.assert_close(result[0].sum(-1), torch.ones(3, len(IDS)))
+    torch.testing.assert_close(overlap(result, result), torch.ones(2))
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -77,7 +77,7 @@ def test_gradients_reach_every_state(model: torch.nn.Module, native: AlignedMemo
 
 
 @pytest.mark.parametrize("tail", [1, 5, 100])
-def test_a_tail_read_natively_says_what_its_states_say(
+def test_a_native_tail_gives_the_predictions_of_its_states(
     tiny_models: tuple[Path, Path], native: AlignedMemory, tail: int
 ) -> None:
     harness = EvalHarness(tiny_models[1], tiny_models[1], None)
@@ -91,12 +91,12 @@ def test_a_tail_read_natively_says_what_its_states_say(
 
 def test_a_same_model_memory_is_perfect(tiny_models: tuple[Path, Path]) -> None:
     harness = EvalHarness(tiny_models[1], tiny_models[1], None)
-    found = alignment_metrics(
+    result = alignment_metrics(
         harness, [("the quick brown fox jumps over", IDS), ("a lazy dog and others", IDS)]
     )
     # Captured in float32 and stored in bfloat16.
-    assert min(found.semantic_preservation) > 0.999
-    assert min(found.attention_fidelity) > 0.99
-    assert found.gradient_ratio == pytest.approx(1, abs=0.05)
-    assert found.gradient_stability
-    assert found.n == 2
+    assert min(result.semantic_preservation) > 0.999
+    assert min(result.attention_fidelity) > 0.99
+    assert result.gradient_ratio == pytest.approx(1, abs=0.05)
+    assert result.gradient_stability
+    assert result.n == 2

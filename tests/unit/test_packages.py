@@ -45,14 +45,14 @@ def rewrite(
 
 
 def test_round_trip(published: Path, make_package: Make) -> None:
-    package, found = make_package(), verify(published)
-    assert (found.manifest, found.text, found.tokens) == (
+    package, result = make_package(), verify(published)
+    assert (result.manifest, result.text, result.tokens) == (
         package.manifest,
         package.text,
         package.tokens,
     )
-    assert (found.spans == package.spans).all()
-    for one, other in zip(package.keys + package.values, found.keys + found.values, strict=True):
+    assert (result.spans == package.spans).all()
+    for one, other in zip(package.keys + package.values, result.keys + result.values, strict=True):
         assert one.dtype == other.dtype
         assert torch.equal(one, other)
     assert read_manifest(published) == package.manifest
@@ -100,11 +100,11 @@ def test_an_altered_byte_is_noticed_without_an_id(published: Path, data: st.Data
         path = Path(folder) / "renamed.safetensors"
         path.write_bytes(raw)
         try:
-            found = verify(path)
+            result = verify(path)
         except PackageCorrupt:
             return
     # Blanks and escapes of the JSON can change; what it says cannot.
-    one, other = verify(published), found
+    one, other = verify(published), result
     assert position < header or raw == published.read_bytes()
     assert (one.manifest, one.text, one.tokens) == (other.manifest, other.text, other.tokens)
     assert (one.spans == other.spans).all()

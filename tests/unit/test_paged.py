@@ -64,7 +64,7 @@ def test_the_latent_has_the_memorys_ids_and_is_smaller(
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_pages_hold_what_the_plain_way_gives_and_nothing_else(
+def test_pages_have_the_states_of_the_reference_and_nothing_else(
     data: st.DataObject, paged: PagedMap, latent: Latent, plain: AlignedMemory
 ) -> None:
     count = len(latent.ids)
@@ -128,9 +128,9 @@ def test_a_rank_writes_its_own_layers_and_heads(
     slot_mapping = torch.arange(len(latent.ids))
     rank.write(latent, [page], [slot_mapping], begin=0)
     for written, states in ((page.keys, expected.keys), (page.values, expected.values)):
-        found = written.flatten(0, 1)[slot_mapping]
+        result = written.flatten(0, 1)[slot_mapping]
         # States are as large as 120: one rounding of the largest is 1e-5, another head's are not.
-        torch.testing.assert_close(found, states[1][:, 1:], rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(result, states[1][:, 1:], rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("positions", [4096, 100])

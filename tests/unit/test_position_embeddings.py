@@ -1,4 +1,4 @@
-"""Learned positions are features of their own: read, kept in the file, served, free elsewhere."""
+"""Learned positions are features: in the reader, in the file, in a server."""
 
 from __future__ import annotations
 
@@ -94,34 +94,32 @@ def test_a_family_without_a_known_table_is_refused() -> None:
         position_embeddings(model)
 
 
-def test_each_token_gets_the_row_of_its_place_on_either_side() -> None:
+def test_each_token_gets_the_row_of_its_position_on_either_side() -> None:
     tables = {side: torch.randn(9, 3) for side in ("source", "target")}
     features, source, target = torch.randn(4, 2), torch.tensor([1, 1, 3, 8]), torch.arange(2, 6)
-    found = with_position_embeddings(features, tables, source, target)
-    assert torch.equal(found[:, :2], features)
-    assert torch.equal(found[:, 2:5], tables["source"][source])
-    assert torch.equal(found[:, 5:], tables["target"][target])
+    result = with_position_embeddings(features, tables, source, target)
+    assert torch.equal(result[:, :2], features)
+    assert torch.equal(result[:, 2:5], tables["source"][source])
+    assert torch.equal(result[:, 5:], tables["target"][target])
 
 
-def test_features_without_places_are_not_even_copied() -> None:
+def test_features_without_position_embeddings_are_not_copied() -> None:
     features = torch.randn(4, 2)
     assert with_position_embeddings(features, {}, torch.arange(4), torch.arange(4)) is features
 
 
 def test_a_file_keeps_the_tables(placed: WMatrix, wmatrix: WMatrix, tmp_path: Path) -> None:
     placed.save(tmp_path / "a.wmatrix")
-    found = load(tmp_path / "a.wmatrix")
-    assert found.manifest.position_embeddings == ("source", "target")
+    result = load(tmp_path / "a.wmatrix")
+    assert result.manifest.position_embeddings == ("source", "target")
     assert all(
-        torch.equal(found.position_embeddings[side], table)
+        torch.equal(result.position_embeddings[side], table)
         for side, table in placed.position_embeddings.items()
     )
-    assert found.manifest.embedding_width == wmatrix.manifest.embedding_width + 16 + 6
+    assert result.manifest.embedding_width == wmatrix.manifest.embedding_width + 16 + 6
 
 
-def test_a_file_without_a_table_that_it_speaks_of_is_corrupt(
-    placed: WMatrix, tmp_path: Path
-) -> None:
+def test_a_file_without_a_table_of_its_manifest_is_corrupt(placed: WMatrix, tmp_path: Path) -> None:
     replace(placed, position_embeddings={"source": placed.position_embeddings["source"]}).save(
         tmp_path / "a.wmatrix"
     )
@@ -129,14 +127,14 @@ def test_a_file_without_a_table_that_it_speaks_of_is_corrupt(
         load(tmp_path / "a.wmatrix")
 
 
-def test_a_memory_differs_by_what_its_places_add(
+def test_a_memory_differs_by_its_position_embeddings(
     placed: WMatrix, wmatrix: WMatrix, package: Package, folder: Path
 ) -> None:
-    """The map is linear: the same as without places, and what they add to the latent, decoded."""
+    """The map is linear: the same as without tables, plus their share of the latent, decoded."""
     plain = realign(package, wmatrix, folder, embed, dtype=torch.float32)
-    found = realign(package, placed, folder, embed, dtype=torch.float32)
+    result = realign(package, placed, folder, embed, dtype=torch.float32)
     sink = len(placed.manifest.sink)
-    latents = placed.position_latents()["target"][sink : len(found.ids)]
+    latents = placed.position_latents()["target"][sink : len(result.ids)]
     some = realign(
         package,
         replace(
@@ -153,12 +151,12 @@ def test_a_memory_differs_by_what_its_places_add(
     last = placed.manifest.target.layers[-1]  # the layer that holds no positions
     width = last.heads * last.head_dim
     added = latents.float() @ placed.decode[:, -width:].float()
-    given = (some.values[-1] - plain.values[-1])[sink:].flatten(1)
-    torch.testing.assert_close(given, added, rtol=0, atol=2e-5)
-    assert not torch.allclose(found.values[-1], some.values[-1])
+    actual = (some.values[-1] - plain.values[-1])[sink:].flatten(1)
+    torch.testing.assert_close(actual, added, rtol=0, atol=2e-5)
+    assert not torch.allclose(result.values[-1], some.values[-1])
 
 
-def test_the_fused_way_adds_the_same(placed: WMatrix, package: Package, folder: Path) -> None:
+def test_the_fused_operators_add_the_same(placed: WMatrix, package: Package, folder: Path) -> None:
     heads = {i: slice(0, 1) for i in range(len(placed.manifest.target.layers))}
     paged = PagedMap(placed, heads, positions=64, device="cpu")
     latent = paged.latent(package, *sources(package, placed.manifest, folder), embed)
@@ -171,7 +169,7 @@ def test_the_fused_way_adds_the_same(placed: WMatrix, package: Package, folder: 
 
 
 @pytest.mark.parametrize("predecessors", [1, None])
-def test_a_reader_gives_the_rows_of_the_places(
+def test_a_reader_adds_the_position_embeddings(
     predecessors: int | None,
     tiny_models: tuple[Path, Path],
     byte_level_tokenizer: Tokenizer,

@@ -1,4 +1,4 @@
-"""The aligner: a copy for the same model, and for another the map, at the target's positions."""
+"""Realignment: a copy for the same model, the map for another, at the target's positions."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def changed(package: Package, token: int) -> Package:
     return replace(package, keys=keys, values=values)
 
 
-def test_the_sources_first_position_says_nothing(
+def test_the_sources_first_position_is_masked(
     aligned: AlignedMemory, package: Package, wmatrix: WMatrix, folder: Path
 ) -> None:
     first = realign(changed(package, 0), wmatrix, folder, embed, dtype=torch.float32)
@@ -117,7 +117,7 @@ def test_the_sources_first_position_says_nothing(
         assert not torch.allclose(one[-1], other[-1])
 
 
-def test_blank_hides_the_sources_states(package: Package, wmatrix: WMatrix, folder: Path) -> None:
+def test_masked_states_do_not_matter(package: Package, wmatrix: WMatrix, folder: Path) -> None:
     one, other = (
         realign(p, wmatrix, folder, embed, dtype=torch.float32, masked=True)
         for p in (package, changed(package, -1))

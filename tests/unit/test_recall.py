@@ -1,4 +1,4 @@
-"""Calibration texts: they teach recall, with nothing of what recall is measured on."""
+"""Calibration texts teach recall, and share nothing with the measured cases."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ PAIRS = recall_texts(200, 0)
 TEXTS = [context + continuation for context, continuation in PAIRS]
 
 
-def test_no_measured_name_city_or_job_is_told() -> None:
-    told = set().union(*(re.findall(r"\w+", text.lower()) for text in TEXTS))
-    assert not told & {word.lower() for field in MEASURE for word in field}
-    assert told & {word.lower() for word in FIT.cities}
+def test_no_measured_name_city_or_job_is_used() -> None:
+    words = set().union(*(re.findall(r"\w+", text.lower()) for text in TEXTS))
+    assert not words & {word.lower() for field in MEASURE for word in field}
+    assert words & {word.lower() for word in FIT.cities}
 
 
-def test_no_code_of_a_case_is_told() -> None:
-    told = {int(code) for text in TEXTS for code in re.findall(r"\b\d{4}\b", text)}
+def test_no_code_of_a_case_is_used() -> None:
+    words = {int(code) for text in TEXTS for code in re.findall(r"\b\d{4}\b", text)}
     # Years are four digits too.
-    assert not {code for code in told if is_case_code(code) and not 1951 <= code < 2025}
-    assert len(told) > 100
+    assert not {code for code in words if is_case_code(code) and not 1951 <= code < 2025}
+    assert len(words) > 100
 
 
 def test_the_cases_sentences_and_questions_are_not_used() -> None:
@@ -49,7 +49,7 @@ def test_no_question_of_a_case_is_asked() -> None:
         assert not any(line in text for line in lines for text in TEXTS)
 
 
-def test_what_is_asked_stands_in_the_context() -> None:
+def test_answers_are_in_the_context() -> None:
     for context, continuation in PAIRS:
         assert continuation.startswith("\n")
         assert "{" not in context + continuation

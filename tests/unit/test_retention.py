@@ -29,9 +29,9 @@ def test_the_exact_value() -> None:
 
 
 def test_the_interval_contains_the_mean_and_has_width() -> None:
-    found = retention(NATIVE, NONE - GAINED, NONE)
-    assert found["ci_low"] < found["mean"] < found["ci_high"]
-    assert found["ci_high"] - found["ci_low"] < 0.5
+    result = retention(NATIVE, NONE - GAINED, NONE)
+    assert result["ci_low"] < result["mean"] < result["ci_high"]
+    assert result["ci_high"] - result["ci_low"] < 0.5
 
 
 def test_native_is_one_and_none_is_zero_without_doubt() -> None:

@@ -1,4 +1,4 @@
-"""Positions off and on again, against vLLM's and transformers' own rotary embeddings."""
+"""Positions taken off keys and put on, against the rotary embeddings of vLLM and transformers."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ def vllm_rope(rope: dict[str, Any], *, halves: bool = True) -> Any:
 @pytest.mark.parametrize("name", [name for name in ROPES if name != "longrope"])
 def test_tables_are_vllms_bit_for_bit(vllm: None, name: str) -> None:
     expected = vllm_rope(ROPES[name])._compute_cos_sin_cache()[:LENGTH]
-    found = cos_sin_table(torch.arange(LENGTH), descriptor_of(ROPES[name]))
-    assert torch.equal(torch.cat(found, dim=-1), expected)
+    result = cos_sin_table(torch.arange(LENGTH), descriptor_of(ROPES[name]))
+    assert torch.equal(torch.cat(result, dim=-1), expected)
 
 
 @pytest.mark.parametrize("tokens", [TRAINED, TRAINED + 1], ids=["short", "long"])
@@ -101,8 +101,8 @@ def test_longrope_is_vllms_of_a_servers_length(
     )  # fmt: skip
     begin = TRAINED if rope.use_long_rope else 0
     expected = rope.long_short_cos_sin_cache[begin : begin + TRAINED]
-    found = cos_sin_table(torch.arange(TRAINED), descriptor_of(LONG, tokens))
-    assert torch.equal(torch.cat(found, dim=-1), expected)
+    result = cos_sin_table(torch.arange(TRAINED), descriptor_of(LONG, tokens))
+    assert torch.equal(torch.cat(result, dim=-1), expected)
 
 
 @pytest.mark.parametrize("tokens", [TRAINED, LENGTH], ids=["short", "long"])
@@ -122,11 +122,11 @@ def test_tables_are_transformers_own(name: str, tokens: int) -> None:
     positions = torch.arange(tokens)
     rotary = module(kind(**config_of(ROPES[name])))
     expected = rotary(torch.empty(1), positions[None])
-    for found, doubled in zip(
+    for result, doubled in zip(
         cos_sin_table(positions, descriptor_of(ROPES[name], tokens)), expected, strict=True
     ):
         close = 4 * tokens * torch.finfo(torch.float32).eps if name == "linear" else 0
-        torch.testing.assert_close(found, doubled[0, :, : found.shape[1]], atol=close, rtol=0)
+        torch.testing.assert_close(result, doubled[0, :, : result.shape[1]], atol=close, rtol=0)
 
 
 def test_a_dynamic_table_is_that_of_its_length() -> None:
@@ -142,7 +142,7 @@ def test_a_dynamic_table_is_that_of_its_length() -> None:
 
 @pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
 @pytest.mark.parametrize("name", ["default", "partial", "yarn"])
-def test_keys_are_turned_as_vllm_turns_them(vllm: None, name: str, interleaved: bool) -> None:
+def test_keys_are_rotated_as_by_vllm(vllm: None, name: str, interleaved: bool) -> None:
     keys, positions = random_keys(40), torch.arange(1000, 1040)
     rope = vllm_rope(ROPES[name], halves=not interleaved)
     expected = rope.forward_native(positions, keys.flatten(1).clone(), keys.flatten(1).clone())[1]
@@ -179,19 +179,19 @@ def descriptors(draw: st.DrawFn) -> Positions:
 
 
 @given(descriptors(), st.integers(1, 20), st.integers(0, 30_000), st.integers(0, 2**31))
-def test_strip_undoes_apply(descriptor: Positions, tokens: int, first: int, seed: int) -> None:
+def test_unrotate_undoes_rotate(descriptor: Positions, tokens: int, first: int, seed: int) -> None:
     keys, positions = random_keys(tokens, seed=seed), torch.arange(first, first + tokens)
     there = rotate(keys, positions, descriptor)
     # Two turns of four products each, and a division.
     close = 16 * torch.finfo(torch.float32).eps * keys.abs().max().item()
     torch.testing.assert_close(unrotate(there, positions, descriptor), keys, atol=close, rtol=0)
     # What lies beyond the rotated dims is not touched at all.
-    turned = descriptor.rotary_dim or 0
-    assert torch.equal(there[..., turned:], keys[..., turned:])
+    rotated = descriptor.rotary_dim or 0
+    assert torch.equal(there[..., rotated:], keys[..., rotated:])
 
 
 @given(descriptors(), st.integers(1, 20), st.integers(0, 4000), st.integers(-4000, 4000))
-def test_shift_is_apply_elsewhere(
+def test_rerotate_is_rotate_at_other_positions(
     descriptor: Positions, tokens: int, first: int, offset: int
 ) -> None:
     if descriptor.additive or first + offset < 0:
@@ -244,7 +244,7 @@ def test_position_zero_changes_nothing() -> None:
         (Positions(scheme="longrope", theta=1e4, rotary_dim=8, factors=(1.0,) * 3), "3 factors"),
     ],
 )
-def test_what_has_no_table_is_refused_by_name(descriptor: Positions, named: str) -> None:
+def test_incomplete_positions_are_refused_by_name(descriptor: Positions, named: str) -> None:
     with pytest.raises(UnsupportedModel, match=named):
         unrotate(torch.zeros(1, 1, 8), torch.zeros(1, dtype=torch.int64), descriptor)
 

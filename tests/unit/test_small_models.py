@@ -52,8 +52,8 @@ def geometry(name: str) -> Geometry:
     ],
 )
 def test_every_encoding_has_its_model(name: str, scheme: str, window: int | None) -> None:
-    found = {(layer.positions.scheme, layer.window) for layer in geometry(name).layers}
-    assert found == {(scheme, window)}
+    result = {(layer.positions.scheme, layer.window) for layer in geometry(name).layers}
+    assert result == {(scheme, window)}
 
 
 def test_the_two_rotary_models_differ_in_their_frequencies() -> None:
@@ -79,11 +79,11 @@ def test_a_course_goes_through_its_phases() -> None:
 def test_learned_positions_begin_as_waves() -> None:
     model = tiny()
     small.begin_as_waves(model)
-    cos_sin_table = model.transformer.wpe.weight
-    turned = cos_sin_table[1:] @ cos_sin_table[:-1].T
-    torch.testing.assert_close(turned.diagonal(), turned[0, 0].expand(31))
+    table = model.transformer.wpe.weight
+    products = table[1:] @ table[:-1].T
+    torch.testing.assert_close(products.diagonal(), products[0, 0].expand(31))
     size = model.get_input_embeddings().weight.std()
-    torch.testing.assert_close(cos_sin_table.square().mean().sqrt(), 2 * size)
+    torch.testing.assert_close(table.square().mean().sqrt(), 2 * size)
 
 
 def tiny() -> torch.nn.Module:
@@ -100,7 +100,7 @@ def test_a_killed_training_gives_the_same_model(
 ) -> None:
     one, other = tiny(), tiny()
     small.train(one, CORPUS, COURSE, 1, Checkpoint(tmp_path / "one", "k"))
-    work, plain = Checkpoint(tmp_path / "other", "k"), small.sequence
+    checkpoint, plain = Checkpoint(tmp_path / "other", "k"), small.sequence
     calls = iter(range(16))
 
     def until_killed(*args: object) -> list[int]:
@@ -110,10 +110,10 @@ def test_a_killed_training_gives_the_same_model(
 
     monkeypatch.setattr(small, "sequence", until_killed)
     with pytest.raises(KeyboardInterrupt):
-        small.train(other, CORPUS, COURSE, 1, work)
+        small.train(other, CORPUS, COURSE, 1, checkpoint)
     monkeypatch.setattr(small, "sequence", plain)
     again = tiny()
-    small.train(again, CORPUS, COURSE, 1, work)
+    small.train(again, CORPUS, COURSE, 1, checkpoint)
     for a, b in zip(one.parameters(), again.parameters(), strict=True):
         torch.testing.assert_close(a, b)
 
@@ -134,10 +134,10 @@ def figures(lost: float) -> TextFigures:
     return TextFigures(names, {arm: np.stack([x, x, x], 1) for arm, x in nll.items()})
 
 
-def test_an_impact_is_what_lacks_of_the_references_retention() -> None:
-    found = conversions.impact(figures(0.28), figures(0.1))
-    assert found["mean"] == pytest.approx(0.2)
-    assert found["ci_low"] == pytest.approx(found["ci_high"])
+def test_an_impact_is_the_relative_loss_of_retention() -> None:
+    result = conversions.impact(figures(0.28), figures(0.1))
+    assert result["mean"] == pytest.approx(0.2)
+    assert result["ci_low"] == pytest.approx(result["ci_high"])
 
 
 def test_the_table_says_what_is_measured_and_what_is_published() -> None:
@@ -152,6 +152,6 @@ def test_the_table_says_what_is_measured_and_what_is_published() -> None:
 
 def test_quotes_are_the_texts_own_words() -> None:
     text = " ".join(f"w{i}" for i in range(200))
-    found = conversions.quotes(text, "name")
-    assert all(quote[1:] in text for quote in found)
-    assert found == conversions.quotes(text, "name") != conversions.quotes(text, "other")
+    result = conversions.quotes(text, "name")
+    assert all(quote[1:] in text for quote in result)
+    assert result == conversions.quotes(text, "name") != conversions.quotes(text, "other")

@@ -103,11 +103,11 @@ def test_processes_add_up_over_gloo(tmp_path: Path) -> None:
         for rank in range(2)
     ]
     assert [process.wait(60) for process in running] == [0, 0]
-    found = [load_file(tmp_path / f"out.{rank}") for rank in range(2)]
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
-    rows = int(found[0].pop("rows"))
+    result = [load_file(tmp_path / f"out.{rank}") for rank in range(2)]
+    assert all(torch.equal(result[0][name], result[1][name]) for name in result[0])
+    rows = int(result[0].pop("rows"))
     assert rows == 1000
-    total = Statistics(**found[0], rows=rows)
+    total = Statistics(**result[0], rows=rows)
     # As one process sees it, from the same first sample as the first of the two.
     whole = Statistics.start(x[0:40:2], y[0:40:2])
     whole.add(x, y)
@@ -134,8 +134,8 @@ def test_a_planted_map_is_recovered() -> None:
     encode, decode, bias = reduced_rank_ridge(statistics, RANK, 1e-4, torch.ones(OUTPUTS))
     assert encode.shape == (FEATURES, RANK)
     assert decode.shape == (RANK, OUTPUTS)
-    found = (x[3000:] - mean) / scale @ encode @ decode + bias
-    error = (found - y[3000:]).square().mean(0) / y[3000:].var(0)
+    result = (x[3000:] - mean) / scale @ encode @ decode + bias
+    error = (result - y[3000:]).square().mean(0) / y[3000:].var(0)
     assert error.max() < 1e-3
 
 
@@ -144,8 +144,8 @@ def test_the_map_keeps_the_means() -> None:
     statistics = gathered(x, y, 2000)
     mean, scale = statistics.x_mean, statistics.x_std
     encode, decode, bias = reduced_rank_ridge(statistics, 1, 0.5, torch.ones(OUTPUTS))
-    found = (x - mean) / scale @ encode @ decode + bias
-    torch.testing.assert_close(found.mean(0), y.mean(0), atol=1e-2, rtol=1e-2)
+    result = (x - mean) / scale @ encode @ decode + bias
+    torch.testing.assert_close(result.mean(0), y.mean(0), atol=1e-2, rtol=1e-2)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 5, OUTPUTS])
@@ -159,7 +159,7 @@ def test_truncation_is_the_best_of_its_rank(rank: int, weighted: bool) -> None:
     gram = np.triu(gram) + np.triu(gram, 1).T + ridge * np.eye(FEATURES)
     y_std = statistics.y_std.double().numpy()
     encode, decode, _ = reduced_rank_ridge(statistics, rank, ridge, weight)
-    found = (encode.double() @ decode.double()).numpy() / y_std
+    result = (encode.double() @ decode.double()).numpy() / y_std
 
     w = weight.double().numpy()
     full = np.linalg.solve(gram, cross)
@@ -167,11 +167,11 @@ def test_truncation_is_the_best_of_its_rank(rank: int, weighted: bool) -> None:
     metric = np.linalg.cholesky(gram).T
     values = np.linalg.svd(metric @ full * w, compute_uv=False)
     best = (values[rank:] ** 2).sum()
-    loss = np.square(metric @ (found - full) * w).sum()
+    loss = np.square(metric @ (result - full) * w).sum()
     # The singular vectors are found by random projection, which costs a little where they decay
     # slowly.
     assert best * 0.999 <= loss + 1e-9 <= best * 1.1 + 1e-6 * (values**2).sum()
-    assert np.linalg.matrix_rank(found, tol=1e-4 * np.abs(found).max()) <= rank
+    assert np.linalg.matrix_rank(result, tol=1e-4 * np.abs(result).max()) <= rank
 
 
 def test_too_few_rows_are_refused_with_the_number_needed() -> None:

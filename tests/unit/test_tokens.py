@@ -85,9 +85,9 @@ def test_the_aligned_token_holds_the_last_byte(
     one = tokenize(byte_level_tokenizer, text).spans
     other = tokenize(byte_fallback_tokenizer, text).spans
     for source, target in ((one, other), (other, one)):
-        found = align(source, target)
-        assert found.shape == (len(target),)
-        for index, (_, end) in zip(found, target, strict=True):
+        result = align(source, target)
+        assert result.shape == (len(target),)
+        for index, (_, end) in zip(result, target, strict=True):
             assert source[index, 0] <= end - 1 < source[index, 1]
 
 
@@ -113,7 +113,7 @@ def test_tokenizers_really_cut_inside_characters(byte_fallback_tokenizer: Tokeni
     assert tokens.spans.tolist() == [[0, 1], [1, 2], [2, 3], [3, 4]]
 
 
-def test_blanks_and_blank_marks_of_the_text_are_told_apart(
+def test_blanks_and_blank_marks_of_the_text_are_distinguished(
     byte_fallback_tokenizer: Tokenizer,
 ) -> None:
     # SentencePiece writes both as ▁; only the text's bytes say which is which.

@@ -46,7 +46,7 @@ def test_names_are_not_paths(wmatrix: WMatrix) -> None:
         wmatrix.register("../elsewhere")
 
 
-def test_what_cannot_be_honoured_is_refused(tiny_models: tuple[Path, Path]) -> None:
+def test_unsupported_settings_are_refused(tiny_models: tuple[Path, Path]) -> None:
     with pytest.raises(UnsupportedModel, match="endpoint"):
         WMatrixTrainer(*tiny_models, source_endpoint="http://localhost:1")
     with pytest.raises(BadInput, match="optimization"):

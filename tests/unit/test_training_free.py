@@ -1,4 +1,4 @@
-"""Training-free mappings: what goes where, and that nobody uses one unknowingly."""
+"""Training-free mappings: correspondences of heads and layers, and the warning of their users."""
 
 from __future__ import annotations
 
@@ -54,16 +54,16 @@ def model(geometry: Geometry, *shapes: tuple[int, int]) -> Geometry:
 def test_heads_correspond_by_place(
     source: int, target: int, grouped: bool, shares: list[list[float]]
 ) -> None:
-    found = uniform(layer(source), layer(target), grouped)
-    torch.testing.assert_close(found, torch.tensor(shares).float())
+    result = uniform(layer(source), layer(target), grouped)
+    torch.testing.assert_close(result, torch.tensor(shares).float())
 
 
 @pytest.mark.parametrize(
-    ("source", "target", "found"),
+    ("source", "target", "result"),
     [(30, 3, [0, 14, 29]), (2, 5, [0, 0, 0, 1, 1]), (4, 4, [0, 1, 2, 3]), (6, 1, [0])],
 )
-def test_layers_correspond_by_depth(source: int, target: int, found: list[int]) -> None:
-    assert by_depth(source, target) == found
+def test_layers_correspond_by_depth(source: int, target: int, result: list[int]) -> None:
+    assert by_depth(source, target) == result
 
 
 def test_merging_by_weight_follows_the_keys_norms() -> None:
@@ -71,24 +71,24 @@ def test_merging_by_weight_follows_the_keys_norms() -> None:
     keys = torch.stack((torch.full((1, 4), 3.0), torch.full((1, 4), 1.0)), 1)
     keys = torch.cat((keys, torch.zeros(1, 2, 4)))
     torch.testing.assert_close(MERGES["mean"](shares, keys), shares[None])
-    found = MERGES["weighted"](shares, keys)
-    torch.testing.assert_close(found[0], torch.tensor([[0.75, 0.25]]))
-    torch.testing.assert_close(found[1], shares)  # heads that say nothing count alike
+    result = MERGES["weighted"](shares, keys)
+    torch.testing.assert_close(result[0], torch.tensor([[0.75, 0.25]]))
+    torch.testing.assert_close(result[1], shares)  # heads that say nothing count alike
 
 
-def test_split_heads_are_copies_or_turned_apart() -> None:
+def test_split_heads_are_copies_or_rotated_apart() -> None:
     turn = turns(uniform(layer(1), layer(3), True))
     assert turn.tolist() == [0, 1, 2]
     assert turns(uniform(layer(2), layer(4), False)).tolist() == [0, 0, 1, 1]
     states = torch.randn(5, 1, 8, generator=torch.Generator().manual_seed(0)).expand(-1, 3, -1)
     assert torch.equal(SPLITS["repeat"](states, turn), states)
-    found = SPLITS["projection"](states, turn)
-    torch.testing.assert_close(found[:, 0], states[:, 0])
+    result = SPLITS["projection"](states, turn)
+    torch.testing.assert_close(result[:, 0], states[:, 0])
     for head in (1, 2):
         torch.testing.assert_close(
-            found[:, head] @ found[:, head].T, states[:, 0] @ states[:, 0].T, atol=1e-5, rtol=1e-5
+            result[:, head] @ result[:, head].T, states[:, 0] @ states[:, 0].T, atol=1e-5, rtol=1e-5
         )
-        assert not torch.allclose(found[:, head], found[:, head - 1])
+        assert not torch.allclose(result[:, head], result[:, head - 1])
 
 
 def test_dims_are_cut_off_or_padded() -> None:
@@ -141,7 +141,7 @@ def test_identity_needs_the_same_heads(
 
 
 @pytest.mark.parametrize(
-    ("given", "says"),
+    ("changes", "message"),
     [
         ({"head_mapping": "random"}, "learned, uniform, identity"),
         ({"head_mapping": "uniform", "merge_strategy": "max"}, "mean, weighted"),
@@ -150,9 +150,9 @@ def test_identity_needs_the_same_heads(
         ({"preserve_group_query": False}, "as it was fitted"),
     ],
 )
-def test_what_is_not_there_is_refused(given: dict[str, str], says: str) -> None:
-    with pytest.raises(BadInput, match=says):
-        Configuration(**given)
+def test_unknown_strategies_are_refused(changes: dict[str, str], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        Configuration(**changes)
 
 
 def test_it_has_no_file(geometry: Geometry, tmp_path: Path) -> None:
@@ -160,15 +160,15 @@ def test_it_has_no_file(geometry: Geometry, tmp_path: Path) -> None:
         made(geometry, geometry, Configuration("identity")).save(tmp_path / "x.wmatrix")
 
 
-def test_using_one_says_what_was_measured(
+def test_a_warning_has_the_measured_figures(
     geometry: Geometry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = geometry.model_copy(update={"name": "other", "weights": "o" * 64})
     configuration = Configuration("uniform")
     monkeypatch.setattr(strategies, "FIGURES", tmp_path / "figures.json")
 
-    def record(*found: Figure) -> None:
-        strategies.FIGURES.write_text(json.dumps([f.model_dump(mode="json") for f in found]))
+    def record(*result: Figure) -> None:
+        strategies.FIGURES.write_text(json.dumps([f.model_dump(mode="json") for f in result]))
 
     figure = Figure(
         source="tiny",
@@ -196,5 +196,5 @@ def test_using_one_says_what_was_measured(
         warn(Configuration("uniform", "mean"), geometry, other)
 
 
-def test_what_is_recorded_can_be_read() -> None:
+def test_the_recorded_figures_can_be_read() -> None:
     strategies.figures()

@@ -47,7 +47,7 @@ def test_it_maps_as_it_did() -> None:
     assert wmatrix.position_latents().keys() == {"source"}
 
 
-def test_what_it_wrote_is_written_anew_under_todays_names(tmp_path: Path) -> None:
+def test_its_files_are_saved_with_todays_names(tmp_path: Path) -> None:
     load(WMATRIX).save(tmp_path / "pair.wmatrix")
     raw = (tmp_path / "pair.wmatrix").read_bytes()
     assert not any(name in raw for name in (b"woven", b"places", b'\\"slow', b'\\"fast'))

@@ -51,25 +51,27 @@ def full_map(wmatrix: WMatrix, geometry: Geometry) -> WMatrix:
     """The tiny map without the features of the layer that has a window."""
     first = geometry.layers[0].width
     total = geometry.key_width
-    kept = torch.cat((torch.arange(first), total + torch.arange(first)))
-    kept = torch.cat((kept, torch.arange(2 * total, len(wmatrix.mean))))
+    columns = torch.cat((torch.arange(first), total + torch.arange(first)))
+    columns = torch.cat((columns, torch.arange(2 * total, len(wmatrix.mean))))
     manifest = wmatrix.manifest.model_copy(update={"layers": (0,)})
-    parts = {name: getattr(wmatrix, name)[kept] for name in ("mean", "scale", "encode")}
+    parts = {name: getattr(wmatrix, name)[columns] for name in ("mean", "scale", "encode")}
     return replace(wmatrix, manifest=manifest, **parts)
 
 
-def test_a_cropped_package_says_so_and_comes_back(cropped: Package, tmp_path: Path) -> None:
-    found = verify(publish(cropped, tmp_path))
-    assert found.manifest.first_tokens == (0, len(TEXT) - 3)
-    assert torch.equal(found.keys[1], cropped.keys[1])
+def test_a_cropped_package_has_its_first_tokens_and_can_be_read(
+    cropped: Package, tmp_path: Path
+) -> None:
+    result = verify(publish(cropped, tmp_path))
+    assert result.manifest.first_tokens == (0, len(TEXT) - 3)
+    assert torch.equal(result.keys[1], cropped.keys[1])
 
 
-def test_a_whole_package_says_nothing_of_it(whole: Package) -> None:
+def test_a_whole_package_has_no_first_tokens(whole: Package) -> None:
     assert "first_tokens" not in whole.manifest.model_dump_json()
 
 
 @pytest.mark.parametrize("first_tokens", [(0,), (0, 1)])
-def test_beginnings_that_are_not_those_of_the_states_are_refused(
+def test_first_tokens_that_contradict_the_states_are_refused(
     cropped: Package, first_tokens: tuple[int, ...], tmp_path: Path
 ) -> None:
     manifest = cropped.manifest.model_copy(update={"first_tokens": first_tokens})
@@ -77,7 +79,7 @@ def test_beginnings_that_are_not_those_of_the_states_are_refused(
         read(publish(replace(cropped, manifest=manifest), tmp_path))
 
 
-def test_what_reads_the_lost_states_is_refused(
+def test_maps_that_read_lost_states_are_refused(
     cropped: Package, wmatrix: WMatrix, folder: Path
 ) -> None:
     with pytest.raises(UnsupportedRequest, match="layers \\[1\\]"):
@@ -89,9 +91,9 @@ def test_what_reads_the_lost_states_is_refused(
 def test_a_map_of_the_full_layers_gives_all_states(
     cropped: Package, whole: Package, full_map: WMatrix, folder: Path
 ) -> None:
-    found = realign(cropped, full_map, folder, embed, dtype=torch.float32)
+    result = realign(cropped, full_map, folder, embed, dtype=torch.float32)
     expected = realign(whole, full_map, folder, embed, dtype=torch.float32)
-    for one, other in zip(found.keys, expected.keys, strict=True):
+    for one, other in zip(result.keys, expected.keys, strict=True):
         assert torch.equal(one, other)
 
 
@@ -102,7 +104,7 @@ def test_layers_without_a_window_are_chosen(geometry: Geometry) -> None:
     assert full_layers(None, geometry) == (0,)
 
 
-def test_windows_everywhere_have_nothing_to_expand_from(geometry: Geometry) -> None:
+def test_without_a_full_layer_there_is_an_error(geometry: Geometry) -> None:
     everywhere = geometry.model_copy(update={"layers": geometry.layers[1:]})
     with pytest.raises(UnsupportedModel, match=r"windows of \[4\]"):
         full_layers(None, everywhere)

@@ -15,7 +15,7 @@ from awareness_vllm.align.realign import copy, realign
 from awareness_vllm.anchors.corpus import Document
 from awareness_vllm.cli.main import main
 from awareness_vllm.errors import BadInput, UnsupportedRequest
-from awareness_vllm.evaluate import certify as certifying
+from awareness_vllm.evaluate import certify as certify_module
 from awareness_vllm.evaluate.certify import certify
 from awareness_vllm.evaluate.evaluate import CaseFigures
 from awareness_vllm.fit import fit, gather
@@ -66,10 +66,10 @@ def no_embedding(ids: Tensor) -> Tensor:
 def test_nothing_of_the_text_is_left(package: Package, stripped: Package, tmp_path: Path) -> None:
     raw = publish(stripped, tmp_path).read_bytes()
     assert package.text.encode() not in raw
-    kept = verify(next(tmp_path.iterdir()))
-    assert (kept.text, set(kept.tokens), kept.spans.any()) == ("", {0}, False)
-    assert not kept.manifest.has_text
-    for one, other in zip(copy(kept).keys, copy(package).keys, strict=True):
+    captured = verify(next(tmp_path.iterdir()))
+    assert (captured.text, set(captured.tokens), captured.spans.any()) == ("", {0}, False)
+    assert not captured.manifest.has_text
+    for one, other in zip(copy(captured).keys, copy(package).keys, strict=True):
         assert torch.equal(one, other)
 
 
@@ -90,7 +90,7 @@ def test_each_source_token_but_the_first_becomes_one_of_the_targets(
         torch.testing.assert_close(memory.values[i][sink:], values[i])
 
 
-def test_the_text_changes_nothing_for_such_a_map(
+def test_such_a_map_ignores_the_text(
     package: Package, stripped: Package, states_only: WMatrix, tmp_path: Path
 ) -> None:
     one, other = (
@@ -162,11 +162,11 @@ def test_it_is_fitted_and_certified_like_any_other(
         ones = torch.ones(2, 2).numpy()
         return CaseFigures({arm: ones for arm in conditions}, ["fact"] * 2, [0, 0])
 
-    monkeypatch.setattr(certifying, "evaluate_cases", recalled)  # no random model recalls
+    monkeypatch.setattr(certify_module, "evaluate_cases", recalled)  # no random model recalls
     measured = certify(wmatrix, *tiny_models, anchors, [], limit=3, context=90, continuation=8)
-    found = Certificate.model_validate(measured.manifest.certificate)
-    assert [plan.tail for plan in found.plans] == [0]
-    assert found.metrics is None
+    result = Certificate.model_validate(measured.manifest.certificate)
+    assert [plan.tail for plan in result.plans] == [0]
+    assert result.metrics is None
 
 
 def test_a_server_refuses_it_for_now(
@@ -179,11 +179,11 @@ def test_a_server_refuses_it_for_now(
         Memories(config, str(tiny_models[1]), 1000).resolve_one(path.stem, "")
 
 
-def test_the_command_leaves_it_out(
+def test_the_command_leaves_the_text_out(
     tiny_models: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "a.txt").write_text("some words or others")
-    given = ["--model", str(tiny_models[0]), "--text", str(tmp_path / "a.txt")]
+    arguments = ["--model", str(tiny_models[0]), "--text", str(tmp_path / "a.txt")]
     store = ["--store", str(tmp_path / "store"), "--without-text", "--json"]
-    assert main(["capture", *given, *store]) == 0
+    assert main(["capture", *arguments, *store]) == 0
     assert not read(Path(json.loads(capsys.readouterr().out)["path"])).manifest.has_text

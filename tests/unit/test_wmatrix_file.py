@@ -1,4 +1,4 @@
-"""The `.wmatrix` file: what is read is what was written, or an error that says why not."""
+"""The `.wmatrix` file: a round trip, and an error for everything else."""
 
 from __future__ import annotations
 
@@ -69,10 +69,10 @@ def tensors(w: WMatrix) -> list[torch.Tensor]:
 
 
 def test_round_trip(wmatrix: WMatrix, saved: Path) -> None:
-    found = load(saved)
-    assert same(found, wmatrix)
-    assert len(found.manifest.payload) == 64
-    assert read_manifest(saved) == found.manifest
+    result = load(saved)
+    assert same(result, wmatrix)
+    assert len(result.manifest.payload) == 64
+    assert read_manifest(saved) == result.manifest
     assert [path.name for path in saved.parent.iterdir()] == ["a.wmatrix"]
 
 
@@ -95,11 +95,11 @@ def test_an_altered_byte_is_noticed(wmatrix: WMatrix, saved: Path, data: st.Data
         path = Path(folder) / "altered.wmatrix"
         path.write_bytes(raw)
         try:
-            found = load(path)
+            result = load(path)
         except WMatrixCorrupt:
             return
     assert position < header or raw == saved.read_bytes()
-    assert same(found, wmatrix)
+    assert same(result, wmatrix)
 
 
 @settings(max_examples=50, deadline=None)
@@ -149,7 +149,7 @@ def test_unknown_manifest_fields_and_formats_are_refused(
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\x80\x04K\x01.", b"{}"])
-def test_what_is_no_wmatrix_is_refused(tmp_path: Path, content: bytes | None) -> None:
+def test_other_files_are_refused(tmp_path: Path, content: bytes | None) -> None:
     if content is not None:
         (tmp_path / "w").write_bytes(content)
     with pytest.raises(WMatrixCorrupt):
@@ -162,7 +162,7 @@ def test_safetensors_without_a_manifest_are_refused(tmp_path: Path) -> None:
         load(tmp_path / "w")
 
 
-def test_blank_rows_are_mapped_as_without_a_source(wmatrix: WMatrix) -> None:
+def test_masked_rows_are_mapped_as_without_a_source(wmatrix: WMatrix) -> None:
     generator = torch.Generator().manual_seed(1)
     source = torch.randn(6, wmatrix.manifest.source.width, generator=generator)
     embeddings = torch.randn(6, 18, generator=generator)
@@ -188,5 +188,5 @@ def test_the_map_standardises_encodes_decodes(wmatrix: WMatrix) -> None:
     expected = x @ wmatrix.encode @ wmatrix.decode + wmatrix.bias
     keys, values = wmatrix.map(source, embeddings)
     assert [k.shape for k in keys] == [(3, 1, 4)] * 3
-    found = torch.cat([s.flatten(1) for s in (*keys, *values)], dim=1)
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    result = torch.cat([s.flatten(1) for s in (*keys, *values)], dim=1)
+    torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4)
