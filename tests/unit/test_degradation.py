@@ -19,12 +19,7 @@ from attribution import attribution
 from attribution.attribution import as_read, attribute, conditions, placed, said, with_norms
 from attribution.constrained import ConstrainedMap, Regression
 from attribution.constraints import at_depth, at_place, blocks, reading
-from hypothesis import given
-from hypothesis import strategies as st
-from torch import Tensor
-
-from awareness_vllm.anchors.corpus import Document
-from awareness_vllm.compatibility.degradation import (
+from attribution.shares import (
     HEADS,
     LAYERS,
     NORMS,
@@ -32,17 +27,18 @@ from awareness_vllm.compatibility.degradation import (
     RANK,
     SOURCES,
     WMATRIX,
-    Degradation,
     Lifted,
-    Lost,
-    Measures,
-    beside,
-    load_for,
     mask,
     part,
     shapley,
     subset,
 )
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from awareness_vllm.anchors.corpus import Document
+from awareness_vllm.compatibility.degradation import Degradation, Lost, Measures, beside, load_for
 from awareness_vllm.compatibility.report import REMAINDER
 from awareness_vllm.errors import BadInput
 from awareness_vllm.evaluate.conditions import EvalHarness, kl_divergence
