@@ -37,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def argument_type(annotation: Any) -> type:
     """The type of a field's option: float, int or str."""
-    kinds = get_args(annotation) or (annotation,)
-    kinds = [get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in kinds]
+    parts = get_args(annotation) or (annotation,)
+    kinds = [get_args(part)[0] if get_origin(part) is Annotated else part for part in parts]
     return next((kind for kind in (float, int) if kind in kinds), str)
 
 

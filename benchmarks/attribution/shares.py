@@ -1,4 +1,4 @@
-"""The shares of five constraints in a map's loss, from the losses of all 32 maps (Shapley values)."""
+"""The shares of five constraints in a map's loss, from the losses of all 32 maps."""
 
 from __future__ import annotations
 
