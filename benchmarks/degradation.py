@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from attribution.attribution import attribute
+from attribution.shares import SOURCES
 from plotting import pyplot
 
 from awareness_vllm.anchors.corpus import load
-from awareness_vllm.compatibility.degradation import SOURCES, Degradation, Part
+from awareness_vllm.compatibility.degradation import Degradation, Part
 from awareness_vllm.compatibility.report import REMAINDER
 from awareness_vllm.files import anchors_dir
 from awareness_vllm.wmatrix.certificate import Interval

@@ -74,9 +74,11 @@ def uniform(source: LayerGeometry, target: LayerGeometry, grouped: bool) -> Tens
         count = min(source.heads, target.heads)
         dealt = torch.arange(target.heads)[:, None] % count == torch.arange(source.heads) % count
         return dealt / dealt.sum(1, keepdim=True)
-    ends = [torch.linspace(0, 1, g.heads + 1, dtype=torch.float64) for g in (target, source)]
-    low = torch.maximum(ends[0][:-1, None], ends[1][:-1])
-    high = torch.minimum(ends[0][1:, None], ends[1][1:])
+    ours, theirs = (
+        torch.linspace(0, 1, g.heads + 1, dtype=torch.float64) for g in (target, source)
+    )
+    low = torch.maximum(ours[:-1, None], theirs[:-1])
+    high = torch.minimum(ours[1:, None], theirs[1:])
     return ((high - low).clamp_min(0) * target.heads).float()
 
 

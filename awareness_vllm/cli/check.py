@@ -37,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def argument_type(annotation: Any) -> type:
     """The type of a field's option: float, int or str."""
-    alternatives = get_args(annotation) or (annotation,)
-    kinds = [get_args(one)[0] if get_origin(one) is Annotated else one for one in alternatives]
+    parts = get_args(annotation) or (annotation,)
+    kinds = [get_args(part)[0] if get_origin(part) is Annotated else part for part in parts]
     return next((kind for kind in (float, int) if kind in kinds), str)
 
 

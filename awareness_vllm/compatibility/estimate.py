@@ -1,10 +1,10 @@
-"""What a certificate says of one memory that it was not measured on.
+"""The retention of one further memory, estimated from a certificate.
 
 A certificate has retention over documents, at some lengths of context and some native tails, each
-with an interval of the *mean*. One memory is not the mean: the interval here holds for a single
-further one, so it has the spread between documents in it, which the interval of the mean gives back
-(its half width is 1.96 of that spread over the root of the number of documents), and, for a kind of
-text that was not measured, the spread between kinds.
+with an interval of the *mean*. The interval here holds for a single further memory: it includes the
+spread between documents, recovered from the interval of the mean (whose half width is 1.96 of that
+spread over the root of the number of documents), and, for a kind of text that was not measured, the
+spread between kinds.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ Z = NormalDist().inv_cdf(0.975)
 def predict(certificate: Certificate, context: int, tail: int, kind: str | None = None) -> Interval:
     """Retention of one memory of `context` tokens whose last `tail` the target reads itself.
 
-    Between measured tails and lengths it is read off in between (lengths by their logarithm).
-    Shorter memories are taken to keep what the shortest measured ones do. Beyond the longest the
-    fall goes on, and the interval widens by as much as it fell: nobody has been there.
+    It is interpolated between measured tails and lengths (lengths by their logarithm). Shorter
+    memories keep what the shortest measured ones do. Beyond the longest the fall goes on, and the
+    interval widens by as much as it fell, since nothing was measured there.
 
     Args:
-        kind: a kind of text that the certificate knows; any other says nothing.
+        kind: the kind of the text; ignored where the certificate does not have it.
     """
     lengths = sorted({plan.context for plan in certificate.plans})
     points = [(math.log(n), at_tail(certificate, n, tail, kind)) for n in lengths]
@@ -42,14 +42,14 @@ def at_tail(certificate: Certificate, length: int, tail: int, kind: str | None) 
 
 
 def texts_at(certificate: Certificate, length: int) -> int:
-    """How many documents a length was measured on, at most."""
+    """The number of documents that a length was measured on, at most."""
     count = certificate.counts["texts"]
     return count if length == certificate.protocol.context else min(count, LENGTH_TEXTS)
 
 
 def one_of(plan: Plan, count: int, kind: str | None, kinds: float) -> Interval:
-    """The interval that one further document lies in, from those of the means of `count`: about the
-    mean of its kind where that is known, and by the spread of `kinds` wider where it is not."""
+    """The interval that one further document lies in, from those of the means of `count`: around
+    the mean of its kind where that is known, else wider by the spread of `kinds`."""
     known = plan.kinds.get(kind or "")
     spread = sd(plan.retention) * math.sqrt(count + 1)
     if known is None:
@@ -60,19 +60,19 @@ def one_of(plan: Plan, count: int, kind: str | None, kinds: float) -> Interval:
 
 
 def between_kinds(certificate: Certificate, tail: int) -> float:
-    """The standard deviation of what kinds of text keep, less what chance does to their means: at
-    the protocol's own length, where each kind has several documents."""
+    """The standard deviation of retention between kinds of text, less that of chance, at the
+    protocol's own length, where each kind has several documents."""
     plans = [p for p in certificate.plans if p.context == certificate.protocol.context]
     kinds = min(plans, key=lambda p: abs(p.tail - tail)).kinds.values() if plans else ()
     if len(kinds) < 2:
         return 0.0
-    found = variance(i.mean for i in kinds)
+    total = variance(i.mean for i in kinds)
     chance = fmean(sd(i) ** 2 for i in kinds)
-    return math.sqrt(max(0.0, found - chance))
+    return math.sqrt(max(0.0, total - chance))
 
 
 def sd(interval: Interval) -> float:
-    """Of a mean, from its 95 % interval."""
+    """The standard deviation of a mean, from its 95 % interval."""
     return (interval.ci_high - interval.ci_low) / (2 * Z)
 
 
@@ -82,7 +82,7 @@ def quantile(freedom: int) -> float:
 
 
 def along(points: Sequence[tuple[float, Interval]], x: float) -> Interval:
-    """A curve of intervals at x: straight between its points, level before the first, and after the
+    """A curve of intervals at x: linear between its points, level before the first, and after the
     last with its last slope if it falls, ever wider."""
     before = [p for p in points if p[0] <= x] or [points[0]]
     after = [p for p in points if p[0] >= x]

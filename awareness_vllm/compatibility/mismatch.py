@@ -1,4 +1,4 @@
-"""How far apart two models' caches are in shape: a simple figure, and no forecast of retention."""
+"""The distance of two models' caches in shape: a simple figure, and no forecast of retention."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def structural_mismatch(source: Geometry, target: Geometry) -> float:
     Layers and the width of the whole cache count by their relative difference. KV heads, head dim,
     positional scheme and window are compared layer by layer, each target layer with the source
     layer at its depth: heads and dims by relative difference, a scheme by whether it is another
-    one, windows as `of_windows` says.
+    one, windows by `window_difference`.
     """
     matched = by_depth(len(source.layers), len(target.layers))
     pairs = [(source.layers[i], layer) for i, layer in zip(matched, target.layers, strict=True)]
@@ -21,13 +21,13 @@ def structural_mismatch(source: Geometry, target: Geometry) -> float:
         mean([relative(a.heads, b.heads) for a, b in pairs]),
         mean([relative(a.head_dim, b.head_dim) for a, b in pairs]),
         mean([float(a.positions.scheme != b.positions.scheme) for a, b in pairs]),
-        mean([of_windows(a, b) for a, b in pairs]),
+        mean([window_difference(a, b) for a, b in pairs]),
     ]
     return mean(differences)
 
 
-def of_windows(source: LayerGeometry, target: LayerGeometry) -> float:
-    """Two windows by their relative difference; one beside an unlimited reach is all of it."""
+def window_difference(source: LayerGeometry, target: LayerGeometry) -> float:
+    """The relative difference of two windows; 1 between a window and unlimited attention."""
     if source.window is None or target.window is None:
         return float(source.window != target.window)
     return relative(source.window, target.window)

@@ -16,10 +16,10 @@ from awareness_vllm.schema import FrozenModel
 FILE = Path(__file__).with_name("priors.json")
 
 
-def _ordered(ends: tuple[float, float]) -> tuple[float, float]:
-    if ends[0] > ends[1]:
-        raise ValueError(f"the range {ends} ends before it begins")
-    return ends
+def _ordered(span: tuple[float, float]) -> tuple[float, float]:
+    if span[0] > span[1]:
+        raise ValueError(f"the range {span} ends before it begins")
+    return span
 
 
 Fraction = Annotated[float, Field(ge=0, le=1)]

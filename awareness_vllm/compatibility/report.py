@@ -176,4 +176,4 @@ def level_of(score: float | None) -> tuple[Level | None, str]:
     """The published level of a score, and its recommendation."""
     if score is None:
         return None, "Unknown: certify a W-Matrix, or check with --measure"
-    return next((name, says) for least, name, says in LEVELS if score > least)
+    return next((name, advice) for least, name, advice in LEVELS if score > least)

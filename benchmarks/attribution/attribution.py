@@ -15,22 +15,20 @@ from tqdm import tqdm
 
 from attribution.constrained import ConstrainedMap, Regression
 from attribution.constraints import blocks
-from awareness_vllm.align.realign import AlignedMemory, realign, sources
-from awareness_vllm.anchors.corpus import Document, digest, split
-from awareness_vllm.compatibility.degradation import (
+from attribution.shares import (
     HEADS,
     LAYERS,
     NORMS,
     POSITIONS,
     RANK,
     SOURCES,
-    Degradation,
     Lifted,
-    Lost,
-    Measures,
     part,
     subset,
 )
+from awareness_vllm.align.realign import AlignedMemory, realign, sources
+from awareness_vllm.anchors.corpus import Document, digest, split
+from awareness_vllm.compatibility.degradation import Degradation, Lost, Measures
 from awareness_vllm.errors import BadInput
 from awareness_vllm.evaluate.certify import rows_by
 from awareness_vllm.evaluate.conditions import EvalHarness, kl_divergence, token_nll

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attribution.shares import HEADS, LAYERS, Lifted
 from awareness_vllm.aligners.training_free import HEAD_MAPPINGS
-from awareness_vllm.compatibility.degradation import HEADS, LAYERS, Lifted
 from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.wmatrix.heads import Head, heads
 

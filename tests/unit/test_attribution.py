@@ -11,16 +11,10 @@ import torch
 from attribution import attribution
 from attribution.attribution import as_read, attribute, conditions, placed, said, with_norms
 from attribution.constrained import ConstrainedMap
+from attribution.shares import POSITIONS, SOURCES, Lifted, mask, subset
 
 from awareness_vllm.anchors.corpus import Document
-from awareness_vllm.compatibility.degradation import (
-    POSITIONS,
-    SOURCES,
-    Lifted,
-    load_for,
-    mask,
-    subset,
-)
+from awareness_vllm.compatibility.degradation import load_for
 from awareness_vllm.errors import BadInput
 from awareness_vllm.evaluate.conditions import EvalHarness, kl_divergence
 from awareness_vllm.fit import gather

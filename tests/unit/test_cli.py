@@ -10,11 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from awareness_vllm.cli.eval import read_cases
 from awareness_vllm.cli.main import SUBCOMMANDS, main
 from awareness_vllm.errors import BadInput
+from awareness_vllm.evaluate import conditions, evaluate
+from awareness_vllm.evaluate.evaluate import CaseFigures, TextFigures
 from awareness_vllm.packages.file import Package, publish
 from awareness_vllm.serving import plugin as register_module
 from awareness_vllm.serving.config import WORKER_EXTENSION
@@ -189,6 +192,30 @@ def test_cases_are_read_line_by_line(tmp_path: Path) -> None:
     lines = (json.dumps(known | {"more": 1}), "", json.dumps(strange, ensure_ascii=False))
     (tmp_path / "c.jsonl").write_bytes("\r\n".join(lines).encode())
     assert read_cases(tmp_path / "c.jsonl") == [known, strange]
+
+
+@pytest.mark.parametrize("what", ["texts", "cases"])
+def test_eval_prints_each_condition(
+    what: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    figures = np.ones((2, 3 if what == "texts" else 2))
+    shares = {"native": 0.0, "memory": 0.25, "none": 1.0, "memory_tail_16": 0.125}
+    measured = {name: figures + share for name, share in shares.items()}
+    texts, cases = TextFigures(["a", "b"], measured), CaseFigures(measured, ["k"] * 2, [0] * 2)
+    monkeypatch.setattr(conditions, "EvalHarness", lambda *given: None)
+    monkeypatch.setattr(evaluate, "evaluate_texts", lambda *args, **given: texts)
+    monkeypatch.setattr(evaluate, "evaluate_cases", lambda *args, **given: cases)
+    (tmp_path / "texts.txt").write_text("words " * 100)
+    (tmp_path / "cases.jsonl").write_text(json.dumps(CASE))
+    path = tmp_path / ("texts.txt" if what == "texts" else "cases.jsonl")
+    assert main(["eval", "--source", "a", "--target", "b", f"--{what}", str(path)]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[:4]] == list(shares)
+    assert lines[-1] == "n = 2"
+    assert ("0.750" in lines[4]) == (what == "texts")
 
 
 def test_serve_becomes_vllms_server(

@@ -7,19 +7,11 @@ import pytest
 import torch
 from attribution.constrained import Regression
 from attribution.constraints import at_depth, at_place, blocks, reading
+from attribution.shares import HEADS, LAYERS, NORMS, POSITIONS, RANK, Lifted, subset
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from awareness_vllm.compatibility.degradation import (
-    HEADS,
-    LAYERS,
-    NORMS,
-    POSITIONS,
-    RANK,
-    Lifted,
-    subset,
-)
 from awareness_vllm.fit.solve import RIDGES, reduced_rank_ridge
 from awareness_vllm.fit.statistics import Statistics
 from awareness_vllm.models.geometry import Geometry, LayerGeometry, Positions

@@ -12,10 +12,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-
-from awareness_vllm.compatibility.degradation import (
+from attribution.shares import (
     HEADS,
     LAYERS,
     NORMS,
@@ -23,16 +20,15 @@ from awareness_vllm.compatibility.degradation import (
     RANK,
     SOURCES,
     WMATRIX,
-    Degradation,
-    Lost,
-    Measures,
-    beside,
-    load_for,
     mask,
     part,
     shapley,
     subset,
 )
+from hypothesis import given
+from hypothesis import strategies as st
+
+from awareness_vllm.compatibility.degradation import Degradation, Lost, Measures, beside, load_for
 from awareness_vllm.compatibility.report import REMAINDER
 from awareness_vllm.wmatrix.file import WMatrix
 from awareness_vllm.wmatrix.registry import WMatrixEntry

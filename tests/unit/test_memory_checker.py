@@ -226,6 +226,9 @@ def test_without_a_map_it_cannot_be_loaded(memory: Package, tiny_models: Models)
     report = MemoryCompatibilityChecker([]).check(package=memory, target_model=tiny_models[1])
     assert (report.compatibility_score, report.level) == (0.0, "Poor")
     assert "no W-Matrix leads" in described(report)
+    # No published share takes the place of what a map would keep.
+    assert (report.head_mapping_quality, report.estimated_load_time_s) == (None, None)
+    assert report.target_memory_basis.kind == "exact"
 
 
 def test_a_models_own_memory_is_a_copy(memory: Package, tiny_models: Models) -> None:
@@ -262,16 +265,7 @@ def test_what_no_table_has_stays_unknown() -> None:
     assert report.estimated_retention is not None
     # No architecture of either is published, only the share of the loss.
     assert report.positional_compatibility == pytest.approx(1 - 0.2 * 0.07, abs=0.003)
-    assert (report.target_memory_gb, report.estimated_load_time_s) == (None, None)
-    assert (report.target_memory_basis, report.load_time_basis) == (None, None)
-
-
-def test_a_local_model_without_map_has_no_published_share(
-    tiny_models: Models, memory: Package
-) -> None:
-    report = MemoryCompatibilityChecker([]).check(package=memory, target_model=tiny_models[1])
-    assert (report.head_mapping_quality, report.estimated_load_time_s) == (None, None)
-    assert report.target_memory_basis.kind == "exact"
+    assert (report.target_memory_gb, report.load_time_basis) == (None, None)
 
 
 @pytest.mark.parametrize(

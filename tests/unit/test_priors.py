@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from awareness_vllm.cli.main import main
 from awareness_vllm.compatibility import priors
 from awareness_vllm.compatibility.prior_tables import FILE, Tables, tables
 from awareness_vllm.compatibility.priors import (
@@ -32,13 +29,9 @@ from awareness_vllm.compatibility.priors import (
     published_vectors,
     without_loss_by,
 )
-from awareness_vllm.compatibility.report import Basis, Matrix
-from awareness_vllm.errors import BadInput, QualityUnreachable
+from awareness_vllm.compatibility.report import Matrix
+from awareness_vllm.errors import BadInput
 from awareness_vllm.models.rope import SCHEMES
-from awareness_vllm.serving.resolver import Resolved
-from awareness_vllm.wmatrix.certificate import Certificate, Interval, Plan, cheapest
-from awareness_vllm.wmatrix.file import WMatrix
-from awareness_vllm.wmatrix.registry import WMatrixEntry
 
 pytestmark = pytest.mark.unit
 
@@ -366,52 +359,3 @@ def test_the_cells_are_the_matrix() -> None:
         printed = tables().memory.at(cell.source, cell.target)
         assert cell.retention is not None
         assert printed in (None, cell.retention.mean)
-
-
-def test_a_prior_is_no_certificate() -> None:
-    found = published_retention("gpt-4", "llama-3.1", 32_000)
-    assert found is not None
-    interval, basis = found
-    for prior in (interval, basis):
-        assert not isinstance(prior, Certificate | Plan)
-        for kind in (Certificate, Plan):
-            with pytest.raises(ValidationError):
-                kind.model_validate(prior.model_dump())
-            with pytest.raises(ValidationError):
-                kind.model_validate(prior)
-    assert get_type_hints(cheapest)["certificate"] is Certificate
-    assert get_type_hints(WMatrixEntry.certificate.func)["return"] == Certificate | None
-
-
-@pytest.fixture
-def filled(wmatrix: WMatrix, tmp_path: Path) -> Path:
-    """A W-Matrix that gives published figures out as its certificate."""
-    interval, basis = published_retention("gpt-4", "llama-3.1", 32_000) or (None, None)
-    assert isinstance(interval, Interval)
-    assert isinstance(basis, Basis)
-    figure = interval.model_dump()
-    document = {"retention": figure, "facts": figure, "basis": basis.model_dump(), "tier": 1}
-    path = tmp_path / "pair.wmatrix"
-    manifest = wmatrix.manifest.model_copy(update={"certificate": document})
-    replace(wmatrix, manifest=manifest).save(path)
-    return path
-
-
-def test_a_map_with_priors_for_a_certificate_is_not_certified(
-    filled: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    entry = WMatrixEntry.read(filled)
-    assert entry.manifest.certificate is not None
-    assert entry.certificate is None
-    assert entry.manifest.standing == "not certified"
-    assert main(["inspect", str(filled), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["certified"] is False
-    assert main(["inspect", str(filled)]) == 0
-    assert "not certified" in capsys.readouterr().out
-
-
-def test_nothing_is_served_on_a_prior(filled: Path) -> None:
-    memory = Resolved("mem_", filled, WMatrixEntry.read(filled), ids=[0] * 300, prefix=1)
-    assert memory.retention() is None
-    with pytest.raises(QualityUnreachable, match="not certified"):
-        memory.plan(0.1, tails=True)

@@ -1,4 +1,4 @@
-"""What this machine needs for each part of a load: measured once, kept in a file.
+"""The rates of this machine for each part of a load: measured once, stored in a file.
 
 `awareness doctor` measures it (rehearsal.py) and `cost.load_times_s` predicts with it.
 """
@@ -73,7 +73,7 @@ class Calibration(FrozenModel):
 
 
 def saved(path: Path | None = None) -> Calibration | None:
-    """What was measured before; None where nobody did, or another version of this program."""
+    """The stored measurement; None without one that this version reads."""
     try:
         return Calibration.model_validate_json((path or home() / FILE).read_bytes())
     except (OSError, ValidationError):
