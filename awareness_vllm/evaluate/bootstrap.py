@@ -20,7 +20,7 @@ def share(gained: np.ndarray, possible: np.ndarray) -> dict[str, float]:
     """
     if not possible.any():
         raise BadInput(
-            "no gain from reading to measure against",
+            "shares of native cannot be computed",
             found="a native arm that is no better than none",
             expected="texts or facts that the target profits from reading",
         )
