@@ -1,4 +1,4 @@
-"""What loads tell the operator and the client, and that the telling never ends the engine."""
+"""Outcomes of loads as statistics: added up over ranks and steps, on /metrics and the dashboard."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,14 +17,12 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorLogging,
     KVConnectorProm,
 )
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 
-from awareness_vllm.errors import PackageCorrupt
 from awareness_vllm.serving.config import ServingConfig, transfer_config
 from awareness_vllm.serving.connector.connector import AwarenessConnector
 from awareness_vllm.serving.connector.metrics import (
@@ -36,11 +33,9 @@ from awareness_vllm.serving.connector.metrics import (
     LoadTracker,
     Outcome,
     StepOutcomes,
-    of_both_ranks,
+    merge_ranks,
 )
-from awareness_vllm.serving.connector.scheduler import ConnectorScheduler, LoadSpec
 from awareness_vllm.serving.connector.worker import Loaded
-from awareness_vllm.serving.params import LoadParams, Part, kv_transfer_params
 
 pytestmark = pytest.mark.unit
 
@@ -72,7 +67,9 @@ def stats_of(*recorded: Outcome, requests: tuple[str, ...] = ()) -> LoadStats:
 
 
 @given(recorded=st.lists(outcomes), cuts=st.lists(st.integers(0, 20), max_size=4))
-def test_any_split_aggregates_to_the_same(recorded: list[Outcome], cuts: list[int]) -> None:
+def test_any_split_of_the_steps_aggregates_to_the_same(
+    recorded: list[Outcome], cuts: list[int]
+) -> None:
     whole = stats_of(*recorded)
     edges = [0, *sorted(cuts), len(recorded)]
     parts = [stats_of(*recorded[a:b]) for a, b in itertools.pairwise(edges)]
@@ -84,7 +81,7 @@ def test_any_split_aggregates_to_the_same(recorded: list[Outcome], cuts: list[in
 
 
 @given(recorded=st.lists(outcomes), requests=st.lists(st.sampled_from(TEMPERATURES)))
-def test_they_survive_the_way_to_the_front_end(
+def test_statistics_survive_the_way_to_the_front_end(
     recorded: list[Outcome], requests: list[str]
 ) -> None:
     stats = stats_of(*recorded, requests=tuple(requests))
@@ -152,9 +149,7 @@ def value(registry: CollectorRegistry, name: str, label: str, engine: int = 0) -
     return registry.get_sample_value(f"vllm:awareness_{name}", labels)
 
 
-def test_what_happened_is_on_the_metrics(
-    registry: CollectorRegistry, shown: KVConnectorProm
-) -> None:
+def test_outcomes_are_on_the_metrics(registry: CollectorRegistry, shown: KVConnectorProm) -> None:
     stats = stats_of(COLD, WARM, WARM, Failed("OSError"), requests=("warm", "warm", RECOMPUTED))
     shown.observe(stats.to_dict(), 1)
     shown.observe(stats_of(WARM, Failed("OSError"), Failed("KeyError")).to_dict(), 1)
@@ -214,9 +209,9 @@ def test_vllms_log_line_sums_the_steps_and_leaves_them_as_they_are(
 
 @given(one=loads, other=loads)
 def test_two_ranks_share_one_load(one: Loaded, other: Loaded) -> None:
-    found = of_both_ranks(one, other)
+    found = merge_ranks(one, other)
     assert isinstance(found, Loaded)
-    assert found == of_both_ranks(other, one)
+    assert found == merge_ranks(other, one)
     assert found.bytes == one.bytes + other.bytes
     assert (found.tokens, found.seconds) == (
         max(one.tokens, other.tokens),
@@ -228,17 +223,17 @@ def test_two_ranks_share_one_load(one: Loaded, other: Loaded) -> None:
 
 def test_a_load_that_failed_on_one_rank_failed() -> None:
     failed = Failed("OSError")
-    assert of_both_ranks(failed, COLD) == of_both_ranks(COLD, failed) == failed
+    assert merge_ranks(failed, COLD) == merge_ranks(COLD, failed) == failed
 
 
-def test_vllm_aggregates_what_its_workers_say() -> None:
-    def said(**by_request: Outcome) -> ModelRunnerOutput:
+def test_vllm_aggregates_the_outcomes_of_its_workers() -> None:
+    def output_with(**by_request: Outcome) -> ModelRunnerOutput:
         meta = StepOutcomes(dict(by_request)) if by_request else None
         output = KVConnectorOutput(kv_connector_worker_meta=meta)
         return ModelRunnerOutput([], {}, kv_connector_output=output)
 
     failed = Failed("OSError")
-    workers = [said(), said(a=COLD, b=WARM), said(a=COLD, b=failed, c=HOT)]
+    workers = [output_with(), output_with(a=COLD, b=WARM), output_with(a=COLD, b=failed, c=HOT)]
     output = KVOutputAggregator(expected_finished_count=3).aggregate(list(workers))
     assert output is not None
     assert output.kv_connector_output is not None
@@ -249,223 +244,14 @@ def test_vllm_aggregates_what_its_workers_say() -> None:
 
 def test_ranks_that_end_in_different_steps_share_one_load() -> None:
     tracker = LoadTracker()
-    tracker.planned("r")
-    tracker.happened({"r": WARM}, [])
+    tracker.start("r")
+    tracker.record({"r": WARM}, [])
     assert tracker.take_stats() is None
-    tracker.happened({"r": COLD}, ["r"])
+    tracker.record({"r": COLD}, ["r"])
     both = Loaded("cold", COLD.tokens, WARM.bytes + COLD.bytes, COLD.seconds)
     assert tracker.outcomes == {"r": both}
     assert tracker.take_stats() == stats_of(both)
-    assert tracker.shares == {}
-
-
-# From a load to its response
-
-
-def never(load: LoadSpec) -> Loaded:
-    raise AssertionError("nothing was to be loaded")
-
-
-def connector(load: Callable[[LoadSpec], Loaded] = never) -> Any:
-    """Both of a server's connectors in one, without an engine; blocks are of 16 tokens."""
-    made: Any = AwarenessConnector.__new__(AwarenessConnector)
-    groups = [SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=16, sliding_window=None))]
-    made.results = KVConnectorTransferResults()
-    made.outcomes = StepOutcomes()
-    made.tracker = LoadTracker()
-    made.scheduler = ConnectorScheduler(SimpleNamespace(kv_cache_groups=groups))  # type: ignore[arg-type]
-    loads: dict[str, LoadSpec] = {}
-
-    def ready(*, idle: bool) -> list[str]:
-        return list(loads)
-
-    made.worker = SimpleNamespace(
-        begin=lambda asked: loads.update({asked.request_id: asked}),
-        ready=ready,
-        finish=lambda request: load(loads.pop(request)),
-        drop=lambda request: False,
-    )
-    made._connector_metadata = None
-    return made
-
-
-def request(name: str = "r", *, salt: str | None = None, computed: int = 60) -> Any:
-    """What vLLM's `Request` shows of a prompt of 60 ids, 40 of them a memory's."""
-    params = LoadParams(parts=(Part(memory="mem_" + "0" * 32, tokens=40),))
-    return SimpleNamespace(
-        request_id=name,
-        num_tokens=60,
-        num_computed_tokens=computed,
-        prompt_token_ids=list(range(60)),
-        cache_salt=salt or params.cache_salt,
-        kv_transfer_params=kv_transfer_params(params),
-    )
-
-
-def schedule(made: Any, one: Any, *, computed: int = 0, blocks: int = 3) -> KVConnectorOutput:
-    """One step with a new request, `computed` of its tokens in the prefix cache: what its worker
-    says. As in vLLM, the scheduler's connector has yet to be told."""
-    external, asynchronous = made.get_num_new_matched_tokens(one, computed)
-    assert asynchronous == (external > 0)
-    ids = [SimpleNamespace(is_null=False, block_id=b) for b in range(1, blocks + 1)]
-    made.update_state_after_alloc(one, SimpleNamespace(blocks=(ids,)), external)
-    made.bind_connector_metadata(made.build_connector_meta(SimpleNamespace(scheduled_new_reqs=[])))
-    made.start_load_kv(SimpleNamespace(attn_metadata=None))
-    results = made.get_transfer_results(set())
-    return KVConnectorOutput(
-        failed_recving=results.failed_recving,
-        finished_recving=results.finished_recving,
-        kv_connector_worker_meta=made.build_connector_worker_meta(),
-    )
-
-
-def finish(made: Any, one: Any) -> dict[str, Any] | None:
-    """A request's end: what its response says of its memory. Nothing may be left of it."""
-    waits, params = made.request_finished_all_groups(one, ([1, 2, 3],))
-    assert waits is False
-    assert made.tracker.outcomes == {}
-    assert made.scheduler.failed == set()
-    assert params is None or list(params) == ["awareness"]
-    return params and params["awareness"]
-
-
-def stats(made: Any) -> dict[str, list[Any]]:
-    """What happened since the last call, as vLLM takes it."""
-    taken = made.get_kv_connector_stats()
-    return {} if taken is None else taken.to_dict()
-
-
-@pytest.mark.parametrize("loaded", [COLD, WARM, HOT], ids=lambda loaded: loaded.temperature)
-def test_a_response_says_how_its_memory_came(loaded: Loaded) -> None:
-    made, one = connector(lambda load: loaded), request()
-    made.update_connector_output(schedule(made, one))
-    assert stats(made) == stats_of(loaded).data
-    report = {
-        "temperature": loaded.temperature,
-        "loaded_tokens": loaded.tokens,
-        "seconds": loaded.seconds,
-    }
-    assert finish(made, one) == report
-    json.dumps(report)
-    assert stats(made) == stats_of(requests=(loaded.temperature,)).data
-    assert made.get_kv_connector_stats() is None
-
-
-def test_a_memory_that_was_all_in_the_prefix_cache_is_hot() -> None:
-    made, one = connector(), request()
-    made.update_connector_output(schedule(made, one, computed=48))
-    assert stats(made) == {}
-    assert finish(made, one) == {"temperature": "hot", "loaded_tokens": 0, "seconds": 0.0}
-    assert stats(made)["requests"] == ["hot"]
-
-
-def test_a_failed_load_is_said_by_its_reason() -> None:
-    def broken(load: LoadSpec) -> Loaded:
-        raise PackageCorrupt("a secret path", found="a", expected="b")
-
-    made, one = connector(broken), request()
-    output = schedule(made, one)
-    assert output.failed_recving == {"r"}
-    made.update_connector_output(output)
-    assert stats(made) == stats_of(Failed("PackageCorrupt")).data
-    assert schedule(made, one).kv_connector_worker_meta is None
-    assert finish(made, one) == {"temperature": RECOMPUTED, "reason": "PackageCorrupt"}
-    assert stats(made)["requests"] == [RECOMPUTED]
-
-
-def test_a_load_that_cannot_be_planned_counts_once_as_failed() -> None:
-    made, one = connector(), request()
-    made.update_connector_output(schedule(made, one, blocks=1))
-    assert stats(made) == stats_of(Failed("IndexError")).data
-    assert finish(made, one) == {"temperature": RECOMPUTED, "reason": "IndexError"}
-
-
-def test_a_request_that_cannot_be_read_counts_once_however_often_it_is_asked() -> None:
-    made, one = connector(), request()
-    del one.num_tokens
-    for _ in range(3):
-        assert made.get_num_new_matched_tokens(one, 0) == (0, False)
-    assert stats(made) == stats_of(Failed("AttributeError")).data
-    assert finish(made, one) == {"temperature": RECOMPUTED, "reason": "AttributeError"}
-
-
-def test_a_preempted_request_reports_its_last_load() -> None:
-    found = iter([COLD, HOT])
-    made, one = connector(lambda load: next(found)), request()
-    made.update_connector_output(schedule(made, one))
-    made.update_connector_output(schedule(made, one, computed=16))
-    assert stats(made) == stats_of(COLD, HOT).data
-    # Preempted once more: this time the prefix cache has it all.
-    made.update_connector_output(schedule(made, one, computed=48))
-    report = finish(made, one)
-    assert report is not None
-    assert report["temperature"] == "hot"
-    assert report["loaded_tokens"] == HOT.tokens
-
-
-def test_nothing_is_kept_of_a_request_that_is_aborted_while_it_loads() -> None:
-    made, one = connector(lambda load: COLD), request()
-    output = schedule(made, one)
-    assert finish(made, one) is None
-    made.update_connector_output(output)
-    assert made.tracker.outcomes == {}
-    assert stats(made) == stats_of(COLD).data
-
-
-def test_a_request_that_was_never_scheduled_is_not_hot() -> None:
-    made = connector()
-    assert finish(made, request(computed=0)) is None
-    assert stats(made) == {}
-
-
-def test_requests_without_a_memory_get_no_report() -> None:
-    made, plain = connector(), request()
-    plain.kv_transfer_params = plain.cache_salt = None
-    for one in (plain, request(salt="forged")):
-        made.update_connector_output(schedule(made, one))
-        assert finish(made, one) is None
-    assert stats(made) == {}
-
-
-def test_requests_are_told_apart() -> None:
-    by_name = {"a": COLD, "b": WARM}
-    made = connector(lambda load: by_name[load.request_id])
-    requests = [request(name) for name in by_name]
-    for output in [schedule(made, one) for one in requests]:
-        made.update_connector_output(output)
-    for one in requests:
-        report = made.request_finished(one, [])[1]
-        assert report["awareness"]["temperature"] == by_name[one.request_id].temperature
-
-
-def test_a_report_that_cannot_be_made_does_not_reach_the_engine() -> None:
-    assert finish(connector(), SimpleNamespace(request_id="r")) is None
-
-
-def test_outcomes_that_cannot_be_counted_do_not_reach_the_engine() -> None:
-    made = connector()
-    no_outcome: Any = {"r": object()}
-    made.tracker.planned("bad")
-    output = KVConnectorOutput(
-        failed_recving={"bad"},
-        finished_recving={"r"},
-        kv_connector_worker_meta=StepOutcomes(no_outcome),
-    )
-    made.update_connector_output(output)
-    assert made.scheduler.failed == {"bad"}
-
-
-def test_a_step_without_loads_says_nothing() -> None:
-    # Whatever is not None, vLLM sends through its processes in every step.
-    made = connector()
-    assert made.build_connector_worker_meta() is None
-    assert made.get_kv_connector_stats() is None
-
-
-def test_outcomes_are_handed_over_once() -> None:
-    made = connector(lambda load: COLD)
-    assert schedule(made, request()).kv_connector_worker_meta == StepOutcomes({"r": COLD})
-    assert made.build_connector_worker_meta() is None
+    assert tracker.by_rank == {}
 
 
 # The dashboard
@@ -481,7 +267,7 @@ def expressions(node: Any) -> list[str]:
     return own + [found for item in node.values() for found in expressions(item)]
 
 
-def test_the_dashboard_asks_for_the_metrics_that_there_are(
+def test_the_dashboard_shows_exactly_the_metrics(
     registry: CollectorRegistry, shown: KVConnectorProm
 ) -> None:
     shown.observe(stats_of(COLD, Failed("OSError"), requests=("cold",)).to_dict())

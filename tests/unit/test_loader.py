@@ -1,4 +1,4 @@
-"""Memories on their way: aligned once, block by block, for whoever still wants them."""
+"""Alignments of a worker: made once, block by block, for the requests that still wait for them."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from torch import Tensor
 
 from awareness_vllm.align.realign import AlignedMemory, realign
 from awareness_vllm.errors import PackageCorrupt, UnsupportedModel
+from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.packages.file import Package, publish
 from awareness_vllm.packages.store import Store
-from awareness_vllm.serving.config import ServingConfig
 from awareness_vllm.serving.connector.capture_queue import PENDING
 from awareness_vllm.serving.connector.loader import (
-    A_MOMENT,
-    HEADS,
-    Alignment,
-    Found,
+    MAX_HEADS,
+    STEP_BUDGET_S,
+    LoadedSource,
     MemoryLoader,
+    PendingAlignment,
     embedding_of,
 )
 from awareness_vllm.serving.params import LoadParams, Part
+from awareness_vllm.serving.served_model import ServedModel
 from awareness_vllm.serving.tiers import DiskTier, WarmTier
 from awareness_vllm.wmatrix.file import WMatrix
 
@@ -43,66 +44,68 @@ def part(name: str = "mem", wmatrix: str = "map") -> Part:
     return Part(memory=name, wmatrix=wmatrix, tokens=3)
 
 
-class Held:
-    """Memories whose files are read when they are let go, and that take so many blocks to align."""
+class StubAlignment:
+    """Memories whose files are read once `go_on` is set, and that take `needed` blocks to align."""
 
-    def __init__(self, loader: MemoryLoader) -> None:
+    def __init__(self, loader: MemoryLoader, monkeypatch: pytest.MonkeyPatch) -> None:
         self.go_on = threading.Event()
         self.read: list[str] = []
         self.blocks: list[str] = []
         self.needed = 1
-        self.wrong: Exception | None = None
-        loader.find = self.find  # type: ignore[method-assign]
-        loader.block = self.block  # type: ignore[method-assign]
+        self.error: Exception | None = None
+        monkeypatch.setattr(loader, "read_source", self.read_source)
+        monkeypatch.setattr(loader, "align_block", self.align_block)
 
-    def find(self, part: Part, tenant: str) -> tuple[Found, str]:
+    def read_source(self, part: Part, tenant: str) -> LoadedSource:
         self.read.append(part.memory)
         assert self.go_on.wait(SECONDS)
-        if self.wrong:
-            raise self.wrong
-        return Found(), "cold"
+        if self.error:
+            raise self.error
+        return LoadedSource("cold")
 
-    def block(self, alignment: Alignment, found: Found) -> AlignedMemory | None:
+    def align_block(
+        self, alignment: PendingAlignment, source: LoadedSource
+    ) -> AlignedMemory | None:
         self.blocks.append(alignment.part.memory)
         return ALIGNED if self.blocks.count(alignment.part.memory) >= self.needed else None
 
 
 @pytest.fixture
-def held(loader: MemoryLoader) -> Iterator[Held]:
-    held = Held(loader)
-    yield held
-    held.go_on.set()
+def stub(loader: MemoryLoader, monkeypatch: pytest.MonkeyPatch) -> Iterator[StubAlignment]:
+    stub = StubAlignment(loader, monkeypatch)
+    yield stub
+    stub.go_on.set()
 
 
 @pytest.fixture
-def loader(tmp_path: Path) -> MemoryLoader:
-    memories: Any = SimpleNamespace(
-        stores={"": Store(tmp_path)}, folder=tmp_path, geometry=SimpleNamespace(weights="w")
-    )
-    return MemoryLoader(ServingConfig(store=str(tmp_path)), memories, torch.bfloat16)
+def loader(folder: Path, geometry: Geometry, tmp_path: Path) -> MemoryLoader:
+    model = ServedModel(folder, 1000, geometry)
+    return MemoryLoader(model, {"": Store(tmp_path)}, torch.bfloat16, WarmTier(2**30))
 
 
-def arrived(loader: MemoryLoader, alignment: Alignment) -> tuple[Any, str]:
-    """What an alignment comes to, in as many steps as it takes."""
-    wait([alignment.found], SECONDS)
+def result_of(loader: MemoryLoader, alignment: PendingAlignment) -> tuple[Any, str]:
+    """An alignment's memory and temperature, after as many steps as it takes."""
+    wait([alignment.source], SECONDS)
     while not alignment.result.done():
         loader.advance()
     return alignment.result.result()
 
 
-def test_two_who_ask_for_one_cold_memory_align_it_once(loader: MemoryLoader, held: Held) -> None:
-    first, second = loader.ask(part(), ""), loader.ask(part(), "another tenant's")
+def test_two_requests_for_one_cold_memory_align_it_once(
+    loader: MemoryLoader, stub: StubAlignment
+) -> None:
+    first, second = loader.request(part(), ""), loader.request(part(), "another tenant's")
     assert first is second
-    other = loader.ask(part("mem", "another map"), "")
+    other = loader.request(part("mem", "another map"), "")
     assert other is not first
     loader.advance()
     assert not first.result.done()
-    held.go_on.set()
+    stub.go_on.set()
     for alignment in (first, other):
-        assert arrived(loader, alignment) == (ALIGNED, "cold")
-    assert arrived(loader, loader.ask(part(), "")) == (ALIGNED, "warm")
-    assert (held.read, held.blocks) == (["mem"] * 2, ["mem"] * 2)
-    assert loader.under_way == {}
+        assert result_of(loader, alignment) == (ALIGNED, "cold")
+    assert result_of(loader, loader.request(part(), "")) == (ALIGNED, "warm")
+    assert (stub.read, stub.blocks) == (["mem"] * 2, ["mem"] * 2)
+    assert loader.pending == {}
 
 
 @pytest.fixture
@@ -111,80 +114,88 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = itertools.count()
     monkeypatch.setattr(
         "awareness_vllm.serving.connector.loader.time",
-        SimpleNamespace(perf_counter=lambda: next(clock) * A_MOMENT),
+        SimpleNamespace(perf_counter=lambda: next(clock) * STEP_BUDGET_S),
     )
 
 
 @pytest.mark.usefixtures("clock")
-def test_a_step_that_others_wait_for_aligns_one_block(loader: MemoryLoader, held: Held) -> None:
-    held.go_on.set()
-    held.needed = 3
-    asked = [loader.ask(part(name), "") for name in ("a", "b")]
-    wait([alignment.found for alignment in asked], SECONDS)
+def test_a_step_that_others_wait_for_aligns_one_block(
+    loader: MemoryLoader, stub: StubAlignment
+) -> None:
+    stub.go_on.set()
+    stub.needed = 3
+    alignments = [loader.request(part(name), "") for name in ("a", "b")]
+    wait([alignment.source for alignment in alignments], SECONDS)
     loader.advance()
-    assert held.blocks == ["a"]
-    loader.advance(2.5 * A_MOMENT)
-    assert held.blocks == ["a"] * 3 + ["b"]
-    assert [alignment.result.done() for alignment in asked] == [True, False]
+    assert stub.blocks == ["a"]
+    loader.advance(2.5 * STEP_BUDGET_S)
+    assert stub.blocks == ["a"] * 3 + ["b"]
+    assert [alignment.result.done() for alignment in alignments] == [True, False]
 
 
 @pytest.mark.usefixtures("clock")
-def test_an_alignment_ends_when_nobody_wants_it_any_more(loader: MemoryLoader, held: Held) -> None:
-    held.needed = 2
-    held.go_on.set()
-    first = loader.ask(part(), "")
-    assert loader.ask(part(), "") is first
-    wait([first.found], SECONDS)
+def test_an_alignment_ends_when_nobody_wants_it_any_more(
+    loader: MemoryLoader, stub: StubAlignment
+) -> None:
+    stub.needed = 2
+    stub.go_on.set()
+    first = loader.request(part(), "")
+    assert loader.request(part(), "") is first
+    wait([first.source], SECONDS)
     loader.advance()
-    loader.leave(first)
-    assert list(loader.under_way.values()) == [first]
-    loader.leave(first)
+    loader.release(first)
+    assert list(loader.pending.values()) == [first]
+    loader.release(first)
     loader.advance()
-    assert held.blocks == ["mem"]
-    again = loader.ask(part(), "")
+    assert stub.blocks == ["mem"]
+    again = loader.request(part(), "")
     assert again is not first
-    loader.leave(first)
-    assert arrived(loader, again) == (ALIGNED, "cold")
+    loader.release(first)
+    assert result_of(loader, again) == (ALIGNED, "cold")
 
 
-def test_a_file_that_hangs_holds_up_nobody_else(loader: MemoryLoader, held: Held) -> None:
-    hanging = loader.ask(part("hanging"), "")
-    while not held.read:
+def test_a_file_that_hangs_holds_up_nobody_else(
+    loader: MemoryLoader, stub: StubAlignment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hanging = loader.request(part("hanging"), "")
+    while not stub.read:
         time.sleep(0.001)
-    loader.find = lambda part, tenant: (Found(ALIGNED), "cold")  # type: ignore[method-assign]
-    assert arrived(loader, loader.ask(part("other"), "")) == (ALIGNED, "cold")
+    monkeypatch.setattr(loader, "read_source", lambda *args: LoadedSource("cold", ALIGNED))
+    assert result_of(loader, loader.request(part("other"), "")) == (ALIGNED, "cold")
     assert not hanging.result.done()
 
 
-def test_a_failure_is_told_and_not_kept(loader: MemoryLoader, held: Held) -> None:
-    held.wrong = PackageCorrupt("no such bytes")
-    held.go_on.set()
+def test_a_failure_is_raised_and_not_kept(loader: MemoryLoader, stub: StubAlignment) -> None:
+    stub.error = PackageCorrupt("no such bytes")
+    stub.go_on.set()
     with pytest.raises(PackageCorrupt, match="no such bytes"):
-        arrived(loader, loader.ask(part(), ""))
-    held.wrong = None
-    assert arrived(loader, loader.ask(part(), "")) == (ALIGNED, "cold")
+        result_of(loader, loader.request(part(), ""))
+    stub.error = None
+    assert result_of(loader, loader.request(part(), "")) == (ALIGNED, "cold")
 
 
-def test_what_cannot_be_kept_fails_its_askers_and_not_the_engine(
-    loader: MemoryLoader, held: Held, monkeypatch: pytest.MonkeyPatch
+def test_a_memory_that_cannot_be_kept_fails_its_requests_and_not_the_engine(
+    loader: MemoryLoader, stub: StubAlignment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(key: object, memory: object) -> None:
         raise MemoryError
 
     monkeypatch.setattr(loader.warm, "put", full)
-    held.go_on.set()
+    stub.go_on.set()
     with pytest.raises(MemoryError):
-        arrived(loader, loader.ask(part(), ""))
-    assert loader.under_way == {}
+        result_of(loader, loader.request(part(), ""))
+    assert loader.pending == {}
 
 
-def test_a_prefetch_is_pending_until_its_memory_is_warm(loader: MemoryLoader, held: Held) -> None:
+def test_a_prefetch_is_pending_until_its_memory_is_warm(
+    loader: MemoryLoader, stub: StubAlignment
+) -> None:
     params = LoadParams(parts=(part(),))
     loader.warm.limit = 0
     assert loader.prefetch("ticket", params, True) == PENDING
     assert loader.prefetch("ticket", params, True) == PENDING
-    held.go_on.set()
-    wait([loader.ask(part(), "").found], SECONDS)
+    stub.go_on.set()
+    wait([loader.request(part(), "").source], SECONDS)
     assert loader.prefetch("ticket", params, True) == "cold"
     assert loader.prefetch("another", params, False) == "warm"
     assert loader.prefetches == {}
@@ -194,26 +205,28 @@ def test_a_prefetch_is_pending_until_its_memory_is_warm(loader: MemoryLoader, he
     assert not loader.evict("mem")
 
 
-def test_a_prefetch_says_what_went_wrong(loader: MemoryLoader, held: Held) -> None:
-    held.wrong = PackageCorrupt("no such bytes")
-    held.go_on.set()
+def test_a_prefetch_says_what_went_wrong(loader: MemoryLoader, stub: StubAlignment) -> None:
+    stub.error = PackageCorrupt("no such bytes")
+    stub.go_on.set()
     params = LoadParams(parts=(part(),))
-    found = PENDING
-    while found == PENDING:
-        found = loader.prefetch("ticket", params, False)
-    assert found == "no such bytes."
+    answer = PENDING
+    while answer == PENDING:
+        answer = loader.prefetch("ticket", params, False)
+    assert answer == "no such bytes."
 
 
-def test_what_was_aligned_once_is_read_from_disk(loader: MemoryLoader, tmp_path: Path) -> None:
+def test_a_memory_that_was_aligned_once_is_read_from_disk(
+    loader: MemoryLoader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     loader.disk = DiskTier(tmp_path, 2**30, "weights", torch.bfloat16)
-    held = Held(loader)
-    held.go_on.set()
-    assert arrived(loader, loader.ask(part(), "")) == (ALIGNED, "cold")
+    with monkeypatch.context() as patch:
+        stub = StubAlignment(loader, patch)
+        stub.go_on.set()
+        assert result_of(loader, loader.request(part(), "")) == (ALIGNED, "cold")
     loader.disk.thread.shutdown()
     loader.warm = WarmTier(2**30)
-    del loader.find, loader.block
     for _ in ("from disk", "from memory"):
-        found, temperature = arrived(loader, loader.ask(part(), ""))
+        found, temperature = result_of(loader, loader.request(part(), ""))
         assert (found.ids, temperature) == (ALIGNED.ids, "warm")
     assert loader.evict("mem")
     assert list(tmp_path.glob("*.aligned")) == []
@@ -223,17 +236,15 @@ def test_a_package_is_aligned_by_its_map(
     loader: MemoryLoader,
     make_package: Callable[..., Package],
     wmatrix: WMatrix,
-    folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("awareness_vllm.align.realign.BLOCK", 7)
     package = make_package("the quick brown fox, naïve dogs")
-    loader.memories.folder = folder
     loader.wmatrices["map"] = wmatrix
     loader.embed = lambda ids: torch.randn(1000, 6, generator=torch.manual_seed(3))[ids]
-    found, _ = arrived(loader, loader.ask(part(publish(package, tmp_path).stem), ""))
-    expected = realign(package, wmatrix, folder, loader.embed, dtype=torch.bfloat16)
+    found, _ = result_of(loader, loader.request(part(publish(package, tmp_path).stem), ""))
+    expected = realign(package, wmatrix, loader.model.folder, loader.embed, dtype=torch.bfloat16)
     assert found.ids == expected.ids
     for one, other in zip(found.keys + found.values, expected.keys + expected.values, strict=True):
         assert torch.equal(one, other)
@@ -244,7 +255,7 @@ def test_a_map_that_the_server_lacks_is_refused(
 ) -> None:
     memory = publish(make_package(), tmp_path).stem
     with pytest.raises(UnsupportedModel, match="another W-Matrix"):
-        arrived(loader, loader.ask(part(memory, "f" * 64), ""))
+        result_of(loader, loader.request(part(memory, "f" * 64), ""))
 
 
 def test_a_truncated_package_changes_nothing_that_was_read(
@@ -253,7 +264,7 @@ def test_a_truncated_package_changes_nothing_that_was_read(
     """safetensors maps files: reading on after one was truncated would kill the process."""
     package = make_package()
     path = publish(package, tmp_path)
-    memory, _ = arrived(loader, loader.ask(part(path.stem, ""), ""))
+    memory, _ = result_of(loader, loader.request(part(path.stem, ""), ""))
     with path.open("r+b") as file:
         file.truncate(8)
     for before, after in zip(package.keys, memory.keys, strict=True):
@@ -261,9 +272,9 @@ def test_a_truncated_package_changes_nothing_that_was_read(
 
 
 def test_the_heads_that_were_used_last_are_kept(loader: MemoryLoader) -> None:
-    for number in range(HEADS):
+    for number in range(MAX_HEADS):
         loader.keep_head(f"head-{number}", ALIGNED)
-    assert arrived(loader, loader.ask(part("head-0"), "")) == (ALIGNED, "warm")
+    assert result_of(loader, loader.request(part("head-0"), "")) == (ALIGNED, "warm")
     loader.keep_head("new", ALIGNED)
     assert "head-0" in loader.heads
     assert "head-1" not in loader.heads
