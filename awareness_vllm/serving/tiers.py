@@ -17,12 +17,9 @@ from vllm.logger import init_logger
 from awareness_vllm.align.paged import Latent
 from awareness_vllm.align.realign import AlignedMemory
 from awareness_vllm.files import private_copy
-from awareness_vllm.serving.config import ServingConfig
-from awareness_vllm.serving.served_model import ServedModel
 
 logger = init_logger("vllm.awareness.tiers")
 
-GIB = 2**30
 Key = tuple[str, str]
 """A memory's ID and its W-Matrix's digest: both name bytes, so tenants can share it."""
 Memory = AlignedMemory | Latent
@@ -38,16 +35,6 @@ class DiskTier:
         folder.mkdir(parents=True, exist_ok=True)
         # Files are written beside the engine's steps: no request waits for a disk.
         self.thread = ThreadPoolExecutor(1, "awareness-disk")
-
-    @classmethod
-    def from_config(
-        cls, config: ServingConfig, model: ServedModel, dtype: torch.dtype
-    ) -> DiskTier | None:
-        """The disk tier of a server, None where it has none."""
-        if config.disk_cache is None:
-            return None
-        limit = int(config.disk_cache_gib * GIB)
-        return cls(Path(config.disk_cache), limit, model.geometry.weights, dtype)
 
     def path(self, key: Key) -> Path:
         """A memory's file, named by its W-Matrix, model and dtype too."""
@@ -122,10 +109,6 @@ class WarmTier:
         self.limit = limit
         self.memories: OrderedDict[Key, Memory] = OrderedDict()
         self.pinned: set[Key] = set()
-
-    @classmethod
-    def from_config(cls, config: ServingConfig) -> WarmTier:
-        return cls(int(config.host_cache_gib * GIB))
 
     def get(self, key: Key) -> Memory | None:
         if key in self.memories:

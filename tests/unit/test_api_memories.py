@@ -1,4 +1,4 @@
-"""`/v1/memories` over HTTP: the list, and what is said of one memory."""
+"""`/v1/memories` over HTTP: the list, and everything about one memory."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ def server(
 def test_the_list_is_the_tenants_own(server: Server, make_package: Make) -> None:
     mine = sorted(server.publish(make_package(seed=seed)) for seed in range(3))
     other = server.publish(make_package(seed=9), "umbrella")
-    found = server.get()
-    assert [memory["id"] for memory in found["data"]] == mine
+    page = server.get()
+    assert [memory["id"] for memory in page["data"]] == mine
     assert server.get(tenant="umbrella")["data"][0]["id"] == other
     path = server.path(mine[0])
-    assert found["data"][0] == {
+    assert page["data"][0] == {
         "id": mine[0],
         "object": "memory",
         "created": int(path.stat().st_mtime),
@@ -61,8 +61,8 @@ def test_the_list_is_the_tenants_own(server: Server, make_package: Make) -> None
         "tokens": len("hello wörld".encode()),
         "error": None,
     }
-    del found["data"]
-    assert found == {"object": "list", "first_id": mine[0], "last_id": mine[2], "has_more": False}
+    del page["data"]
+    assert page == {"object": "list", "first_id": mine[0], "last_id": mine[2], "has_more": False}
 
 
 def test_an_empty_list(server: Server) -> None:
@@ -93,8 +93,8 @@ def test_a_page_holds_a_hundred_memories(
 ) -> None:
     memory = server.publish(make_package())
     monkeypatch.setattr(Store, "ids", lambda self: iter([memory] * 101))
-    found = server.get()
-    assert (len(found["data"]), found["has_more"]) == (100, True)
+    page = server.get()
+    assert (len(page["data"]), page["has_more"]) == (100, True)
 
 
 def test_a_page_goes_on_after_a_memory_that_is_gone(server: Server, make_package: Make) -> None:
@@ -110,10 +110,10 @@ def test_a_package_that_cannot_be_read_is_listed_as_such(
     good, bad = server.publish(make_package()), "mem_" + "f" * 32
     server.path(bad).write_bytes(b"no package")
     (server.stores / "acme" / "README").write_text("no package either")
-    ours, found = server.get()["data"]
+    ours, broken = server.get()["data"]
     assert (ours["id"], ours["error"]) == (good, None)
-    assert found["error"] == f"memory package {bad}.safetensors cannot be used"
-    assert (found["id"], found["bytes"], found["tokens"]) == (bad, 10, None)
+    assert broken["error"] == f"memory package {bad}.safetensors cannot be used"
+    assert (broken["id"], broken["bytes"], broken["tokens"]) == (bad, 10, None)
 
 
 @pytest.mark.parametrize("moment", ["before its path is looked up", "before it is read"])
@@ -143,11 +143,11 @@ def test_an_unusable_page_is_refused(server: Server, query: dict[str, Any]) -> N
 
 def test_a_copy_is_exact_and_not_certified(server: Server, tiny_models: tuple[Path, Path]) -> None:
     memory = server.publish(capture(tiny_models[1], "some words", name="notes"))
-    found = server.get(memory)
+    answer = server.get(memory)
     manifest = read_manifest(server.path(memory))
-    assert found["manifest"] == manifest.model_dump(mode="json")
-    assert (found["id"], found["object"], found["name"]) == (memory, "memory", "notes")
-    assert found["compatibility"] == {
+    assert answer["manifest"] == manifest.model_dump(mode="json")
+    assert (answer["id"], answer["object"], answer["name"]) == (memory, "memory", "notes")
+    assert answer["compatibility"] == {
         **{"loadable": True, "wmatrix": None, "prompt_tokens": manifest.tokens},
         **{"retention": 1.0, "certified": False, "reason": None},
     }
@@ -159,9 +159,9 @@ def test_a_map_is_named_with_what_its_certificate_says(
 ) -> None:
     memory = server.publish(make_package())
     server.add_map(wmatrix, retention)
-    found = server.get(memory)["compatibility"]
+    answer = server.get(memory)["compatibility"]
     tokens = server.tokens(memory)
-    assert found == {
+    assert answer == {
         **{"loadable": True, "wmatrix": "pair.wmatrix", "prompt_tokens": tokens},
         **{"retention": retention, "certified": retention is not None, "reason": None},
     }
@@ -178,8 +178,8 @@ def test_published_figures_certify_no_map(
     prior = {"retention": {"mean": 0.91, "ci_low": 0.84, "ci_high": 0.98}, "basis": "prior"}
     manifest = entry.manifest.model_copy(update={"certificate": prior})
     server.resolver.registry = Registry((WMatrixEntry(entry.path, manifest, "e" * 64),))
-    found = server.get(memory)["compatibility"]
-    assert (found["certified"], found["retention"]) == (False, None)
+    answer = server.get(memory)["compatibility"]
+    assert (answer["certified"], answer["retention"]) == (False, None)
 
 
 def test_a_check_says_what_the_certificate_predicts(
@@ -187,13 +187,13 @@ def test_a_check_says_what_the_certificate_predicts(
 ) -> None:
     memory = server.publish(make_package())
     server.add_map(wmatrix, 0.875)
-    found = server.call(CHECK, memory).json()
+    answer = server.call(CHECK, memory).json()
     (entry,) = server.resolver.registry
     tokens = server.tokens(memory)
     expected = predict(entry.certificate, tokens, 16)
-    assert (found["estimated_retention"], found["tokens"]) == (expected.mean, tokens)
-    assert found["basis"]["digest"] == entry.digest
-    assert (found["memory"], found["target"]) == (memory, server.resolver.model.geometry.name)
+    assert (answer["estimated_retention"], answer["tokens"]) == (expected.mean, tokens)
+    assert answer["basis"]["digest"] == entry.digest
+    assert (answer["memory"], answer["target"]) == (memory, server.resolver.model.geometry.name)
 
 
 def test_a_running_servers_window_is_not_refused(server: Server, make_package: Make) -> None:
@@ -203,9 +203,9 @@ def test_a_running_servers_window_is_not_refused(server: Server, make_package: M
 
 
 def test_a_check_of_a_memory_without_a_map_is_an_answer(server: Server, make_package: Make) -> None:
-    found = server.call(CHECK, server.publish(make_package())).json()
-    assert (found["compatibility_score"], found["estimated_retention"]) == (0.0, None)
-    assert "no W-Matrix leads" in found["risk_factors"][0]["description"]
+    answer = server.call(CHECK, server.publish(make_package())).json()
+    assert (answer["compatibility_score"], answer["estimated_retention"]) == (0.0, None)
+    assert "no W-Matrix leads" in answer["risk_factors"][0]["description"]
 
 
 NOTHING = {"loadable": False, "wmatrix": None, "prompt_tokens": None, "retention": None}
@@ -213,9 +213,9 @@ NOTHING = {"loadable": False, "wmatrix": None, "prompt_tokens": None, "retention
 
 def unusable(server: Server, memory: str, status: int) -> str:
     """Why a memory cannot be loaded, which all three routes must say alike."""
-    found = server.get(memory)["compatibility"]
-    reason = found.pop("reason")
-    assert found == {**NOTHING, "certified": False}
+    answer = server.get(memory)["compatibility"]
+    reason = answer.pop("reason")
+    assert answer == {**NOTHING, "certified": False}
     response = server.call(LOAD, memory)
     assert response.status_code == status
     assert response.json()["error"]["message"].startswith(reason)
@@ -290,7 +290,7 @@ def test_a_package_that_fails_only_when_resolved_is_refused(
 
 def test_the_routes_are_documented(server: Server) -> None:
     document = server.app.openapi()
-    found = {
+    documented = {
         (method.upper(), path): operation
         for path, operations in document["paths"].items()
         for method, operation in operations.items()
@@ -302,9 +302,9 @@ def test_the_routes_are_documented(server: Server) -> None:
         ("POST", "/v1/memories/{memory_id}/load"): "MemoryLoad",
         ("DELETE", "/v1/memories/{memory_id}"): "MemoryEvicted",
     }
-    assert found.keys() == expected.keys()
+    assert documented.keys() == expected.keys()
     for (method, path), name in expected.items():
-        operation = found[method, path]
+        operation = documented[method, path]
         assert operation["description"]
         schema = {
             status: answer["content"]["application/json"]["schema"]["$ref"].rsplit("/", 1)[-1]

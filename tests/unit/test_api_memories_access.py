@@ -70,8 +70,8 @@ def test_a_page_after_a_foreign_memory_tells_nothing_of_it(
     mine = sorted(server.publish(make_package(seed=seed)) for seed in range(3))
     foreign = server.publish(make_package(seed=9), "umbrella")
     for after in (foreign, UNKNOWN, "mem_" + "f" * 32):
-        found = [memory["id"] for memory in server.get(after=after)["data"]]
-        assert found == [memory for memory in mine if memory > after]
+        listed = [memory["id"] for memory in server.get(after=after)["data"]]
+        assert listed == [memory for memory in mine if memory > after]
 
 
 @pytest.mark.parametrize("route", [LIST, *ONE_MEMORY])
@@ -83,13 +83,13 @@ def test_without_a_key_the_answer_is_vllms_own(
     headers = {"Authorization": header} if header else {}
     method, _, path = route.partition(" ")
     url = "/v1/memories" + path.format(memory)
-    found = server.client.request(method, url, headers=headers)
+    response = server.client.request(method, url, headers=headers)
     guarded = FastAPI()
     guarded.add_middleware(AuthenticationMiddleware, tokens=["sk-acme"])
     expected = TestClient(guarded).request(method, url, headers=headers)
-    assert found.status_code == expected.status_code == 401
-    assert found.content == expected.content
-    assert found.headers["WWW-Authenticate"] == "Bearer"
+    assert response.status_code == expected.status_code == 401
+    assert response.content == expected.content
+    assert response.headers["WWW-Authenticate"] == "Bearer"
     assert server.engine.calls == []
 
 

@@ -74,9 +74,9 @@ def test_any_split_of_the_steps_aggregates_to_the_same(
     edges = [0, *sorted(cuts), len(recorded)]
     parts = [stats_of(*recorded[a:b]) for a, b in itertools.pairwise(edges)]
     sizes = [len(part.data["loads"]) for part in parts]
-    found = functools.reduce(lambda a, b: a.aggregate(b), parts)
-    assert found == whole
-    assert found.reduce() == whole.reduce()
+    total = functools.reduce(lambda a, b: a.aggregate(b), parts)
+    assert total == whole
+    assert total.reduce() == whole.reduce()
     assert [len(part.data["loads"]) for part in parts] == sizes
 
 
@@ -92,8 +92,8 @@ def test_statistics_survive_the_way_to_the_front_end(
 
 
 def test_the_summary_of_an_interval() -> None:
-    found = stats_of(COLD, WARM, HOT, WARM, Failed("OSError")).reduce()
-    assert found == {
+    summary = stats_of(COLD, WARM, HOT, WARM, Failed("OSError")).reduce()
+    assert summary == {
         "Memory loads": 4,
         "Hot": 1,
         "Warm": 2,
@@ -153,16 +153,16 @@ def test_outcomes_are_on_the_metrics(registry: CollectorRegistry, shown: KVConne
     stats = stats_of(COLD, WARM, WARM, Failed("OSError"), requests=("warm", "warm", RECOMPUTED))
     shown.observe(stats.to_dict(), 1)
     shown.observe(stats_of(WARM, Failed("OSError"), Failed("KeyError")).to_dict(), 1)
-    found = functools.partial(value, registry, engine=1)
-    assert [found("loads_total", t) for t in TEMPERATURES] == [0, 3, 1]
-    assert [found("tokens_total", t) for t in TEMPERATURES] == [0, 2400, 800]
-    assert [found("bytes_total", t) for t in TEMPERATURES] == [0, 9 * 2**20, 3 * 2**20]
-    assert [found("load_seconds_count", t) for t in TEMPERATURES] == [0, 3, 1]
-    assert found("load_seconds_sum", "warm") == pytest.approx(0.06)
-    assert found("requests_total", "warm") == 2
-    assert found("requests_total", RECOMPUTED) == 1
-    assert found("failures_total", "OSError") == 2
-    assert found("failures_total", "KeyError") == 1
+    sample = functools.partial(value, registry, engine=1)
+    assert [sample("loads_total", t) for t in TEMPERATURES] == [0, 3, 1]
+    assert [sample("tokens_total", t) for t in TEMPERATURES] == [0, 2400, 800]
+    assert [sample("bytes_total", t) for t in TEMPERATURES] == [0, 9 * 2**20, 3 * 2**20]
+    assert [sample("load_seconds_count", t) for t in TEMPERATURES] == [0, 3, 1]
+    assert sample("load_seconds_sum", "warm") == pytest.approx(0.06)
+    assert sample("requests_total", "warm") == 2
+    assert sample("requests_total", RECOMPUTED) == 1
+    assert sample("failures_total", "OSError") == 2
+    assert sample("failures_total", "KeyError") == 1
     assert [value(registry, "loads_total", t) for t in TEMPERATURES] == [0, 0, 0]
     assert value(registry, "failures_total", "OSError") is None
 
@@ -209,16 +209,16 @@ def test_vllms_log_line_sums_the_steps_and_leaves_them_as_they_are(
 
 @given(one=loads, other=loads)
 def test_two_ranks_share_one_load(one: Loaded, other: Loaded) -> None:
-    found = merge_ranks(one, other)
-    assert isinstance(found, Loaded)
-    assert found == merge_ranks(other, one)
-    assert found.bytes == one.bytes + other.bytes
-    assert (found.tokens, found.seconds) == (
+    merged = merge_ranks(one, other)
+    assert isinstance(merged, Loaded)
+    assert merged == merge_ranks(other, one)
+    assert merged.bytes == one.bytes + other.bytes
+    assert (merged.tokens, merged.seconds) == (
         max(one.tokens, other.tokens),
         max(one.seconds, other.seconds),
     )
     coldest = max(TEMPERATURES.index(load.temperature) for load in (one, other))
-    assert found.temperature == TEMPERATURES[coldest]
+    assert merged.temperature == TEMPERATURES[coldest]
 
 
 def test_a_load_that_failed_on_one_rank_failed() -> None:
@@ -237,9 +237,9 @@ def test_vllm_aggregates_the_outcomes_of_its_workers() -> None:
     output = KVOutputAggregator(expected_finished_count=3).aggregate(list(workers))
     assert output is not None
     assert output.kv_connector_output is not None
-    found = output.kv_connector_output.kv_connector_worker_meta
+    merged = output.kv_connector_output.kv_connector_worker_meta
     both = Loaded("cold", COLD.tokens, 2 * COLD.bytes, COLD.seconds)
-    assert found == StepOutcomes({"a": both, "b": failed, "c": HOT})
+    assert merged == StepOutcomes({"a": both, "b": failed, "c": HOT})
 
 
 def test_ranks_that_end_in_different_steps_share_one_load() -> None:
@@ -260,11 +260,11 @@ def test_ranks_that_end_in_different_steps_share_one_load() -> None:
 def expressions(node: Any) -> list[str]:
     """Every PromQL expression of a dashboard, those of its variables too."""
     if isinstance(node, list):
-        return [found for item in node for found in expressions(item)]
+        return [expression for item in node for expression in expressions(item)]
     if not isinstance(node, dict):
         return []
     own = [node[key] for key in ("expr", "definition") if key in node]
-    return own + [found for item in node.values() for found in expressions(item)]
+    return own + [expression for item in node.values() for expression in expressions(item)]
 
 
 def test_the_dashboard_shows_exactly_the_metrics(
@@ -273,9 +273,9 @@ def test_the_dashboard_shows_exactly_the_metrics(
     shown.observe(stats_of(COLD, Failed("OSError"), requests=("cold",)).to_dict())
     families = [family for family in registry.collect() if family.name.startswith("vllm:")]
     labels = {sample.name: set(sample.labels) for family in families for sample in family.samples}
-    asked = expressions(json.loads(DASHBOARD.read_text()))
-    assert asked
-    for expression in asked:
+    queries = expressions(json.loads(DASHBOARD.read_text()))
+    assert queries
+    for expression in queries:
         (name,) = re.findall(r"vllm:\w+", expression)
         assert name in labels, expression
         grouped = re.findall(r"by \(([^)]*)\)", expression)
@@ -283,7 +283,7 @@ def test_the_dashboard_shows_exactly_the_metrics(
         used = {label.strip() for group in grouped for label in group.split(",")} | {*filtered}
         assert used <= labels[name], expression
     for family in families:
-        assert any(family.name in expression for expression in asked), family.name
+        assert any(family.name in expression for expression in queries), family.name
 
 
 def test_the_dashboard_can_be_imported() -> None:

@@ -30,8 +30,8 @@ pytestmark = pytest.mark.unit
     ],
 )
 def test_an_allow_list_is_kept_and_ours_added(value: str, expected: str) -> None:
-    found = launch.environment({"VLLM_PLUGINS": value, "HOME": "h"})
-    assert found == {"VLLM_PLUGINS": expected, "HOME": "h"}
+    environ = launch.environment({"VLLM_PLUGINS": value, "HOME": "h"})
+    assert environ == {"VLLM_PLUGINS": expected, "HOME": "h"}
 
 
 def test_without_an_allow_list_every_default_plugin_stays(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -226,8 +226,8 @@ def test_a_memory_that_was_aligned_once_is_read_from_disk(
     loader.disk.thread.shutdown()
     loader.warm = WarmTier(2**30)
     for _ in ("from disk", "from memory"):
-        found, temperature = result_of(loader, loader.request(part(), ""))
-        assert (found.ids, temperature) == (ALIGNED.ids, "warm")
+        memory, temperature = result_of(loader, loader.request(part(), ""))
+        assert (memory.ids, temperature) == (ALIGNED.ids, "warm")
     assert loader.evict("mem")
     assert list(tmp_path.glob("*.aligned")) == []
 
@@ -243,10 +243,11 @@ def test_a_package_is_aligned_by_its_map(
     package = make_package("the quick brown fox, naïve dogs")
     loader.wmatrices["map"] = wmatrix
     loader.embed = lambda ids: torch.randn(1000, 6, generator=torch.manual_seed(3))[ids]
-    found, _ = result_of(loader, loader.request(part(publish(package, tmp_path).stem), ""))
+    memory, _ = result_of(loader, loader.request(part(publish(package, tmp_path).stem), ""))
     expected = realign(package, wmatrix, loader.model.folder, loader.embed, dtype=torch.bfloat16)
-    assert found.ids == expected.ids
-    for one, other in zip(found.keys + found.values, expected.keys + expected.values, strict=True):
+    assert memory.ids == expected.ids
+    states = zip(memory.keys + memory.values, expected.keys + expected.values, strict=True)
+    for one, other in states:
         assert torch.equal(one, other)
 
 

@@ -129,8 +129,8 @@ def test_every_key_is_compared_whichever_it_is(
 
 
 def test_keys_are_not_kept(tenants: Tenants) -> None:
-    kept = repr(vars(tenants)) + repr(tenants)
-    assert all(key not in kept for key in OWNERS)
+    text = repr(vars(tenants)) + repr(tenants)
+    assert all(key not in text for key in OWNERS)
 
 
 # Files

@@ -93,10 +93,12 @@ def test_a_memory_comes_back_bit_for_bit(tmp_path: Path) -> None:
     disk = tier(tmp_path)
     disk.put((NAME, "map"), memory())
     disk.thread.shutdown()
-    found = disk.get((NAME, "map"))
-    assert found is not None
-    assert found.ids == memory().ids
-    for one, other in zip(found.keys + found.values, memory().keys + memory().values, strict=True):
+    restored = disk.get((NAME, "map"))
+    assert restored is not None
+    expected = memory()
+    assert restored.ids == expected.ids
+    states = zip(restored.keys + restored.values, expected.keys + expected.values, strict=True)
+    for one, other in states:
         assert torch.equal(one, other)
     assert [path.suffix for path in tmp_path.iterdir()] == [".aligned"]
 

@@ -1,7 +1,7 @@
 """What a memory costs on a target: bytes of its KV cache, and seconds until they are written.
 
 Both follow vLLM: its blocks, what it holds of a window, its groups of layers. The seconds are a
-linear model of a load's way (serving/supply.py, serving/worker.py) with the rates that `awareness
+linear model of a load's way (serving/connector/loader.py, worker.py) with the rates that `awareness
 doctor` has measured on this machine.
 """
 

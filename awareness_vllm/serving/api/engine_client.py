@@ -8,7 +8,7 @@ import tempfile
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file
 from torch import Tensor
@@ -66,12 +66,17 @@ class MemoryEngineClient:
         Raises:
             PackageCorrupt: a worker cannot.
         """
-        args = (secrets.token_hex(16), params.model_dump_json(), pin)
-        while PENDING in (answers := await self.engine.collective_rpc(PREFETCH, args=args)):
-            await asyncio.sleep(POLL_S)
+        ticket = secrets.token_hex(16)
+        answers = await self._poll(PREFETCH, ticket, params.model_dump_json(), pin)
         if errors := [answer for answer in answers if answer not in ("cold", "warm")]:
             raise PackageCorrupt("the memory cannot be loaded", found=errors[0])
         return "cold" if "cold" in answers else "warm"
+
+    async def _poll(self, method: str, *args: Any) -> list[str]:
+        """The workers' answers, once none of them is PENDING."""
+        while PENDING in (answers := await self.engine.collective_rpc(method, args=args)):
+            await asyncio.sleep(POLL_S)
+        return answers
 
     async def evict(self, memory: str) -> bool:
         """Drop a memory from the warm tier; whether it was there."""
@@ -139,8 +144,7 @@ class MemoryEngineClient:
         """
         try:
             async with asyncio.timeout(WRITE_TIMEOUT_S):
-                while PENDING in (errors := await self.engine.collective_rpc(STATE, args=(key,))):
-                    await asyncio.sleep(POLL_S)
+                errors = await self._poll(STATE, key)
         except TimeoutError as error:
             await self.discard(key)
             raise AwarenessError(

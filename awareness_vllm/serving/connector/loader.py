@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from awareness_vllm.serving.tiers import DiskTier, Key, Memory, WarmTier
 from awareness_vllm.wmatrix.features import Embed
 from awareness_vllm.wmatrix.file import WMatrix
 
+GIB = 2**30
 MAX_HEADS = 64
 """Heads that are kept: each chat template has one, and each system prompt."""
 READERS = 4
@@ -101,7 +103,11 @@ class MemoryLoader:
         cls, config: ServingConfig, model: ServedModel, dtype: torch.dtype
     ) -> MemoryLoader:
         """Raises BadInput: a tenants file that cannot be used."""
-        warm, disk = WarmTier.from_config(config), DiskTier.from_config(config, model, dtype)
+        disk = None
+        if config.disk_cache is not None:
+            limit = int(config.disk_cache_gib * GIB)
+            disk = DiskTier(Path(config.disk_cache), limit, model.geometry.weights, dtype)
+        warm = WarmTier(int(config.host_cache_gib * GIB))
         return cls(model, stores_of(config), dtype, warm, disk)
 
     def request(self, part: Part, tenant: str) -> PendingAlignment:

@@ -126,39 +126,31 @@ class LoadMetrics(KVConnectorPromMetrics):
         per_engine_labelvalues: dict[int, list[object]],
     ) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
-        counter: Any = self._counter_cls
-        histogram: Any = self._histogram_cls
-        by_temperature = [*labelnames, "temperature"]
+        make_counter: Any = self._counter_cls
+        make_histogram: Any = self._histogram_cls
+
+        def counter(name: str, text: str, label: str = "temperature") -> Any:
+            return make_counter(f"vllm:awareness_{name}", text, labelnames=[*labelnames, label])
+
         self.loads = counter(
-            "vllm:awareness_loads",
-            "Loads of memories into KV blocks; none where the prefix cache had all tokens.",
-            labelnames=by_temperature,
+            "loads", "Loads of memories into KV blocks; none where the prefix cache had all tokens."
         )
-        self.tokens = counter(
-            "vllm:awareness_tokens",
-            "Prompt tokens that were loaded, and so not prefilled.",
-            labelnames=by_temperature,
-        )
-        self.bytes = counter(
-            "vllm:awareness_bytes",
-            "Bytes of KV cache that loads wrote, on all ranks together.",
-            labelnames=by_temperature,
-        )
-        self.seconds = histogram(
+        self.tokens = counter("tokens", "Prompt tokens that were loaded, and so not prefilled.")
+        self.bytes = counter("bytes", "Bytes of KV cache that loads wrote, on all ranks together.")
+        self.seconds = make_histogram(
             "vllm:awareness_load_seconds",
             "Seconds that a load took, on the slowest rank.",
-            labelnames=by_temperature,
+            labelnames=[*labelnames, "temperature"],
             buckets=list(BUCKETS),
         )
         self.requests = counter(
-            "vllm:awareness_requests",
-            "Ended requests with a memory, by how it came; hot too where nothing had to be loaded.",
-            labelnames=by_temperature,
+            "requests",
+            "Ended requests with a memory, by temperature; hot too where nothing had to be loaded.",
         )
         self.failures = counter(
-            "vllm:awareness_failures",
+            "failures",
             "Loads that failed, so that vLLM computed the memory's tokens, by exception.",
-            labelnames=[*labelnames, "reason"],
+            "reason",
         )
         self.start_at_zero()
 
