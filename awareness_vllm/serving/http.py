@@ -35,22 +35,22 @@ class FrontEnd:
     target: TargetConfig
 
 
-def front_end(raw_request: Request) -> FrontEnd:
-    """The server's front end. Raises UnsupportedRequest where it runs without the connector."""
-    state = cast("FrontEnd | None", raw_request.app.state.awareness)
-    if state is None:
+def caller(raw_request: Request) -> tuple[FrontEnd, str]:
+    """The server's front end, and the tenant that a request comes from.
+
+    Raises:
+        UnsupportedRequest: the server runs without the connector;
+        Unauthorized: the request has no key of a tenant.
+    """
+    front = cast("FrontEnd | None", raw_request.app.state.awareness)
+    if front is None:
         raise UnsupportedRequest(
             "this server serves no memories",
             found="no awareness connector",
             expected=f"--kv-transfer-config with {CONNECTOR}",
             remedy="start the server with `awareness serve`",
         )
-    return state
-
-
-def tenant_of(raw_request: Request) -> str:
-    """The caller's tenant. Raises Unauthorized, and what `front_end` does."""
-    return front_end(raw_request).tenants.authenticate(raw_request.headers.get("Authorization"))
+    return front, front.tenants.authenticate(raw_request.headers.get("Authorization"))
 
 
 def client_error(error: AwarenessError, parameter: str = MEMORY_IDS) -> Exception:
@@ -62,9 +62,8 @@ def client_error(error: AwarenessError, parameter: str = MEMORY_IDS) -> Exceptio
         return error
     if error.status == 404:
         return VLLMNotFoundError(str(error))
-    if error.status == 422:
-        return VLLMUnprocessableEntityError(str(error), parameter=parameter)
-    return VLLMValidationError(str(error), parameter=parameter)
+    kind = VLLMUnprocessableEntityError if error.status == 422 else VLLMValidationError
+    return kind(str(error), parameter=parameter)
 
 
 def answer_unauthorized(app: FastAPI) -> None:

@@ -18,7 +18,7 @@ from awareness_vllm.models.tokens import Tokens
 from awareness_vllm.packages.capture import read_tokens
 from awareness_vllm.packages.file import publish
 from awareness_vllm.serving.connector.kv_reader import CAPTURE_KEY
-from awareness_vllm.serving.http import FrontEnd, front_end, tenant_of
+from awareness_vllm.serving.http import FrontEnd, caller
 from awareness_vllm.serving.offline_capture import as_package
 from awareness_vllm.serving.request import MEMORY
 
@@ -63,7 +63,7 @@ async def announce_capture(request: object, raw_request: Request, name: str) -> 
     Raises:
         UnsupportedRequest: more than one plain text; BadInput: a text that does not fit.
     """
-    front, tenant = front_end(raw_request), tenant_of(raw_request)
+    front, tenant = caller(raw_request)
     if not isinstance(request, CompletionRequest) or not isinstance(request.prompt, str):
         raise _refused("another prompt", "/v1/completions with one prompt of text")
     if request.stream:

@@ -1,13 +1,16 @@
-"""`/v1/memories`: the packages in a tenant's store, their use on this server, the warm tier."""
+"""`/v1/memories`: the packages in a tenant's store, their use on this server, the warm tier.
+
+Stores are read off the event loop: in FastAPI's threads, where a route is a plain function.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, Field
@@ -28,12 +31,10 @@ from awareness_vllm.errors import (
 from awareness_vllm.packages.manifest import Manifest, check_id, checked_manifest, read_manifest
 from awareness_vllm.packages.store import Store, missing
 from awareness_vllm.schema import FrozenModel
-from awareness_vllm.serving.http import FrontEnd, client_error, front_end, tenant_of
+from awareness_vllm.serving.http import FrontEnd, caller, client_error
 from awareness_vllm.serving.prompt import Prompt
 from awareness_vllm.serving.request import MemoryRequest
 from awareness_vllm.wmatrix.verdict import check_fits
-
-Result = TypeVar("Result")
 
 
 class UnauthorizedResponse(BaseModel):
@@ -108,41 +109,39 @@ router = APIRouter(prefix="/v1/memories", tags=["memories"], responses=ERRORS)
 
 
 @router.get("")
-async def list_memories(
+def list_memories(
     raw_request: Request,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     after: Annotated[str | None, Query(description="ID of the last memory before")] = None,
 ) -> MemoryList:
     """The caller's memories, in the order of their IDs."""
     with _client_errors("after"):
-        return await _look_up(
-            raw_request, lambda front, tenant: _page(front.resolver.stores[tenant], limit, after)
-        )
+        front, tenant = caller(raw_request)
+        return _page(front.resolver.stores[tenant], limit, after)
 
 
 @router.get("/{memory_id}", responses=ONE_MEMORY_ERRORS)
-async def retrieve_memory(memory_id: str, raw_request: Request) -> MemoryDetail:
+def retrieve_memory(memory_id: str, raw_request: Request) -> MemoryDetail:
     """A memory's manifest, and whether this server's model can use it."""
     with _client_errors("memory_id"):
-        return await _look_up(raw_request, lambda front, tenant: _detail(front, tenant, memory_id))
+        return _detail(*caller(raw_request), memory_id)
 
 
 @router.get("/{memory_id}/compatibility", responses=ONE_MEMORY_ERRORS)
-async def check_memory(memory_id: str, raw_request: Request) -> CompatibilityReport:
+def check_memory(memory_id: str, raw_request: Request) -> CompatibilityReport:
     """The memory on this model: estimates and their basis, risks, advice."""
     with _client_errors("memory_id"):
-        return await _look_up(raw_request, lambda front, tenant: _report(front, tenant, memory_id))
+        return _report(*caller(raw_request), memory_id)
 
 
 @router.post("/{memory_id}/load", responses=ONE_MEMORY_ERRORS)
 async def load_memory(memory_id: str, raw_request: Request) -> MemoryLoad:
     """Align a memory before the first request needs it; answered when it is warm."""
     with _client_errors("memory_id"):
-        prompt = await _look_up(
-            raw_request, lambda front, tenant: _prompt(front, tenant, memory_id)
-        )
+        front, tenant = caller(raw_request)
+        prompt = await asyncio.to_thread(_prompt, front, tenant, memory_id)
         assert prompt.params is not None  # only a quality target can ask for native reading
-        temperature = await front_end(raw_request).engine_client.prefetch(prompt.params)
+        temperature = await front.engine_client.prefetch(prompt.params)
     return MemoryLoad(id=memory_id, temperature="warm" if temperature == "warm" else "cold")
 
 
@@ -150,12 +149,10 @@ async def load_memory(memory_id: str, raw_request: Request) -> MemoryLoad:
 async def evict_memory(memory_id: str, raw_request: Request) -> MemoryEvicted:
     """Take a memory out of the warm tier. The package itself stays where it is."""
     with _client_errors("memory_id"):
+        front, tenant = caller(raw_request)
         # Without a check of its bytes: a damaged package is all the more reason to drop states.
-        await _look_up(
-            raw_request, lambda front, tenant: front.resolver.stores[tenant].path(memory_id)
-        )
-    evicted = await front_end(raw_request).engine_client.evict(memory_id)
-    return MemoryEvicted(id=memory_id, evicted=evicted)
+        await asyncio.to_thread(front.resolver.stores[tenant].path, memory_id)
+    return MemoryEvicted(id=memory_id, evicted=await front.engine_client.evict(memory_id))
 
 
 @contextmanager
@@ -165,15 +162,6 @@ def _client_errors(parameter: str) -> Iterator[None]:
         yield
     except AwarenessError as error:
         raise client_error(error, parameter) from error
-
-
-async def _look_up(raw_request: Request, function: Callable[[FrontEnd, str], Result]) -> Result:
-    """Call a function with the front end and the caller's tenant, off the event loop."""
-
-    def run() -> Result:
-        return function(front_end(raw_request), tenant_of(raw_request))
-
-    return await asyncio.to_thread(run)
 
 
 def _page(store: Store, limit: int, after: str | None) -> MemoryList:

@@ -42,13 +42,7 @@ from awareness_vllm.serving.api.validation import check_engine_extras, refuse_me
 from awareness_vllm.serving.config import CONNECTOR, PARAMS_KEY, ServingConfig
 from awareness_vllm.serving.connector.kv_reader import CAPTURE_KEY
 from awareness_vllm.serving.connector.worker_extension import BIND
-from awareness_vllm.serving.http import (
-    FrontEnd,
-    answer_unauthorized,
-    client_error,
-    front_end,
-    tenant_of,
-)
+from awareness_vllm.serving.http import FrontEnd, answer_unauthorized, caller, client_error
 from awareness_vllm.serving.params import kv_transfer_params
 from awareness_vllm.serving.prompt import Prompt
 from awareness_vllm.serving.request import MEMORY, MEMORY_IDS, parse_memory_request
@@ -233,7 +227,7 @@ async def answer(
         if memory_request.capture is not None:
             capture = await announce_capture(request, raw_request, memory_request.capture)
             return await capture.finish(handler(request, raw_request))
-        front, tenant = front_end(raw_request), tenant_of(raw_request)
+        front, tenant = caller(raw_request)
         prompt = await asyncio.to_thread(
             front.resolver.resolve, memory_request, tenant, request.cache_salt
         )
