@@ -63,9 +63,14 @@ class KVWriter:
         written = [int((group >= 0).sum()) for group in slot_mapping]
         total = 0
         for i, group in self.groups.items():
-            cache = self.layers[i].kv_cache  # [B, H, N, K|V]
-            total += cache[0].numel() * cache.element_size() // cache.shape[2] * written[group]
+            cache = self.layers[i].kv_cache
+            total += cache[0].nbytes // block_tokens(cache) * written[group]
         return total
+
+
+def block_tokens(cache: Tensor) -> int:
+    """Tokens of a block in a layer's cache [B, H, N, K|V], however a backend packs them in it."""
+    return cache.shape[2]
 
 
 def mapped_tokens(slot_mapping: Tensor) -> tuple[slice | Tensor, Tensor]:

@@ -7,61 +7,38 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from awareness_vllm.serving.config import ServingConfig
+
 HELP = "serve a model with memories; takes every flag of vllm serve"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    def option(flag: str, field: str, **kwargs: Any) -> None:
+        """A flag for a field of the server's configuration, with its description and default."""
+        info = ServingConfig.model_fields[field]
+        suffix = "" if info.is_required() or not info.default else f" (default: {info.default:g})"
+        parser.add_argument(flag, help=f"{info.description}{suffix}", **kwargs)
+
     parser.add_argument("model", metavar="MODEL", help="Hugging Face model folder")
-    parser.add_argument("--store", type=Path, help="folder of memory packages")
-    parser.add_argument(
-        "--wmatrix", nargs="+", action="extend", default=[], type=Path, metavar="FILE"
-    )
-    parser.add_argument(
-        "--tail",
-        type=int,
-        metavar="N",
-        help="last tokens of a realigned memory that the model reads itself: more fidelity, more "
-        "time (default: 16; the certificate says what each is worth)",
-    )
-    parser.add_argument(
-        "--tenants",
-        type=Path,
-        metavar="FILE",
-        help="JSON: who has which API keys and which store (default: one tenant, --store)",
-    )
-    parser.add_argument(
-        "--pin", nargs="+", action="extend", default=[], metavar="ID", help="memories to keep warm"
-    )
-    parser.add_argument(
-        "--host-cache-gib",
-        type=float,
-        metavar="GIB",
-        help="host memory for aligned memories (default: 1)",
-    )
-    parser.add_argument(
-        "--disk-cache",
-        type=Path,
-        metavar="DIR",
-        help="folder for up to 10 GiB of aligned memories, read instead of aligned again",
-    )
-    parser.add_argument(
-        "--load-timeout",
-        type=float,
-        metavar="SECONDS",
-        help="a memory that is not aligned by then is read natively (default: 60)",
-    )
+    several: dict[str, Any] = {"nargs": "+", "action": "extend", "default": []}
+    option("--store", "store", type=Path, metavar="DIR")
+    option("--wmatrix", "wmatrices", type=Path, metavar="FILE", **several)
+    option("--tail", "tail", type=int, metavar="N")
+    option("--tenants", "tenants", type=Path, metavar="FILE")
+    option("--pin", "pin", metavar="ID", **several)
+    option("--host-cache-gib", "host_cache_gib", type=float, metavar="GIB")
+    option("--disk-cache", "disk_cache", type=Path, metavar="DIR")
+    option("--load-timeout", "load_timeout", type=float, metavar="SECONDS")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    from awareness_vllm.serving.launch import command
+    from awareness_vllm.serving.launch import command, serving_config
     from awareness_vllm.serving.plugin import register
 
     register()
-    argv = command(
-        args.model,
+    config = serving_config(
         args.store,
         args.wmatrix,
-        args.flags,
         tail=args.tail,
         tenants=args.tenants,
         pin=args.pin,
@@ -69,7 +46,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         disk_cache=args.disk_cache,
         load_timeout=args.load_timeout,
     )
-    return {"argv": argv}
+    return {"argv": command(args.model, config, args.flags)}
 
 
 def show(result: dict[str, Any]) -> None:

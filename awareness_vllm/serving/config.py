@@ -1,7 +1,8 @@
-"""What an operator configures: the `kv_connector_extra_config` of vLLM's `--kv-transfer-config`."""
+"""A server's options: the `kv_connector_extra_config` of vLLM's `--kv-transfer-config`."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import Field, ValidationError
@@ -18,36 +19,51 @@ PARAMS_KEY = "awareness"
 
 
 class ServingConfig(FrozenModel):
-    """`store` is a folder of packages, `wmatrices` are files; the target reads the last `tail`
-    tokens of a realigned memory itself; aligned memories of up to `host_cache_gib` GiB stay warm in
-    host memory, `pin` of them from the start, and of up to `disk_cache_gib` in the folder
-    `disk_cache`; a request whose memory is not aligned after `load_timeout` seconds reads it
-    natively; `tenants` is a file that gives each tenant keys and a store of its own. An offline
-    engine with `capture` reads back whatever is asked for."""
+    """A server's options and their defaults; the command line takes both from here."""
 
-    store: str
-    wmatrices: tuple[str, ...] = ()
-    tail: int = Field(TAIL, ge=0)
-    host_cache_gib: float = Field(1.0, ge=0)
-    disk_cache: str | None = None
-    disk_cache_gib: float = Field(10.0, ge=0)
-    load_timeout: float = Field(60.0, gt=0)
-    tenants: str | None = None
-    pin: tuple[str, ...] = ()
-    capture: bool = False
+    store: str = Field(description="folder of memory packages")
+    wmatrices: tuple[str, ...] = Field((), description="W-Matrix files")
+    tail: int = Field(
+        TAIL,
+        ge=0,
+        description="last tokens of a realigned memory that the model reads itself: more fidelity, "
+        "more time; the certificate says what each is worth",
+    )
+    host_cache_gib: float = Field(
+        1.0, ge=0, allow_inf_nan=False, description="GiB of host memory for aligned memories"
+    )
+    disk_cache: str | None = Field(
+        None, description="folder for aligned memories, read instead of aligned again"
+    )
+    disk_cache_gib: float = Field(
+        10.0, ge=0, allow_inf_nan=False, description="GiB of aligned memories in disk_cache"
+    )
+    load_timeout: float = Field(
+        60.0, gt=0, description="seconds; a memory that is not aligned by then is read natively"
+    )
+    tenants: str | None = Field(
+        None, description="JSON file of tenants with API keys and a store each"
+    )
+    pin: tuple[str, ...] = Field((), description="memories to keep warm from the start")
+    capture: bool = Field(False, description="read back every capture (offline engines only)")
 
     @classmethod
-    def parse(cls, extra: dict[str, Any]) -> ServingConfig:
-        """Raises BadInput when a field is missing, unknown or of the wrong type."""
+    def parse(cls, options: Mapping[str, Any]) -> ServingConfig:
+        """Raises BadInput when an option is missing, unknown, of the wrong type or out of range."""
         try:
-            return cls.model_validate(extra)
+            return cls.model_validate(options)
         except ValidationError as error:
-            raise BadInput(
-                "kv_connector_extra_config is not usable",
-                found=str(error),
-                expected=", ".join(cls.model_fields),
-                remedy="start the server with `awareness serve`, which composes it",
-            ) from error
+            first = error.errors(include_url=False)[0]
+        name = first["loc"][0] if first["loc"] else "kv_connector_extra_config"
+        raise BadInput(
+            f"the serving option {name} cannot be used",
+            found="nothing" if first["type"] == "missing" else repr(first["input"])[:80],
+            expected=first["msg"]
+            if name in cls.model_fields
+            else f"some of {', '.join(cls.model_fields)}",
+            remedy="`awareness serve --help` describes the options; by hand they stand in "
+            "kv_connector_extra_config",
+        )
 
 
 def transfer_config(config: ServingConfig) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""What all our routes share: whose request it is, whose memories, and errors in vLLM's form."""
+"""Shared by all our routes: the front end's parts, the caller's tenant, errors in vLLM's form."""
 
 from __future__ import annotations
 
-from typing import cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse
@@ -14,30 +15,46 @@ from vllm.exceptions import (
 
 from awareness_vllm.errors import AwarenessError, Unauthorized, UnsupportedRequest
 from awareness_vllm.serving.config import CONNECTOR
-from awareness_vllm.serving.request import SHORT
-from awareness_vllm.serving.resolver import Memories
+from awareness_vllm.serving.request import MEMORY_IDS
+from awareness_vllm.serving.tenants import Tenants
+
+if TYPE_CHECKING:
+    from awareness_vllm.compatibility.target import TargetConfig
+    from awareness_vllm.serving.api.engine_client import MemoryEngineClient
+    from awareness_vllm.serving.resolver import MemoryResolver
 
 
-def memories_of(raw_request: Request) -> Memories:
-    """What this server can load. Raises UnsupportedRequest where it runs without the connector."""
-    memories = cast("Memories | None", raw_request.app.state.awareness)
-    if memories is None:
+@dataclass(frozen=True)
+class FrontEnd:
+    """The parts of a server's front end, as `app.state.awareness`; `target` says how the model is
+    served, for reports about memories."""
+
+    resolver: MemoryResolver
+    tenants: Tenants
+    engine_client: MemoryEngineClient
+    target: TargetConfig
+
+
+def caller(raw_request: Request) -> tuple[FrontEnd, str]:
+    """The server's front end, and the tenant that a request comes from.
+
+    Raises:
+        UnsupportedRequest: the server runs without the connector;
+        Unauthorized: the request has no key of a tenant.
+    """
+    front = cast("FrontEnd | None", raw_request.app.state.awareness)
+    if front is None:
         raise UnsupportedRequest(
             "this server serves no memories",
             found="no awareness connector",
             expected=f"--kv-transfer-config with {CONNECTOR}",
             remedy="start the server with `awareness serve`",
         )
-    return memories
+    return front, front.tenants.authenticate(raw_request.headers.get("Authorization"))
 
 
-def tenant_of(raw_request: Request) -> str:
-    """The tenant that the request comes from. Raises Unauthorized, and what `memories_of` does."""
-    return memories_of(raw_request).tenants.of(raw_request.headers.get("Authorization"))
-
-
-def client_error(error: AwarenessError, parameter: str = SHORT) -> Exception:
-    """Our error as the one that the HTTP layer answers with the same status.
+def client_error(error: AwarenessError, parameter: str = MEMORY_IDS) -> Exception:
+    """An error of ours as the one that vLLM's HTTP layer answers with the same status.
 
     vLLM has none for 401: `answer_unauthorized` makes the server answer ours.
     """
@@ -45,9 +62,8 @@ def client_error(error: AwarenessError, parameter: str = SHORT) -> Exception:
         return error
     if error.status == 404:
         return VLLMNotFoundError(str(error))
-    if error.status == 422:
-        return VLLMUnprocessableEntityError(str(error), parameter=parameter)
-    return VLLMValidationError(str(error), parameter=parameter)
+    kind = VLLMUnprocessableEntityError if error.status == 422 else VLLMValidationError
+    return kind(str(error), parameter=parameter)
 
 
 def answer_unauthorized(app: FastAPI) -> None:

@@ -1,4 +1,4 @@
-"""Compose the command and environment with which vLLM's own server runs with memories."""
+"""The command and environment with which vLLM's own server runs with memories."""
 
 from __future__ import annotations
 
@@ -20,29 +20,23 @@ LOADED_BY_DEFAULT = tuple(
     f"vllm.{group}_plugins" for group in ("general", "platform", "io_processor", "stat_logger")
 )
 """Plugin groups whose entries vLLM loads while `VLLM_PLUGINS` is unset."""
+COMPOSED_FLAGS = ("--kv-transfer-config", "--worker-extension-cls", "--model")
 
 
-def command(
-    model: str,
-    store: Path | None,
-    wmatrices: Sequence[Path],
-    flags: Sequence[str],
+def serving_config(
+    store: Path | None = None,
+    wmatrices: Sequence[Path] = (),
     *,
-    tail: int | None = None,
     tenants: Path | None = None,
-    pin: Sequence[str] = (),
-    host_cache_gib: float | None = None,
     disk_cache: Path | None = None,
-    load_timeout: float | None = None,
-) -> list[str]:
-    """The argv of a vLLM server with memories.
-
-    `python -m …api_server` instead of `vllm serve`: the console script asks for a distribution
-    named `vllm`, which the CPU build is not.
+    pin: Sequence[str] = (),
+    **options: float | None,
+) -> ServingConfig:
+    """A server's configuration with absolute paths; an option that is None has its default.
 
     Raises:
-        BadInput: a W-Matrix file that is not there, a tenants file that cannot be used, a negative
-            number, or a flag that this command composes itself.
+        BadInput: a missing W-Matrix file, a tenants file that cannot be used, or an option that is
+            out of range.
         InvalidMemoryId: a memory to pin that cannot be one.
     """
     for path in wmatrices:
@@ -53,35 +47,43 @@ def command(
                 expected="a .wmatrix file",
                 remedy="`awareness fit`",
             )
-    if tail is not None and tail < 0:
-        raise BadInput("not a number of tokens", found=tail, expected="--tail 0 or more")
-    if host_cache_gib is not None and host_cache_gib < 0:
-        raise BadInput("not a size", found=host_cache_gib, expected="--host-cache-gib 0 or more")
-    if load_timeout is not None and not load_timeout > 0:
-        raise BadInput("not a time", found=load_timeout, expected="--load-timeout more than 0")
     Tenants.read(tenants)
     for memory in pin:
         check_id(memory)
+    fields = {
+        "store": _absolute(store or default_store()),
+        "wmatrices": tuple(map(_absolute, wmatrices)),
+        "tenants": _absolute(tenants),
+        "disk_cache": _absolute(disk_cache),
+        "pin": tuple(pin),
+        **options,
+    }
+    return ServingConfig.parse({name: v for name, v in fields.items() if v is not None})
+
+
+def _absolute(path: Path | None) -> str | None:
+    return str(path.expanduser().resolve()) if path else None
+
+
+def command(model: str, config: ServingConfig, flags: Sequence[str] = ()) -> list[str]:
+    """The argv of a vLLM server with memories.
+
+    `python -m …api_server` instead of `vllm serve`: the console script asks for a distribution
+    named `vllm`, which the CPU build is not.
+
+    Raises:
+        BadInput: a flag that this command composes itself.
+    """
     for flag in flags:
         # vLLM also takes `--kv-transfer-config.kv_role VALUE`.
         name = flag.split("=")[0].split(".")[0].replace("_", "-")
-        if name in ("--kv-transfer-config", "--worker-extension-cls", "--model"):
+        if name in COMPOSED_FLAGS:
             raise BadInput(
                 f"{name} is composed by `awareness serve`",
                 found=flag,
                 expected="any other vllm serve flag",
                 remedy="use `vllm serve` itself to set it by hand (see the README)",
             )
-    config = ServingConfig(
-        store=str((store or default_store()).expanduser().resolve()),
-        wmatrices=tuple(str(path.resolve()) for path in wmatrices),
-        tenants=str(tenants.resolve()) if tenants else None,
-        pin=tuple(pin),
-        disk_cache=str(disk_cache.expanduser().resolve()) if disk_cache else None,
-        **({} if tail is None else {"tail": tail}),
-        **({} if host_cache_gib is None else {"host_cache_gib": host_cache_gib}),
-        **({} if load_timeout is None else {"load_timeout": load_timeout}),
-    )
     return [
         sys.executable,
         "-m",

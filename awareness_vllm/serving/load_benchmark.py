@@ -1,8 +1,8 @@
-"""Loads rehearsed part by part on made-up states, to time them.
+"""A benchmark of loads, part by part: reading, tokenizing, aligning, writing.
 
-What is timed is the code that serves: the same reading, tokenizing and `Realignment`, and vLLM's
+The timed code is the code that serves: the same reading, tokenizing and `Realignment`, and vLLM's
 own operator where its CPU build is installed. Widths are those of two small models; states and
-weights are made up, since times do not depend on them.
+weights are constants, since times do not depend on them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from awareness_vllm.align.kv_writer import KVWriter
+from awareness_vllm.align.kv_writer import KVWriter, block_tokens
 from awareness_vllm.align.realign import Realignment
 from awareness_vllm.compatibility.load_time.cost import map_work, written_bytes
 from awareness_vllm.compatibility.load_time.speed import Calibration, saved
@@ -36,33 +36,35 @@ from awareness_vllm.models.geometry import Geometry, LayerGeometry, Positions
 from awareness_vllm.models.tokens import Tokens, align, tokenize
 from awareness_vllm.packages.file import Package, build, publish, read
 from awareness_vllm.provenance import hardware, versions
+from awareness_vllm.serving.connector import kv_layout
 from awareness_vllm.wmatrix.file import WMatrix
 from awareness_vllm.wmatrix.manifest import Anchors, WMatrixManifest
 
 Update = Callable[[Any, Tensor, Tensor, Tensor, Tensor], None]
-"""Writes a layer's keys and values [T, H, D] into slots [T] of its pages [B, H, N, K|V]: the
-arguments are the layer, key, value, pages, slots."""
+"""Writes keys and values [T, H, D] into slots [T] of a layer's cache [B, H, N, K|V]: the arguments
+are the layer, key, value, cache, slot mapping."""
 
-FEW, MANY = 128, 2048
-"""Tokens of the memories that are rehearsed: of one fixed costs are most, of the other little."""
-THIN, THICK = 128, 1024
-"""Ranks of the maps: the products of one are little of its work, those of the other most."""
+SHORT, LONG = 128, 2048
+"""Tokens of the two memories: fixed costs are most of the short one's time."""
+LOW_RANK, HIGH_RANK = 128, 1024
+"""Ranks of the two maps: matrix products are most of the high one's work."""
 BLOCK = 128
 """Tokens of a block of vLLM's KV cache on a CPU."""
-TURNS = 4
-"""Places in the pages that are written to in turn: no server finds them in a processor's cache."""
-FORGOTTEN_BYTES = 2**28
-ROUNDS, ENOUGH_S = 9, 2.0
+REGIONS = 4
+"""Regions of the pages that are written to in turn: no server finds them in a processor's cache."""
+FLUSH_BYTES = 2**28
+"""More than any processor's cache holds."""
+ROUNDS, TIME_LIMIT_S = 9, 2.0
 """How often each part is timed, and for how long at most: a slow machine must not take longer."""
 DTYPE = torch.bfloat16
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-KEPT_BYTES, MMAP_BYTES = 2**30, 2**25
+TRIM_BYTES, MMAP_BYTES = 2**30, 2**25
 """glibc's names and numbers (malloc.h); it takes no more for the second."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """A made-up memory: its package, and its text as the target reads it."""
+    """A synthetic memory: its package, and its text as the target reads it."""
 
     package: Package
     text: str
@@ -73,31 +75,33 @@ def calibrate() -> Calibration:
     """Measure this machine: some seconds, some hundred megabytes."""
     load = os.getloadavg()[0]
     source, target = geometry("source", 30, 3, 64, 576), geometry("target", 18, 1, 256, 640)
-    tokenizer = made_up_tokenizer()
-    few, many = (made_up_memory(source, tokenizer, count) for count in (FEW, MANY))
-    thin, thick = (made_up_map(source, target, rank) for rank in (THIN, THICK))
-    sizes = [written_bytes(target, 0, count, TargetConfig()) for count in (FEW, MANY)]
+    tokenizer = synthetic_tokenizer()
+    short, long = (synthetic_memory(source, tokenizer, count) for count in (SHORT, LONG))
+    low, high = (synthetic_map(source, target, rank) for rank in (LOW_RANK, HIGH_RANK))
+    written = [written_bytes(target, 0, count, TargetConfig()) for count in (SHORT, LONG)]
 
-    writes = medians(*(writing(target, count) for count in (FEW, MANY)), between=forget)
+    writes = medians(*(writing(target, count) for count in (SHORT, LONG)), between=flush_caches)
     keep_freed_memory()
     home().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=home(), prefix=".doctor-") as folder:
-        paths = [publish(memory.package, Path(folder)) for memory in (few, many)]
+        paths = [publish(memory.package, Path(folder)) for memory in (short, long)]
         files = [path.stat().st_size for path in paths]
         reads = medians(*(functools.partial(read, path) for path in paths))
-    (text,) = medians(lambda: align(many.tokens.spans, tokenize(tokenizer, many.text).spans))
-    little, plain, products = medians(
-        *(aligning(m, w) for m, w in ((few, thin), (many, thin), (many, thick)))
+    (text,) = medians(lambda: align(long.tokens.spans, tokenize(tokenizer, long.text).spans))
+    short_low, long_low, long_high = medians(
+        *(aligning(m, w) for m, w in ((short, low), (long, low), (long, high)))
     )
 
-    read_fixed, read_rate = line(*zip(files, reads, strict=True))
-    numbers, flop = map_work(thin.manifest)
-    _, more = map_work(thick.manifest)
-    _, flop_rate = line((MANY * flop, plain), (MANY * more, products))
+    read_fixed, read_rate = fit_line(*zip(files, reads, strict=True))
+    numbers, flop = map_work(low.manifest)
+    _, high_flop = map_work(high.manifest)
+    _, flop_rate = fit_line((LONG * flop, long_low), (LONG * high_flop, long_high))
     # Without its products, a map's work grows with the numbers that it reads and gives.
-    rest = [(n * numbers, s - n * flop / flop_rate) for n, s in ((FEW, little), (MANY, plain))]
-    align_fixed, numbers_rate = line(*rest)
-    write_fixed, write_rate = line(*zip(sizes, writes, strict=True))
+    rest = [
+        (n * numbers, s - n * flop / flop_rate) for n, s in ((SHORT, short_low), (LONG, long_low))
+    ]
+    align_fixed, numbers_rate = fit_line(*rest)
+    write_fixed, write_rate = fit_line(*zip(written, writes, strict=True))
     return Calibration(
         measured=datetime.datetime.now(datetime.UTC).replace(microsecond=0),
         hardware=hardware(),
@@ -106,7 +110,7 @@ def calibrate() -> Calibration:
         load=load,
         read_fixed_s=read_fixed,
         read_bytes_per_s=read_rate,
-        text_tokens_per_s=MANY / text,
+        text_tokens_per_s=LONG / text,
         align_fixed_s=align_fixed,
         align_numbers_per_s=numbers_rate,
         align_flop_per_s=flop_rate,
@@ -116,45 +120,46 @@ def calibrate() -> Calibration:
 
 
 def keep_freed_memory() -> None:
-    """Let freed memory be used again, as in a server that has run for a while.
+    """Have the allocator reuse freed memory, as in a server that has run for a while.
 
-    A young process gives it back at once, and is given new pages in a third of an alignment's time.
+    A young process gives it back at once, and asking for new pages takes a third of an alignment's
+    time.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # not in every C library
-        libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+        libc.mallopt(M_TRIM_THRESHOLD, TRIM_BYTES)
         libc.mallopt(M_MMAP_THRESHOLD, MMAP_BYTES)
 
 
-def forget() -> None:
-    """Read more than any processor's cache holds, as a model's step does between two loads."""
-    torch.ones(FORGOTTEN_BYTES, dtype=torch.uint8).sum()
+def flush_caches() -> None:
+    """Read more than a processor's cache holds, as a model's step does between two loads."""
+    torch.ones(FLUSH_BYTES, dtype=torch.uint8).sum()
 
 
 def medians(
     *runs: Callable[[], object], between: Callable[[], object] = lambda: None
 ) -> list[float]:
-    """Median seconds of each, run in turn so that what disturbs the machine disturbs all of them.
+    """Median seconds of each run, taken in turn so that a disturbance meets all of them.
 
-    What each takes the first time does not count, nor what is done `between` them.
+    The first time of each does not count, nor the time of `between`.
     """
     times: list[list[float]] = [[] for _ in runs]
     for run in runs:
         run()
-    until = time.perf_counter() + ENOUGH_S
+    until = time.perf_counter() + TIME_LIMIT_S
     for _ in range(ROUNDS):
-        for run, found in zip(runs, times, strict=True):
+        for run, seconds in zip(runs, times, strict=True):
             between()
             begin = time.perf_counter()
             run()
-            found.append(time.perf_counter() - begin)
+            seconds.append(time.perf_counter() - begin)
         if time.perf_counter() > until:
             break
-    return [statistics.median(found) for found in times]
+    return [statistics.median(seconds) for seconds in times]
 
 
 def aligning(memory: Memory, wmatrix: WMatrix) -> Callable[[], None]:
-    """Align a memory that has been read and tokenized."""
+    """The alignment of a memory that has been read and tokenized."""
     table = torch.ones(wmatrix.manifest.target.vocab_size, wmatrix.manifest.target.hidden_size)
     ids = [*wmatrix.manifest.sink, *memory.tokens.ids]
     source = torch.arange(len(memory.tokens.ids))
@@ -170,31 +175,31 @@ def aligning(memory: Memory, wmatrix: WMatrix) -> Callable[[], None]:
 
 
 def writing(target: Geometry, count: int) -> Callable[[], None]:
-    """Write a memory's states as a worker does."""
+    """The writing of a memory's states, as a worker does it."""
     shapes = [(layer.heads, layer.head_dim) for layer in target.layers]
     keys, values = ([torch.ones(count, *shape, dtype=DTYPE) for shape in shapes] for _ in range(2))
-    blocks, update = -(-count // BLOCK), operator()
+    blocks, update = -(-count // BLOCK), cache_update()
     layers = {
         i: SimpleNamespace(
-            kv_cache=torch.ones(TURNS * blocks, heads, BLOCK, 2 * dim, dtype=DTYPE),
+            kv_cache=torch.ones(REGIONS * blocks, heads, BLOCK, 2 * dim, dtype=DTYPE),
             impl=SimpleNamespace(do_kv_cache_update=update),
         )
         for i, (heads, dim) in enumerate(shapes)
     }
     one_group, all_heads = dict.fromkeys(layers, 0), dict.fromkeys(layers, slice(None))
     writer = KVWriter(layers, one_group, all_heads, target, DTYPE)
-    begins = itertools.cycle(range(0, TURNS * blocks * BLOCK, blocks * BLOCK))
+    firsts = itertools.cycle(range(0, REGIONS * blocks, blocks))
 
     def run() -> None:
-        begin = next(begins)
-        slot_mapping = [torch.tensor(list(range(begin, begin + count)), dtype=torch.int64)]
-        writer.place(keys, values, 0, 0, slot_mapping)
+        first = next(firsts)
+        slots = kv_layout.slot_mapping(range(first, first + blocks), BLOCK, 0, count)
+        writer.place(keys, values, 0, 0, [slots])
 
     return run
 
 
-def operator() -> Update:
-    """vLLM's own operator, if its CPU build is here, or what does the same in torch."""
+def cache_update() -> Update:
+    """vLLM's own operator, if its CPU build is here, or its equal in torch."""
     try:
         from vllm import _custom_ops as ops
         from vllm.platforms import current_platform
@@ -205,17 +210,17 @@ def operator() -> Update:
     current_platform.import_kernels()
     layout = "amx" if torch.cpu._is_amx_tile_supported() else "vec"
 
-    def update(layer: Any, key: Tensor, value: Tensor, page: Tensor, slot_mapping: Tensor) -> None:
-        blocks, heads, size, _ = page.shape
-        keys, values = page.view(blocks, heads, 2 * size, -1).chunk(2, dim=2)
+    def update(layer: Any, key: Tensor, value: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
+        blocks, heads, size, _ = cache.shape
+        keys, values = cache.view(blocks, heads, 2 * size, -1).chunk(2, dim=2)
         ops.cpu_attn_reshape_and_cache(key, value, keys, values, slot_mapping, layout)
 
     return update
 
 
-def scatter(layer: Any, key: Tensor, value: Tensor, page: Tensor, slot_mapping: Tensor) -> None:
-    size = page.shape[2]
-    page[slot_mapping // size, :, slot_mapping % size] = torch.cat((key, value), dim=-1)
+def scatter(layer: Any, key: Tensor, value: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
+    size = block_tokens(cache)
+    cache[slot_mapping // size, :, slot_mapping % size] = torch.cat((key, value), dim=-1)
 
 
 def geometry(name: str, layers: int, heads: int, head_dim: int, hidden: int) -> Geometry:
@@ -228,14 +233,14 @@ def geometry(name: str, layers: int, heads: int, head_dim: int, hidden: int) -> 
         dtype="bfloat16",
         hidden_size=hidden,
         vocab_size=4096,
-        max_positions=2 * MANY,
+        max_positions=2 * LONG,
         layers=(layer,) * layers,
         weights=name,
         tokenizer=name,
     )
 
 
-def made_up_tokenizer() -> Tokenizer:
+def synthetic_tokenizer() -> Tokenizer:
     """Byte-level BPE over real English: real tokenizers take about as long for a token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -247,11 +252,11 @@ def made_up_tokenizer() -> Tokenizer:
 
 def english() -> str:
     """Python's own documentation, as much as is needed."""
-    return "\n".join(pydoc_data.topics.topics.values())[: 8 * MANY]
+    return "\n".join(pydoc_data.topics.topics.values())[: 8 * LONG]
 
 
-def made_up_memory(source: Geometry, tokenizer: Tokenizer, count: int) -> Memory:
-    """A memory of so many tokens of real English, with made-up states."""
+def synthetic_memory(source: Geometry, tokenizer: Tokenizer, count: int) -> Memory:
+    """A memory of so many tokens of real English, with constant states."""
     whole = tokenize(tokenizer, english())
     tokens = Tokens(whole.ids[:count], whole.spans[:count])
     text = english().encode()[: tokens.spans[-1, 1]].decode(errors="ignore")
@@ -270,7 +275,7 @@ def made_up_memory(source: Geometry, tokenizer: Tokenizer, count: int) -> Memory
     return Memory(package, text, tokens)
 
 
-def made_up_map(source: Geometry, target: Geometry, rank: int) -> WMatrix:
+def synthetic_map(source: Geometry, target: Geometry, rank: int) -> WMatrix:
     """A map between two models that reads every other layer, as `awareness fit` makes it."""
     manifest = WMatrixManifest(
         source=source,
@@ -299,19 +304,19 @@ def made_up_map(source: Geometry, target: Geometry, rank: int) -> WMatrix:
 
 
 def calibrated(*, again: bool = False) -> Calibration:
-    """What was measured of this machine; measured now where nobody did, and kept."""
-    found = saved()
-    if found is None or not found.here or again:
-        found = calibrate()
-        found.save()
-    return found
+    """This machine's speed from the file at home; measured now, and saved, where there is none."""
+    calibration = saved()
+    if calibration is None or not calibration.here or again:
+        calibration = calibrate()
+        calibration.save()
+    return calibration
 
 
-def line(small: tuple[float, float], large: tuple[float, float]) -> tuple[float, float]:
+def fit_line(small: tuple[float, float], large: tuple[float, float]) -> tuple[float, float]:
     """Fixed seconds, and units per second, of the line through two measurements (units, seconds).
 
-    Neither is ever negative: on a busy machine the larger one can take less time, and then nothing
-    is known but the rate of the whole.
+    Neither is ever negative: on a busy machine the larger one can take less time, and then only the
+    rate of the whole is known.
     """
     slope = (large[1] - small[1]) / (large[0] - small[0])
     if slope <= 0 or slope * small[0] >= small[1]:

@@ -1,4 +1,4 @@
-"""Memories for vLLM's offline `LLM`: the arguments that it starts with, and its prompts."""
+"""Memories for vLLM's offline `LLM`: its arguments, and prompts after memories."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from awareness_vllm.serving.config import WORKER_EXTENSION, ServingConfig, trans
 from awareness_vllm.serving.connector.worker_extension import BIND
 from awareness_vllm.serving.params import kv_transfer_params
 from awareness_vllm.serving.request import MemoryRequest
-from awareness_vllm.serving.resolver import Memories
+from awareness_vllm.serving.resolver import MemoryResolver
+from awareness_vllm.serving.served_model import ServedModel
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -39,21 +40,30 @@ class OfflineMemories:
         self.config = ServingConfig.parse(
             {"store": str(store), "wmatrices": tuple(map(str, wmatrices)), **more}
         )
-        self.memories = Memories(self.config, str(model), max_model_len=0)
+        self.resolver = MemoryResolver.from_config(
+            self.config, ServedModel.read(model, max_model_len=0)
+        )
 
     @property
     def engine_args(self) -> dict[str, Any]:
-        """What `LLM` is started with, beside its own arguments."""
+        """Further arguments of `LLM`."""
         return {
             "kv_transfer_config": transfer_config(self.config),
             "worker_extension_cls": WORKER_EXTENSION,
         }
 
     def attach(self, llm: LLM) -> LLM:
-        """Lend the engine's embedding to the connector, once; the same `llm`."""
+        """Lend the engine's embedding to the connector, and its context window to the prompts, once
+        before the first of them; the same `llm`."""
         llm.collective_rpc(BIND)
-        self.memories.serve(llm.llm_engine.model_config.max_model_len)
+        self.set_window(llm.llm_engine.model_config.max_model_len)
         return llm
+
+    def set_window(self, max_model_len: int) -> None:
+        """Make prompts for an engine with a context window of so many tokens."""
+        old = self.resolver
+        model = ServedModel.read(old.model.folder, max_model_len)
+        self.resolver = MemoryResolver(model, old.stores, old.registry, old.tail)
 
     def prompt(
         self,
@@ -70,14 +80,15 @@ class OfflineMemories:
         Raises:
             AwarenessError: what a server answers with a 4xx.
         """
-        asked = MemoryRequest(
+        request = MemoryRequest(
             ids=tuple(memory_ids), quality_target=quality_target, on_low_quality=on_low_quality
         )
-        begin = self.memories.resolve(asked, "", caller_salt)
+        memories = self.resolver.resolve(request, "", caller_salt)
         if isinstance(text, str):
-            text = tokenize(load_tokenizer(str(self.memories.folder)), text).ids
-        ids = self.memories.whole(begin, list(text))
-        if begin.params is None:
-            return {"prompt_token_ids": ids}, {}
-        salted = {"prompt_token_ids": ids, "cache_salt": begin.params.cache_salt}
-        return salted, {"kv_transfer_params": kv_transfer_params(begin.params)}
+            text = tokenize(load_tokenizer(str(self.resolver.model.folder)), text).ids
+        prompt = {"prompt_token_ids": self.resolver.append_question(memories, list(text))}
+        params = memories.params
+        if params is None:
+            return prompt, {}
+        salted = {**prompt, "cache_salt": params.cache_salt}
+        return salted, {"kv_transfer_params": kv_transfer_params(params)}

@@ -19,8 +19,8 @@ from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.models.tokens import Tokens
 from awareness_vllm.packages.capture import read_tokens
 from awareness_vllm.packages.file import Package, build
-from awareness_vllm.packages.manifest import tensor_name
 from awareness_vllm.serving.config import ServingConfig, transfer_config
+from awareness_vllm.serving.connector.capture_queue import keys_and_values
 from awareness_vllm.serving.connector.kv_reader import CAPTURE_KEY
 from awareness_vllm.serving.plugin import register, vllm_version
 
@@ -32,7 +32,7 @@ def capture(folder: str | Path, text: str, *, name: str | None = None) -> Packag
     """Capture a text on a model with an offline vLLM engine, in the model's dtype.
 
     Raises:
-        BadInput: a text that does not fit; AwarenessError: the engine wrote no states.
+        BadInput: the text does not fit; AwarenessError: the engine wrote no states.
     """
     register()
     path = resolve_folder(folder)
@@ -55,15 +55,15 @@ def capture(folder: str | Path, text: str, *, name: str | None = None) -> Packag
 def as_package(
     geometry: Geometry, text: str, tokens: Tokens, states: dict[str, Tensor], name: str | None
 ) -> Package:
-    """A package of states that were read back from vLLM's blocks."""
-    count = range(len(geometry.layers))
+    """A package of the states that were read back from vLLM's blocks."""
+    keys, values = keys_and_values(states, len(geometry.layers))
     return build(
         geometry=geometry,
         text=text,
         tokens=tokens.ids,
         spans=tokens.spans,
-        keys=[states[tensor_name(i, "key")] for i in count],
-        values=[states[tensor_name(i, "value")] for i in count],
+        keys=keys,
+        values=values,
         engine="vllm",
         versions={"torch": importlib.metadata.version("torch"), "vllm": vllm_version()},
         name=name,

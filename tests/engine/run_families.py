@@ -59,7 +59,7 @@ def run(family: str, scratch: Path) -> dict[str, Any]:
         SamplingParams(max_tokens=1, extra_args={"kv_transfer_params": {CAPTURE_KEY: str(states)}}),
         use_tqdm=False,
     )
-    package = as_package(memories.memories.geometry, TEXT, tokens, load_file(states), None)
+    package = as_package(memories.resolver.model.geometry, TEXT, tokens, load_file(states), None)
     memory = publish(package, scratch / "store").stem
     question = tokenize(load_tokenizer(str(folder)), QUESTION).ids
     prompt, extra_args = memories.prompt(QUESTION, [memory])

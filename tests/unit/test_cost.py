@@ -24,7 +24,7 @@ from awareness_vllm.compatibility.load_time.speed import Calibration
 from awareness_vllm.compatibility.target import ITEM_BYTES, TargetConfig
 from awareness_vllm.evaluate.flops import map_flop
 from awareness_vllm.models.geometry import Geometry, LayerGeometry, Positions
-from awareness_vllm.serving.load_benchmark import line
+from awareness_vllm.serving.load_benchmark import fit_line
 from awareness_vllm.wmatrix.file import WMatrix
 
 pytestmark = pytest.mark.unit
@@ -292,14 +292,14 @@ def test_a_line_is_found_again(fixed: float, rate: float, units: list[float]) ->
     points = [(u, fixed + u / rate) for u in (small, large)]
     if points[0][1] == points[1][1] or large < 1.1 * small:
         return
-    again, speed = line(*points)
+    again, speed = fit_line(*points)
     for u, s in points:
         assert again + u / speed == pytest.approx(s, rel=1e-6)
 
 
 @given(*[st.floats(1e-9, 10)] * 2)
 def test_noise_gives_no_negative_time(small: float, large: float) -> None:
-    fixed, rate = line((10, small), (1000, large))
+    fixed, rate = fit_line((10, small), (1000, large))
     assert fixed >= 0
     assert rate > 0
     assert fixed + 1000 / rate == pytest.approx(large)

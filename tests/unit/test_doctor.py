@@ -1,4 +1,4 @@
-"""`awareness doctor`: what is amiss is named with a remedy, and the machine is measured once."""
+"""`awareness doctor`: every fault has a remedy, and the machine is measured once."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from awareness_vllm.errors import BadInput
 from awareness_vllm.files import home, wmatrices_dir
 from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.provenance import hardware, versions
-from awareness_vllm.serving import doctor
-from awareness_vllm.serving import load_benchmark as rehearsal
+from awareness_vllm.serving import doctor, load_benchmark
 from awareness_vllm.serving import plugin as register
 from awareness_vllm.serving.load_benchmark import calibrated
 from awareness_vllm.wmatrix.certificate import Certificate
@@ -51,19 +50,19 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Calibration]:
         made.append(a_calibration(align_flop_per_s=float(len(made) + 1)))
         return made[-1]
 
-    monkeypatch.setattr(rehearsal, "calibrate", calibrate)
+    monkeypatch.setattr(load_benchmark, "calibrate", calibrate)
     return made
 
 
-def by_name(found: list[doctor.Check]) -> dict[str, doctor.Check]:
-    return {check.name: check for check in found}
+def by_name(results: list[doctor.Check]) -> dict[str, doctor.Check]:
+    return {check.name: check for check in results}
 
 
 def test_whatever_is_not_ok_has_a_remedy() -> None:
-    found = doctor.checks([Path("/no.wmatrix")], "/no/model")
-    assert {"python", "torch", "vllm", "home", "models", "W-Matrix"} <= set(by_name(found))
-    assert all(check.remedy for check in found if check.status != "ok")
-    assert not any(check.remedy for check in found if check.status == "ok")
+    results = doctor.checks([Path("/no.wmatrix")], "/no/model")
+    assert {"python", "torch", "vllm", "home", "models", "W-Matrix"} <= set(by_name(results))
+    assert all(check.remedy for check in results if check.status != "ok")
+    assert not any(check.remedy for check in results if check.status == "ok")
 
 
 # Libraries
@@ -73,8 +72,7 @@ def test_whatever_is_not_ok_has_a_remedy() -> None:
     ("version", "status"), [("0.32.0", "ok"), ("0.29.1", "problem"), ("0.34.0", "problem")]
 )
 def test_vllms_version(version: str, status: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (register, doctor):
-        monkeypatch.setattr(module, "vllm_version", lambda: version)
+    monkeypatch.setattr(register, "vllm_version", lambda: version)
     check = doctor.vllm()
     assert check.status == status
     assert version in check.found
@@ -105,7 +103,7 @@ def test_a_cuda_build_beside_a_cpu_torch(
 ) -> None:
     (tmp_path / "dragged_in_here.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(doctor, "DRAGGED_IN", ("dragged_in_here", "not_there_at_all"))
+    monkeypatch.setattr(doctor, "CUDA_EXTRAS", ("dragged_in_here", "not_there_at_all"))
     monkeypatch.delitem(__import__("sys").modules, "dragged_in_here", raising=False)
     (check,) = doctor.broken_builds()
     assert (check.name, check.status) == ("dragged_in_here", status)
@@ -140,9 +138,9 @@ def test_a_home_that_cannot_be_written(
     monkeypatch.setenv("AWARENESS_HOME", str(tmp_path / "file" / "home"))
     assert doctor.writable_home().status == "problem"
     assert main(["doctor", "--json"]) == 1
-    found = json.loads(capfd.readouterr().out)
-    assert found["problems"] == 1
-    assert found["calibration"] is None
+    document = json.loads(capfd.readouterr().out)
+    assert document["problems"] == 1
+    assert document["calibration"] is None
 
 
 def test_what_lies_at_home(tiny_models: tuple[Path, Path]) -> None:
@@ -150,21 +148,21 @@ def test_what_lies_at_home(tiny_models: tuple[Path, Path]) -> None:
     (home() / "models").mkdir(parents=True)
     (home() / "models" / "tiny").symlink_to(tiny_models[0])
     (home() / "anchors" / "poems").mkdir(parents=True)
-    found = by_name(doctor.checks())
-    assert (found["models"].status, found["models"].found) == ("ok", "tiny")
-    assert (found["anchors"].status, found["anchors"].found) == ("ok", "poems")
+    results = by_name(doctor.checks())
+    assert (results["models"].status, results["models"].found) == ("ok", "tiny")
+    assert (results["anchors"].status, results["anchors"].found) == ("ok", "poems")
 
 
 def test_w_matrices_are_looked_at_one_by_one(wmatrix: WMatrix) -> None:
-    (check,) = doctor.look_at_wmatrices([], None)
+    (check,) = doctor.check_wmatrices([], None)
     assert (check.status, check.remedy) == ("warning", "`awareness fit`")
     wmatrix.save(wmatrices_dir() / "good.wmatrix")
     (wmatrices_dir() / "damaged.wmatrix").write_bytes(b"nothing")
-    found = list(doctor.look_at_wmatrices([Path("/no.wmatrix")], None))
-    assert [check.status for check in found] == ["problem", "warning", "warning"]
-    for name, check in zip(("no.wmatrix", "damaged", "good"), found, strict=True):
+    results = list(doctor.check_wmatrices([Path("/no.wmatrix")], None))
+    assert [check.status for check in results] == ["problem", "warning", "warning"]
+    for name, check in zip(("no.wmatrix", "damaged", "good"), results, strict=True):
         assert name in check.found
-    assert "not certified" in found[2].found
+    assert "not certified" in results[2].found
 
 
 def test_a_certified_w_matrix_says_what_it_keeps(wmatrix: WMatrix) -> None:
@@ -181,25 +179,25 @@ def test_a_certified_w_matrix_says_what_it_keeps(wmatrix: WMatrix) -> None:
     )
     update = {"certificate": certificate.model_dump(mode="json")}
     manifest = wmatrix.manifest.model_copy(update=update)
-    check = doctor.certified(WMatrixEntry(Path("a.wmatrix"), manifest, "d"))
+    check = doctor.check_certificate(WMatrixEntry(Path("a.wmatrix"), manifest, "d"))
     assert check.status == "ok"
     assert "retention 0.900" in check.found
 
 
 def test_no_w_matrix_leads_to_the_target(wmatrix: WMatrix, geometry: Geometry) -> None:
     wmatrix.save(wmatrices_dir() / "a.wmatrix")
-    assert len(list(doctor.look_at_wmatrices([], wmatrix.manifest.target))) == 1
-    found = list(doctor.look_at_wmatrices([], geometry))
-    assert "none leads to tiny" in found[1].found
+    assert len(list(doctor.check_wmatrices([], wmatrix.manifest.target))) == 1
+    results = list(doctor.check_wmatrices([], geometry))
+    assert "none leads to tiny" in results[1].found
 
 
 def test_the_target_that_is_asked_for(tiny_models: tuple[Path, Path]) -> None:
-    geometry, (check,) = doctor.look_at_target(str(tiny_models[1]))
+    geometry, (check,) = doctor.check_target(str(tiny_models[1]))
     assert geometry is not None
     assert (check.status, len(geometry.layers)) == ("ok", 2)
-    geometry, (check,) = doctor.look_at_target("/no/model")
+    geometry, (check,) = doctor.check_target("/no/model")
     assert (geometry, check.status) == (None, "problem")
-    assert doctor.look_at_target(None) == (None, [])
+    assert doctor.check_target(None) == (None, [])
 
 
 # Speed
@@ -213,9 +211,9 @@ def test_the_machine_is_measured_once(
         assert main(argv) == 0
         assert len(measured) == times
         if "--json" in argv:
-            found = json.loads(capfd.readouterr().out)
-            assert found["calibration"]["align_flop_per_s"] == 1.0
-            assert found["file"] == str(home() / FILE)
+            document = json.loads(capfd.readouterr().out)
+            assert document["calibration"]["align_flop_per_s"] == 1.0
+            assert document["file"] == str(home() / FILE)
     assert saved() == measured[-1]
 
 
@@ -254,9 +252,9 @@ def test_a_machine_with_other_work_was_not_measured_well(
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rehearsal, "FEW", 16)
-    monkeypatch.setattr(rehearsal, "MANY", 256)
-    monkeypatch.setattr(rehearsal, "ROUNDS", 1)
+    monkeypatch.setattr(load_benchmark, "SHORT", 16)
+    monkeypatch.setattr(load_benchmark, "LONG", 256)
+    monkeypatch.setattr(load_benchmark, "ROUNDS", 1)
 
 
 @pytest.mark.slow
@@ -264,18 +262,18 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("with_vllm", [True, False])
 def test_measuring_leaves_nothing_behind(with_vllm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not with_vllm:
-        monkeypatch.setattr(rehearsal, "operator", lambda: rehearsal.scatter)
-    found = rehearsal.calibrate()
-    assert found.here
-    assert found.threads == torch.get_num_threads()
+        monkeypatch.setattr(load_benchmark, "cache_update", lambda: load_benchmark.scatter)
+    calibration = load_benchmark.calibrate()
+    assert calibration.here
+    assert calibration.threads == torch.get_num_threads()
     assert list(home().iterdir()) == []
 
 
 def test_a_memory_is_as_long_as_it_says() -> None:
-    tokenizer = rehearsal.made_up_tokenizer()
-    geometry = rehearsal.geometry("source", 1, 1, 8, 8)
-    for count in (rehearsal.FEW, rehearsal.MANY):
-        memory = rehearsal.made_up_memory(geometry, tokenizer, count)
+    tokenizer = load_benchmark.synthetic_tokenizer()
+    geometry = load_benchmark.geometry("source", 1, 1, 8, 8)
+    for count in (load_benchmark.SHORT, load_benchmark.LONG):
+        memory = load_benchmark.synthetic_memory(geometry, tokenizer, count)
         assert len(memory.tokens.ids) == count == memory.package.manifest.tokens
         assert tokenizer.encode(memory.text).ids[:-1] == memory.tokens.ids[:-1]
 
@@ -283,7 +281,7 @@ def test_a_memory_is_as_long_as_it_says() -> None:
 def test_the_scatter_writes_to_slots_and_nowhere_else() -> None:
     page = torch.zeros(3, 2, 4, 6)
     key, value = torch.full((2, 2, 3), 1.0), torch.full((2, 2, 3), 2.0)
-    rehearsal.scatter(None, key, value, page, torch.tensor([5, 11]))
+    load_benchmark.scatter(None, key, value, page, torch.tensor([5, 11]))
     expected = torch.zeros(3, 2, 4, 6)
     for block, row in ((1, 1), (2, 3)):
         expected[block, :, row, :3], expected[block, :, row, 3:] = 1.0, 2.0
@@ -293,8 +291,8 @@ def test_the_scatter_writes_to_slots_and_nowhere_else() -> None:
 def test_runs_are_timed_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first time does not count, and the median is each one's own."""
     clock = [0.0]
-    monkeypatch.setattr(rehearsal.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(rehearsal, "ENOUGH_S", 1e9)
+    monkeypatch.setattr(load_benchmark.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(load_benchmark, "TIME_LIMIT_S", 1e9)
     order: list[str] = []
 
     def takes(name: str, *seconds: float) -> Callable[[], None]:
@@ -306,15 +304,15 @@ def test_runs_are_timed_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return run
 
-    monkeypatch.setattr(rehearsal, "ROUNDS", 3)
-    assert rehearsal.medians(takes("a", 1, 7, 2), takes("b", 5, 5, 50)) == [2, 5]
+    monkeypatch.setattr(load_benchmark, "ROUNDS", 3)
+    assert load_benchmark.medians(takes("a", 1, 7, 2), takes("b", 5, 5, 50)) == [2, 5]
     assert order == ["a", "b"] * 4
 
 
 def test_a_slow_machine_is_not_measured_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rehearsal, "ENOUGH_S", 0.0)
+    monkeypatch.setattr(load_benchmark, "TIME_LIMIT_S", 0.0)
     runs: list[int] = []
-    rehearsal.medians(lambda: runs.append(1))
+    load_benchmark.medians(lambda: runs.append(1))
     assert len(runs) == 2
 
 

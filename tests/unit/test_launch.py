@@ -1,4 +1,4 @@
-"""Starting vLLM: its plugins stay, ours is added, and what cannot work is refused."""
+"""Starting vLLM: its plugins stay, ours is added, and unusable options are refused."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from awareness_vllm.errors import BadInput, InvalidMemoryId
 from awareness_vllm.serving import launch
 from awareness_vllm.serving import plugin as register
 from awareness_vllm.serving.config import ServingConfig
+from awareness_vllm.serving.launch import command, serving_config
 from awareness_vllm.wmatrix.certificate import TAIL
 
 pytestmark = pytest.mark.unit
@@ -29,8 +30,8 @@ pytestmark = pytest.mark.unit
     ],
 )
 def test_an_allow_list_is_kept_and_ours_added(value: str, expected: str) -> None:
-    found = launch.environment({"VLLM_PLUGINS": value, "HOME": "h"})
-    assert found == {"VLLM_PLUGINS": expected, "HOME": "h"}
+    environ = launch.environment({"VLLM_PLUGINS": value, "HOME": "h"})
+    assert environ == {"VLLM_PLUGINS": expected, "HOME": "h"}
 
 
 def test_without_an_allow_list_every_default_plugin_stays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,31 +65,41 @@ def test_without_an_allow_list_every_default_plugin_stays(monkeypatch: pytest.Mo
 )
 def test_flags_that_serve_composes_are_refused(flag: str) -> None:
     with pytest.raises(BadInput, match=r"composed by `awareness serve`.*Remedy"):
-        launch.command("m", None, [], ["--port", "1", flag])
+        command("m", serving_config(), ["--port", "1", flag])
 
 
 @pytest.mark.parametrize("flag", ["--model-impl", "--max-model-len=5", "--port"])
 def test_other_flags_pass_as_they_are(flag: str) -> None:
-    assert launch.command("m", None, [], [flag])[-1] == flag
+    assert command("m", serving_config(), [flag])[-1] == flag
 
 
 def test_a_missing_wmatrix_is_refused(tmp_path: Path) -> None:
     (tmp_path / "there").touch()
     with pytest.raises(BadInput, match=r"no such W-Matrix.*gone"):
-        launch.command("m", None, [tmp_path / "there", tmp_path / "gone"], [])
+        serving_config(None, [tmp_path / "there", tmp_path / "gone"])
 
 
 def test_the_default_store_is_the_homes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWARENESS_HOME", str(tmp_path))
-    assert f'"store": "{tmp_path}/store"' in " ".join(launch.command("m", None, [], []))
+    assert f'"store": "{tmp_path}/store"' in " ".join(command("m", serving_config()))
 
 
 @pytest.mark.parametrize(
-    "extra", [{}, {"store": 3}, {"store": "s", "token_nll": 1}, {"store": "s", "wmatrices": "x"}]
+    ("extra", "field"),
+    [
+        ({}, "store"),
+        ({"store": 3}, "store"),
+        ({"store": "s", "unknown": 1}, "unknown"),
+        ({"store": "s", "wmatrices": "x"}, "wmatrices"),
+        ({"store": "s", "host_cache_gib": float("inf")}, "host_cache_gib"),
+    ],
 )
-def test_a_configuration_by_hand_is_validated(extra: dict[str, object]) -> None:
-    with pytest.raises(BadInput, match="awareness serve"):
+def test_a_configuration_by_hand_is_validated(extra: dict[str, object], field: str) -> None:
+    with pytest.raises(BadInput, match="awareness serve") as error:
         ServingConfig.parse(extra)
+    assert field in error.value.what
+    assert error.value.found
+    assert error.value.expected
 
 
 def test_a_composed_configuration_is_valid() -> None:
@@ -138,35 +149,45 @@ def extra_of(argv: list[str]) -> dict[str, Any]:
     return config["kv_connector_extra_config"]
 
 
-def test_the_tail_is_the_operators_choice() -> None:
-    assert extra_of(launch.command("m", None, [], []))["tail"] == TAIL
-    assert extra_of(launch.command("m", None, [], [], tail=48))["tail"] == 48
-    with pytest.raises(BadInput, match="--tail"):
-        launch.command("m", None, [], [], tail=-1)
+def options_of(config: ServingConfig) -> dict[str, Any]:
+    return extra_of(command("m", config))
 
 
-def test_what_stays_warm_is_the_operators_choice() -> None:
+def test_options_have_the_defaults_of_the_configuration() -> None:
+    unset = serving_config(Path("s"), tail=None, host_cache_gib=None, load_timeout=None)
+    assert unset == ServingConfig(store=str(Path("s").resolve()))
+    assert options_of(unset)["tail"] == TAIL
+
+
+def test_options_are_the_operators_choice() -> None:
     memory = "mem_" + "0" * 32
-    extra = extra_of(launch.command("m", None, [], [], pin=[memory], host_cache_gib=0.5))
-    assert (extra["pin"], extra["host_cache_gib"]) == ([memory], 0.5)
+    options: dict[str, Any] = {"tail": 48, "host_cache_gib": 0.5, "load_timeout": 2.5}
+    extra = options_of(serving_config(pin=[memory], disk_cache=Path("~/d"), **options))
+    assert {name: extra[name] for name in options} == options
+    assert (extra["pin"], extra["disk_cache"]) == ([memory], str(Path.home() / "d"))
     with pytest.raises(InvalidMemoryId):
-        launch.command("m", None, [], [], pin=["../x"])
-    with pytest.raises(BadInput, match="--host-cache-gib"):
-        launch.command("m", None, [], [], host_cache_gib=-1)
+        serving_config(pin=["../x"])
 
 
-def test_how_long_a_load_may_take_is_the_operators_choice() -> None:
-    assert extra_of(launch.command("m", None, [], [], load_timeout=2.5))["load_timeout"] == 2.5
-    for wrong in (0, -1, float("nan")):
-        with pytest.raises(BadInput, match="--load-timeout"):
-            launch.command("m", None, [], [], load_timeout=wrong)
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("tail", -1),
+        ("host_cache_gib", -1),
+        *(("load_timeout", value) for value in (0, -1, float("nan"))),
+    ],
+)
+def test_an_option_out_of_range_is_refused(option: str, value: float) -> None:
+    with pytest.raises(BadInput, match=option) as error:
+        serving_config(**{option: value})  # type: ignore[arg-type]
+    assert (error.value.found, error.value.remedy is None) == (repr(value), False)
 
 
 def test_a_tenants_file_is_read_at_once_and_its_keys_are_not_passed_on(tmp_path: Path) -> None:
     file = tmp_path / "tenants.json"
     with pytest.raises(BadInput, match="cannot be read"):
-        launch.command("m", None, [], [], tenants=file)
+        serving_config(tenants=file)
     file.write_text('{"acme": {"api_keys": ["sk-secret"], "store": "s"}}')
-    argv = launch.command("m", None, [], [], tenants=file)
+    argv = command("m", serving_config(tenants=file))
     assert extra_of(argv)["tenants"] == str(file)
     assert "sk-secret" not in " ".join(argv)

@@ -27,7 +27,8 @@ from awareness_vllm.models.tokens import load_tokenizer, tokenize
 from awareness_vllm.packages.capture import capture
 from awareness_vllm.packages.file import Package, publish, read, verify, without_text
 from awareness_vllm.serving.config import ServingConfig
-from awareness_vllm.serving.resolver import Memories
+from awareness_vllm.serving.resolver import MemoryResolver
+from awareness_vllm.serving.served_model import ServedModel
 from awareness_vllm.wmatrix.certificate import Certificate
 from awareness_vllm.wmatrix.features import flat_states
 from awareness_vllm.wmatrix.file import WMatrix, load
@@ -175,8 +176,9 @@ def test_a_server_refuses_it_for_now(
     package = without_text(capture(tiny_models[0], "some words or others"))
     path = publish(package, tmp_path)
     config = ServingConfig(store=str(tmp_path), wmatrices=(str(fitted),))
+    model = ServedModel.read(tiny_models[1], 1000)
     with pytest.raises(UnsupportedRequest, match="has no text"):
-        Memories(config, str(tiny_models[1]), 1000).resolve_one(path.stem, "")
+        MemoryResolver.from_config(config, model).resolve_one(path.stem, "")
 
 
 def test_the_command_leaves_the_text_out(

@@ -16,71 +16,68 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from awareness_vllm.errors import UnsupportedRequest
 from awareness_vllm.models.tokens import Tokens
 from awareness_vllm.packages.capture import read_tokens
-from awareness_vllm.packages.file import Package, publish
-from awareness_vllm.serving.api.engine_client import MemoryEngineClient
+from awareness_vllm.packages.file import publish
 from awareness_vllm.serving.connector.kv_reader import CAPTURE_KEY
-from awareness_vllm.serving.http import memories_of, tenant_of
+from awareness_vllm.serving.http import FrontEnd, caller
 from awareness_vllm.serving.offline_capture import as_package
-from awareness_vllm.serving.request import LONG
-from awareness_vllm.serving.resolver import Memories
+from awareness_vllm.serving.request import MEMORY
 
 
 @dataclass(frozen=True)
 class Capture:
-    """A prompt that the engine was told to read back, under `key`."""
+    """A prompt that the engine reads back under `key`, to be published as `name`."""
 
-    engine_client: MemoryEngineClient
-    memories: Memories
+    front: FrontEnd
     tenant: str
     name: str
     text: str
     tokens: Tokens
     key: str
 
-    async def answered(self, answer: Awaitable[Response | None]) -> Response | None:
+    async def finish(self, answer: Awaitable[Response | None]) -> Response | None:
         """The response, with the ID under which its prompt can be used from now on."""
+        engine_client = self.front.engine_client
         try:
             response = await answer
         except BaseException:
-            await self.engine_client.forget(self.key)
+            await engine_client.discard(self.key)
             raise
         if not isinstance(response, JSONResponse) or response.status_code != 200:
-            await self.engine_client.forget(self.key)
+            await engine_client.discard(self.key)
             return response
-        states = await self.engine_client.states(self.key)
+        states = await engine_client.captured_states(self.key)
         published = await asyncio.to_thread(self._publish, states)
         body = json.loads(bytes(response.body))
-        body[LONG] = {"id": published.stem, "name": self.name, "tokens": len(self.tokens.ids)}
+        body[MEMORY] = {"id": published.stem, "name": self.name, "tokens": len(self.tokens.ids)}
         return JSONResponse(body, headers={"X-Awareness-Captured": published.stem})
 
     def _publish(self, states: dict[str, Any]) -> Path:
-        geometry = self.memories.geometry
-        package: Package = as_package(geometry, self.text, self.tokens, states, self.name)
-        return publish(package, self.memories.stores[self.tenant].folder)
+        resolver = self.front.resolver
+        package = as_package(resolver.model.geometry, self.text, self.tokens, states, self.name)
+        return publish(package, resolver.stores[self.tenant].folder)
 
 
-async def announce(request: object, raw_request: Request, name: str) -> Capture:
+async def announce_capture(request: object, raw_request: Request, name: str) -> Capture:
     """Have the engine read a request's prompt back.
 
     Raises:
         UnsupportedRequest: more than one plain text; BadInput: a text that does not fit.
     """
-    memories, tenant = memories_of(raw_request), tenant_of(raw_request)
+    front, tenant = caller(raw_request)
     if not isinstance(request, CompletionRequest) or not isinstance(request.prompt, str):
         raise _refused("another prompt", "/v1/completions with one prompt of text")
     if request.stream:
         raise _refused("a stream, which cannot carry the ID", "stream: false")
     if request.n not in (None, 1):
         raise _refused(f"n: {request.n}", "n: 1")
+    text, folder = request.prompt, front.resolver.model.folder
     # The server's own tokens, and where each of them lies in the text.
-    tokens = await asyncio.to_thread(read_tokens, memories.folder, request.prompt)
-    engine_client: MemoryEngineClient = raw_request.app.state.awareness_engine_client
-    key = await engine_client.announce(to_file=True)
-    text = request.prompt
+    tokens = await asyncio.to_thread(read_tokens, folder, text)
+    key = await front.engine_client.announce(to_file=True)
     request.prompt = tokens.ids
     request.add_special_tokens = False
     request.kv_transfer_params = {**(request.kv_transfer_params or {}), CAPTURE_KEY: key}
-    return Capture(engine_client, memories, tenant, name, text, tokens, key)
+    return Capture(front, tenant, name, text, tokens, key)
 
 
 def _refused(found: str, expected: str) -> UnsupportedRequest:

@@ -1,4 +1,4 @@
-"""What the front end has the engine do for it: keep states warm, capture them, compute a head."""
+"""Requests of the front end to the engine: memories to keep warm, states to capture."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import tempfile
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file
 from torch import Tensor
@@ -29,23 +29,25 @@ from awareness_vllm.serving.connector.worker_extension import (
     STATE,
 )
 from awareness_vllm.serving.params import LoadParams
+from awareness_vllm.serving.prompt import head_name
 from awareness_vllm.serving.request import MemoryRequest
-from awareness_vllm.serving.resolver import Memories, head_name
+from awareness_vllm.serving.resolver import MemoryResolver
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
 
-logger = init_logger("vllm.awareness.backstage")
+logger = init_logger("vllm.awareness.engine_client")
 
-HEADS = 32
-"""Heads that are known to be kept: half as many as a worker keeps, so that it drops none first."""
-POLL_SECONDS = 0.02
-WRITE_SECONDS = 120.0
+MAX_HEADS = 32
+"""Heads that the workers are known to have: half as many as they keep, so that none is dropped
+there first."""
+POLL_S = 0.02
+WRITE_TIMEOUT_S = 120.0
 """A file of states that takes longer is given up."""
 
 
 class MemoryEngineClient:
-    """Asks the engine; its workers answer through the extension."""
+    """Calls the workers of an engine through the worker extension."""
 
     def __init__(self, engine: EngineClient) -> None:
         self.engine = engine
@@ -53,7 +55,7 @@ class MemoryEngineClient:
         self.lock = asyncio.Lock()
         self.folder = Path(tempfile.mkdtemp(prefix="awareness-captures-"))
 
-    def tokens(self, text: str) -> list[int]:
+    def tokenize(self, text: str) -> list[int]:
         """The model's ids of a rendered template, its special tokens among them."""
         return self.engine.renderer.get_tokenizer().encode(text, add_special_tokens=False)
 
@@ -64,42 +66,46 @@ class MemoryEngineClient:
         Raises:
             PackageCorrupt: a worker cannot.
         """
-        args = (secrets.token_hex(16), params.model_dump_json(), pin)
-        while PENDING in (found := await self.engine.collective_rpc(PREFETCH, args=args)):
-            await asyncio.sleep(POLL_SECONDS)
-        if wrong := [answer for answer in found if answer not in ("cold", "warm")]:
-            raise PackageCorrupt("the memory cannot be loaded", found=wrong[0])
-        return "cold" if "cold" in found else "warm"
+        ticket = secrets.token_hex(16)
+        answers = await self._poll(PREFETCH, ticket, params.model_dump_json(), pin)
+        if errors := [answer for answer in answers if answer not in ("cold", "warm")]:
+            raise PackageCorrupt("the memory cannot be loaded", found=errors[0])
+        return "cold" if "cold" in answers else "warm"
+
+    async def _poll(self, method: str, *args: Any) -> list[str]:
+        """The workers' answers, once none of them is PENDING."""
+        while PENDING in (answers := await self.engine.collective_rpc(method, args=args)):
+            await asyncio.sleep(POLL_S)
+        return answers
 
     async def evict(self, memory: str) -> bool:
         """Drop a memory from the warm tier; whether it was there."""
         return any(await self.engine.collective_rpc(EVICT, args=(memory,)))
 
-    async def pin(self, memories: Memories, ids: Sequence[str]) -> None:
+    async def pin(self, resolver: MemoryResolver, ids: Sequence[str]) -> None:
         """Load memories at start, from any tenant's store that has them.
 
         Raises:
-            AwarenessError: nobody has one, or it cannot be loaded: better known now than later.
+            AwarenessError: no store has one, or it cannot be loaded: better at start than later.
         """
         for memory in ids:
-            owners = [tenant for tenant, store in memories.stores.items() if store.has(memory)]
+            owners = [tenant for tenant, store in resolver.stores.items() if store.has(memory)]
             if not owners:
                 raise memory_not_found(memory)
-            prompt = await asyncio.to_thread(
-                memories.resolve, MemoryRequest(ids=(memory,)), owners[0]
-            )
+            request = MemoryRequest(ids=(memory,))
+            prompt = await asyncio.to_thread(resolver.resolve, request, owners[0])
             assert prompt.params is not None  # only a quality target can ask for native reading
             await self.prefetch(prompt.params, pin=True)
             logger.info("pinned %s", memory)
 
-    async def keeps_head(self, ids: tuple[int, ...]) -> bool:
-        """Whether the workers have these first tokens' states; computed once, by a request of their
-        own. False where they cannot be read back: the prompt is then read natively."""
+    async def ensure_head(self, ids: tuple[int, ...]) -> bool:
+        """Have the workers keep the states of a prompt's first tokens, computed once by a request
+        of their own. False where they cannot be read back: the prompt is then read natively."""
         name = head_name(ids)
         async with self.lock:  # two chats at once ask for one head
             if name not in self.heads:
                 self.heads[name] = await self._compute_head(name, list(ids))
-                while len(self.heads) > HEADS:
+                while len(self.heads) > MAX_HEADS:
                     self.heads.popitem(last=False)
             self.heads.move_to_end(name)
             return self.heads[name]
@@ -111,42 +117,42 @@ class MemoryEngineClient:
         )
         async for _ in self.engine.generate(tokens_input(ids), params, f"awareness-{capture}"):
             pass  # the answer does not matter, the states do
-        wrong = await self.engine.collective_rpc(KEEP_HEAD, args=(capture, name, ids))
-        if any(wrong):
-            logger.warning("the chat template's head is not kept: %s", wrong)
-        return not any(wrong)
+        errors = await self.engine.collective_rpc(KEEP_HEAD, args=(capture, name, ids))
+        if any(errors):
+            logger.warning("the chat template's head is not kept: %s", errors)
+        return not any(errors)
 
     async def announce(self, *, to_file: bool = False) -> str:
-        """Have the workers expect a capture; its name, which goes into a request."""
-        name = secrets.token_hex(16)
-        path = str(self._path(name)) if to_file else ""
-        await self.engine.collective_rpc(ANNOUNCE, args=(name, path))
-        return name
+        """Have the workers expect a capture; its key, which goes into a request."""
+        key = secrets.token_hex(16)
+        path = str(self._path(key)) if to_file else ""
+        await self.engine.collective_rpc(ANNOUNCE, args=(key, path))
+        return key
 
-    def _path(self, name: str) -> Path:
-        return self.folder / f"{name}.safetensors"
+    def _path(self, key: str) -> Path:
+        return self.folder / f"{key}.safetensors"
 
-    async def forget(self, name: str) -> None:
-        await self.engine.collective_rpc(FORGET, args=(name,))
+    async def discard(self, key: str) -> None:
+        """Have the workers forget a capture."""
+        await self.engine.collective_rpc(FORGET, args=(key,))
 
-    async def states(self, name: str) -> dict[str, Tensor]:
-        """The states that were captured into a file, which is removed.
+    async def captured_states(self, key: str) -> dict[str, Tensor]:
+        """The states of a capture from its file, which is removed.
 
         Raises:
             AwarenessError: they were not read back, or not written in time.
         """
         try:
-            async with asyncio.timeout(WRITE_SECONDS):
-                while PENDING in (found := await self.engine.collective_rpc(STATE, args=(name,))):
-                    await asyncio.sleep(POLL_SECONDS)
+            async with asyncio.timeout(WRITE_TIMEOUT_S):
+                errors = await self._poll(STATE, key)
         except TimeoutError as error:
-            await self.forget(name)
+            await self.discard(key)
             raise AwarenessError(
-                "the prompt was not captured", found=f"nothing after {WRITE_SECONDS:.0f} s"
+                "the prompt was not captured", found=f"nothing after {WRITE_TIMEOUT_S:.0f} s"
             ) from error
-        if any(found):
-            raise AwarenessError("the prompt was not captured", found=found[0])
-        path = self._path(name)
+        if any(errors):
+            raise AwarenessError("the prompt was not captured", found=errors[0])
+        path = self._path(key)
         try:
             return await asyncio.to_thread(load_file, path)
         finally:

@@ -1,13 +1,16 @@
-"""`/v1/memories`: what a tenant has in its store, what this server makes of it, what stays warm."""
+"""`/v1/memories`: the packages in a tenant's store, their use on this server, the warm tier.
+
+Stores are read off the event loop: in FastAPI's threads, where a route is a plain function.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, Field
@@ -17,7 +20,6 @@ from awareness_vllm.compatibility.appraisal import report
 from awareness_vllm.compatibility.context import CheckContext, of_manifest
 from awareness_vllm.compatibility.models import Model
 from awareness_vllm.compatibility.report import CompatibilityReport
-from awareness_vllm.compatibility.target import TargetConfig
 from awareness_vllm.errors import (
     AwarenessError,
     InvalidMemoryId,
@@ -29,15 +31,10 @@ from awareness_vllm.errors import (
 from awareness_vllm.packages.manifest import Manifest, check_id, read_manifest
 from awareness_vllm.packages.store import Store, memory_not_found
 from awareness_vllm.schema import FrozenModel
-from awareness_vllm.serving.http import client_error, memories_of, tenant_of
+from awareness_vllm.serving.http import FrontEnd, caller, client_error
+from awareness_vllm.serving.prompt import Prompt
 from awareness_vllm.serving.request import MemoryRequest
-from awareness_vllm.serving.resolver import Memories, Prompt
 from awareness_vllm.wmatrix.verdict import check_fits
-
-if TYPE_CHECKING:
-    from awareness_vllm.serving.api.engine_client import MemoryEngineClient
-
-Found = TypeVar("Found")
 
 
 class UnauthorizedResponse(BaseModel):
@@ -45,7 +42,7 @@ class UnauthorizedResponse(BaseModel):
 
 
 class Memory(FrozenModel):
-    """A package, as its own manifest describes it: nothing is known of one with an `error`."""
+    """A package by its own manifest; one with an `error` has no more than its file's facts."""
 
     id: str
     object: Literal["memory"] = "memory"
@@ -58,7 +55,7 @@ class Memory(FrozenModel):
 
 
 class MemoryList(FrozenModel):
-    """A page of the caller's memories, by ID. Bytes are not proven here, but before each use."""
+    """A page of the caller's memories, by ID. Their bytes are checked before each use, not here."""
 
     object: Literal["list"] = "list"
     data: list[Memory]
@@ -68,14 +65,14 @@ class MemoryList(FrozenModel):
 
 
 class Compatibility(FrozenModel):
-    """What this server's model makes of a memory, used by default and alone in a prompt."""
+    """A memory on this server's model, used by default and alone in a prompt."""
 
     loadable: bool
     wmatrix: str | None = Field(None, description="null and loadable: an exact copy")
     prompt_tokens: int | None = None
     retention: float | None = Field(
         None,
-        description="1 is as good as the model reading the text itself; null: nobody measured it",
+        description="1 is as good as the model reading the text itself; null: not measured",
     )
     certified: bool = Field(False, description="Whether the W-Matrix has a certificate")
     reason: str | None = Field(None, description="Why it cannot be loaded")
@@ -89,7 +86,7 @@ class MemoryDetail(Memory):
 class MemoryLoad(FrozenModel):
     id: str
     object: Literal["memory.load"] = "memory.load"
-    temperature: Literal["cold", "warm"] = Field(description="What the memory was until now")
+    temperature: Literal["cold", "warm"] = Field(description="The memory before this call")
 
 
 class MemoryEvicted(FrozenModel):
@@ -112,77 +109,66 @@ router = APIRouter(prefix="/v1/memories", tags=["memories"], responses=ERRORS)
 
 
 @router.get("")
-async def list_memories(
+def list_memories(
     raw_request: Request,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     after: Annotated[str | None, Query(description="ID of the last memory before")] = None,
 ) -> MemoryList:
     """The caller's memories, in the order of their IDs."""
     with _client_errors("after"):
-        return await _ask(raw_request, lambda m, tenant: _page(m.stores[tenant], limit, after))
+        front, tenant = caller(raw_request)
+        return _page(front.resolver.stores[tenant], limit, after)
 
 
 @router.get("/{memory_id}", responses=ONE_MEMORY_ERRORS)
-async def retrieve_memory(memory_id: str, raw_request: Request) -> MemoryDetail:
+def retrieve_memory(memory_id: str, raw_request: Request) -> MemoryDetail:
     """A memory's manifest, and whether this server's model can use it."""
     with _client_errors("memory_id"):
-        return await _ask(raw_request, lambda m, tenant: _detail(m, tenant, memory_id))
+        return _detail(*caller(raw_request), memory_id)
 
 
 @router.get("/{memory_id}/compatibility", responses=ONE_MEMORY_ERRORS)
-async def check_memory(memory_id: str, raw_request: Request) -> CompatibilityReport:
-    """What the memory would be on this model: estimates and their basis, risks, advice."""
-    config = cast("TargetConfig", raw_request.app.state.awareness_target)
+def check_memory(memory_id: str, raw_request: Request) -> CompatibilityReport:
+    """The memory on this model: estimates and their basis, risks, advice."""
     with _client_errors("memory_id"):
-        return await _ask(raw_request, lambda m, tenant: _report(m, tenant, memory_id, config))
+        return _report(*caller(raw_request), memory_id)
 
 
 @router.post("/{memory_id}/load", responses=ONE_MEMORY_ERRORS)
 async def load_memory(memory_id: str, raw_request: Request) -> MemoryLoad:
     """Align a memory before the first request needs it; answered when it is warm."""
     with _client_errors("memory_id"):
-        prompt = await _ask(raw_request, lambda m, tenant: _prompt(m, tenant, memory_id))
+        front, tenant = caller(raw_request)
+        prompt = await asyncio.to_thread(_prompt, front, tenant, memory_id)
         assert prompt.params is not None  # only a quality target can ask for native reading
-        found = await _engine_client(raw_request).prefetch(prompt.params)
-    return MemoryLoad(id=memory_id, temperature="warm" if found == "warm" else "cold")
+        temperature = await front.engine_client.prefetch(prompt.params)
+    return MemoryLoad(id=memory_id, temperature="warm" if temperature == "warm" else "cold")
 
 
 @router.delete("/{memory_id}", responses=ONE_MEMORY_ERRORS)
 async def evict_memory(memory_id: str, raw_request: Request) -> MemoryEvicted:
     """Take a memory out of the warm tier. The package itself stays where it is."""
     with _client_errors("memory_id"):
-        # Its bytes are not proven: a damaged package is all the more reason to let states go.
-        await _ask(raw_request, lambda m, tenant: m.stores[tenant].path(memory_id))
-    return MemoryEvicted(id=memory_id, evicted=await _engine_client(raw_request).evict(memory_id))
+        front, tenant = caller(raw_request)
+        # Without a check of its bytes: a damaged package is all the more reason to drop states.
+        await asyncio.to_thread(front.resolver.stores[tenant].path, memory_id)
+    return MemoryEvicted(id=memory_id, evicted=await front.engine_client.evict(memory_id))
 
 
 @contextmanager
 def _client_errors(parameter: str) -> Iterator[None]:
-    """Our errors as those that the HTTP layer answers, with the name of the parameter at fault."""
+    """Turn our errors into those of the HTTP layer, with the name of the parameter at fault."""
     try:
         yield
     except AwarenessError as error:
         raise client_error(error, parameter) from error
 
 
-async def _ask(raw_request: Request, look_up: Callable[[Memories, str], Found]) -> Found:
-    """Look something up for the request's tenant, off the event loop."""
-
-    def run() -> Found:
-        return look_up(memories_of(raw_request), tenant_of(raw_request))
-
-    return await asyncio.to_thread(run)
-
-
-def _engine_client(raw_request: Request) -> MemoryEngineClient:
-    return cast("MemoryEngineClient", raw_request.app.state.awareness_engine_client)
-
-
 def _page(store: Store, limit: int, after: str | None) -> MemoryList:
     """The first `limit` memories of a store after one, which need not be there any more."""
     begin = "" if after is None else check_id(after)
-    ids = list(islice((found for found in store.ids() if found > begin), limit + 1))
-    data = [memory for found in ids[:limit] if (memory := _listed(store, found)) is not None]
+    ids = list(islice((memory_id for memory_id in store.ids() if memory_id > begin), limit + 1))
+    data = [memory for one in ids[:limit] if (memory := _listed(store, one)) is not None]
     return MemoryList(
         data=data,
         first_id=data[0].id if data else None,
@@ -203,16 +189,16 @@ def _listed(store: Store, memory_id: str) -> Memory | None:
         return None
 
 
-def _detail(memories: Memories, tenant: str, memory_id: str) -> MemoryDetail:
+def _detail(front: FrontEnd, tenant: str, memory_id: str) -> MemoryDetail:
     """Everything about one memory. Raises InvalidMemoryId, MemoryNotFound, PackageCorrupt."""
-    path = memories.stores[tenant].checked_path(memory_id)
+    path = front.resolver.stores[tenant].checked_path(memory_id)
     manifest = read_manifest(path)
-    compatibility = _compatibility(memories, tenant, memory_id)
+    compatibility = _compatibility(front, tenant, memory_id)
     return MemoryDetail(**_facts(path, manifest), manifest=manifest, compatibility=compatibility)
 
 
 def _facts(path: Path, manifest: Manifest | None) -> dict[str, Any]:
-    """The fields of `Memory` that a file and its manifest give. Raises MemoryNotFound."""
+    """The fields of `Memory` from a file and its manifest. Raises MemoryNotFound."""
     try:
         stat = path.stat()
     except FileNotFoundError as error:
@@ -224,15 +210,15 @@ def _facts(path: Path, manifest: Manifest | None) -> dict[str, Any]:
     return {**facts, **named, "tokens": manifest.tokens}
 
 
-def _compatibility(memories: Memories, tenant: str, memory_id: str) -> Compatibility:
-    """Whether this server can load a memory, and how. Raises what is the package's own fault."""
+def _compatibility(front: FrontEnd, tenant: str, memory_id: str) -> Compatibility:
+    """Whether this server can load a memory, and how. Raises for faults of the package itself."""
     try:
-        prompt = _prompt(memories, tenant, memory_id)
-        wmatrix = memories.resolve_one(memory_id, tenant).wmatrix
+        prompt = _prompt(front, tenant, memory_id)
     except (InvalidMemoryId, MemoryNotFound, PackageCorrupt):
         raise
     except AwarenessError as error:
         return Compatibility(loadable=False, reason=str(error))
+    wmatrix = prompt.memories[0].wmatrix
     return Compatibility(
         loadable=True,
         wmatrix=wmatrix.path.name if wmatrix else None,
@@ -242,28 +228,28 @@ def _compatibility(memories: Memories, tenant: str, memory_id: str) -> Compatibi
     )
 
 
-def _report(
-    memories: Memories, tenant: str, memory_id: str, config: TargetConfig
-) -> CompatibilityReport:
-    """A memory's report for the served model. Raises what is the package's own fault."""
-    path = memories.stores[tenant].checked_path(memory_id)
+def _report(front: FrontEnd, tenant: str, memory_id: str) -> CompatibilityReport:
+    """A memory's report for the served model. Raises for faults of the package itself."""
+    resolver = front.resolver
+    path = resolver.stores[tenant].checked_path(memory_id)
     manifest = read_manifest(path)
     try:
-        tokens = len(memories.resolve_one(memory_id, tenant).ids)
+        tokens = len(resolver.resolve_one(memory_id, tenant).ids)
     except (NoWMatrix, UnsupportedRequest):  # the report's verdict says so, too
         tokens = manifest.tokens
     check = CheckContext(
         memory=of_manifest(manifest, memory_id, path),
-        target=Model(memories.geometry.name, memories.geometry),
-        config=config.model_copy(update={"context_length": memories.max_model_len}),
-        registry=memories.registry,
+        target=Model(resolver.model.geometry.name, resolver.model.geometry),
+        config=front.target,
+        registry=resolver.registry,
         tokens=tokens,
     )
     return report(check)
 
 
-def _prompt(memories: Memories, tenant: str, memory_id: str) -> Prompt:
-    """A prompt of this memory alone, as it is loaded where a request asks nothing more of it."""
-    prompt = memories.resolve(MemoryRequest(ids=(memory_id,)), tenant)
-    check_fits(f"memory {memory_id}", len(prompt.ids), 1, memories.max_model_len)
+def _prompt(front: FrontEnd, tenant: str, memory_id: str) -> Prompt:
+    """A prompt of this memory alone, loaded as a request without further wishes has it."""
+    prompt = front.resolver.resolve(MemoryRequest(ids=(memory_id,)), tenant)
+    limit = front.resolver.model.max_model_len
+    check_fits(f"memory {memory_id}", len(prompt.ids), 1, limit)
     return prompt

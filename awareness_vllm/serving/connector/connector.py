@@ -5,7 +5,7 @@ them. Only so can vLLM fail one request alone (`failed_recving`; block-level err
 cache groups would kill the engine), and no placeholder token is ever computed.
 
 Each load's outcome goes back to the scheduler's instance, which counts it and puts it into the
-response (stats.py).
+response (metrics.py).
 """
 
 from __future__ import annotations
@@ -58,14 +58,14 @@ class AwarenessConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         transfer = vllm_config.kv_transfer_config
         assert transfer is not None  # it named this connector
-        self.config = ServingConfig.parse(transfer.kv_connector_extra_config)
         self.results = KVConnectorTransferResults()
         self.outcomes = StepOutcomes()
         self.tracker = LoadTracker()
         if role == KVConnectorRole.SCHEDULER:
-            self.scheduler = ConnectorScheduler(kv_cache_config)
+            self.scheduler = ConnectorScheduler.from_vllm(kv_cache_config)
         else:
-            self.worker = ConnectorWorker(self.config, vllm_config, kv_cache_config)
+            config = ServingConfig.parse(transfer.kv_connector_extra_config)
+            self.worker = ConnectorWorker.from_vllm(config, vllm_config, kv_cache_config)
 
     # Worker half
 
@@ -87,7 +87,7 @@ class AwarenessConnector(KVConnectorBase_V1, SupportsHMA):
 
     @contextlib.contextmanager
     def failing(self, request: str) -> Iterator[None]:
-        """Whatever is raised fails this request's load, and nothing else."""
+        """Any exception fails this request's load, and nothing else."""
         try:
             yield
         except Exception as error:
@@ -107,7 +107,7 @@ class AwarenessConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         # vLLM keeps an aborted request's blocks until its load has ended.
-        self.results.finished_recving.update(filter(self.worker.drop, finished_req_ids))
+        self.results.finished_recving.update(filter(self.worker.cancel, finished_req_ids))
         results, self.results = self.results, KVConnectorTransferResults()
         return results
 
@@ -140,7 +140,7 @@ class AwarenessConnector(KVConnectorBase_V1, SupportsHMA):
             tokens = self.scheduler.tokens_to_load(request, num_computed_tokens)
         except Exception as error:
             logger.exception("request %s is prefilled instead", request.request_id)
-            self.tracker.failed(request.request_id, error)
+            self.tracker.record_failure(request.request_id, error)
             return 0, False
         return tokens, bool(tokens)
 
@@ -148,14 +148,14 @@ class AwarenessConnector(KVConnectorBase_V1, SupportsHMA):
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
     ) -> None:
         try:
-            self.scheduler.allocated(request, blocks, num_external_tokens)
+            self.scheduler.plan_load(request, blocks, num_external_tokens)
         except Exception as error:
             logger.exception("request %s is prefilled instead", request.request_id)
             self.scheduler.step.failed.append(request.request_id)
-            self.tracker.failed(request.request_id, error)
+            self.tracker.record_failure(request.request_id, error)
         else:
             if num_external_tokens:
-                self.tracker.planned(request.request_id)
+                self.tracker.start(request.request_id)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         try:
@@ -165,33 +165,36 @@ class AwarenessConnector(KVConnectorBase_V1, SupportsHMA):
         return self.scheduler.take_step()
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
-        # Of an aborted request nothing is remembered.
+        # Of an aborted request nothing is kept.
         self.scheduler.failed |= self.tracker.outcomes.keys() & (
             connector_output.failed_recving or set()
         )
         meta = connector_output.kv_connector_worker_meta
-        shares = meta.by_request if isinstance(meta, StepOutcomes) else {}
+        outcomes = meta.by_request if isinstance(meta, StepOutcomes) else {}
         try:
-            self.tracker.happened(shares, connector_output.finished_recving or ())
+            self.tracker.record(outcomes, connector_output.finished_recving or ())
         except Exception:
-            logger.exception("loads are not counted: %s", shares)
+            logger.exception("loads are not counted: %s", outcomes)
 
     def request_finished(
         self, request: Request, block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
-        self.scheduler.finished(request.request_id)
         try:
-            return False, self.tracker.close(request)
+            plan = self.scheduler.plan_of(request)
+            return False, self.tracker.report(request, plan)
         except Exception:
             logger.exception("the response of request %s has no report", request.request_id)
             return False, None
+        finally:
+            self.scheduler.finish(request.request_id)
+            self.tracker.finish(request.request_id)
 
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         return self.request_finished(request, [])
 
-    # Statistics: taken in the scheduler (in a worker there are none), shown by the front end
+    # Statistics: taken in the scheduler (a worker has none), shown by the front end
 
     def get_kv_connector_stats(self) -> LoadStats | None:
         return self.tracker.take_stats()

@@ -1,4 +1,4 @@
-"""Read a request's keys and values back out of the paged blocks, exactly, whatever their layout.
+"""Keys and values of a request, read back out of the paged blocks exactly, whatever their packing.
 
 Backends pack blocks differently (vLLM's CPU backend transposes keys, or interleaves them for AMX).
 Instead of knowing every packing, the layout is learned from vLLM's own writer: numbered elements
@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from awareness_vllm.align.kv_writer import block_tokens
 from awareness_vllm.errors import UnsupportedModel
 from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.packages.manifest import tensor_name
-from awareness_vllm.serving.connector.kv_layout import layer_index
-from awareness_vllm.serving.connector.scheduler import PAD_SLOT_ID, SaveSpec
+from awareness_vllm.serving.connector.kv_layout import PAD_SLOT_ID, KVLayout, layer_index
+from awareness_vllm.serving.connector.scheduler import SaveSpec
 
 CAPTURE_KEY = "awareness_capture"
 """Our key in a capturing request's `kv_transfer_params`; its value names the file to write."""
@@ -25,9 +26,7 @@ DIGIT = 128
 """Numbers are written as digits of this base: integers that bfloat16 and float16 hold exactly."""
 
 
-def read_kv(
-    layers: dict[str, Any], groups: dict[str, int], geometry: Geometry, save: SaveSpec
-) -> dict[str, Tensor]:
+def read_kv(layout: KVLayout, geometry: Geometry, save: SaveSpec) -> dict[str, Tensor]:
     """`layers.i.key` and `layers.i.value` [T, H, D] of a request, on the host.
 
     Raises:
@@ -35,8 +34,9 @@ def read_kv(
             some of the heads.
     """
     tensors: dict[str, Tensor] = {}
-    for name, group in groups.items():
-        slot_mapping = torch.tensor(save.slot_mapping[group], dtype=torch.int64)
+    slot_mappings = layout.slot_mappings(save.block_ids, 0, save.tokens)
+    for name, layer in layout.layers.items():
+        slot_mapping = slot_mappings[layout.groups[name]]
         if (slot_mapping == PAD_SLOT_ID).any():
             raise UnsupportedModel(
                 f"layer {name} no longer holds the whole context",
@@ -45,7 +45,7 @@ def read_kv(
                 remedy="start with --disable-hybrid-kv-cache-manager, or a larger "
                 "--max-num-batched-tokens",
             )
-        key, value = read_slots(layers[name], slot_mapping)
+        key, value = read_slots(layer, slot_mapping)
         index = layer_index(name)
         heads = geometry.layers[index].heads
         if key.shape[1] != heads:
@@ -60,21 +60,25 @@ def read_kv(
 
 
 def read_slots(layer: Any, slot_mapping: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values [N, H, D] that a layer's cache holds in these slots, on the host."""
-    cache = layer.kv_cache
-    size, heads = cache.shape[2], layer.num_kv_heads
-    where = [block_layout(layer, part) for part in ("key", "value")]
+    """Keys and values [N, H, D] in these slots [N] of a layer's cache, on the host."""
+    cache, heads = layer.kv_cache, layer.num_kv_heads
+    size = block_tokens(cache)
+    layouts = [block_layout(layer, part) for part in ("key", "value")]
     blocks, inverse = torch.unique(slot_mapping // size, return_inverse=True)
     raw = cache[blocks.to(cache.device)].flatten(1).cpu()
     key, value = (
         raw[:, order].view(len(blocks), size, heads, -1)[inverse, slot_mapping % size]
-        for order in where
+        for order in layouts
     )
     return key, value
 
 
 def block_layout(layer: Any, part: str) -> Tensor:
-    """Where each element of a block's `part` lies: [N * H * D] flat positions in one block."""
+    """The flat position in one block of each element of its `part` ("key" or "value"): [N * H * D].
+
+    Raises:
+        UnsupportedModel: a quantised cache.
+    """
     scratch = torch.empty_like(layer.kv_cache[:1])
     if not scratch.dtype.is_floating_point:
         raise UnsupportedModel(
@@ -83,20 +87,20 @@ def block_layout(layer: Any, part: str) -> Tensor:
             expected="a cache in the model's own dtype",
             remedy="start without --kv-cache-dtype",
         )
-    size, heads = scratch.shape[2], layer.num_kv_heads
+    size, heads = block_tokens(scratch), layer.num_kv_heads
     count = scratch.numel() // 2
     elements = torch.arange(count, device=scratch.device).view(size, heads, -1)
     slot_mapping = torch.arange(size, device=scratch.device)
-    found = torch.zeros(scratch.numel(), dtype=torch.int64, device=scratch.device)
+    numbers = torch.zeros(scratch.numel(), dtype=torch.int64, device=scratch.device)
     weight = 1
     while weight < count:
         digits = (elements // weight % DIGIT).to(scratch.dtype)
         other = torch.full_like(digits, -1)
-        written = (digits, other) if part == "key" else (other, digits)
-        layer.impl.do_kv_cache_update(layer, *written, scratch, slot_mapping)
+        states = (digits, other) if part == "key" else (other, digits)
+        layer.impl.do_kv_cache_update(layer, *states, scratch, slot_mapping)
         raw = scratch.flatten().to(torch.int64)
-        found += raw * weight
+        numbers += raw * weight
         weight *= DIGIT
     mine = raw >= 0
     positions = torch.arange(scratch.numel(), device=scratch.device)[mine]
-    return positions[found[mine].argsort()].cpu()
+    return positions[numbers[mine].argsort()].cpu()

@@ -1,10 +1,10 @@
-"""Where a worker's aligned memories come from: host memory, the disk, or an alignment."""
+"""A worker's aligned memories: from the warm tier, the disk, or an alignment of its own."""
 
 from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,29 +17,34 @@ from awareness_vllm.align.paged import PagedMap
 from awareness_vllm.align.realign import AlignedMemory, Realignment, copy, sources
 from awareness_vllm.errors import AwarenessError, UnsupportedModel
 from awareness_vllm.packages.file import Package, read
+from awareness_vllm.packages.store import Store
 from awareness_vllm.serving.config import ServingConfig
 from awareness_vllm.serving.connector.capture_queue import PENDING
 from awareness_vllm.serving.params import LoadParams, Part
-from awareness_vllm.serving.resolver import Memories
+from awareness_vllm.serving.served_model import ServedModel
+from awareness_vllm.serving.tenants import stores_of
 from awareness_vllm.serving.tiers import DiskTier, Key, Memory, WarmTier
 from awareness_vllm.wmatrix.features import Embed
 from awareness_vllm.wmatrix.file import WMatrix
 
-HEADS = 64
+GIB = 2**30
+MAX_HEADS = 64
 """Heads that are kept: each chat template has one, and each system prompt."""
 READERS = 4
 """Files that are read at once: one that hangs holds up no other memory's requests."""
-ROWS = 4096
-"""Of an embedding that are looked up at once."""
-A_MOMENT, AT_ONCE = 0.005, 0.05
-"""Seconds to align in a step that others wait for (less than a block takes: it is one block, or any
-number of memories that only had to be read), and where nobody does."""
+EMBEDDING_ROWS = 4096
+"""Rows of an embedding that are looked up at once."""
+STEP_BUDGET_S, IDLE_BUDGET_S = 0.005, 0.05
+"""Seconds to align in a step that other requests wait for (less than a block takes: it is one
+block, or any number of memories that only had to be read), and in an idle one."""
 
 
 @dataclass(frozen=True)
-class Found:
-    """A memory as it is kept somewhere, or a package and its tokens (`sources`) to be aligned."""
+class LoadedSource:
+    """A memory that was aligned before, or a package with the target's ids and the source tokens
+    [T] to align it from; `temperature` is "warm" or "cold"."""
 
+    temperature: str
     memory: Memory | None = None
     package: Package | None = None
     ids: list[int] = field(default_factory=list)
@@ -47,12 +52,12 @@ class Found:
 
 
 @dataclass
-class Alignment:
-    """One memory on its way: `found` is read by a thread, `result` is the memory, and "warm" or
-    "cold" for how it came. `waiting` counts who wants it."""
+class PendingAlignment:
+    """One memory on its way: `source` is read by a thread, `result` is the memory and its
+    temperature. `waiters` counts the requests for it."""
 
     part: Part
-    found: Future[tuple[Found, str]]
+    source: Future[LoadedSource]
     result: Future[tuple[Memory, str]] = field(default_factory=Future)
     work: Realignment | None = None
     waiters: int = 1
@@ -63,111 +68,131 @@ class Alignment:
 
 
 class MemoryLoader:
-    """Aligns each memory once, and keeps what was aligned.
+    """Aligns each memory once, and keeps the result.
 
     Threads read files; the mathematics is done between the engine's steps, one block of tokens at a
     time. On a CPU a second team of threads on the same cores would take half as long again, and
     hold the model up as much (docs/performance-log.md).
+
+    Args:
+        stores: by tenant.
+        dtype: of the target's cache.
+        warm, disk: the tiers that keep aligned memories.
     """
 
-    def __init__(self, config: ServingConfig, memories: Memories, dtype: torch.dtype) -> None:
-        self.memories, self.dtype = memories, dtype
-        self.warm = WarmTier(int(config.host_cache_gib * 2**30))
-        self.disk = (
-            DiskTier(
-                Path(config.disk_cache),
-                int(config.disk_cache_gib * 2**30),
-                memories.geometry.weights,
-                dtype,
-            )
-            if config.disk_cache
-            else None
-        )
+    def __init__(
+        self,
+        model: ServedModel,
+        stores: Mapping[str, Store],
+        dtype: torch.dtype,
+        warm: WarmTier,
+        disk: DiskTier | None = None,
+    ) -> None:
+        self.model, self.stores, self.dtype = model, stores, dtype
+        self.warm, self.disk = warm, disk
         self.readers = ThreadPoolExecutor(READERS, "awareness-read")
-        self.under_way: dict[Key, Alignment] = {}
-        self.prefetches: dict[str, list[Alignment]] = {}
+        self.pending: dict[Key, PendingAlignment] = {}
+        self.prefetches: dict[str, list[PendingAlignment]] = {}
         self.heads: OrderedDict[str, AlignedMemory] = OrderedDict()
         self.wmatrices: dict[str, WMatrix] = {}
         self.paged: dict[str, PagedMap] = {}
         self.embed: Embed = no_embedding
 
-    def ask(self, part: Part, tenant: str) -> Alignment:
-        """A memory, there already or on its way; whoever asks takes it or leaves it."""
+    @classmethod
+    def from_config(
+        cls, config: ServingConfig, model: ServedModel, dtype: torch.dtype
+    ) -> MemoryLoader:
+        """Raises BadInput: a tenants file that cannot be used."""
+        disk = None
+        if config.disk_cache is not None:
+            limit = int(config.disk_cache_gib * GIB)
+            disk = DiskTier(Path(config.disk_cache), limit, model.geometry.weights, dtype)
+        warm = WarmTier(int(config.host_cache_gib * GIB))
+        return cls(model, stores_of(config), dtype, warm, disk)
+
+    def request(self, part: Part, tenant: str) -> PendingAlignment:
+        """A memory, ready or on its way; whoever requests it uses its result or releases it."""
         if part.memory in self.heads:
             self.heads.move_to_end(part.memory)
-            return there(part, self.heads[part.memory])
+            return completed(part, self.heads[part.memory])
         key = (part.memory, part.wmatrix)
         if (memory := self.warm.get(key)) is not None:
-            return there(part, memory)
-        if (alignment := self.under_way.get(key)) is not None:
+            return completed(part, memory)
+        if (alignment := self.pending.get(key)) is not None:
             alignment.waiters += 1
             return alignment
-        alignment = Alignment(part, self.readers.submit(self.find, part, tenant))
-        self.under_way[key] = alignment
+        alignment = PendingAlignment(part, self.readers.submit(self.read_source, part, tenant))
+        self.pending[key] = alignment
         return alignment
 
-    def leave(self, alignment: Alignment) -> None:
-        """Want it no more; without anybody else who does, it ends where it is."""
+    def release(self, alignment: PendingAlignment) -> None:
+        """Give up a requested memory; without other requests its alignment ends where it is."""
         alignment.waiters -= 1
-        if not alignment.waiters and self.under_way.get(alignment.key) is alignment:
-            alignment.found.cancel()
-            del self.under_way[alignment.key]
+        if not alignment.waiters and self.pending.get(alignment.key) is alignment:
+            alignment.source.cancel()
+            del self.pending[alignment.key]
 
-    def find(self, part: Part, tenant: str) -> tuple[Found, str]:
-        """All of a memory that needs no model, and how it came. Runs in a thread.
+    def read_source(self, part: Part, tenant: str) -> LoadedSource:
+        """A memory from the disk tier, or its package, as far as no model is needed. Runs in a
+        thread.
 
-        The frontend has proven the file's bytes and found the map; neither is done again here.
+        The front end has checked the package's bytes and chosen the map; neither is done again.
+
+        Raises:
+            MemoryNotFound, PackageCorrupt: the file has changed since;
+            UnsupportedModel: a W-Matrix that this worker does not have.
         """
-        if self.disk and (kept := self.disk.get((part.memory, part.wmatrix))) is not None:
-            return Found(kept), "warm"
-        package = read(self.memories.stores[tenant].path(part.memory))
+        if self.disk and (memory := self.disk.get((part.memory, part.wmatrix))) is not None:
+            return LoadedSource("warm", memory)
+        package = read(self.stores[tenant].path(part.memory))
         if not part.wmatrix:
-            return Found(copy(package)), "cold"
+            return LoadedSource("cold", copy(package))
         if part.wmatrix not in self.wmatrices:
             raise UnsupportedModel("the request was resolved with another W-Matrix")
         manifest = self.wmatrices[part.wmatrix].manifest
-        return Found(None, package, *sources(package, manifest, self.memories.folder)), "cold"
+        ids, source = sources(package, manifest, self.model.folder)
+        return LoadedSource("cold", None, package, ids, source)
 
-    def advance(self, seconds: float = A_MOMENT) -> None:
-        """Align what has been found, in its order, for about so long: one block at least."""
+    def advance(self, seconds: float = STEP_BUDGET_S) -> None:
+        """Align memories whose sources are read, in order, for about so long: a block at least."""
         until = time.perf_counter() + seconds
-        for alignment in [a for a in self.under_way.values() if a.found.done()]:
+        for alignment in [a for a in self.pending.values() if a.source.done()]:
             while not self.step(alignment):
                 if time.perf_counter() >= until:
                     return
-            del self.under_way[alignment.key]
+            del self.pending[alignment.key]
             if time.perf_counter() >= until:
                 return
 
-    def step(self, alignment: Alignment) -> bool:
-        """Align a block; whether the memory is there, or never will be: its askers tell why."""
+    def step(self, alignment: PendingAlignment) -> bool:
+        """Align a block; whether the memory is complete, or has failed: its result says why."""
         try:
-            found, temperature = alignment.found.result()
-            memory = found.memory or self.block(alignment, found)
+            source = alignment.source.result()
+            memory = source.memory or self.align_block(alignment, source)
             if memory is None:
                 return False
             self.warm.put(alignment.key, memory)
             # A latent is decoded faster than its states are read, and a copy is a file already.
-            if self.disk and found.memory is None and isinstance(memory, AlignedMemory):
+            if self.disk and source.memory is None and isinstance(memory, AlignedMemory):
                 self.disk.put(alignment.key, memory)
-            alignment.result.set_result((memory, temperature))
+            alignment.result.set_result((memory, source.temperature))
         except Exception as error:
             alignment.result.set_exception(error)
         return True
 
-    def block(self, alignment: Alignment, found: Found) -> Memory | None:
-        """Align a package's next block of tokens; the memory when it is whole."""
-        assert found.package is not None
-        assert found.source is not None
+    def align_block(self, alignment: PendingAlignment, source: LoadedSource) -> Memory | None:
+        """Align a package's next block of tokens; the memory when it is complete."""
+        assert source.package is not None
+        assert source.source is not None
         digest = alignment.part.wmatrix
         if digest in self.paged:
-            return self.paged[digest].latent(found.package, found.ids, found.source, self.embed)
+            return self.paged[digest].latent(source.package, source.ids, source.source, self.embed)
         if alignment.work is None:
             alignment.work = Realignment(
-                found.package,
+                source.package,
                 self.wmatrices[digest],
-                found.ids,
-                found.source,
+                source.ids,
+                source.source,
                 lambda ids: self.embed(ids).cpu(),
                 dtype=self.dtype,
             )
@@ -176,18 +201,18 @@ class MemoryLoader:
     def prefetch(self, ticket: str, params: LoadParams, pin: bool) -> str:
         """Align memories ahead of their first request, `pin` them in the warm tier.
 
-        Asked again with the same ticket while it answers PENDING; then "warm" or "cold" for how
-        they came, or what went wrong: an exception would cross the engine as a mere text.
+        Called again with the same ticket while the answer is PENDING; then "warm" or "cold", or the
+        error's message: an exception would cross the engine as a mere text.
         """
         if ticket not in self.prefetches:
-            self.prefetches[ticket] = [self.ask(part, params.tenant) for part in params.parts]
+            self.prefetches[ticket] = [self.request(part, params.tenant) for part in params.parts]
             if pin:
                 self.warm.pinned.update((part.memory, part.wmatrix) for part in params.parts)
-        self.advance(AT_ONCE)
+        self.advance(IDLE_BUDGET_S)
         if not all(alignment.result.done() for alignment in self.prefetches[ticket]):
             return PENDING
         try:
-            return coldest(a.result.result()[1] for a in self.prefetches.pop(ticket))
+            return overall_temperature(a.result.result()[1] for a in self.prefetches.pop(ticket))
         except (AwarenessError, OSError) as error:
             return str(error)
 
@@ -197,26 +222,27 @@ class MemoryLoader:
         return self.warm.drop(memory) or on_disk
 
     def keep_head(self, name: str, head: AlignedMemory) -> None:
-        """Keep a head that prompts begin with."""
+        """Keep the states of a chat template's head, which prompts begin with."""
         self.heads[name] = head
-        while len(self.heads) > HEADS:
+        while len(self.heads) > MAX_HEADS:
             self.heads.popitem(last=False)
 
 
-def there(part: Part, memory: Memory) -> Alignment:
-    """A memory that nobody has to wait for."""
-    alignment = Alignment(part, Future())
-    alignment.found.set_result((Found(memory), "warm"))
+def completed(part: Part, memory: Memory) -> PendingAlignment:
+    """A memory that no request has to wait for."""
+    alignment = PendingAlignment(part, Future())
+    alignment.source.set_result(LoadedSource("warm", memory))
     alignment.result.set_result((memory, "warm"))
     return alignment
 
 
-def coldest(temperatures: Iterable[str]) -> str:
+def overall_temperature(temperatures: Iterable[str]) -> str:
+    """ "cold" where any memory was, else "warm"."""
     return "cold" if "cold" in set(temperatures) else "warm"
 
 
 def no_embedding(ids: Tensor) -> Tensor:
-    """Raises AwarenessError: nobody lent the model's."""
+    """Raises AwarenessError: the worker was not bound to a model."""
     raise AwarenessError(
         "the connector has no model to take embeddings from",
         found="no worker extension",
@@ -236,5 +262,5 @@ def embedding_of(model: Any, rows: int, ranks: int) -> Embed:
     if ranks == 1:
         return lambda ids: model.embed_input_ids(ids.to(device)).float()
     ids = torch.arange(rows, device=device)
-    table = torch.cat([model.embed_input_ids(some).cpu() for some in ids.split(ROWS)])
+    table = torch.cat([model.embed_input_ids(some).cpu() for some in ids.split(EMBEDDING_ROWS)])
     return lambda ids: table[ids].float()

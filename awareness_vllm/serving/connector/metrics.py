@@ -1,7 +1,7 @@
-"""What came of the loads: for the operator on vLLM's /metrics, for the client in its response.
+"""Outcomes of loads: for the operator on vLLM's /metrics, for the client in its response.
 
-Every worker tells the scheduler half how its share of each load went. There the shares become one
-outcome, so a load counts once however many ranks took part, and failed if it failed on any.
+Every worker sends the scheduler half its outcome of each load. There they become one, so a load
+counts once however many ranks took part, and failed if it failed on any.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Failed:
 
 
 Outcome = Loaded | Failed
-NOTHING_TO_LOAD = Loaded("hot", tokens=0, bytes=0, seconds=0.0)
+ALL_CACHED = Loaded("hot", tokens=0, bytes=0, seconds=0.0)
 """The prefix cache had all that the memory would have brought."""
 
 
@@ -54,12 +54,12 @@ class StepOutcomes(KVConnectorWorkerMetadata):
         assert isinstance(other, StepOutcomes)
         merged = dict(self.by_request)
         for request_id, outcome in other.by_request.items():
-            mine = merged.get(request_id)
-            merged[request_id] = outcome if mine is None else of_both_ranks(mine, outcome)
+            first = merged.get(request_id)
+            merged[request_id] = outcome if first is None else merge_ranks(first, outcome)
         return StepOutcomes(merged)
 
 
-def of_both_ranks(one: Outcome, other: Outcome) -> Outcome:
+def merge_ranks(one: Outcome, other: Outcome) -> Outcome:
     """The outcome of a load that two workers shared: each wrote its own heads or layers, and it was
     done when the slower one was."""
     if isinstance(one, Failed):
@@ -76,8 +76,9 @@ def of_both_ranks(one: Outcome, other: Outcome) -> Outcome:
 
 @dataclass
 class LoadStats(KVConnectorStats):
-    """What happened since it was last taken. `data` crosses processes as plain lists: `loads` of
-    `Loaded` as dicts, `failures` of reasons, `requests` of temperatures (or RECOMPUTED)."""
+    """The loads since the statistics were last taken. `data` crosses processes as plain lists:
+    `loads` of `Loaded` as dicts, `failures` of reasons, `requests` of temperatures (or
+    RECOMPUTED)."""
 
     def __post_init__(self) -> None:
         if not self.data:
@@ -93,7 +94,7 @@ class LoadStats(KVConnectorStats):
             self.data["loads"].append(asdict(outcome))
 
     def aggregate(self, other: KVConnectorStats) -> LoadStats:
-        """Both together; neither changes, for vLLM's loggers share what they are given."""
+        """Both together; neither changes, for vLLM's loggers share them."""
         return LoadStats({name: entries + other.data[name] for name, entries in self.data.items()})
 
     def is_empty(self) -> bool:
@@ -115,7 +116,7 @@ class LoadStats(KVConnectorStats):
 
 
 class LoadMetrics(KVConnectorPromMetrics):
-    """`LoadStats` as Prometheus metrics: vLLM's labels (model, engine), and one of ours."""
+    """`LoadStats` as Prometheus metrics, with vLLM's labels (model, engine) and one of ours."""
 
     def __init__(
         self,
@@ -125,39 +126,31 @@ class LoadMetrics(KVConnectorPromMetrics):
         per_engine_labelvalues: dict[int, list[object]],
     ) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
-        counter: Any = self._counter_cls
-        histogram: Any = self._histogram_cls
-        by_temperature = [*labelnames, "temperature"]
+        make_counter: Any = self._counter_cls
+        make_histogram: Any = self._histogram_cls
+
+        def counter(name: str, text: str, label: str = "temperature") -> Any:
+            return make_counter(f"vllm:awareness_{name}", text, labelnames=[*labelnames, label])
+
         self.loads = counter(
-            "vllm:awareness_loads",
-            "Loads of memories into KV blocks; none where the prefix cache had all tokens.",
-            labelnames=by_temperature,
+            "loads", "Loads of memories into KV blocks; none where the prefix cache had all tokens."
         )
-        self.tokens = counter(
-            "vllm:awareness_tokens",
-            "Prompt tokens that were loaded, and so not prefilled.",
-            labelnames=by_temperature,
-        )
-        self.bytes = counter(
-            "vllm:awareness_bytes",
-            "Bytes of KV cache that loads wrote, on all ranks together.",
-            labelnames=by_temperature,
-        )
-        self.seconds = histogram(
+        self.tokens = counter("tokens", "Prompt tokens that were loaded, and so not prefilled.")
+        self.bytes = counter("bytes", "Bytes of KV cache that loads wrote, on all ranks together.")
+        self.seconds = make_histogram(
             "vllm:awareness_load_seconds",
             "Seconds that a load took, on the slowest rank.",
-            labelnames=by_temperature,
+            labelnames=[*labelnames, "temperature"],
             buckets=list(BUCKETS),
         )
         self.requests = counter(
-            "vllm:awareness_requests",
-            "Ended requests with a memory, by how it came; hot too where nothing had to be loaded.",
-            labelnames=by_temperature,
+            "requests",
+            "Ended requests with a memory, by temperature; hot too where nothing had to be loaded.",
         )
         self.failures = counter(
-            "vllm:awareness_failures",
+            "failures",
             "Loads that failed, so that vLLM computed the memory's tokens, by exception.",
-            labelnames=[*labelnames, "reason"],
+            "reason",
         )
         self.start_at_zero()
 
@@ -185,9 +178,9 @@ class LoadMetrics(KVConnectorPromMetrics):
 
 
 class LoadTracker:
-    """What the scheduler half knows of loads: the statistics since they were last taken, the ranks'
-    shares of loads that have not ended on all of them, and the outcome for each request that lives,
-    None while its load is under way.
+    """The scheduler half's record of loads: the statistics since they were last taken, the ranks'
+    outcomes of loads that have not ended on all of them, and the outcome for each request that
+    lives, None while its load is under way.
 
     A request that is preempted loads again. Its last load counts, for its states are the ones that
     the answer was made with; after a failed one there is no other.
@@ -196,42 +189,46 @@ class LoadTracker:
     def __init__(self) -> None:
         self.stats = LoadStats()
         self.outcomes: dict[str, Outcome | None] = {}
-        self.shares: dict[str, Outcome] = {}
+        self.by_rank: dict[str, Outcome] = {}
 
-    def planned(self, request_id: str) -> None:
+    def start(self, request_id: str) -> None:
+        """A load is under way."""
         self.outcomes.setdefault(request_id, None)
 
-    def happened(self, shares: Mapping[str, Outcome], ended: Iterable[str]) -> None:
-        """The ranks' shares by request ID, and which loads have ended on all ranks.
+    def record(self, outcomes: Mapping[str, Outcome], ended: Iterable[str]) -> None:
+        """Record the ranks' outcomes by request ID, and which loads have ended on all ranks.
 
-        Of an aborted request they arrive after its end: they count, but nothing is kept of them.
+        Of an aborted request they arrive after its end: they count, but are not kept.
         """
-        for request_id, share in shares.items():
-            others = self.shares.get(request_id)
-            self.shares[request_id] = share if others is None else of_both_ranks(others, share)
+        for request_id, outcome in outcomes.items():
+            other = self.by_rank.get(request_id)
+            self.by_rank[request_id] = outcome if other is None else merge_ranks(other, outcome)
         for request_id in ended:
-            if (outcome := self.shares.pop(request_id, None)) is not None:
-                self.stats.record(outcome)
+            if (merged := self.by_rank.pop(request_id, None)) is not None:
+                self.stats.record(merged)
                 if request_id in self.outcomes:
-                    self.outcomes[request_id] = outcome
+                    self.outcomes[request_id] = merged
 
-    def failed(self, request_id: str, error: Exception) -> None:
-        """A load that was never begun. The scheduler may ask many times: it counts once."""
+    def record_failure(self, request_id: str, error: Exception) -> None:
+        """Record a load that never began. The scheduler may try many times: it counts once."""
         if not isinstance(self.outcomes.get(request_id), Failed):
-            self.planned(request_id)
-            self.happened({request_id: Failed(type(error).__name__)}, [request_id])
+            self.start(request_id)
+            self.record({request_id: Failed(type(error).__name__)}, [request_id])
 
-    def close(self, request: Request) -> dict[str, Any] | None:
-        """Forget a request. What its response says of its memory as `kv_transfer_params`; None for
-        one without a memory, or that ended before its memory came."""
-        scheduled = request.num_computed_tokens > 0
-        unknown = NOTHING_TO_LOAD if scheduled else None
-        outcome = self.outcomes.pop(request.request_id, unknown)
-        if outcome is None or LoadParams.of(request.kv_transfer_params, request.cache_salt) is None:
+    def report(self, request: Request, plan: LoadParams | None) -> dict[str, Any] | None:
+        """The report on a request that ends, as its response's `kv_transfer_params`; None for one
+        without a load plan, or that ended before its memory came."""
+        all_cached = ALL_CACHED if request.num_computed_tokens > 0 else None
+        outcome = self.outcomes.get(request.request_id, all_cached)
+        if outcome is None or plan is None:
             return None
-        report = report_of(outcome)
+        report = load_report(outcome)
         self.stats.data["requests"].append(report["temperature"])
         return {PARAMS_KEY: report}
+
+    def finish(self, request_id: str) -> None:
+        """Forget a request."""
+        self.outcomes.pop(request_id, None)
 
     def take_stats(self) -> LoadStats | None:
         """The statistics since the last call, None where nothing happened."""
@@ -239,7 +236,7 @@ class LoadTracker:
         return None if taken.is_empty() else taken
 
 
-def report_of(outcome: Outcome) -> dict[str, Any]:
+def load_report(outcome: Outcome) -> dict[str, Any]:
     """One request's outcome, as its client reads it."""
     if isinstance(outcome, Failed):
         return {"temperature": RECOMPUTED, "reason": outcome.reason}

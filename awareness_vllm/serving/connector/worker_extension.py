@@ -1,6 +1,6 @@
-"""vLLM's `--worker-extension-cls`: how the front end asks something of a worker's connector.
+"""vLLM's `--worker-extension-cls`: the front end's calls to a worker's connector.
 
-All of these are called by `collective_rpc` with their names below.
+All of them go by `collective_rpc` under the names below.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ class AwarenessWorkerExtension:
         self.awareness.captures.announce(name, path)
 
     def awareness_capture_state(self, name: str) -> str:
-        return self.awareness.captures.state(name)
+        return self.awareness.captures.status(name)
 
     def awareness_keep_head(self, capture: str, name: str, ids: list[int]) -> str:
         return self.awareness.keep_head(capture, name, ids)
 
     def awareness_forget(self, name: str) -> None:
-        self.awareness.captures.forget(name)
+        self.awareness.captures.discard(name)

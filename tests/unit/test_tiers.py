@@ -1,4 +1,4 @@
-"""Aligned memories on disk: whole or not there, for one model, bounded."""
+"""Aligned memories in host memory and on disk: bounded in bytes, least recently used out first."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from awareness_vllm.align.realign import AlignedMemory
-from awareness_vllm.serving.tiers import DiskTier
+from awareness_vllm.serving.tiers import DiskTier, WarmTier
 
 pytestmark = pytest.mark.unit
 
@@ -26,19 +26,79 @@ def tier(folder: Path, limit: int = 2**20, model: str = "w", dtype: str = "bfloa
     return DiskTier(folder, limit, model, getattr(torch, dtype))
 
 
-def put(disk: DiskTier, name: str, found: AlignedMemory) -> None:
+def put(disk: DiskTier, name: str, memory: AlignedMemory) -> None:
     """Write at once, as the thread does later."""
-    disk._put((name, "map"), found)
+    disk._put((name, "map"), memory)
 
 
-def test_what_was_put_comes_back_bit_for_bit(tmp_path: Path) -> None:
+# In host memory
+
+
+def memory_of(tokens: int) -> AlignedMemory:
+    """A memory of 8 bytes a token."""
+    state = torch.zeros(tokens, 1, 1)
+    return AlignedMemory(list(range(tokens)), [state], [state])
+
+
+def names(warm: WarmTier) -> list[str]:
+    return [name for name, _ in warm.memories]
+
+
+def test_the_warm_tier_drops_the_least_recently_used_by_bytes() -> None:
+    warm = WarmTier(100 * 8)
+    for name, size in (("a", 40), ("b", 40), ("c", 20)):
+        warm.put((name, ""), memory_of(size))
+    assert warm.get(("a", "")) is not None
+    warm.put(("d", ""), memory_of(1))
+    assert names(warm) == ["c", "a", "d"]
+    assert warm.get(("b", "")) is None
+    warm.put(("e", ""), memory_of(99))
+    assert names(warm) == ["d", "e"]
+
+
+def test_the_warm_tier_keeps_one_memory_that_is_too_large() -> None:
+    warm = WarmTier(8)
+    warm.put(("a", ""), memory_of(5))
+    warm.put(("b", ""), memory_of(50))
+    assert names(warm) == ["b"]
+    assert warm.get(("b", "other map")) is None
+
+
+def test_pinned_memories_stay_warm() -> None:
+    warm = WarmTier(8 * 10)
+    for name in ("pinned", "old", "new"):
+        warm.put((name, ""), memory_of(4))
+        warm.pinned.add(("pinned", ""))
+    assert names(warm) == ["pinned", "new"]
+    warm.put(("large", ""), memory_of(100))
+    assert names(warm) == ["pinned", "large"]
+
+
+def test_a_dropped_memory_is_gone_through_every_map() -> None:
+    warm = WarmTier(8 * 100)
+    for wmatrix in ("one", "two"):
+        warm.put(("mem", wmatrix), memory_of(4))
+    warm.put(("other", ""), memory_of(4))
+    warm.pinned.add(("mem", "one"))
+    assert warm.drop("mem")
+    assert not warm.drop("mem")
+    assert list(warm.memories) == [("other", "")]
+    assert warm.pinned == set()
+
+
+# On disk
+
+
+def test_a_memory_comes_back_bit_for_bit(tmp_path: Path) -> None:
     disk = tier(tmp_path)
     disk.put((NAME, "map"), memory())
     disk.thread.shutdown()
-    found = disk.get((NAME, "map"))
-    assert found is not None
-    assert found.ids == memory().ids
-    for one, other in zip(found.keys + found.values, memory().keys + memory().values, strict=True):
+    restored = disk.get((NAME, "map"))
+    assert restored is not None
+    expected = memory()
+    assert restored.ids == expected.ids
+    states = zip(restored.keys + restored.values, expected.keys + expected.values, strict=True)
+    for one, other in states:
         assert torch.equal(one, other)
     assert [path.suffix for path in tmp_path.iterdir()] == [".aligned"]
 
@@ -52,7 +112,7 @@ def test_another_map_model_or_dtype_is_another_memory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [b"", b"not safetensors", None])
-def test_what_cannot_be_read_is_dropped(tmp_path: Path, damage: bytes | None) -> None:
+def test_a_file_that_cannot_be_read_is_dropped(tmp_path: Path, damage: bytes | None) -> None:
     disk = tier(tmp_path)
     put(disk, NAME, memory())
     path = disk.path((NAME, "map"))
@@ -85,7 +145,7 @@ def test_a_disk_that_cannot_be_written_costs_no_request(tmp_path: Path) -> None:
     assert disk.get((NAME, "map")) is None
 
 
-def test_what_is_dropped_is_gone_through_every_map(tmp_path: Path) -> None:
+def test_a_file_is_dropped_for_every_map(tmp_path: Path) -> None:
     disk = tier(tmp_path)
     put(disk, NAME, memory())
     disk._put((NAME, "another"), memory())

@@ -1,4 +1,4 @@
-"""What a memory resolves to: a copy, or a map whose last tokens are left to the target."""
+"""Resolved memories: a copy, or a map whose last tokens are left to the target."""
 
 from __future__ import annotations
 
@@ -22,11 +22,14 @@ from awareness_vllm.fit.config import FitConfig
 from awareness_vllm.fit.fit import fit
 from awareness_vllm.packages.capture import capture
 from awareness_vllm.packages.file import publish
+from awareness_vllm.packages.store import Store
 from awareness_vllm.serving.config import ServingConfig
 from awareness_vllm.serving.offline import OfflineMemories
 from awareness_vllm.serving.params import LoadParams
+from awareness_vllm.serving.prompt import head_name
 from awareness_vllm.serving.request import MemoryRequest
-from awareness_vllm.serving.resolver import Memories, head_name
+from awareness_vllm.serving.resolver import MemoryResolver
+from awareness_vllm.serving.served_model import ServedModel
 from awareness_vllm.wmatrix.certificate import Certificate, Interval, Plan, plans_for
 from awareness_vllm.wmatrix.registry import Registry, WMatrixEntry
 
@@ -60,34 +63,38 @@ def mapped(tiny_models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="module")
-def learned(tmp_path_factory: pytest.TempPathFactory) -> Memories:
-    """A server's half of a model with learned positions, and two memories of its own."""
+def learned(tmp_path_factory: pytest.TempPathFactory) -> MemoryResolver:
+    """The resolver of a model with learned positions, and two memories of its own."""
     folder, store = tmp_path_factory.mktemp("gpt2"), tmp_path_factory.mktemp("of gpt2")
     save("gpt2", folder)
     for text in (TEXT, OTHER):
         publish(capture(folder, text), store)
-    return Memories(ServingConfig(store=str(store)), str(folder), 4096)
+    return copies_of(folder, store, 4096)
 
 
-def test_a_memory_that_cannot_be_moved_only_begins_a_prompt(learned: Memories) -> None:
+def copies_of(model: Path, store: Path, window: int = 1000) -> MemoryResolver:
+    """The resolver of a server without W-Matrices."""
+    return MemoryResolver(ServedModel.read(model, window), {"": Store(store)}, Registry(), 5)
+
+
+def test_a_memory_that_cannot_be_moved_only_begins_a_prompt(learned: MemoryResolver) -> None:
     first, second = ids_in(Path(learned.stores[""].folder))
     alone = learned.resolve(MemoryRequest(ids=(first,)), "")
-    assert learned.whole(alone, [7])[-1] == 7
+    assert learned.append_question(alone, [7])[-1] == 7
     both = learned.resolve(MemoryRequest(ids=(first, second)), "")
-    for prompt, moved in ((both, second), (alone.after([5]), first)):
+    for prompt, moved in ((both, second), (alone.with_head([5]), first)):
         with pytest.raises(UnsupportedRequest, match=f"{moved} cannot stand there"):
-            learned.whole(prompt, [7])
-        assert learned.whole(prompt.natively(), [7])[-1] == 7
+            learned.append_question(prompt, [7])
+        assert learned.append_question(prompt.recomputed(), [7])[-1] == 7
 
 
 def test_longrope_memories_need_a_server_of_their_kind(tmp_path: Path) -> None:
     folder, store = save("phi3, longrope", tmp_path / "model"), tmp_path / "store"
     publish(capture(folder, TEXT), store)
     (memory,) = ids_in(store)
-    config = ServingConfig(store=str(store))
-    assert Memories(config, str(folder), TRAINED).resolve_one(memory, "").wmatrix is None
+    assert copies_of(folder, store, TRAINED).resolve_one(memory, "").wmatrix is None
     with pytest.raises(NoWMatrix, match=r"other positions.*max-model-len"):
-        Memories(config, str(folder), TRAINED + 1).resolve_one(memory, "")
+        copies_of(folder, store, TRAINED + 1).resolve_one(memory, "")
 
 
 def ids_in(store: Path) -> tuple[str, ...]:
@@ -99,11 +106,11 @@ def certified(entry: WMatrixEntry) -> WMatrixEntry:
     tokens 0.7 and 0.85."""
     figures = ((100, 0, 0.8), (100, 4, 0.9), (1000, 0, 0.7), (1000, 4, 0.85))
     plans = tuple(measured_plan(context, tail, kept) for context, tail, kept in figures)
-    found = replace(entry)
-    found.__dict__["certificate"] = Certificate.model_construct(
+    measured = replace(entry)
+    measured.__dict__["certificate"] = Certificate.model_construct(
         plans=plans, retention=plans[0].retention
     )
-    return found
+    return measured
 
 
 def measured_plan(context: int, tail: int, kept: float) -> Plan:
@@ -119,22 +126,22 @@ def measured_plan(context: int, tail: int, kept: float) -> Plan:
     )
 
 
-def serving_target(
+def target_of(
     models: tuple[Path, Path], store: Path, wmatrix: Path, *, tail: int = 5, measured: bool = False
-) -> Memories:
-    config = ServingConfig(store=str(store), wmatrices=(str(wmatrix),), tail=tail)
-    memories = Memories(config, str(models[1]), 1000)
+) -> MemoryResolver:
+    """The resolver of a server of the target model, with a map that may be certified."""
+    registry = Registry.read([wmatrix])
     if measured:
-        memories.registry = Registry(tuple(map(certified, memories.registry)))
-    return memories
+        registry = Registry(tuple(map(certified, registry)))
+    return MemoryResolver(ServedModel.read(models[1], 1000), {"": Store(store)}, registry, tail)
 
 
 @pytest.mark.parametrize("tail", [0, 5, 1000])
 def test_the_tail_is_the_servers_but_the_sink_is_always_loaded(
     tiny_models: tuple[Path, Path], wmatrix_file: Path, mapped: Path, tail: int
 ) -> None:
-    memories = serving_target(tiny_models, mapped, wmatrix_file, tail=tail)
-    prompt = memories.resolve(MemoryRequest(ids=ids_in(mapped)[:1]), "")
+    resolver = target_of(tiny_models, mapped, wmatrix_file, tail=tail)
+    prompt = resolver.resolve(MemoryRequest(ids=ids_in(mapped)[:1]), "")
     assert prompt.params is not None
     assert prompt.params.tokens == len(prompt.ids)
     assert prompt.params.tail == min(tail, len(prompt.ids) - 1)
@@ -144,23 +151,23 @@ def test_the_tail_is_the_servers_but_the_sink_is_always_loaded(
 def test_a_copy_leaves_nothing_to_the_target_and_keeps_all_where_it_was_made(
     tiny_models: tuple[Path, Path], mapped: Path
 ) -> None:
-    memories = Memories(ServingConfig(store=str(mapped)), str(tiny_models[0]), 1000)
-    prompt = memories.resolve(MemoryRequest(ids=ids_in(mapped), quality_target=1.0), "")
+    resolver = copies_of(tiny_models[0], mapped)
+    prompt = resolver.resolve(MemoryRequest(ids=ids_in(mapped), quality_target=1.0), "")
     assert prompt.params is not None
     assert prompt.params.tail == 0
     assert prompt.retention == [1.0, None]
-    assert prompt.after([1]).retention == [None, None]
-    assert prompt.natively().retention == [1.0, 1.0]
+    assert prompt.with_head([1]).retention == [None, None]
+    assert prompt.recomputed().retention == [1.0, 1.0]
 
 
 def test_memories_follow_each_other_under_one_sink(
     tiny_models: tuple[Path, Path], wmatrix_file: Path, mapped: Path
 ) -> None:
-    memories = serving_target(tiny_models, mapped, wmatrix_file)
+    resolver = target_of(tiny_models, mapped, wmatrix_file)
     first, second = ids_in(mapped)
-    alone = [memories.resolve(MemoryRequest(ids=(one,)), "").ids for one in (first, second)]
+    alone = [resolver.resolve(MemoryRequest(ids=(one,)), "").ids for one in (first, second)]
     both, swapped = (
-        memories.resolve(MemoryRequest(ids=ids), "") for ids in ((first, second), (second, first))
+        resolver.resolve(MemoryRequest(ids=ids), "") for ids in ((first, second), (second, first))
     )
     assert both.ids == alone[0] + alone[1][1:]
     assert swapped.ids == alone[1] + alone[0][1:]
@@ -174,16 +181,18 @@ def test_memories_follow_each_other_under_one_sink(
 def test_after_a_chats_head_no_memory_brings_its_own_beginning(
     tiny_models: tuple[Path, Path], wmatrix_file: Path, mapped: Path
 ) -> None:
-    memories = serving_target(tiny_models, mapped, wmatrix_file)
-    prompt = memories.resolve(MemoryRequest(ids=ids_in(mapped)), "").after([2, 9, 9])
+    resolver = target_of(tiny_models, mapped, wmatrix_file)
+    prompt = resolver.resolve(MemoryRequest(ids=ids_in(mapped)), "").with_head([2, 9, 9])
     assert prompt.params is not None
     parts = prompt.params.parts
     assert [part.skip for part in parts] == [0, 1, 1]
     assert (parts[0].memory, parts[0].tokens) == (head_name([2, 9, 9]), 3)
     assert prompt.ids[:3] == [2, 9, 9]
     assert prompt.params.tokens == len(prompt.ids)
-    natively = prompt.natively()
+    natively = prompt.recomputed()
     assert (natively.ids, natively.params) == (prompt.ids, None)
+    assert (natively.loads, prompt.loads) == (False, True)
+    assert prompt.params is prompt.params
 
 
 @pytest.mark.parametrize(
@@ -197,9 +206,9 @@ def test_a_quality_target_takes_the_cheapest_plan_or_reads_natively(
     target: float,
     tail: int | None,
 ) -> None:
-    memories = serving_target(tiny_models, mapped, wmatrix_file, measured=True)
+    resolver = target_of(tiny_models, mapped, wmatrix_file, measured=True)
     ids = ids_in(mapped)[:count]
-    prompt = memories.resolve(MemoryRequest(ids=ids, quality_target=target), "")
+    prompt = resolver.resolve(MemoryRequest(ids=ids, quality_target=target), "")
     assert prompt.tail == tail
     assert prompt.report()["plan"] == ("recompute" if tail is None else "load")
     assert all(kept is not None and kept >= target for kept in prompt.retention)
@@ -208,23 +217,23 @@ def test_a_quality_target_takes_the_cheapest_plan_or_reads_natively(
 def test_only_the_last_memory_has_a_tail_so_the_others_must_do_without(
     tiny_models: tuple[Path, Path], wmatrix_file: Path, mapped: Path
 ) -> None:
-    memories = serving_target(tiny_models, mapped, wmatrix_file, measured=True)
-    asked = MemoryRequest(ids=ids_in(mapped), quality_target=0.85)
-    assert memories.resolve(asked, "").tail is None
-    use = asked.model_copy(update={"on_low_quality": "use"})
-    assert memories.resolve(use, "").tail == 5
-    assert memories.resolve(use, "").retention == [0.8, 0.9]
+    resolver = target_of(tiny_models, mapped, wmatrix_file, measured=True)
+    request = MemoryRequest(ids=ids_in(mapped), quality_target=0.85)
+    assert resolver.resolve(request, "").tail is None
+    use = request.model_copy(update={"on_low_quality": "use"})
+    assert resolver.resolve(use, "").tail == 5
+    assert resolver.resolve(use, "").retention == [0.8, 0.9]
     with pytest.raises(QualityUnreachable, match=r"at best 0\.800"):
-        memories.resolve(asked.model_copy(update={"on_low_quality": "fail"}), "")
+        resolver.resolve(request.model_copy(update={"on_low_quality": "fail"}), "")
 
 
 def test_without_a_certificate_no_target_is_kept(
     tiny_models: tuple[Path, Path], wmatrix_file: Path, mapped: Path
 ) -> None:
-    memories = serving_target(tiny_models, mapped, wmatrix_file)
-    asked = MemoryRequest(ids=ids_in(mapped)[:1], quality_target=0.1, on_low_quality="fail")
+    resolver = target_of(tiny_models, mapped, wmatrix_file)
+    request = MemoryRequest(ids=ids_in(mapped)[:1], quality_target=0.1, on_low_quality="fail")
     with pytest.raises(QualityUnreachable, match="not certified"):
-        memories.resolve(asked, "")
+        resolver.resolve(request, "")
 
 
 def test_a_longer_memory_than_any_measured_is_promised_the_longest_ones_figure() -> None:
@@ -245,23 +254,23 @@ def test_a_tenant_has_its_own_memories_only(
     }
     file.write_text(json.dumps(entries))
     config = ServingConfig(store="unused", tenants=str(file))
-    memories = Memories(config, str(tiny_models[0]), 1000)
-    asked = MemoryRequest(ids=ids_in(mapped)[:1])
-    prompt = memories.resolve(asked, "a", "salt")
+    resolver = MemoryResolver.from_config(config, ServedModel.read(tiny_models[0], 1000))
+    request = MemoryRequest(ids=ids_in(mapped)[:1])
+    prompt = resolver.resolve(request, "a", "salt")
     assert prompt.params is not None
     assert (prompt.params.tenant, prompt.params.caller_salt) == ("a", "salt")
     with pytest.raises(MemoryNotFound):
-        memories.resolve(asked, "b")
+        resolver.resolve(request, "b")
 
 
 def test_an_offline_prompt_is_a_servers(
     tiny_models: tuple[Path, Path], wmatrix_file: Path, mapped: Path
 ) -> None:
     offline = OfflineMemories(tiny_models[1], mapped, [wmatrix_file], tail=3)
-    offline.memories.max_model_len = 1000
+    offline.set_window(1000)
     ids = ids_in(mapped)
     prompt, extra_args = offline.prompt(" words", ids)
-    served = serving_target(tiny_models, mapped, wmatrix_file, tail=3).resolve(
+    served = target_of(tiny_models, mapped, wmatrix_file, tail=3).resolve(
         MemoryRequest(ids=ids), ""
     )
     params = LoadParams.of(extra_args["kv_transfer_params"], prompt["cache_salt"])
@@ -271,7 +280,7 @@ def test_an_offline_prompt_is_a_servers(
     assert offline.prompt(prompt["prompt_token_ids"][len(served.ids) :], ids)[0] == prompt
     natively, nothing = offline.prompt(" words", ids, quality_target=0.5)
     assert (natively, nothing) == ({"prompt_token_ids": prompt["prompt_token_ids"]}, {})
-    offline.memories.max_model_len = len(served.ids)
+    offline.set_window(len(served.ids))
     with pytest.raises(ContextTooLong):
         offline.prompt(" words", ids)
     with pytest.raises(UnsupportedRequest, match="empty"):

@@ -1,0 +1,146 @@
+"""The beginning of a prompt: the memories that a request named, as they stand one after another."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from awareness_vllm.errors import QualityUnreachable
+from awareness_vllm.serving.params import LoadParams, Part
+from awareness_vllm.wmatrix.certificate import Plan, cheapest, with_tail
+from awareness_vllm.wmatrix.registry import WMatrixEntry
+
+
+@dataclass(frozen=True)
+class ResolvedMemory:
+    """A memory that the served model can load: its file, its W-Matrix (None: an exact copy) and its
+    prompt ids, of which the first `prefix` stand only at the beginning of a prompt."""
+
+    id: str
+    path: Path
+    wmatrix: WMatrixEntry | None
+    ids: list[int]
+    prefix: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the memory's text."""
+        return len(self.ids) - self.prefix
+
+    def retention(self, tail: int = 0) -> float | None:
+        """The certified retention with the last `tail` tokens read natively; 1 for a copy, None
+        where nothing was measured."""
+        if self.wmatrix is None:
+            return 1.0
+        if self.wmatrix.certificate is None:
+            return None
+        return with_tail(self.wmatrix.certificate, self.tokens, tail).retention.mean
+
+    def plan(self, quality_target: float, *, tails: bool) -> Plan | None:
+        """The cheapest certified way to load that reaches the target; None for a copy.
+
+        Raises:
+            QualityUnreachable: no way reaches it, or none was measured.
+        """
+        if self.wmatrix is None:
+            return None
+        certificate = self.wmatrix.certificate
+        if certificate is None:
+            raise QualityUnreachable(
+                f"the W-Matrix of memory {self.id} is not certified",
+                found=self.wmatrix.path.name,
+                expected=f"a measured retention of {quality_target}",
+                remedy="`awareness certify`, or leave quality_target out",
+            )
+        return cheapest(certificate, quality_target, self.tokens, tails=tails)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One memory after another, loaded but for the last `tail` tokens; with a `tail` of None the
+    target reads all of them. In a chat, the ids of the template's `head` stand before them."""
+
+    memories: tuple[ResolvedMemory, ...]
+    tail: int | None
+    tenant: str = ""
+    caller_salt: str = ""
+    head: tuple[int, ...] = ()
+
+    def with_head(self, head: Sequence[int]) -> Prompt:
+        """The same memories after a chat template's head."""
+        return replace(self, head=tuple(head))
+
+    def recomputed(self) -> Prompt:
+        """The same memories, read by the target itself."""
+        return replace(self, tail=None)
+
+    @property
+    def loads(self) -> bool:
+        """Whether anything is loaded."""
+        return self.tail is not None
+
+    @property
+    def skips(self) -> list[int]:
+        """How many of each memory's first ids are left out: they stand only at the beginning."""
+        skips = [memory.prefix for memory in self.memories]
+        return skips if self.head else [0, *skips[1:]]
+
+    @functools.cached_property
+    def ids(self) -> list[int]:
+        parts = zip(self.memories, self.skips, strict=True)
+        return [*self.head, *(id for memory, skip in parts for id in memory.ids[skip:])]
+
+    @functools.cached_property
+    def params(self) -> LoadParams | None:
+        """The load plan for the connector; None where nothing is loaded."""
+        if self.tail is None:
+            return None
+        head = [Part(memory=head_name(self.head), tokens=len(self.head))] if self.head else []
+        parts = [
+            Part(
+                memory=memory.id,
+                wmatrix=memory.wmatrix.digest if memory.wmatrix else "",
+                skip=skip,
+                tokens=len(memory.ids) - skip,
+            )
+            for memory, skip in zip(self.memories, self.skips, strict=True)
+        ]
+        return LoadParams(
+            parts=(*head, *parts),
+            tail=self.tail,
+            tenant=self.tenant,
+            caller_salt=self.caller_salt,
+        )
+
+    @property
+    def retention(self) -> list[float | None]:
+        """The measured retention of each memory. A copy keeps all of itself where it was captured,
+        at the beginning of a prompt; anywhere else nobody has measured it."""
+        if self.tail is None:
+            return [1.0] * len(self.memories)
+        tails = [0] * (len(self.memories) - 1) + [self.tail]
+        moved = [bool(self.head or i) for i in range(len(self.memories))]
+        return [
+            None if is_moved and not memory.wmatrix else memory.retention(tail)
+            for memory, tail, is_moved in zip(self.memories, tails, moved, strict=True)
+        ]
+
+    def report(self) -> dict[str, Any]:
+        """The report on the memories for a response."""
+        return {
+            "ids": [memory.id for memory in self.memories],
+            "plan": "load" if self.loads else "recompute",
+            "tokens": sum(memory.tokens for memory in self.memories),
+            "native_tail": self.tail,
+            "retention": self.retention,
+        }
+
+
+def head_name(ids: Sequence[int]) -> str:
+    """A chat template's head as the workers know it: no memory has such an ID."""
+    return f"head_{hashlib.sha256(json.dumps(list(ids)).encode()).hexdigest()[:32]}"

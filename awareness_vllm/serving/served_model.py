@@ -1,0 +1,49 @@
+"""The model that a server runs, as its front end and its workers both see it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from awareness_vllm.models.describe import geometry_of, resolve_folder
+from awareness_vllm.models.geometry import Geometry
+from awareness_vllm.models.tokens import load_tokenizer, prefix_ids
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model's `folder`, its context window of `max_model_len` tokens, the `geometry` of its KV
+    cache (LongRoPE's positions depend on the window), and the ids `prefix` that its tokenizer puts
+    before every text."""
+
+    folder: Path
+    max_model_len: int
+    geometry: Geometry
+    prefix: tuple[int, ...] = ()
+
+    @classmethod
+    def read(cls, model: str | Path, max_model_len: int) -> ServedModel:
+        """The model in a folder, or by a name that vLLM has downloaded.
+
+        Raises:
+            UnsupportedModel: its config, weights or tokenizer cannot be read.
+        """
+        folder = resolve_folder(model)
+        prefix = tuple(prefix_ids(load_tokenizer(str(folder))))
+        return cls(folder, max_model_len, geometry_of(folder, max_model_len), prefix)
+
+    @classmethod
+    def of(cls, vllm_config: VllmConfig) -> ServedModel:
+        """The model that a vLLM server was started with. Raises UnsupportedModel."""
+        model = vllm_config.model_config
+        return cls.read(model.model, model.max_model_len)
+
+    def prefix_length(self, ids: Sequence[int]) -> int:
+        """How many of the first ids are the tokenizer's prefix: all of it, or none."""
+        count = len(self.prefix)
+        return count if tuple(ids[:count]) == self.prefix else 0

@@ -1,0 +1,159 @@
+"""A server of `/v1/memories` for two tenants. Stores, packages, resolution and vLLM's error
+handlers are the real ones; the engine is a recorder."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
+
+from fastapi import FastAPI
+from starlette.testclient import TestClient
+from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
+
+from awareness_vllm.compatibility.target import TargetConfig
+from awareness_vllm.packages.file import Package, publish
+from awareness_vllm.serving.api.engine_client import MemoryEngineClient
+from awareness_vllm.serving.api.memories import router
+from awareness_vllm.serving.config import ServingConfig
+from awareness_vllm.serving.connector.worker_extension import (
+    EVICT,
+    PREFETCH,
+    AwarenessWorkerExtension,
+)
+from awareness_vllm.serving.http import FrontEnd, answer_unauthorized
+from awareness_vllm.serving.resolver import MemoryResolver
+from awareness_vllm.serving.served_model import ServedModel
+from awareness_vllm.serving.tenants import Tenants
+from awareness_vllm.wmatrix.certificate import Certificate
+from awareness_vllm.wmatrix.file import WMatrix
+from awareness_vllm.wmatrix.registry import Registry, WMatrixEntry
+
+if TYPE_CHECKING:
+    from vllm.engine.protocol import EngineClient
+
+KEYS = {"acme": "sk-acme", "umbrella": "sk-umbrella"}
+UNKNOWN = "mem_" + "0" * 32
+LIST, GET, LOAD, DELETE = "GET ", "GET /{}", "POST /{}/load", "DELETE /{}"
+CHECK = "GET /{}/compatibility"
+ONE_MEMORY = (GET, CHECK, LOAD, DELETE)
+LIMIT = 300
+"""Tokens of the server's context window."""
+
+
+@dataclass
+class Engine:
+    """Stands for vLLM's EngineClient: records calls, and answers as two workers would.
+
+    The calls are those that the real worker extension takes.
+    """
+
+    answers: dict[str, list[Any]] = field(
+        default_factory=lambda: {PREFETCH: ["cold", "cold"], EVICT: [True, True]}
+    )
+    calls: list[tuple[str, tuple[Any, ...]]] = field(default_factory=list)
+
+    async def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
+        inspect.signature(getattr(AwarenessWorkerExtension, method)).bind(None, *args)
+        self.calls.append((method, args))
+        return self.answers[method]
+
+
+class Server:
+    """Our routes with vLLM's error handlers, called by one tenant or another."""
+
+    def __init__(self, config: ServingConfig, model: Path) -> None:
+        self.engine, self.stores = Engine(), Path(config.store).parent
+        self.tenants = Tenants.read(config.tenants)
+        self.app = app()
+        self.serve(MemoryResolver.from_config(config, ServedModel.read(model, LIMIT)))
+        self.client = TestClient(self.app)
+
+    def serve(self, resolver: MemoryResolver, context_length: int | None = None) -> None:
+        self.resolver = resolver
+        self.app.state.awareness = FrontEnd(
+            resolver,
+            self.tenants,
+            MemoryEngineClient(cast("EngineClient", self.engine)),
+            TargetConfig(context_length=context_length or resolver.model.max_model_len),
+        )
+
+    def set_window(self, tokens: int) -> None:
+        old = self.resolver
+        model = replace(old.model, max_model_len=tokens)
+        self.serve(MemoryResolver(model, old.stores, old.registry, old.tail))
+
+    def call(
+        self, route: str, memory: str = "", *, tenant: str | None = "acme", **query: Any
+    ) -> Any:
+        """`route` is a method and a path after `/v1/memories`, with {} for the ID."""
+        method, _, path = route.partition(" ")
+        headers = {"Authorization": f"Bearer {KEYS[tenant]}"} if tenant else {}
+        url = "/v1/memories" + path.format(memory)
+        return self.client.request(method, url, headers=headers, params=query)
+
+    def get(self, memory: str = "", **query: Any) -> Any:
+        response = self.call(GET if memory else LIST, memory, **query)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    def publish(self, package: Package, tenant: str = "acme") -> str:
+        """Put a package into a tenant's store; its ID."""
+        return publish(package, self.stores / tenant).stem
+
+    def path(self, memory: str) -> Path:
+        return self.stores / "acme" / f"{memory}.safetensors"
+
+    def tokens(self, memory: str) -> int:
+        """Ids of a memory of acme's in a prompt."""
+        return len(self.resolver.resolve_one(memory, "acme").ids)
+
+    def add_map(self, wmatrix: WMatrix, retention: float | None = None) -> None:
+        """Give the server a map to its model, with a certificate or without."""
+        certificate = None if retention is None else certificate_with(retention)
+        target = self.resolver.model.geometry
+        update = {"target": target, "certificate": certificate, "sink": (2,)}
+        manifest = wmatrix.manifest.model_copy(update=update)
+        entry = WMatrixEntry(Path("/maps/pair.wmatrix"), manifest, "d" * 64)
+        self.resolver.registry = Registry((entry,))
+
+
+def app() -> FastAPI:
+    made = FastAPI()
+    made.include_router(router)
+    answer_unauthorized(made)
+    init_exception_handler(made)
+    made.state.args = SimpleNamespace(log_error_stack=False)
+    made.state.awareness = None
+    return made
+
+
+def server_of_tenants(folder: Path, model: Path) -> Server:
+    """A server with a store in `folder`/stores for each tenant."""
+    content = {name: {"api_keys": [key], "store": f"stores/{name}"} for name, key in KEYS.items()}
+    (folder / "tenants.json").write_text(json.dumps(content))
+    tenants, store = str(folder / "tenants.json"), str(folder / "stores" / "default")
+    return Server(ServingConfig(store=store, tenants=tenants), model)
+
+
+def certificate_with(retention: float) -> dict[str, Any]:
+    """A certificate with one plan of this retention."""
+    interval = {"mean": retention, "ci_low": 0.0, "ci_high": 1.0}
+    plan = {"context": 300, "tail": 0, "cost": 0.1, "top1": 0.8, "kinds": {}}
+    protocol = {"texts": "t", "cases": "c", "limit": 8, "context": 300, "continuation": 60}
+    fields: dict[str, Any] = {
+        **{"protocol": protocol, "texts": {}, "cases": {}, "counts": {"texts": 8}},
+        **{"versions": {}, "metrics": None, "tier": None, "hardware": "h"},
+        **{"measured": "2026-01-01", "facts_kinds": {}, "facts_distances": {}},
+        **dict.fromkeys(("retention", "margin", "facts", "facts_margin"), interval),
+        "plans": [{**plan, "retention": interval, "tokens_only": interval}],
+    }
+    return Certificate.model_validate(fields).model_dump(mode="json")
+
+
+Make = Callable[..., Package]
+"""The fixture `make_package`."""

@@ -1,0 +1,93 @@
+"""Captures: only announced ones, whole or not at all, and an error is reported once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from awareness_vllm.errors import AwarenessError
+from awareness_vllm.serving.connector.capture_queue import (
+    PENDING,
+    CaptureQueue,
+    States,
+    keys_and_values,
+)
+
+pytestmark = pytest.mark.unit
+
+STATES = {"layers.0.key": torch.ones(3, 1, 2), "layers.0.value": torch.zeros(3, 1, 2)}
+
+
+def states() -> States:
+    return STATES
+
+
+def broken() -> States:
+    raise RuntimeError("the blocks are gone")
+
+
+def status_of(captures: CaptureQueue, name: str) -> str:
+    """A capture's status once the files are written."""
+    captures.thread.shutdown()
+    return captures.status(name)
+
+
+def test_only_announced_captures_are_read_back() -> None:
+    captures = CaptureQueue()
+    assert not captures.expects("forged")
+    captures.announce("real", "")
+    assert captures.expects("real")
+    captures.discard("real")
+    assert not captures.expects("real")
+    assert CaptureQueue(everything=True).expects("anything")
+
+
+def test_a_capture_goes_into_its_file_and_is_reported_once(tmp_path: Path) -> None:
+    captures, path = CaptureQueue(), tmp_path / "states"
+    captures.announce("a", str(path))
+    assert captures.status("a") == PENDING
+    captures.capture("a", states)
+    assert status_of(captures, "a") == ""
+    assert torch.equal(load_file(path)["layers.0.key"], STATES["layers.0.key"])
+    assert captures.status("a") == PENDING
+    assert [file.name for file in tmp_path.iterdir()] == ["states"]
+
+
+def test_a_capture_without_a_file_is_collected_once() -> None:
+    captures = CaptureQueue()
+    captures.announce("head", "")
+    captures.capture("head", states)
+    (key,), (value,) = keys_and_values(captures.collect("head"), 1)
+    assert torch.equal(key, STATES["layers.0.key"])
+    assert torch.equal(value, STATES["layers.0.value"])
+    with pytest.raises(AwarenessError, match="nothing was captured"):
+        captures.collect("head")
+
+
+@pytest.mark.parametrize("path", ["", "states"])
+def test_an_error_while_reading_is_reported(path: str, tmp_path: Path) -> None:
+    captures = CaptureQueue()
+    captures.announce("a", str(tmp_path / path) if path else "")
+    captures.capture("a", broken)
+    if path:
+        assert status_of(captures, "a") == "the blocks are gone"
+    else:
+        with pytest.raises(AwarenessError, match="the blocks are gone"):
+            captures.collect("a")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_while_writing_is_reported(tmp_path: Path) -> None:
+    captures = CaptureQueue()
+    captures.announce("a", str(tmp_path / "no such folder" / "states"))
+    captures.capture("a", states)
+    assert "No such file" in status_of(captures, "a")
+
+
+def test_an_offline_engine_writes_before_it_goes_on(tmp_path: Path) -> None:
+    captures, path = CaptureQueue(everything=True), tmp_path / "states"
+    captures.capture(str(path), states)
+    assert set(load_file(path)) == set(STATES)

@@ -1,0 +1,163 @@
+"""The scheduler half: which tokens are loaded, into which blocks, and what is captured."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from connector_stubs import blocks, later, plain_request, request, scheduled
+from hypothesis import given
+from hypothesis import strategies as st
+
+from awareness_vllm.serving.connector import scheduler as scheduler_module
+from awareness_vllm.serving.connector.kv_layout import NULL_BLOCK
+from awareness_vllm.serving.connector.scheduler import (
+    MIN_COMPUTED,
+    ConnectorMetadata,
+    ConnectorScheduler,
+    SaveSpec,
+)
+from awareness_vllm.serving.params import LoadParams
+
+pytestmark = pytest.mark.unit
+
+KEY = "key"
+
+
+def scheduler(*windows: int | None) -> ConnectorScheduler:
+    return ConnectorScheduler(windows or (None,))
+
+
+# Loads
+
+
+@given(
+    tokens=st.integers(1, 60),
+    memory=st.integers(1, 60),
+    tail=st.integers(0, 20),
+    computed=st.integers(0, 60),
+)
+def test_tokens_to_load(tokens: int, memory: int, tail: int, computed: int) -> None:
+    half, one = scheduler(), request(tokens, memory=memory, tail=tail)
+    count = half.tokens_to_load(one, computed)
+    assert count == half.tokens_to_load(one, computed)
+    assert count >= 0
+    if count:
+        assert computed + count == min(memory - tail, tokens - MIN_COMPUTED)
+    else:
+        assert computed >= min(memory - tail, tokens - MIN_COMPUTED)
+    assert half.take_step() == ConnectorMetadata()
+
+
+def test_other_requests_load_nothing() -> None:
+    half = scheduler()
+    assert half.tokens_to_load(request(salt="forged", name="forged"), 0) == 0
+    plain = plain_request()
+    assert half.tokens_to_load(plain, 0) == 0
+    half.plan_load(plain, blocks([1, 2, 3]), 0)
+    assert half.take_step() == ConnectorMetadata()
+
+
+def test_the_memorys_last_tokens_go_into_the_requests_blocks() -> None:
+    half = scheduler(None, 8)
+    one = request(60, memory=45, tail=5)
+    assert half.tokens_to_load(one, 16) == 24
+    ids = ([7, 8, 9], [NULL_BLOCK, NULL_BLOCK, NULL_BLOCK, NULL_BLOCK, 6])
+    half.plan_load(one, blocks(*ids), 24)
+    (load,) = half.take_step().loads
+    assert (load.request_id, load.begin, load.end) == ("r", 16, 40)
+    assert load.ids == list(range(45))
+    assert load.block_ids == ids
+    assert half.take_step() == ConnectorMetadata()
+
+
+@pytest.fixture
+def parsed(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """The parameters that were parsed, one after another."""
+    calls: list[object] = []
+    parse = LoadParams.of
+
+    def of(params: object, salt: str | None) -> LoadParams | None:
+        calls.append(params)
+        return parse(params, salt)
+
+    monkeypatch.setattr(scheduler_module, "LoadParams", SimpleNamespace(of=of))
+    return calls
+
+
+@pytest.mark.parametrize("salt", [None, "forged"])
+def test_a_requests_plan_is_parsed_once_and_anew_after_its_end(
+    parsed: list[object], salt: str | None
+) -> None:
+    half, one = scheduler(), request(salt=salt)
+    for _ in range(3):
+        half.tokens_to_load(one, 0)
+        half.plan_load(one, blocks([1, 2]), 20)
+        half.plan_of(one)
+    assert len(parsed) == 1
+    half.finish("r")
+    assert half.plans == {}
+    # The ID of an aborted request may come back with other memories.
+    assert half.tokens_to_load(request(memory=10), 0) == 10
+    assert len(parsed) == 2
+
+
+def test_no_more_plans_are_kept_than_that(
+    parsed: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler_module, "MAX_PLANS", 2)
+    half = scheduler()
+    for name in ("a", "b", "c", "c", "a"):
+        assert half.tokens_to_load(request(name=name), 0) == 20
+        assert len(half.plans) <= 2
+    assert len(parsed) == 4
+
+
+# Captures
+
+
+def test_a_capture_is_read_back_when_its_whole_prompt_is_computed() -> None:
+    half = scheduler()
+    for output in (scheduled(None), scheduled({"other": 1}), scheduled({KEY: 7})):
+        half.plan_saves(output, KEY)
+        assert half.take_step() == ConnectorMetadata()
+    half.plan_saves(scheduled({KEY: "p"}), KEY)
+    assert half.take_step().saves == [SaveSpec("p", 5, ([2, 3],))]
+
+
+def test_a_captures_blocks_are_gathered_over_the_steps_of_its_prompt() -> None:
+    half = scheduler()
+    half.plan_saves(scheduled({KEY: "p"}, step=4, ids=([2],)), KEY)
+    half.plan_saves(later(1, "another"), KEY)
+    assert half.take_step() == ConnectorMetadata()
+    half.plan_saves(later(1, "r", ids=([9],), computed=4), KEY)
+    assert half.take_step().saves == [SaveSpec("p", 5, ([2, 9],))]
+    half.plan_saves(later(1, "r", ids=([5],), computed=5), KEY)
+    assert half.take_step() == ConnectorMetadata()
+
+
+def test_a_preempted_capture_starts_its_blocks_anew() -> None:
+    half = scheduler()
+    half.plan_saves(scheduled({KEY: "p"}, step=4, ids=([2],)), KEY)
+    half.plan_saves(later(5, "r", ids=([6, 7],), resumed=("r",)), KEY)
+    assert half.take_step().saves == [SaveSpec("p", 5, ([6, 7],))]
+
+
+def test_a_finished_request_is_captured_no_more() -> None:
+    half = scheduler()
+    half.plan_saves(scheduled({KEY: "p"}, step=4, ids=([2],)), KEY)
+    half.finish("r")
+    half.plan_saves(later(1, "r", ids=([9],), computed=4), KEY)
+    assert half.take_step() == ConnectorMetadata()
+
+
+@pytest.mark.parametrize(("computed", "window_blocks"), [(0, [4, 5]), (4, [NULL_BLOCK] * 2)])
+def test_a_window_holds_a_prompt_only_if_one_step_computed_it(
+    computed: int, window_blocks: list[int]
+) -> None:
+    half = scheduler(None, 3)
+    output: Any = scheduled({KEY: "p"}, computed=computed, step=5 - computed, ids=([2, 3], [4, 5]))
+    half.plan_saves(output, KEY)
+    (save,) = half.take_step().saves
+    assert save.block_ids == ([2, 3], window_blocks)
