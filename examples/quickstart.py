@@ -21,10 +21,10 @@ from pathlib import Path
 
 import openai
 from awareness_demo.anchors import held_out_dir, install
+from awareness_demo.facts import fact_cases
 from awareness_demo.models import prepare
 
 from awareness_vllm.anchors.corpus import load
-from awareness_vllm.anchors.facts import fact_cases
 from awareness_vllm.cli.format import lines
 from awareness_vllm.files import anchors_dir, default_store, home, models_dir, wmatrices_dir
 from awareness_vllm.models.hf import load_model

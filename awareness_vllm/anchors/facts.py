@@ -1,20 +1,11 @@
-"""Generated texts that state specific facts, and cases that ask for such facts.
-
-Ordinary prose has few specifics that cannot be guessed; a map fitted on it alone keeps the gist and
-loses every name and number. There are texts to fit on (`fact_texts`) and cases to measure on
-(`fact_cases`), which share no name, city, job, code or sentence.
-"""
+"""The people, things and sentence templates of generated texts that state specific facts."""
 
 from __future__ import annotations
 
 import random
-from typing import TypedDict
 
-from awareness_vllm.anchors.words import FIT, MEASURE, Words, words_of
-from awareness_vllm.errors import BadInput
+from awareness_vllm.anchors.words import Words, words_of
 
-CASE_CHARACTERS = 900
-KINDS = ("city", "job", "code")
 Line = tuple[dict[str, str] | None, str]
 """The person that a sentence is about, None for filler, and the sentence's template."""
 
@@ -40,14 +31,6 @@ To reach {who}, dial extension {code}.|{code} is the membership number of {who}.
 The parcel for {who} has the pickup number {code}.
 At the desk, {who} gave the code {code} and was let in.
 """
-THING = """
-{who} bought a {colour} {thing} for {price} dollars.|{who} owns a {colour} {thing}.
-The {colour} {thing} in the hall belongs to {who}.
-{who} paid {price} dollars for the {thing}, which is {colour}.
-The {thing} that {who} lost was {colour}.
-For the birthday on {date}, {who} received a {colour} {thing}.
-{who} sold the old {thing} and kept the {colour} one, worth {price} dollars.
-"""
 DATE = """
 {who} was hired on {date}, {year}.|The appointment of {who} is on {date}.
 {who} was born on {date}, {year}.|On {date}, {who} leaves for {city}.
@@ -61,15 +44,6 @@ It took longer than anyone had expected.|A copy was kept in the office.
 Much has changed since then, and much has not.|Those who were there remember it well.
 The details were checked twice.|Some of the neighbours tell it differently.|The bus was late again.
 Several questions were left for another day.|It rained in the afternoon.
-"""
-OPENING = """
-Notes on some of our members.|From the register.|What the visitors told us.
-A few people worth knowing.|Minutes of the spring meeting.|Who is who.|Summary of the interviews.
-People on the second floor.
-"""
-RECORD = """
-Name: {name}|City: {city}|Occupation: {job}|Code: {code}|Date: {date}, {year}
-Item: {colour} {thing}|Price: {price} dollars
 """
 THINGS = words_of(
     """
@@ -89,71 +63,6 @@ MONTHS = words_of(
     """
 )
 
-CASE_CITY = """
-{who} moved to {city} years ago and never left.
-{who} spends every evening by the river in {city}.
-You will find {who} in the old quarter of {city}.|{city} has been home to {who} for a decade.
-{who} rents two rooms above a shop in {city}.|Everyone who visits {who} has to travel to {city}.
-"""
-CASE_JOB = """
-{who} makes a living as {a_job}.|{who} found employment as {a_job}.
-{who} is employed as {a_job} these days.|{who} spends the working day as {a_job}.
-It is as {a_job} that {who} pays the bills.|{who} has a reputation as a first-rate {job}.
-"""
-CASE_CODE = """
-The number on the card of {who} reads {code}.|{who} was assigned the code {code}.
-{who} types {code} at the gate.|In the ledger, the code {code} stands next to {who}.
-{code} is the access code that belongs to {who}.|When asked for a code, {who} answers {code}.
-"""
-CASE_FILLER = """
-It is a quiet life, by all accounts.|The evenings are spent reading.|Visitors are always welcome.
-A cousin came to stay for the summer.|There are two cats in the house.
-Nothing else of note happened that year.|Friends say that little has changed.
-The garden needs some work.|Holidays are spent by the sea.|The old car still runs, more or less.
-On Sundays there is soup.|The story could end here.|Nobody in the street has much to complain about.
-The roof was mended before the first snow.|Now and then a postcard arrives from abroad.
-"""
-QUESTIONS = {
-    "city": "\nQuestion: In which city does {name} live?\nAnswer: {name} lives in",
-    "job": "\nQuestion: What is the job of {name}?\nAnswer: {name} works as {article}",
-    "code": "\nQuestion: What is the code of {name}?\nAnswer: The code of {name} is",
-}
-
-
-class Case(TypedDict):
-    """A question about a context. `question` ends where `answer` continues, with a leading blank;
-    `kind` is one of KINDS."""
-
-    context: str
-    question: str
-    answer: str
-    kind: str
-
-
-def fact_texts(count: int, seed: int, characters: int = 1500) -> list[str]:
-    """`count` documents of about `characters` characters, each about several people and things.
-
-    Raises:
-        BadInput: `count` is negative or `characters` is not positive.
-    """
-    if count < 0 or characters < 1:
-        raise BadInput("cannot write fact texts", found=(count, characters), expected="counts")
-    return [_text(random.Random(f"fit {seed} {i}"), characters) for i in range(count)]
-
-
-def fact_cases(count: int, seed: int) -> list[Case]:
-    """`count` cases, of the kinds city, job and code in turn.
-
-    Each context has about 900 characters and states city, job and code of three people; the
-    question asks for one of these nine facts in other words.
-
-    Raises:
-        BadInput: `count` is negative.
-    """
-    if count < 0:
-        raise BadInput("cannot write fact cases", found=count, expected="0 or more")
-    return [_case(random.Random(f"measure {seed} {i}"), KINDS[i % 3]) for i in range(count)]
-
 
 def is_case_code(code: int) -> bool:
     """Whether a four-digit code is reserved for cases: one in seven, and none in the texts."""
@@ -170,7 +79,7 @@ def with_article(job: str) -> str:
     return ("an " if job[0] in "aeiou" else "a ") + job
 
 
-def _person(rng: random.Random, words: Words, *, for_case: bool) -> dict[str, str]:
+def make_person(rng: random.Random, words: Words, *, for_case: bool) -> dict[str, str]:
     code = rng.randrange(1000, 10000)
     while is_case_code(code) != for_case:
         code = rng.randrange(1000, 10000)
@@ -184,7 +93,7 @@ def _person(rng: random.Random, words: Words, *, for_case: bool) -> dict[str, st
     }
 
 
-def _details(rng: random.Random) -> dict[str, str]:
+def make_details(rng: random.Random) -> dict[str, str]:
     return {
         "thing": rng.choice(THINGS),
         "colour": rng.choice(COLOURS),
@@ -195,78 +104,11 @@ def _details(rng: random.Random) -> dict[str, str]:
     }
 
 
-def _text(rng: random.Random, characters: int) -> str:
-    parts = [rng.choice(sentences(OPENING))]
-    while sum(map(len, parts)) + len(parts) < characters:
-        write = rng.choices((_paragraph, _list, _record), (6, 1, 1))[0]
-        parts.append(write(rng))
-    return "\n\n".join(parts)
-
-
-def _paragraph(rng: random.Random) -> str:
-    """Prose about one person, or about two whose facts are interleaved."""
-    people = [_person(rng, FIT, for_case=False) for _ in range(rng.choice((1, 1, 2)))]
-    lines: list[Line] = []
-    for person in people:
-        blocks = rng.sample((CITY, JOB, CODE, THING, DATE), rng.randrange(3, 6))
-        lines += [(person, rng.choice(sentences(block))) for block in blocks]
-    lines += [(None, line) for line in rng.sample(sentences(FILLER), rng.randrange(1, 3))]
-    if rng.random() < 0.5:
-        rng.shuffle(lines)
-    return fill_templates(rng, lines)
-
-
-def _list(rng: random.Random) -> str:
-    """One line for each of several people."""
-    people = [_person(rng, FIT, for_case=False) for _ in range(rng.randrange(3, 7))]
-    line = rng.choice(
-        (
-            "- {name}, {job}, {city} ({code})",
-            "{name}: {city}, {code}",
-            "* {code} – {name} – {job}",
-            "{name} | {job} | {city} | {code}",
-        )
-    )
-    return "\n".join(line.format(**person) for person in people)
-
-
-def _record(rng: random.Random) -> str:
-    """Key-value lines about one person."""
-    person = _person(rng, FIT, for_case=False) | _details(rng)
-    lines = sentences(RECORD)
-    chosen = [lines[0], *rng.sample(lines[1:], rng.randrange(3, len(lines)))]
-    return "\n".join(chosen).format(**person)
-
-
-def _case(rng: random.Random, kind: str) -> Case:
-    people = distinct_people(rng, MEASURE, for_case=True)
-    fillers = sentences(CASE_FILLER)
-    rng.shuffle(fillers)
-    paragraphs: list[list[Line]] = [
-        [(person, rng.choice(sentences(block))) for block in (CASE_CITY, CASE_JOB, CASE_CODE)]
-        for person in people
-    ]
-    for paragraph in paragraphs:
-        rng.shuffle(paragraph)
-
-    def context() -> str:
-        # The same draws each time, so that only the filler added below changes the length.
-        fixed = random.Random(0)
-        return "\n\n".join(fill_templates(fixed, paragraph) for paragraph in paragraphs)
-
-    while fillers and len(context()) < CASE_CHARACTERS:
-        paragraph = min(paragraphs, key=len)
-        paragraph.insert(rng.randrange(1, len(paragraph) + 1), (None, fillers.pop()))
-    person = rng.choice(people)
-    question = QUESTIONS[kind].format(name=person["name"], article=person["a_job"].split(" ")[0])
-    return Case(context=context(), question=question, answer=f" {person[kind]}", kind=kind)
-
-
 def distinct_people(rng: random.Random, words: Words, *, for_case: bool) -> list[dict[str, str]]:
     """Three people without a common name, city, job or code, so that one answer is right."""
     people: list[dict[str, str]] = []
     while len(people) < 3:
-        person = _person(rng, words, for_case=for_case)
+        person = make_person(rng, words, for_case=for_case)
         taken = {word for other in people for word in _values(other)}
         if not taken & _values(person):
             people.append(person)
@@ -289,6 +131,6 @@ def fill_templates(rng: random.Random, lines: list[Line]) -> str:
         short = name in known and rng.random() < 0.7
         known.add(name)
         # A person's own facts win over the details.
-        values = _details(rng) | person | {"who": name.split()[0] if short else name}
+        values = make_details(rng) | person | {"who": name.split()[0] if short else name}
         filled.append(template.format(**values))
     return " ".join(filled)

@@ -1,6 +1,7 @@
-"""Names, cities and jobs for generated facts: one set to fit on, another to measure on.
+"""Names, cities and jobs of the generated facts that maps are fitted on.
 
-No word is in both sets, so that a fact of an evaluation cannot be remembered from the fit.
+Those that the demo measures on share no word with them: no fact of an evaluation can be remembered
+from the fit.
 """
 
 from __future__ import annotations
@@ -89,56 +90,6 @@ FIT = Words(
         glazier goldsmith grocer hairdresser historian illustrator inspector instructor
         interpreter inventor investor janitor jeweller jockey joiner journalist judge juggler
         laborer landlord lawyer lecturer
-        """
-    ),
-)
-
-MEASURE = Words(
-    first=words_of(
-        """
-        Maya Melissa Mara Michael Miguel Mila Mohammed Mona Monica Nadia Naomi Natalie Nathan
-        Neil Nicholas Nicole Nigel Nina Noah Nora Olga Oliver Olivia Omar Oscar Otto Owen Pablo
-        Pamela Patricia Patrick Paula Pedro Peter Petra Philip Priya Quentin Rachel Rafael Ralph
-        Ramona Raymond Rebecca Regina Richard Rita Robert Rosa Rowan Ruben Rupert Ruth Samuel
-        Sandra Sarah Sebastian Selma Silvia Simon Sofia Stella Stephen Susan Sven Tamara Teresa
-        Theodore Thomas Tobias Ursula Valerie Vera Victor Viola Walter Wendy William Yasmin
-        Yusuf Zoe
-        """
-    ),
-    last=words_of(
-        """
-        Macdonald Mackenzie Maldonado Marsh Marshall Mason Maxwell Mccarthy Medina Mendez Meyer
-        Miller Mitchell Moore Morales Moreno Morgan Morris Morrison Mueller Murphy Murray
-        Nakamura Navarro Nelson Newman Nguyen Nielsen Nolan Novak Okafor Oliveira Olsen Ortega
-        Osborne Palmer Parker Patel Pearson Pereira Perkins Peterson Phillips Popov Porter
-        Powell Quinn Ramirez Ramsey Reed Reeves Reyes Reynolds Richter Riley Rivera Roberts
-        Robinson Rossi Russell Sanders Santos Sato Schmidt Schneider Scott Shaw Silva Simmons
-        Singh Sinclair Steiner Stewart Stone Sullivan Suzuki Tanaka Taylor Thompson Torres
-        Tucker Turner Vargas Vaughan Wagner Walsh Watson Weber Whitaker Wong Wright Yamada Young
-        Zimmerman
-        """
-    ),
-    cities=words_of(
-        """
-        Oakland Odessa Omaha Orlando Osaka Oslo Ottawa Oxford Palermo Paris Perth Philadelphia
-        Phoenix Pisa Pittsburgh Plymouth Portland Porto Poznan Prague Preston Pretoria Quebec
-        Quito Rabat Reykjavik Richmond Riga Rochester Rome Rotterdam Sacramento Salzburg
-        Santiago Sarajevo Seattle Seoul Seville Shanghai Sheffield Singapore Southampton
-        Stockholm Strasbourg Stuttgart Swansea Sydney Taipei Tallinn Tampa Tbilisi Tehran Tokyo
-        Toledo Toronto Toulouse Trieste Tripoli Tucson Tunis Turin Uppsala Utrecht Valencia
-        Vancouver Venice Verona Vienna Vilnius Warsaw Washington Wellington Winnipeg Wuhan York
-        Zagreb Zurich Lisbon
-        """
-    ),
-    jobs=words_of(
-        """
-        librarian locksmith machinist magician manager mathematician mechanic merchant
-        meteorologist midwife miner musician navigator notary novelist nurse optician painter
-        paramedic pharmacist philosopher photographer physicist pianist pilot plasterer plumber
-        poet potter printer professor programmer psychologist publisher receptionist reporter
-        roofer sailor salesman sculptor secretary shepherd singer soldier statistician surgeon
-        surveyor tailor teacher translator undertaker veterinarian violinist waiter watchmaker
-        weaver welder zoologist
         """
     ),
 )

@@ -20,10 +20,10 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from awareness_demo.facts import fact_cases, fact_texts
 from awareness_demo.mathematics import mathematics
 from awareness_demo.sources import ANCHORS, DOMAINS, HELD_OUT, Source
 from awareness_vllm.anchors.corpus import MINIMUM, Document
-from awareness_vllm.anchors.facts import fact_cases, fact_texts
 from awareness_vllm.errors import BadInput
 from awareness_vllm.files import anchors_dir, atomic_write, home
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+from awareness_demo.facts import fact_cases
 from harness import NEAR_TIE, Server, captured, serving
 
-from awareness_vllm.anchors.facts import fact_cases
 from awareness_vllm.compatibility.estimate import predict
 from awareness_vllm.wmatrix.certificate import TAIL
 from awareness_vllm.wmatrix.registry import WMatrixEntry

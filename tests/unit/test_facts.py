@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 
 import pytest
+from awareness_demo.facts import MEASURE, fact_cases, fact_texts
 
 from awareness_vllm.anchors import facts
-from awareness_vllm.anchors.facts import fact_cases, fact_texts, sentences
-from awareness_vllm.anchors.words import FIT, MEASURE
+from awareness_vllm.anchors.facts import sentences
+from awareness_vllm.anchors.words import FIT
 from awareness_vllm.errors import BadInput
 
 pytestmark = pytest.mark.unit
