@@ -8,10 +8,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 STAMP := $(VENV)/.install-stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help install models anchors browser demo test unit engine families gpu lint clean
+.PHONY: help install models anchors browser demo test unit engine nightly families gpu lint clean
 
 help:
-	@echo "make demo | test | unit | engine | families | gpu | lint | install | models | anchors | browser | clean"
+	@echo "make demo | test | unit | engine | nightly | families | gpu | lint | install | models | anchors | browser | clean"
 
 $(STAMP): pyproject.toml demo/pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not installed; set PYTHON to a Python 3.11"; exit 1; }
@@ -52,15 +52,27 @@ browser:
 	    { echo "chromium cannot be installed with apt-get: install it by other means and have it on the PATH"; exit 1; }; \
 	}
 
+# Two processes for what needs no engine, of one thread each: of two, they would wait for each other.
+UNIT := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+ENGINE := $(BIN)/python -m pytest
+
+# All of it even where the first part fails; the status is the first failure's.
 test: $(STAMP) models anchors browser
-	@$(BIN)/python -m pytest -m "not gpu and not nightly"
+	@status=0; \
+	$(UNIT) -m "unit and not nightly" || status=$$?; \
+	$(ENGINE) -m "(engine or browser) and not nightly" || { last=$$?; [ $$status != 0 ] || status=$$last; }; \
+	exit $$status
 
 unit: $(STAMP)
-	@# One thread each: two processes of two threads would wait for each other.
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "unit and not slow" -n 2 --dist loadfile
+	@$(UNIT) -m "unit and not slow and not nightly"
 
 engine: $(STAMP) models anchors
-	@$(BIN)/python -m pytest -m "engine and not nightly"
+	@$(ENGINE) -m "engine and not nightly"
+
+nightly: $(STAMP) models anchors
+	@echo "[nightly] the default fit and its floors, every family, the benchmarks' own tests: some 30 minutes"
+	@$(PIP) install -e '.[bench]'
+	@$(ENGINE) -m nightly
 
 families: $(STAMP)
 	@echo "[families] every family that vLLM serves, a tiny model each: some minutes"

@@ -91,15 +91,9 @@ def attribute(
     Raises:
         BadInput: the map's tokens are not the target's, or there are too few texts or anchors.
     """
-    found = load(wmatrix)
-    manifest = found.manifest
-    if not manifest.reads_tokens:
-        raise BadInput(
-            "the loss of a map without text cannot be attributed",
-            found="a map that gives a row for each of the source's tokens",
-            expected="one that reads the target's tokens: only these have true states",
-        )
-    harness = EvalHarness(Path(source), Path(target), found)
+    served = map_with_text(wmatrix)
+    manifest = served.manifest
+    harness = EvalHarness(Path(source), Path(target), served)
     by_length = {
         length: cut(harness, texts, length, continuation, limit)
         for length, limit in sorted(contexts.items())
@@ -112,7 +106,7 @@ def attribute(
     with open_checkpoint(folder, json.dumps(key)) as work:
         maps, rows = fitted(reader, documents, manifest.rank, tokens, work, progress=progress)
         lost_at = {
-            length: lost(harness, found, reader, maps, cuts, progress=progress)
+            length: lost(harness, served, reader, maps, cuts, progress=progress)
             for length, cuts in by_length.items()
         }
     return Degradation(
@@ -126,6 +120,22 @@ def attribute(
         hardware=hardware(),
         versions=versions(),
     )
+
+
+def map_with_text(path: Path) -> WMatrix:
+    """The W-Matrix of a file.
+
+    Raises:
+        BadInput: its rows are the source's tokens.
+    """
+    wmatrix = load(path)
+    if not wmatrix.manifest.reads_tokens:
+        raise BadInput(
+            "the loss of a map without text cannot be attributed",
+            found="a map that gives a row for each of the source's tokens",
+            expected="one that reads the target's tokens: only these have true states",
+        )
+    return wmatrix
 
 
 def fitted(

@@ -31,108 +31,118 @@ CONFIGS = (
 )
 
 
+@triton.jit
+def standardised(x, mean, scale, feature, real, used):
+    """x [ROWS, N], less the mean and times the scale of each feature [N]; 0 where not used."""
+    middle = tl.load(mean + feature, mask=real, other=0.0)
+    unit = tl.load(scale + feature, mask=real, other=0.0)
+    return tl.where(used, (x - middle[None, :]) * unit[None, :], 0.0)
+
+
+@triton.jit
+def product(total, x, weight, feature, real, rank, column, DOT: tl.constexpr):
+    """total [ROWS, COLUMNS] and the product of x [ROWS, N] with the weight of its features [N]."""
+    w = tl.load(
+        weight + feature[:, None] * rank + column[None, :],
+        mask=real[:, None] & (column < rank)[None, :],
+        other=0.0,
+    )
+    return tl.dot(narrow(x, w.dtype).to(DOT), w.to(DOT), total, input_precision="ieee")
+
+
+@triton.jit
+def add_states(
+    total, field, mean, scale, weight, place, seen, rank, column,
+    STATE: tl.constexpr, PAIRS: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """total [ROWS, COLUMNS] and what one head's states of the tokens at `place` [ROWS] add."""
+    pair = tl.arange(0, PAIRS)
+    states = tl.load(field).to(tl.pointer_type(STATE))
+    token_stride, dim_stride = tl.load(field + 1), tl.load(field + 2)
+    begin, half = tl.load(field + 3), tl.load(field + 4)
+    rotated, interleaved = tl.load(field + 5), tl.load(field + 6)
+    first, second = paired(pair, rotated, half, interleaved)
+    real = pair < half
+    used = seen[:, None] & real[None, :]
+    at = states + place[:, None] * token_stride
+    a = tl.load(at + first[None, :] * dim_stride, mask=used, other=0.0).to(tl.float32)
+    b = tl.load(at + second[None, :] * dim_stride, mask=used, other=0.0).to(tl.float32)
+    if rotated > 0:
+        cos_sin = used & (pair < rotated)[None, :]
+        c, d = angles(field + 7, place[:, None] * rotated + pair[None, :], cos_sin)
+        norm = c * c + d * d
+        a, b = (a * c + b * d) / norm, (b * c - a * d) / norm
+    one, two = begin + first, begin + second
+    a = standardised(a, mean, scale, one, real, used)
+    b = standardised(b, mean, scale, two, real, used)
+    total = product(total, a, weight, one, real, rank, column, DOT)
+    return product(total, b, weight, two, real, rank, column, DOT)
+
+
+@triton.jit
+def embedded(embedding, stride, token, known, dim, embed):
+    """Some dims [DEPTH] of tokens' [ROWS] embeddings in float32; 0 for those not known."""
+    mask = known[:, None] & (dim < embed)[None, :]
+    return tl.load(embedding + token[:, None] * stride + dim[None, :], mask=mask, other=0.0).to(
+        tl.float32
+    )
+
+
+@triton.jit
+def add_embeddings(
+    total, embedding, embedding_stride, mean, scale, weight, token, known, live, first_feature,
+    embed, rank, column,
+    ROWS: tl.constexpr, DEPTH: tl.constexpr, DOT: tl.constexpr, EPS: tl.constexpr,
+):  # fmt: skip
+    """total [ROWS, COLUMNS] and what the normalised embeddings of one token a row [ROWS] add."""
+    squares = tl.zeros((ROWS,), tl.float32)
+    for begin in range(0, embed, DEPTH):
+        dim = begin + tl.arange(0, DEPTH)
+        e = embedded(embedding, embedding_stride, token, known, dim, embed)
+        squares += tl.sum(e * e, axis=1)
+    norm = tl.rsqrt(squares / embed + EPS)
+    for begin in range(0, embed, DEPTH):
+        dim = begin + tl.arange(0, DEPTH)
+        real = dim < embed
+        e = embedded(embedding, embedding_stride, token, known, dim, embed)
+        used = live[:, None] & real[None, :]
+        feature = first_feature + dim
+        e = standardised(e * norm[:, None], mean, scale, feature, real, used)
+        total = product(total, e, weight, feature, real, rank, column, DOT)
+    return total
+
+
 @triton.jit(do_not_specialize=["tokens", "sink"])
 def encode_kernel(
-    segments,
-    count,
-    source,
-    masked,
-    ids,
-    embedding,
-    embedding_stride,
-    mean,
-    scale,
-    weight,
-    latent,
-    tokens,
-    rank,
-    width,
-    embed,
-    predecessors,
-    sink,
-    STATE: tl.constexpr,
-    FIELDS: tl.constexpr,
-    PAIRS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    DOT: tl.constexpr,
-    EPS: tl.constexpr,
-):
+    segments, count, source, masked, ids, embedding, embedding_stride, mean, scale, weight, latent,
+    tokens, rank, width, embed, predecessors, sink,
+    STATE: tl.constexpr, FIELDS: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, DOT: tl.constexpr, EPS: tl.constexpr,
+):  # fmt: skip
     """One tile [ROWS, COLUMNS] of the latent: the states head by head, then the embeddings."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    live, wanted = row < tokens, column < rank
+    live = row < tokens
     place = tl.load(source + row, mask=live, other=0)
     seen = live & (tl.load(masked + row, mask=live, other=1) == 0)
-    pair = tl.arange(0, PAIRS)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for s in range(count):
-        field = segments + s * FIELDS
-        states = tl.load(field).to(tl.pointer_type(STATE))
-        token_stride, dim_stride = tl.load(field + 1), tl.load(field + 2)
-        begin, half = tl.load(field + 3), tl.load(field + 4)
-        rotated, interleaved = tl.load(field + 5), tl.load(field + 6)
-        first, second = paired(pair, rotated, half, interleaved)
-        real = pair < half
-        used = seen[:, None] & real[None, :]
-        at = states + place[:, None] * token_stride
-        a = tl.load(at + first[None, :] * dim_stride, mask=used, other=0.0).to(tl.float32)
-        b = tl.load(at + second[None, :] * dim_stride, mask=used, other=0.0).to(tl.float32)
-        if rotated > 0:
-            cos_sin = used & (pair < rotated)[None, :]
-            c, d = angles(field + 7, place[:, None] * rotated + pair[None, :], cos_sin)
-            norm = c * c + d * d
-            a, b = (a * c + b * d) / norm, (b * c - a * d) / norm
-        one, two = begin + first, begin + second
-        middle = tl.load(mean + one, mask=real, other=0.0)
-        unit = tl.load(scale + one, mask=real, other=0.0)
-        a = tl.where(used, (a - middle[None, :]) * unit[None, :], 0.0)
-        middle = tl.load(mean + two, mask=real, other=0.0)
-        unit = tl.load(scale + two, mask=real, other=0.0)
-        b = tl.where(used, (b - middle[None, :]) * unit[None, :], 0.0)
-        there = real[:, None] & wanted[None, :]
-        w = tl.load(weight + one[:, None] * rank + column[None, :], mask=there, other=0.0)
-        total = tl.dot(narrow(a, w.dtype).to(DOT), w.to(DOT), total, input_precision="ieee")
-        w = tl.load(weight + two[:, None] * rank + column[None, :], mask=there, other=0.0)
-        total = tl.dot(narrow(b, w.dtype).to(DOT), w.to(DOT), total, input_precision="ieee")
+        total = add_states(
+            total, segments + s * FIELDS, mean, scale, weight, place, seen, rank, column,
+            STATE, PAIRS, DOT,
+        )  # fmt: skip
     for j in range(predecessors + 1):
         at = row + sink - j
         known = live & (at >= 0)
         token = tl.load(ids + at, mask=known, other=0)
-        squares = tl.zeros((ROWS,), tl.float32)
-        for begin in range(0, embed, DEPTH):
-            dim = begin + tl.arange(0, DEPTH)
-            e = tl.load(
-                embedding + token[:, None] * embedding_stride + dim[None, :],
-                mask=known[:, None] & (dim < embed)[None, :],
-                other=0.0,
-            ).to(tl.float32)
-            squares += tl.sum(e * e, axis=1)
-        norm = tl.rsqrt(squares / embed + EPS)
-        for begin in range(0, embed, DEPTH):
-            dim = begin + tl.arange(0, DEPTH)
-            real = dim < embed
-            e = tl.load(
-                embedding + token[:, None] * embedding_stride + dim[None, :],
-                mask=known[:, None] & real[None, :],
-                other=0.0,
-            ).to(tl.float32)
-            feature = width + j * embed + dim
-            middle = tl.load(mean + feature, mask=real, other=0.0)
-            unit = tl.load(scale + feature, mask=real, other=0.0)
-            e = (e * norm[:, None] - middle[None, :]) * unit[None, :]
-            e = tl.where(live[:, None] & real[None, :], e, 0.0)
-            w = tl.load(
-                weight + feature[:, None] * rank + column[None, :],
-                mask=real[:, None] & wanted[None, :],
-                other=0.0,
-            )
-            total = tl.dot(narrow(e, w.dtype).to(DOT), w.to(DOT), total, input_precision="ieee")
+        total = add_embeddings(
+            total, embedding, embedding_stride, mean, scale, weight, token, known, live,
+            width + j * embed, embed, rank, column, ROWS, DEPTH, DOT, EPS,
+        )  # fmt: skip
     tl.store(
         latent + row[:, None] * rank + column[None, :],
         narrow(total, latent.dtype.element_ty),
-        mask=live[:, None] & wanted[None, :],
+        mask=live[:, None] & (column < rank)[None, :],
     )
 
 

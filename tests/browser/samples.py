@@ -30,6 +30,47 @@ def interval(mean: float, below: float = 0.0, above: float | None = None) -> Int
     return Interval(mean=mean, ci_low=mean - below, ci_high=mean + above)
 
 
+CONDITIONS = {
+    "native": {"nll": 2.903, "kl": 0.0, "top1": 1.0, "exact_match": 0.75},
+    "memory": {"nll": 3.005, "kl": 0.167, "top1": 0.816, "exact_match": 0.44},
+    "memory_tail_48": {"nll": 2.953, "kl": 0.083, "top1": 0.865, "exact_match": 0.42},
+    "tokens_only": {"nll": 3.716, "kl": 0.86, "top1": 0.621, "exact_match": 0.0},
+    "wrong_memory": {"nll": 4.161, "kl": 1.309, "top1": 0.539, "exact_match": 0.0},
+    "none": {"nll": 3.865, "kl": 1.01, "top1": 0.607},
+}
+CURVES = (
+    Curve(
+        tail=0,
+        contexts=(300, 1000, 2000),
+        retention=(interval(0.894, 0.028), interval(0.84, 0.04), interval(0.778, 0.07)),
+    ),
+    Curve(
+        tail=48,
+        contexts=(300, 1000, 2000),
+        retention=(interval(0.948, 0.023), interval(0.912, 0.027), interval(0.853, 0.06)),
+    ),
+    Curve(
+        tail=320,
+        contexts=(1000, 2000),
+        retention=(interval(0.982, 0.02), interval(0.905, 0.065)),
+    ),
+)
+KINDS = {
+    "crawl": interval(0.909, 0.04),
+    "wordnet": interval(0.883, 0.04),
+    "debian-history-of-the-project": interval(0.844, 0.006),
+    HOSTILE: interval(0.62, 0.1),
+}
+SHARES = (
+    Share(source="dimensional projection", share=interval(0.08, 0.03), prior=0.30),
+    Share(source="head redistribution", share=interval(0.21, 0.05), prior=0.25),
+    Share(source="positional re-encoding", share=interval(0.62, 0.08), prior=0.20),
+    Share(source="layer depth mismatch", share=interval(0.13, 0.05), prior=0.15),
+    Share(source="activation mismatch", share=interval(-0.09, 0.04), prior=0.10),
+    Share(source=REMAINDER, share=interval(0.05, 0.02), prior=None),
+)
+
+
 def full(basis: Basis | None = MEASURED, name: str = "smollm2-135m") -> CompatibilityReport:
     """A report in which everything is known."""
     return CompatibilityReport(
@@ -61,45 +102,10 @@ def full(basis: Basis | None = MEASURED, name: str = "smollm2-135m") -> Compatib
             Action(description="Fit with more anchors", gain=0.012, basis="estimated"),
             Action(description="Route through a third model", gain=None, basis="estimated"),
         ),
-        conditions={
-            "native": {"nll": 2.903, "kl": 0.0, "top1": 1.0, "exact_match": 0.75},
-            "memory": {"nll": 3.005, "kl": 0.167, "top1": 0.816, "exact_match": 0.44},
-            "memory_tail_48": {"nll": 2.953, "kl": 0.083, "top1": 0.865, "exact_match": 0.42},
-            "tokens_only": {"nll": 3.716, "kl": 0.86, "top1": 0.621, "exact_match": 0.0},
-            "wrong_memory": {"nll": 4.161, "kl": 1.309, "top1": 0.539, "exact_match": 0.0},
-            "none": {"nll": 3.865, "kl": 1.01, "top1": 0.607},
-        },
-        curves=(
-            Curve(
-                tail=0,
-                contexts=(300, 1000, 2000),
-                retention=(interval(0.894, 0.028), interval(0.84, 0.04), interval(0.778, 0.07)),
-            ),
-            Curve(
-                tail=48,
-                contexts=(300, 1000, 2000),
-                retention=(interval(0.948, 0.023), interval(0.912, 0.027), interval(0.853, 0.06)),
-            ),
-            Curve(
-                tail=320,
-                contexts=(1000, 2000),
-                retention=(interval(0.982, 0.02), interval(0.905, 0.065)),
-            ),
-        ),
-        kinds={
-            "crawl": interval(0.909, 0.04),
-            "wordnet": interval(0.883, 0.04),
-            "debian-history-of-the-project": interval(0.844, 0.006),
-            HOSTILE: interval(0.62, 0.1),
-        },
-        degradation=(
-            Share(source="dimensional projection", share=interval(0.08, 0.03), prior=0.30),
-            Share(source="head redistribution", share=interval(0.21, 0.05), prior=0.25),
-            Share(source="positional re-encoding", share=interval(0.62, 0.08), prior=0.20),
-            Share(source="layer depth mismatch", share=interval(0.13, 0.05), prior=0.15),
-            Share(source="activation mismatch", share=interval(-0.09, 0.04), prior=0.10),
-            Share(source=REMAINDER, share=interval(0.05, 0.02), prior=None),
-        ),
+        conditions=CONDITIONS,
+        curves=CURVES,
+        kinds=KINDS,
+        degradation=SHARES,
     )
 
 

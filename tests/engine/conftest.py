@@ -1,4 +1,4 @@
-"""Real models, a real W-Matrix and real servers: one server per module."""
+"""Real models, real W-Matrices and real servers: one server per module."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from pathlib import Path
 import pytest
 from awareness_demo.anchors import held_out_dir, install
 from awareness_demo.models import prepare
-from harness import CLI
+from harness import CLI, captured
 
 from awareness_vllm.anchors.corpus import load
-from awareness_vllm.files import anchors_dir, wmatrices_dir
+from awareness_vllm.files import anchors_dir, home, wmatrices_dir
 from awareness_vllm.models.tokens import load_tokenizer, tokenize
 from awareness_vllm.wmatrix.manifest import is_readable
+
+SMALL = ("--tokens", 8000, "--layers", 6, "--rank", 256, "--calibration", 32)
+"""A fit of two minutes on two cores instead of eight. Its memories are worth far more than their
+tokens; how much they keep is for the full fit to say."""
 
 
 @pytest.fixture(scope="session")
@@ -34,11 +38,21 @@ def gemma3(models: dict[str, Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def wmatrix(smollm2: Path, gemma3: Path) -> Path:
-    """SmolLM2 → Gemma-3, fitted with the defaults unless `make demo` has done so."""
-    path = wmatrices_dir() / "smollm2-135m--gemma3-270m.wmatrix"
+    """SmolLM2 → Gemma-3 by a small fit, kept for the next run."""
+    recipe = "".join(str(word).replace("--", "-") for word in SMALL)
+    return fitted(smollm2, gemma3, home() / "tests" / f"small{recipe}.wmatrix", SMALL)
+
+
+@pytest.fixture(scope="session")
+def full_wmatrix(smollm2: Path, gemma3: Path) -> Path:
+    """SmolLM2 → Gemma-3 as `make demo` fits it, unless it has done so."""
+    return fitted(smollm2, gemma3, wmatrices_dir() / "smollm2-135m--gemma3-270m.wmatrix")
+
+
+def fitted(source: Path, target: Path, path: Path, flags: tuple[object, ...] = ()) -> Path:
     if not is_readable(path):
         install()
-        command = [*CLI, "fit", "--source", smollm2, "--target", gemma3]
+        command = [*CLI, "fit", "--source", source, "--target", target, *flags]
         command += ["--anchors", anchors_dir(), "--out", path]
         subprocess.run(list(map(str, command)), check=True)
     return path
@@ -56,3 +70,18 @@ def document(gemma3: Path) -> Callable[[int, int], str]:
         return text.encode()[begin:end].decode()
 
     return stretch
+
+
+@pytest.fixture(scope="session")
+def own_memories(
+    models: dict[str, Path],
+    document: Callable[[int, int], str],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, tuple[Path, str]]:
+    """A memory of each model, captured by vLLM itself, and its text."""
+    store = tmp_path_factory.mktemp("own") / "store"
+    found = {}
+    for name, text in (("smollm2-135m", document(400, 1)), ("gemma3-270m", document(300, 2))):
+        memory = captured(models[name], text, store, "--engine", "vllm")
+        found[name] = store / f"{memory}.safetensors", text
+    return found

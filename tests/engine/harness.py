@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
 import socket
@@ -13,7 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import openai
+import psutil
+from openai.types.completion_choice import Logprobs
 
+from awareness_vllm.models.hf import load_model
+from awareness_vllm.packages.capture import capture
+from awareness_vllm.packages.file import publish
 from awareness_vllm.serving.secret import SECRET
 
 CLI = (sys.executable, "-m", "awareness_vllm.cli.main")
@@ -40,12 +47,32 @@ def awareness(*args: object) -> Run:
 
 
 def captured(model: Path, text: str, store: Path, *flags: str) -> str:
-    """Capture a text into a store; the memory's ID."""
+    """Capture a text into a store; the memory's ID. Without flags it is done in this process, whose
+    models stay loaded; with flags by `awareness capture`."""
+    if not flags:
+        return publish(capture(model, text, model=loaded(model)), store).stem
     file = store.parent / "text.txt"
     file.write_text(text)
     run = awareness("capture", "--model", model, "--text", file, "--store", store, *flags)
     assert run.status == 0, run.stderr[-3000:]
     return run.out["id"]
+
+
+loaded = functools.cache(load_model)
+
+
+def parting(native: Logprobs, other: Logprobs) -> float:
+    """How far two greedy answers to the same tokens part.
+
+    0.0 where all tokens agree; else the gap, in nats, between the two tokens at the first
+    difference in the native distribution: a near-tie is rounding, anything else is a fault.
+    """
+    assert native.tokens
+    assert native.top_logprobs
+    for right, found, top in zip(native.tokens, other.tokens, native.top_logprobs, strict=True):
+        if right != found:
+            return top[right] - top.get(found, -float("inf"))
+    return 0.0
 
 
 @dataclass
@@ -63,25 +90,19 @@ class Server:
         )
         return answer.choices[0].text
 
-    def differs_from_native(self, text: str, question: str, memory: str, tokens: int = 64) -> float:
-        """How far greedy answers from a same-model memory and from native prefill part.
-
-        0.0 where all tokens agree; else the gap, in nats, between the two tokens at the first
-        difference in the native distribution: a near-tie is rounding, anything else is a fault.
-        """
-        native, loaded = (
-            self.client.completions.create(
-                model="served", prompt=prompt, max_tokens=tokens, temperature=0, logprobs=5,
-                extra_body=body,
-            ).choices[0].logprobs
-            for prompt, body in ((text + question, {}), (question, {"memory_ids": [memory]}))
+    def logprobs(self, prompt: str, tokens: int = 16, **body: object) -> Logprobs:
+        """The greedy tokens of an answer, and the likeliest at each place."""
+        answer = self.client.completions.create(
+            model="served", prompt=prompt, max_tokens=tokens, temperature=0, logprobs=5,
+            extra_body=body,
         )  # fmt: skip
-        for right, found, top in zip(
-            native.tokens, loaded.tokens, native.top_logprobs, strict=True
-        ):
-            if right != found:
-                return top[right] - top.get(found, -float("inf"))
-        return 0.0
+        assert answer.choices[0].logprobs
+        return answer.choices[0].logprobs
+
+    def differs_from_native(self, text: str, question: str, memory: str, tokens: int = 64) -> float:
+        """How far greedy answers from a same-model memory and from native prefill part."""
+        native = self.logprobs(text + question, tokens)
+        return parting(native, self.logprobs(question, tokens, memory_ids=[memory]))
 
     def first_token(self, prompt: str, **body: object) -> float:
         """Seconds from a streamed request to its first token."""
@@ -97,6 +118,19 @@ class Server:
     def loads(self) -> list[str]:
         """The connector's lines about loads: memory, tokens, temperature."""
         return [line for line in self.log.read_text().splitlines() if "] loaded mem_" in line]
+
+
+@contextlib.contextmanager
+def paused(server: Server) -> Iterator[None]:
+    """Within, the engine's processes stand still; the API's goes on."""
+    processes = psutil.Process(server.process.pid).children(recursive=True)
+    for process in processes:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.resume()
 
 
 def serving(model: Path, store: Path, log: Path, *flags: object) -> Iterator[Server]:

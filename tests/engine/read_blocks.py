@@ -1,14 +1,19 @@
 """Load a memory into an offline engine with the hybrid allocator on, and read its blocks back.
 
-Run as a script, since an engine wants a process of its own: MODEL PACKAGE OUT.
+Run as a script, one engine after another in this process: MODEL PACKAGE OUT …
 """
 
 from __future__ import annotations
 
+import gc
+import os
 import sys
 from pathlib import Path
 
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # a process more would cost as much as an engine
+
 from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
 
 from awareness_vllm.packages.file import read_tokens
 from awareness_vllm.serving.connector.kv_reader import CAPTURE_KEY
@@ -17,9 +22,9 @@ from awareness_vllm.serving.offline import OfflineMemories
 QUESTION = " In a few words, the text above says that there was a"
 
 
-def main(model: str, package: str, out: str) -> None:
-    room = len(read_tokens(Path(package))) + 64
-    memories = OfflineMemories(model, Path(package).parent, capture=True)
+def read_back(model: str, package: Path, out: str) -> None:
+    room = len(read_tokens(package)) + 64
+    memories = OfflineMemories(model, package.parent, capture=True)
     engine = LLM(
         model=model,
         max_model_len=room,
@@ -30,10 +35,14 @@ def main(model: str, package: str, out: str) -> None:
         **memories.engine_args,
     )
     memories.attach(engine)
-    prompt, extra_args = memories.prompt(QUESTION, [Path(package).stem])
+    prompt, extra_args = memories.prompt(QUESTION, [package.stem])
     extra_args["kv_transfer_params"][CAPTURE_KEY] = out
     engine.generate(prompt, SamplingParams(max_tokens=1, extra_args=extra_args))
+    engine.llm_engine.engine_core.shutdown()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    for at in range(1, len(sys.argv), 3):
+        read_back(sys.argv[at], Path(sys.argv[at + 1]), sys.argv[at + 2])
+        gc.collect()
+        cleanup_dist_env_and_memory()

@@ -9,38 +9,55 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import awareness, captured
+from harness import awareness
 from safetensors.torch import load_file
 
-from awareness_vllm.packages.file import read
+from awareness_vllm.packages.file import read, read_tokens
 
 pytestmark = pytest.mark.engine
 
 
-@pytest.mark.parametrize("name", ["smollm2-135m", "gemma3-270m"])
+NAMES = ["smollm2-135m", "gemma3-270m"]
+
+
+@pytest.fixture(scope="module")
+def blocks(
+    models: dict[str, Path],
+    own_memories: dict[str, tuple[Path, str]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str], dict[str, torch.Tensor]]:
+    """A function from a model's name to what its engine's blocks hold of its own memory."""
+    folder = tmp_path_factory.mktemp("blocks")
+    words: list[object] = [sys.executable, Path(__file__).with_name("read_blocks.py")]
+    for name in NAMES:
+        words += [models[name], own_memories[name][0], folder / f"{name}.safetensors"]
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True)
+    said = done.stdout + done.stderr
+
+    def held(name: str) -> dict[str, torch.Tensor]:
+        out, package = folder / f"{name}.safetensors", own_memories[name][0]
+        assert out.is_file(), said[-4000:]
+        assert f"loaded {package.stem}: {len(read_tokens(package))} tokens" in said
+        return load_file(out)
+
+    return held
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_blocks_hold_the_captured_bits(
-    models: dict[str, Path], name: str, document: Callable[[int, int], str], tmp_path: Path
+    own_memories: dict[str, tuple[Path, str]],
+    blocks: Callable[[str], dict[str, torch.Tensor]],
+    name: str,
 ) -> None:
-    memory = captured(models[name], document(300, 2), tmp_path / "store", "--engine", "vllm")
-    package = read(tmp_path / "store" / f"{memory}.safetensors")
-    out = tmp_path / "blocks.safetensors"
-    script = Path(__file__).with_name("read_blocks.py")
-    done = subprocess.run(
-        [sys.executable, script, models[name], tmp_path / "store" / f"{memory}.safetensors", out],
-        capture_output=True,
-        text=True,
-    )
-    assert out.is_file(), done.stdout[-2000:] + done.stderr[-2000:]
-    assert f"loaded {memory}: {package.manifest.tokens} tokens" in done.stdout + done.stderr
-    blocks = load_file(out)
+    package, found = read(own_memories[name][0]), blocks(name)
     for i, states in enumerate(zip(package.keys, package.values, strict=True)):
         for part, state in zip(("key", "value"), states, strict=True):
-            held = blocks[f"layers.{i}.{part}"][: package.manifest.tokens]
+            held = found[f"layers.{i}.{part}"][: package.manifest.tokens]
             assert held.dtype == state.dtype == torch.bfloat16
             assert torch.equal(held.view(torch.int16), state.view(torch.int16)), (i, part)
 
 
-@pytest.mark.parametrize("name", ["smollm2-135m", "gemma3-270m"])
+@pytest.mark.parametrize("name", NAMES)
 def test_captured_by_transformers_is_close(
     models: dict[str, Path], name: str, document: Callable[[int, int], str], tmp_path: Path
 ) -> None:

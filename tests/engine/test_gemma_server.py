@@ -14,10 +14,14 @@ import httpx
 import openai
 import pytest
 from awareness_demo.facts import fact_cases
-from harness import NEAR_TIE, Server, captured, serving
+from harness import NEAR_TIE, Server, captured, parting, paused, serving
 
 from awareness_vllm.compatibility.estimate import predict
+from awareness_vllm.evaluate.conditions import EvalHarness
+from awareness_vllm.models.tokens import load_tokenizer, tokenize
+from awareness_vllm.packages.file import read
 from awareness_vllm.wmatrix.certificate import TAIL
+from awareness_vllm.wmatrix.file import load as load_wmatrix
 from awareness_vllm.wmatrix.registry import WMatrixEntry
 
 pytestmark = pytest.mark.engine
@@ -37,10 +41,13 @@ def server(gemma3: Path, store: Path, wmatrix: Path) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def own(gemma3: Path, store: Path, document: Callable[[int, int], str]) -> tuple[str, str]:
-    """A memory of Gemma-3 itself, longer than its window, captured by vLLM; and its text."""
+def own(server: Server, document: Callable[[int, int], str]) -> tuple[str, str]:
+    """A memory of Gemma-3 itself, longer than its window, captured by the server; and its text."""
     text = document(800, 1)
-    return captured(gemma3, text, store, "--engine", "vllm"), text
+    answer = server.client.completions.create(
+        model="served", prompt=text, max_tokens=1, extra_body={"memory": {"capture": "own"}}
+    )
+    return answer.memory["id"], text
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +70,6 @@ def test_same_model_greedy_is_native(server: Server, own: tuple[str, str]) -> No
         server.differs_from_native(text, question, memory)
         for question in (QUESTION, " It is well known that", " The")
     ]
-    assert 0.0 in gaps
     assert max(gaps) <= NEAR_TIE, gaps
     assert any(memory in line for line in server.loads())
 
@@ -81,6 +87,37 @@ def test_foreign_memory_is_loaded_not_prefilled(server: Server, foreign: tuple[s
     own_tokens = answer.usage.prompt_tokens - answer.usage.prompt_tokens_details.cached_tokens
     assert own_tokens < 40 + TAIL
     assert answer.choices[0].text != server.complete(case["question"], 8)
+
+
+def test_it_says_what_transformers_says(
+    server: Server, store: Path, foreign: tuple[str, dict], wmatrix: Path, gemma3: Path
+) -> None:
+    """The first token after the memory: vLLM's distribution is that of the same map and target in
+    float32, and none of those that the target has after its own tokens alone or after nothing."""
+    memory, case = foreign
+    answer = server.client.completions.create(
+        model="served", prompt=case["question"], max_tokens=1, temperature=0, logprobs=5,
+        extra_body={"memory_ids": [memory]},
+    )  # fmt: skip
+    (served,) = answer.choices[0].logprobs.top_logprobs
+    tokenizer = load_tokenizer(str(gemma3))
+    ids = [*tokenize(tokenizer, case["question"]).ids, 0]
+    harness = EvalHarness(None, gemma3, load_wmatrix(wmatrix))
+    package = read(store / f"{memory}.safetensors")
+    sink = harness.native(harness.ids(package.text)[: harness.sink()])
+    tail = answer.memory["native_tail"]
+    expected = {
+        "memory": harness.logprobs(harness.memory(package), ids, 1, tail),
+        "tokens only": harness.logprobs(harness.memory(package, masked=True), ids, 1, tail),
+        "none": harness.logprobs(sink, ids, 1),
+    }
+    vocabulary = {tokenizer.decode([i]): i for i in range(tokenizer.get_vocab_size())}
+    distance = {
+        arm: max(abs(served[t] - logprobs[0, vocabulary[t]].item()) for t in served)
+        for arm, logprobs in expected.items()
+    }
+    print(distance)
+    assert distance["memory"] <= 0.5 * min(distance["tokens only"], distance["none"]), distance
 
 
 def test_a_check_before_loading(
@@ -117,15 +154,17 @@ def test_a_quality_target_that_no_map_keeps_is_read_natively(
             model="served", prompt=case["question"], max_tokens=8, temperature=0, extra_body=body
         )
 
-    natively = ask()
+    natively = ask(logprobs=5)
     assert natively.memory["plan"] == "recompute"
-    assert natively.choices[0].text == server.complete(case["context"] + case["question"], 8)
+    expected = server.logprobs(case["context"] + case["question"], 8)
+    assert parting(expected, natively.choices[0].logprobs) <= NEAR_TIE
     assert ask(on_low_quality="use").memory["plan"] == "load"
     assert status(lambda: ask(on_low_quality="fail"))[0] == 422
 
 
 def test_streaming_says_the_same(server: Server, foreign: tuple[str, dict]) -> None:
     memory, case = foreign
+    server.complete(case["question"], 8, memory_ids=[memory])  # both then find the same blocks
     stream = server.client.completions.create(
         model="served", prompt=case["question"], max_tokens=8, temperature=0, stream=True,
         extra_body={"memory_ids": [memory]},
@@ -139,9 +178,9 @@ def test_memories_never_leak_into_plain_requests(server: Server, own: tuple[str,
     before = server.complete(QUESTION, 32)
     server.complete(QUESTION, 32, memory_ids=[memory])
     assert server.complete(QUESTION, 32) == before
-    assert server.complete(text + QUESTION, 16) == server.complete(
-        QUESTION, 16, memory_ids=[memory], cache_salt="another caller"
-    )
+    native = server.logprobs(text + QUESTION)
+    loaded = server.logprobs(QUESTION, memory_ids=[memory], cache_salt="another caller")
+    assert parting(native, loaded) <= NEAR_TIE
 
 
 def test_forged_parameters_are_ignored(server: Server, foreign: tuple[str, dict]) -> None:
@@ -215,28 +254,24 @@ def test_a_damaged_package_is_noticed_after_it_was_used(
 def test_a_load_that_fails_is_recomputed(
     server: Server, smollm2: Path, store: Path, document: Callable[[int, int], str], damage: str
 ) -> None:
-    """The file is damaged after the frontend's check, while the engine is at a long prefill."""
-    number = ["gone", "truncated"].index(damage)
-    text = document(300, 3 + number)
+    """The file is damaged between the frontend's check and the engine's load."""
+    text = document(300, ["gone", "truncated"].index(damage) + 3)
     memory = captured(smollm2, text, store)
     path = store / f"{memory}.safetensors"
     kept = shutil.copy(path, path.with_suffix(".kept"))
     failures = server.log.read_text().count("its memory did not load")
-    with ThreadPoolExecutor(3) as pool:
-        busy = [pool.submit(server.complete, document(2000, i + number) + "…", 1) for i in (3, 5)]
-        time.sleep(0.5)
-        asked = pool.submit(server.complete, QUESTION, 16, memory_ids=[memory])
-        time.sleep(1)
-        if damage == "gone":
-            path.unlink()
-        else:
-            os.truncate(path, 4096)
-        answer = asked.result()
-        for request in busy:
-            request.result()
+    with ThreadPoolExecutor(1) as pool:
+        with paused(server):
+            answer = pool.submit(server.logprobs, QUESTION, memory_ids=[memory])
+            time.sleep(2)  # the check takes some milliseconds
+            if damage == "gone":
+                path.unlink()
+            else:
+                os.truncate(path, 4096)
+        recomputed = answer.result()
     shutil.move(kept, path)
     assert server.log.read_text().count("its memory did not load") == failures + 1
-    assert answer == server.complete(text + QUESTION, 16)
+    assert parting(server.logprobs(text + QUESTION), recomputed) <= NEAR_TIE
 
 
 def test_chat_without_a_template_is_vllms_own_error(server: Server) -> None:
@@ -246,12 +281,10 @@ def test_chat_without_a_template_is_vllms_own_error(server: Server) -> None:
         )
 
 
-def test_time_to_first_token(
-    server: Server, smollm2: Path, store: Path, document: Callable[[int, int], str]
-) -> None:
-    """2,000 tokens against native prefill, in one run: floors against regressions, half of what a
-    quiet machine measures (docs/performance-log.md); the bars to reach are hot 20, cold 3."""
-    texts = [document(2000, i) for i in (0, 1, 2)]
+def first_tokens(
+    server: Server, smollm2: Path, store: Path, texts: list[str]
+) -> dict[str, list[float]]:
+    """Seconds to the first token after each text, in turns: read, and loaded from a memory."""
     memories = [captured(smollm2, text, store) for text in texts]
     server.first_token(QUESTION)
     conditions = ("native", "cold", "warm", "hot", "question alone")
@@ -264,8 +297,28 @@ def test_time_to_first_token(
             seconds[temperature].append(
                 server.first_token(QUESTION, memory_ids=[memory], cache_salt=salt)
             )
+    print("time to first token:", seconds)
+    return seconds
+
+
+def test_a_memory_is_loaded_sooner_than_its_text_is_read(
+    server: Server, smollm2: Path, store: Path, document: Callable[[int, int], str]
+) -> None:
+    """Twice at least, where a quiet machine measures twenty times and four."""
+    seconds = first_tokens(server, smollm2, store, [document(2000, 0), document(2000, 1)])
+    assert 2 * min(seconds["hot"]) < min(seconds["native"]), seconds
+    assert min(seconds["cold"]) < min(seconds["native"]), seconds
+
+
+@pytest.mark.nightly
+def test_time_to_first_token(
+    server: Server, smollm2: Path, store: Path, document: Callable[[int, int], str]
+) -> None:
+    """2,000 tokens against native prefill, in one run: floors against regressions, half of what a
+    quiet machine measures (docs/performance-log.md); the bars to reach are hot 20, cold 3."""
+    texts = [document(2000, i) for i in (2, 3, 4)]
+    seconds = first_tokens(server, smollm2, store, texts)
     median = {name: statistics.median(values) for name, values in seconds.items()}
     ratio = {name: median["native"] / value for name, value in median.items()}
-    print("time to first token, 2,000 tokens:", median, ratio)
     assert ratio["hot"] >= 10, ratio
     assert ratio["cold"] >= 2, ratio

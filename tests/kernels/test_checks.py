@@ -113,124 +113,48 @@ def twice(x: Tensor) -> Tensor:
     return torch.cat((x, x), dim=-1)
 
 
-def flat(x: Tensor) -> Tensor:
-    return x.flatten()
-
-
 def nested(x: Tensor) -> Tensor:
     return x[None]
 
 
-HALF, INT, DOUBLE = Tensor.half, Tensor.int, Tensor.double
-
-SHAPES: dict[str, dict[str, list[Change]]] = {
-    "encode_states": {
-        "keys[0]": [flat, narrower],
-        "keys[1]": [flat, nested, narrower, shorter],
-        "values[0]": [shorter, narrower],
-        "cos[0]": [flat, twice, strided],
-        "cos[1]": [flat, twice, strided],
-        "sin[0]": [shorter, narrower, columns],
-        "interleaved[1]": [lambda _: 2, lambda _: -1],
-        "source": [nested, strided, with_last(-1), with_last(6)],
-        "masked": [shorter, nested, strided],
-        "ids": [shorter, nested, strided, with_last(-1), with_last(7)],
-        "embedding": [flat, strided, columns],
-        "mean": [shorter, nested, strided],
-        "scale": [shorter, nested, strided],
-        "weight": [shorter, flat, columns],
-        "predecessors": [lambda _: -2],
-        "sink": [lambda _: -1],
-    },
-    "decode_paged": {
-        "latent": [flat, strided, columns],
-        "weight": [shorter, narrower, flat, columns],
-        "bias": [shorter, nested, strided],
-        "positions": [nested, strided, lambda x: x[: ROWS - 1], with_last(-1), with_last(6)],
-        "cos[1]": [flat, twice, strided],
-        "sin[1]": [shorter, narrower, columns],
-        "interleaved[0]": [lambda _: 2],
-        "sink_keys[0]": [flat, shorter, twice, strided],
-        "sink_values[1]": [flat, shorter, twice, strided],
-        "key_pages[0]": [flat, nested, narrower],
-        "value_pages[1]": [flat, shorter, narrower, lambda x: x[:, :-1]],
-        "slot_mapping[0]": [shorter, nested, strided, with_last(SLOTS), with_last(2**62)],
-        "slot_mapping[1]": [shorter, nested, strided, with_last(SLOTS)],
-        "scales": [shorter, nested, strided],
-    },
-    "rotate_paged": {
-        "key_pages[1]": [flat, nested, narrower],
-        "slot_mapping[0]": [nested, strided, with_last(SLOTS)],
-        "slot_mapping[1]": [shorter, nested, strided, with_last(SLOTS)],
-        "cos[0]": [nested, twice, strided],
-        "sin[1]": [narrower, nested, strided],
-        "interleaved[1]": [lambda _: 2],
-        "scales": [shorter, nested, strided],
-    },
-}
-"""Argument by argument, what is refused with a ValueError."""
-DTYPES: dict[str, dict[str, list[Change]]] = {
-    "encode_states": {
-        "keys[0]": [INT],
-        "keys[1]": [HALF],
-        "values[0]": [HALF],
-        "cos[1]": [HALF],
-        "sin[0]": [HALF],
-        "source": [INT],
-        "masked": [INT],
-        "ids": [INT],
-        "embedding": [INT],
-        "mean": [INT],
-        "scale": [INT],
-        "weight": [INT],
-    },
-    "decode_paged": {
-        "latent": [INT],
-        "weight": [INT],
-        "bias": [INT],
-        "positions": [INT, DOUBLE],
-        "cos[0]": [HALF],
-        "sin[1]": [HALF],
-        "sink_keys[0]": [INT],
-        "sink_values[0]": [HALF],
-        "key_pages[0]": [INT],
-        "key_pages[1]": [HALF],
-        "value_pages[0]": [HALF],
-        "slot_mapping[1]": [INT],
-        "scales": [HALF],
-    },
-    "rotate_paged": {
-        "key_pages[0]": [INT],
-        "key_pages[1]": [HALF],
-        "slot_mapping[0]": [INT],
-        "cos[1]": [HALF],
-        "sin[0]": [HALF],
-        "scales": [HALF],
-    },
-}
+FAULTS: dict[str, tuple[str, str, Change, type[Exception]]] = {
+    "a dim too many": ("encode_states", "weight", nested, ValueError),
+    "a layer's own shape": ("decode_paged", "value_pages[1]", shorter, ValueError),
+    "a shape that follows from another argument": ("encode_states", "mean", shorter, ValueError),
+    "fewer rows than the latent has": (
+        "decode_paged", "positions", lambda x: x[: ROWS - 1], ValueError,
+    ),
+    "an odd head dim": ("rotate_paged", "key_pages[0]", narrower, ValueError),
+    "more angles than pairs": ("rotate_paged", "cos[0]", twice, ValueError),
+    "sines unlike the cosines": ("encode_states", "sin[0]", narrower, ValueError),
+    "gaps between numbers": ("decode_paged", "latent", strided, ValueError),
+    "rows laid by columns": ("encode_states", "embedding", columns, ValueError),
+    "a sink's rows with gaps": ("decode_paged", "sink_keys[0]", strided, ValueError),
+    "an index below all": ("encode_states", "source", with_last(-1), ValueError),
+    "an index beyond all": ("encode_states", "ids", with_last(7), ValueError),
+    "a position beyond the angles": ("decode_paged", "positions", with_last(6), ValueError),
+    "a slot beyond the pages": ("rotate_paged", "slot_mapping[1]", with_last(SLOTS), ValueError),
+    "a slot that would overflow": (
+        "decode_paged", "slot_mapping[0]", with_last(2**62), ValueError,
+    ),
+    "neither true nor false": ("encode_states", "interleaved[1]", lambda _: 2, ValueError),
+    "too small a number": ("encode_states", "predecessors", lambda _: -2, ValueError),
+    "a negative number": ("encode_states", "sink", lambda _: -1, ValueError),
+    "a dtype unlike the other layer's": ("encode_states", "keys[1]", Tensor.half, TypeError),
+    "a dtype unlike the keys'": ("decode_paged", "value_pages[0]", Tensor.half, TypeError),
+    "angles of half precision": ("rotate_paged", "sin[0]", Tensor.half, TypeError),
+    "an index of 32 bits": ("decode_paged", "slot_mapping[1]", Tensor.int, TypeError),
+}  # fmt: skip
+"""For each kind of fault an operator, an argument, what is done to it, and the error."""
 
 
-def cases(table: dict[str, dict[str, list[Change]]]) -> list[Any]:
+def tensors_of(operator: str) -> list[str]:
+    """An operator's tensor arguments, by the name that an error says; of lists, the second one."""
     return [
-        pytest.param(operator, name, change, id=f"{operator}-{name}-{i}")
-        for operator, arguments in table.items()
-        for name, changes in arguments.items()
-        for i, change in enumerate(changes)
+        f"{name}[1]" if isinstance(x, list) else name
+        for name, x in valid(operator).items()
+        if isinstance(x[1] if isinstance(x, list) else x, Tensor)
     ]
-
-
-TENSORS = [
-    (operator, f"{name}[1]" if isinstance(x, list) else name)
-    for operator in OPERATORS
-    for name, x in valid(operator).items()
-    if isinstance(x[1] if isinstance(x, list) else x, Tensor)
-]
-LISTS = [
-    (operator, name)
-    for operator in OPERATORS
-    for name, x in valid(operator).items()
-    if isinstance(x, list)
-]
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -240,9 +164,28 @@ def test_what_is_valid_runs(operator: str) -> None:
     assert all((page != POISON).any() for page in pages_of(arguments))
 
 
-@pytest.mark.parametrize(("operator", "name", "change"), cases(SHAPES))
-def test_a_wrong_shape_stride_or_index_is_named(operator: str, name: str, change: Change) -> None:
-    refused(operator, altered(operator, name, change), name)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_named(fault: str) -> None:
+    operator, name, change, error = FAULTS[fault]
+    refused(operator, altered(operator, name, change), name, error)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_no_tensor_goes_unchecked(operator: str) -> None:
+    for name in tensors_of(operator):
+        refused(operator, altered(operator, name, nested), name)
+        refused(operator, altered(operator, name, Tensor.short), name, TypeError)
+        arguments = altered(operator, name, lambda x: x.to("meta"))
+        # Called directly: torch gives an operator with a meta tensor to its fake.
+        with pytest.raises(ValueError, match=f"^{re.escape(name)}: device meta, expected {DEVICE}"):
+            getattr(checks, operator)(*arguments.values())
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_no_list_goes_unchecked(operator: str) -> None:
+    for name, x in valid(operator).items():
+        if isinstance(x, list):
+            refused(operator, altered(operator, name, lambda x: x[:1]), name)
 
 
 @pytest.mark.parametrize(
@@ -263,41 +206,25 @@ def test_an_index_is_in_the_shortest_of_what_it_indexes(
     refused(operator, arguments, name)
 
 
-@pytest.mark.parametrize(("operator", "name", "change"), cases(DTYPES))
-def test_a_wrong_dtype_is_named(operator: str, name: str, change: Change) -> None:
-    refused(operator, altered(operator, name, change), name, TypeError)
-
-
-@pytest.mark.parametrize(("operator", "name"), LISTS)
-def test_a_list_of_another_length_is_named(operator: str, name: str) -> None:
-    refused(operator, altered(operator, name, lambda x: x[:1]), name)
-
-
 @pytest.mark.parametrize(("operator", "name"), [("encode_states", "keys"), ("decode_paged", "cos")])
 def test_there_is_a_layer(operator: str, name: str) -> None:
     arguments = {k: [] if isinstance(x, list) else x for k, x in valid(operator).items()}
-    assert "0, expected 1 or more" in refused(operator, arguments, name)
-
-
-@pytest.mark.parametrize(("operator", "name"), TENSORS)
-def test_a_tensor_on_another_device_is_named(operator: str, name: str) -> None:
-    arguments = altered(operator, name, lambda x: x.to("meta"))
-    # Called directly: torch gives an operator with a meta tensor to its fake.
-    with pytest.raises(ValueError, match=f"^{re.escape(name)}: device meta, expected {DEVICE}"):
-        getattr(checks, operator)(*arguments.values())
+    refused(operator, arguments, name)
 
 
 def test_the_message_says_what_was_found_and_expected() -> None:
     arguments = altered("decode_paged", "slot_mapping[1]", with_last(SLOTS + 3))
     message = refused("decode_paged", arguments, "slot_mapping[1]")
-    assert message == "slot_mapping[1]: greatest index 15, expected less than 12"
+    assert {str(SLOTS + 3), str(SLOTS)} <= set(re.findall(r"\d+", message))
     arguments = altered("decode_paged", "weight", shorter)
-    assert "shape (2, 68), expected (3, 68)" in refused("decode_paged", arguments, "weight")
+    message = refused("decode_paged", arguments, "weight")
+    assert "(2, 68)" in message
+    assert "(3, 68)" in message
 
 
 def test_a_kernel_takes_no_float64() -> None:
     """It would read such a table as float32. Meta stands for any device but a CPU."""
-    arguments = altered("rotate_paged", "cos[0]", DOUBLE)
+    arguments = altered("rotate_paged", "cos[0]", Tensor.double)
     for name in ("key_pages", "slot_mapping", "cos", "sin"):
         arguments[name] = [x.to("meta") for x in arguments[name]]
     arguments["scales"] = arguments["scales"].to("meta")
@@ -346,8 +273,8 @@ UNUSUAL: dict[str, dict[str, dict[str, Change]]] = {
             **dict.fromkeys(("mean", "scale", "weight"), lambda x: x[:-8]),
         },
         "other dtypes": {
-            "keys": each(HALF),
-            "values": each(HALF),
+            "keys": each(Tensor.half),
+            "values": each(Tensor.half),
             "embedding": Tensor.bfloat16,
             "weight": Tensor.bfloat16,
         },
@@ -371,7 +298,7 @@ UNUSUAL: dict[str, dict[str, dict[str, Change]]] = {
         "pages by any strides": {"key_pages": each(strided), "value_pages": each(head_by_head)},
         "nothing to write": {"slot_mapping": each(skipped)},
         "other dtypes": {
-            "latent": HALF,
+            "latent": Tensor.half,
             "weight": Tensor.bfloat16,
             "key_pages": each(float8),
             "value_pages": each(float8),

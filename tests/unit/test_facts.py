@@ -5,16 +5,24 @@ from __future__ import annotations
 import re
 
 import pytest
+from awareness_demo import facts
 from awareness_demo.facts import MEASURE, fact_cases, fact_texts
 
-from awareness_vllm.anchors import facts
+from awareness_vllm.anchors import facts as templates
 from awareness_vllm.anchors.facts import sentences
 from awareness_vllm.anchors.words import FIT
 from awareness_vllm.errors import BadInput
 
 pytestmark = pytest.mark.unit
 
-FIT_BLOCKS = (facts.CITY, facts.JOB, facts.CODE, facts.THING, facts.DATE, facts.FILLER)
+FIT_BLOCKS = (
+    templates.CITY,
+    templates.JOB,
+    templates.CODE,
+    facts.THING,
+    templates.DATE,
+    templates.FILLER,
+)
 CASE_BLOCKS = (facts.CASE_CITY, facts.CASE_JOB, facts.CASE_CODE, facts.CASE_FILLER)
 
 

@@ -15,8 +15,9 @@ from unittest import mock
 import pytest
 import torch
 from awareness_kernels import encode, launch
+from kernel_benchmark import cases, device, rows, verdicts
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.nightly]
 
 DEMO = "SmolLM2-135M → Gemma-3-270M"
 RUN = ["--pairs", DEMO, "--tokens", "32", "--repeats", "1"]
@@ -26,20 +27,19 @@ ON_CUDA = {"eager_ratio", "compiled_ratio"} | {
 }
 
 
-def benchmark() -> ModuleType:
+def script() -> ModuleType:
+    """The script, as on a machine without CUDA, whatever this one has."""
     path = Path(__file__).parents[2] / "benchmarks" / "kernels.py"
-    spec = importlib.util.spec_from_file_location("kernel_benchmark", path)
+    spec = importlib.util.spec_from_file_location("kernels_script", path)
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    # As on a machine without CUDA, whatever this one has.
-    module.CUDA, module.DEVICE = False, "cpu"
+    device.CUDA, device.DEVICE = False, "cpu"
     return module
 
 
-kernels = benchmark()
+kernels = script()
 
 
 def run(folder: Path, *more: str) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def test_every_column_is_a_number_or_says_why_not(measured: Path) -> None:
     assert document["versions"]["torch"] == torch.__version__
     assert document["hardware"]
     assert document["pairs"][DEMO]["rank"] == 1024
-    assert [row["operation"] for row in document["rows"]] == list(kernels.PAGES)
+    assert [row["operation"] for row in document["rows"]] == list(cases.PAGES)
     for row in document["rows"]:
         assert (row["pair"], row["tokens"], row["block"]) == (DEMO, 32, 32)
         times = [row["ms"][name] for name in ("p20", "median", "p80")]
@@ -97,9 +97,7 @@ def test_bytes_and_operations_are_those_that_the_work_needs(measured: Path) -> N
     assert rotate["bytes"] == 2 * 2 * 33 * keys + 4 * (2 * 128 + 18) + 8 * 33
 
 
-@pytest.mark.slow
 def test_the_plot_is_drawn_from_the_data_alone(measured: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     before = measured.read_bytes()
     image = tmp_path / "kernels.png"
     kernels.main(["--from", str(measured), "--plot", str(image)])
@@ -126,22 +124,22 @@ def test_without_matplotlib_it_says_so(
 def test_what_does_not_fit_is_left_out_with_the_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "free_memory", lambda: 10**6)
+    monkeypatch.setattr(device, "free_memory", lambda: 10**6)
     document = run(tmp_path)
-    assert [row["operation"] for row in document["rows"]] == list(kernels.PAGES)
+    assert [row["operation"] for row in document["rows"]] == list(cases.PAGES)
     assert all("GB, 0.0 GB are free" in row["skipped"] for row in document["rows"])
     assert all("ms" not in row for row in document["rows"])
     document["device"] = "a GPU"
-    assert kernels.summary(document)[-1] == "skipped 3"
+    assert verdicts.summary(document)[-1] == "skipped 3"
 
 
 def test_where_only_the_reference_does_not_fit_its_columns_say_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    side = kernels.Side(1, 1, 16, 8)
-    monkeypatch.setitem(kernels.PAIRS, DEMO, kernels.Pair(side, side, 8))
-    needs = {name: (0, 10**18) for name in kernels.PAGES}
-    monkeypatch.setattr(kernels, "needed", lambda *_: needs)
+    side = cases.Side(1, 1, 16, 8)
+    monkeypatch.setitem(cases.PAIRS, DEMO, cases.Pair(side, side, 8))
+    needs = {name: (0, 10**18) for name in cases.PAGES}
+    monkeypatch.setattr(rows, "needed", lambda *_: needs)
     for row in run(tmp_path)["rows"]:
         assert row["ms"]["median"] > 0
         assert row["difference"] is None
@@ -153,13 +151,13 @@ def test_a_column_that_runs_out_of_memory_is_null_with_the_reason() -> None:
         raise torch.cuda.OutOfMemoryError("tried to allocate 99 GiB")
 
     row: dict[str, Any] = {"reasons": {"other": "why"}}
-    kernels.attempt(row, "eager_ratio", greedy, "")
+    rows.attempt(row, "eager_ratio", greedy, "")
     assert row["eager_ratio"] is None
     assert row["reasons"]["eager_ratio"] == "OutOfMemoryError: tried to allocate 99 GiB"
-    kernels.attempt(row, "eager_ratio", lambda: 2.0, "")
+    rows.attempt(row, "eager_ratio", lambda: 2.0, "")
     assert row == {"eager_ratio": 2.0, "reasons": {"other": "why"}}
     with pytest.raises(ZeroDivisionError):  # Nothing else is hidden.
-        kernels.attempt(row, "eager_ratio", lambda: 1 / 0, "")
+        rows.attempt(row, "eager_ratio", lambda: 1 / 0, "")
 
 
 def test_when_the_time_is_up_no_row_begins_and_those_measured_stay(
@@ -173,14 +171,16 @@ def test_when_the_time_is_up_no_row_begins_and_those_measured_stay(
         del row["skipped"]
         now[0] += 60
 
-    monkeypatch.setattr(kernels, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    clock = SimpleNamespace(monotonic=lambda: now[0])
+    for module in (kernels, rows):
+        monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr(kernels, "measure", fill)
     monkeypatch.setattr(
-        kernels, "cases", lambda *_: (SimpleNamespace(operation=name) for name in kernels.PAGES)
+        rows, "cases", lambda *_: (SimpleNamespace(operation=name) for name in cases.PAGES)
     )
-    rows = run(tmp_path, "--seconds", "100", "--tokens", "32", "64")["rows"]
-    assert ["skipped" in row for row in rows] == [False, False, True, True, True, True]
-    assert {row["skipped"] for row in rows[2:]} == {kernels.NO_TIME}
+    written = run(tmp_path, "--seconds", "100", "--tokens", "32", "64")["rows"]
+    assert ["skipped" in row for row in written] == [False, False, True, True, True, True]
+    assert {row["skipped"] for row in written[2:]} == {rows.NO_TIME}
     # The first row was on the disk before the second one began.
     assert ["skipped" in row for row in saved] == [False, True, True, True, True, True]
 
@@ -201,10 +201,10 @@ class Event:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted there")
 def test_a_gpus_columns_are_filled_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its steps on a CPU, the kernels interpreted: a machine is lent too rarely to find a typo."""
-    side = kernels.Side(2, 1, 32, 64)
-    monkeypatch.setitem(kernels.PAIRS, DEMO, kernels.Pair(side, side, 32, 1))
-    monkeypatch.setattr(kernels, "CUDA", True)
-    monkeypatch.setattr(kernels, "machine", lambda: {"device": "a GPU"})
+    side = cases.Side(2, 1, 32, 64)
+    monkeypatch.setitem(cases.PAIRS, DEMO, cases.Pair(side, side, 32, 1))
+    monkeypatch.setattr(device, "CUDA", True)
+    monkeypatch.setattr(device, "machine", lambda: {"device": "a GPU"})
     slept: list[int] = []
     faked = {"Event": Event, "_sleep": slept.append, "mem_get_info": lambda: (10**9, 10**9)}
     for name in ("synchronize", "empty_cache"):
@@ -215,15 +215,14 @@ def test_a_gpus_columns_are_filled_in(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch, "compile", lambda f, dynamic: compiled.append(f.__name__) or f)
     tables = mock.Mock(side_effect=launch.on_device)
     monkeypatch.setattr(encode, "on_device", tables)
-    rows = run(tmp_path)["rows"]
-    for row in rows:
+    for row in run(tmp_path)["rows"]:
         assert row["reasons"] == {}
         assert "skipped" not in row
         columns = (row["device_ms"]["p20"], *(row[name] for name in ON_CUDA - {"device_ms"}))
         assert all(math.isfinite(x) for x in columns)
         assert row["device_of_floor"] < 1
         assert row["eager_ratio"] > 0
-    assert compiled == list(kernels.PAGES)
+    assert compiled == list(cases.PAGES)
     # Of three runs and the floors', each sleeps but its first; the table goes to the device once.
     assert len(slept) == 2 * (3 + 3 + 2)
     assert tables.call_count == 1
@@ -260,11 +259,11 @@ def made_up(**columns: Any) -> dict[str, Any]:
 )
 def test_bars_are_judged_row_by_row_on_a_gpu(columns: dict[str, Any], word: str) -> None:
     row = made_up(**columns)
-    line, counts = kernels.summary({"device": "a GPU", "rows": [row]})
+    line, counts = verdicts.summary({"device": "a GPU", "rows": [row]})
     assert line.startswith(f"{word} {row['pair']}, {row['tokens']} tokens, {row['operation']}")
     assert ("why" in line) == ("why" in str(columns))
     assert counts == f"{word} 1"
-    assert "not judged" in kernels.summary({"device": None, "rows": [row]})[0]
+    assert "not judged" in verdicts.summary({"device": None, "rows": [row]})[0]
 
 
 def test_wrong_results_fail_the_run(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from awareness_vllm.models.describe import from_config
 from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.models.tokens import load_tokenizer, prefix_ids, tokenize
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.nightly]
 
 
 def benchmark(name: str) -> ModuleType:

@@ -1,0 +1,1 @@
+"""The parts of `benchmarks/kernels.py`: cases, clocks, rows and verdicts."""

@@ -1,0 +1,98 @@
+"""Clocks: a run by the wall and by the device, and the machine's own floors beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from awareness_kernels import ops
+from torch import Tensor
+
+from kernel_benchmark import device
+from kernel_benchmark.cases import Case, normal
+from kernel_benchmark.device import synchronise
+
+WARM_UP = 2
+
+Clock = Callable[[Callable[[], object], int], dict[str, float]]
+
+
+def timed(run: Callable[[], object], repeats: int) -> dict[str, float]:
+    """Milliseconds of a run by the wall clock, the device waited for: what a caller waits. Checks
+    and the table of addresses are the host's part of each launch and count."""
+    times = []
+    for _ in range(repeats + WARM_UP):
+        synchronise()
+        begin = time.perf_counter()
+        run()
+        synchronise()
+        times.append(1e3 * (time.perf_counter() - begin))
+    return spread(times)
+
+
+def device_timed(run: Callable[[], object], repeats: int) -> dict[str, float]:
+    """Milliseconds of a run between two CUDA events: the kernel's own part of the wall clock's
+    time. Events count the device's idling too, so it sleeps till the host has queued the run."""
+    times, cycles = [], 0
+    for _ in range(repeats + WARM_UP):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        synchronise()
+        if cycles:
+            torch.cuda._sleep(cycles)
+        begin.record()
+        queued = time.perf_counter()
+        run()
+        queued = time.perf_counter() - queued
+        end.record()
+        synchronise()
+        times.append(begin.elapsed_time(end))
+        # Twice as long as the host takes, at 2 GHz; never longer than 0.1 s.
+        cycles = cycles or min(int(4e9 * queued) + 100_000, 200_000_000)
+    return spread(times)
+
+
+def spread(times: list[float]) -> dict[str, float]:
+    """Median, 20th and 80th percentile of those after the warm-up."""
+    wanted = torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
+    found = torch.tensor(times[WARM_UP:], dtype=torch.float64).quantile(wanted)
+    return dict(zip(("median", "p20", "p80"), found.tolist(), strict=True))
+
+
+@contextlib.contextmanager
+def launcher(name: str) -> Iterator[Callable[..., Any]]:
+    """A kernel without the operator's checks, its table of addresses sent but once: for both, the
+    host waits for the device."""
+    module = importlib.import_module(ops.KERNELS[name])
+    send = module.on_device
+    sent: list[Tensor] = []
+
+    def once(*arguments: Any) -> Tensor:
+        if not sent:
+            sent.append(send(*arguments))
+        return sent[0]
+
+    with mock.patch.object(module, "on_device", once):
+        yield getattr(module, name)
+
+
+def against_floors(
+    case: Case, moved: int, median: float, clock: Clock, repeats: int
+) -> dict[str, float]:
+    """The machine's own milliseconds for the work, a product of that shape and moving the bytes;
+    and the larger one's fraction of what the operation took."""
+    rows, features, outputs = case.product
+    product = 0.0
+    if outputs:
+        x, w = normal(rows, features), normal(features, outputs)
+        product = clock(lambda: x @ w, repeats)["median"]
+        del x, w
+    # Half of the bytes are read, half are written.
+    a = torch.empty(moved // 2, dtype=torch.uint8, device=device.DEVICE)
+    b = torch.empty_like(a)
+    copy = clock(lambda: b.copy_(a), repeats)["median"]
+    return {"product_ms": product, "copy_ms": copy, "of_floor": max(product, copy) / median}
