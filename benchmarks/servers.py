@@ -1,67 +1,24 @@
-"""Servers that benchmarks start, stock vLLM or `awareness serve`, and ratios within one run."""
+"""Servers of benchmarks, and ratios within one run."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
-import socket
-import subprocess
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 from awareness_demo.models import prepare
 
-from awareness_vllm.serving.launch import PLUGIN, environment
+__all__ = [
+    *("AWARENESS", "FLAGS", "NAME", "STOCK", "Running"),
+    *("paired", "running", "smollm2", "stop_on_terminate"),
+]
 
-STOCK = (sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model")
-AWARENESS = (sys.executable, "-m", "awareness_vllm.cli.main", "serve")
 FLAGS = ["--enforce-eager", "--kv-cache-memory-bytes", "1G", "--max-model-len", "2048"]
-NAME = "served"
-START_SECONDS = 300.0
 BOOTSTRAPS = 2000
-
-
-@dataclass
-class Running:
-    """A server that answers."""
-
-    url: str
-    log: Path
-    process: subprocess.Popen[bytes]
-
-
-@contextlib.contextmanager
-def running(
-    prefix: Sequence[str], model: Path, flags: Sequence[object], log: Path
-) -> Iterator[Running]:
-    """Start a server, wait until it answers, stop it.
-
-    Raises:
-        RuntimeError: it does not start.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [*prefix, model, "--port", port, "--served-model-name", NAME, *flags]
-    # As it loads plugins by default, but for ours; `awareness serve` allows ours itself.
-    plugins = sorted({*environment({})["VLLM_PLUGINS"].split(",")} - {PLUGIN})
-    environ = {**os.environ, "VLLM_PLUGINS": ",".join(plugins)}
-    with log.open("w") as out:
-        process = subprocess.Popen(list(map(str, command)), stdout=out, stderr=out, env=environ)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        _wait(url, process, log)
-        yield Running(url, log, process)
-    finally:
-        process.terminate()
-        process.wait(60)
 
 
 def paired(one: Sequence[float], other: Sequence[float]) -> dict[str, Any]:
@@ -76,17 +33,6 @@ def paired(one: Sequence[float], other: Sequence[float]) -> dict[str, Any]:
 def stop_on_terminate() -> None:
     """Let SIGTERM end this program as an exception does: no server stays behind."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-
-
-def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while process.poll() is None and time.monotonic() < deadline:
-        try:
-            httpx.get(f"{url}/v1/models", timeout=5)
-            return
-        except httpx.TransportError:
-            time.sleep(0.5)
-    raise RuntimeError(f"the server did not start:\n{log.read_text()[-4000:]}")
 
 
 def smollm2() -> Path:
