@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from doc_blocks import MEMORY, SERVER, Block, blocks, commands
-from harness import CLI, Server, captured, serving
+from harness import CLI, Server, serving
 
 pytestmark = pytest.mark.engine
 
@@ -50,9 +50,15 @@ def server(home: Path) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def memory(home: Path, smollm2: Path) -> str:
-    text = "Anna Kowalski works as a gardener. She lives in Denver. " * 3
-    return captured(smollm2, text, home / "store")
+def memory(server: Server) -> str:
+    """The ID of a memory that the server itself has captured."""
+    answer = server.client.completions.create(
+        model="served",
+        prompt="Anna Kowalski works as a gardener. She lives in Denver. " * 3,
+        max_tokens=1,
+        extra_body={"memory": {"capture": "a note"}},
+    )
+    return answer.memory["id"]
 
 
 def quickstart() -> Block:

@@ -219,22 +219,15 @@ def demo(
     make_model: Callable[..., Path],
     byte_level_tokenizer: Tokenizer,
     byte_fallback_tokenizer: Tokenizer,
+    anchors: list[Document],
 ) -> Path:
-    """Models, texts, a store with one memory, and certified W-Matrices: the demo's pair, A → B
-    and B → C."""
+    """Models, texts, a store with one memory, and a certified W-Matrix."""
     home = tmp_path_factory.mktemp("demo")
-    sizes = {"smollm2-135m": (16, 4, 2), "gemma3-270m": (24, 2, 3)}
-    sizes |= {"A": (16, 2, 2), "B": (32, 2, 2), "C": (16, 2, 1)}
-    models = {
-        name: make_model(
-            home / "models" / name,
-            byte_level_tokenizer if name in ("smollm2-135m", "A") else byte_fallback_tokenizer,
-            *size,
-        )
-        for name, size in sizes.items()
-    }
-    texts = fact_texts(10, seed=0)
-    anchors = [Document(f"{i}", text) for i, text in enumerate(texts)]
+    models = (
+        make_model(home / "models/smollm2-135m", byte_level_tokenizer, 16, 4, 2),
+        make_model(home / "models/gemma3-270m", byte_fallback_tokenizer, 24, 2, 3),
+    )
+    texts = [document.text for document in anchors]
     write_texts(home / "anchors/general_knowledge", texts[:5])
     write_texts(home / "anchors/code", texts[5:])
     for seed, name in enumerate(("crawl", "debian-history", "wordnet"), 1):
@@ -243,16 +236,15 @@ def demo(
     cases = "\n".join(map(json.dumps, fact_cases(3, seed=0)))
     (home / "held-out/facts/cases.jsonl").write_text(cases)
     (home / "report.txt").write_text(texts[0])
-    publish(capture(models["smollm2-135m"], texts[1]), home / "store")
+    publish(capture(models[0], texts[1]), home / "store")
     certificate = load(ROOT / "tests/data/v0.1/pair.wmatrix").manifest.certificate
     config = FitConfig(tokens=1000, rank=4, predecessors=0, calibration=0, held_out=0.3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gather, "CHUNK_ROWS", 256)
-        for pair in (("smollm2-135m", "gemma3-270m"), ("A", "B"), ("B", "C")):
-            learned = fit(*(models[name] for name in pair), anchors, config, progress=False)
-            manifest = learned.manifest.model_copy(update={"certificate": certificate})
-            replace(learned, manifest=manifest).save(home / f"wmatrices/{'--'.join(pair)}.wmatrix")
-    (home / "pair.wmatrix").write_bytes((home / f"wmatrices/{PAIR}.wmatrix").read_bytes())
+        learned = fit(*models, anchors, config, progress=False)
+    manifest = learned.manifest.model_copy(update={"certificate": certificate})
+    for path in (home / f"wmatrices/{PAIR}.wmatrix", home / "pair.wmatrix"):
+        replace(learned, manifest=manifest).save(path)
     return home
 
 
