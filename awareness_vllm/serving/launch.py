@@ -70,7 +70,7 @@ def command(
                 f"{name} is composed by `awareness serve`",
                 found=flag,
                 expected="any other vllm serve flag",
-                remedy="use `vllm serve` itself to set it by hand (see the README)",
+                remedy="use `vllm serve` itself to set it by hand (see docs/serving.md)",
             )
     config = ServingConfig(
         store=str((store or default_store()).expanduser().resolve()),
