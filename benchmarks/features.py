@@ -17,8 +17,9 @@ from typing import Any
 
 import httpx
 import torch
+from awareness_demo.servers import AWARENESS, NAME, running
 from safetensors.torch import save_file
-from servers import AWARENESS, FLAGS, NAME, running
+from servers import FLAGS
 
 TEXT = (
     "The lighthouse at Cape Verity was built in 1871 by Anna Rask. Its lamp burned whale oil until "

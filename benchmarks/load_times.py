@@ -29,7 +29,8 @@ from typing import Any
 import httpx
 from awareness_demo.anchors import held_out_dir, install
 from awareness_demo.models import prepare
-from servers import AWARENESS, NAME, running, stop_on_terminate
+from awareness_demo.servers import AWARENESS, NAME, running
+from servers import stop_on_terminate
 
 from awareness_vllm.anchors.corpus import load
 from awareness_vllm.compatibility.load_time.cost import load_times_s

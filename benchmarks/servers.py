@@ -1,71 +1,23 @@
-"""Servers of benchmarks, stock vLLM or `awareness serve`, and ratios within one run."""
+"""Servers of benchmarks, and ratios within one run."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
-import socket
-import subprocess
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 from awareness_demo.models import prepare
 
-from awareness_vllm.serving.launch import PLUGIN, environment
-
-STOCK = (sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model")
-AWARENESS = (sys.executable, "-m", "awareness_vllm.cli.main", "serve")
 FLAGS = ["--enforce-eager", "--kv-cache-memory-bytes", "1G", "--max-model-len", "2048"]
-NAME = "served"
-START_SECONDS = 300.0
 BOOTSTRAPS = 2000
 
 
-@dataclass
-class Running:
-    """A running server."""
-
-    url: str
-    log: Path
-    process: subprocess.Popen[bytes]
-
-
-@contextlib.contextmanager
-def running(
-    prefix: Sequence[str], model: Path, flags: Sequence[object], log: Path
-) -> Iterator[Running]:
-    """A server, started and ready, that is stopped afterwards.
-
-    Raises:
-        RuntimeError: it does not start.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [*prefix, model, "--port", port, "--served-model-name", NAME, *flags]
-    # Plugins as by default, but for ours; `awareness serve` allows ours itself.
-    plugins = sorted({*environment({})["VLLM_PLUGINS"].split(",")} - {PLUGIN})
-    environ = {**os.environ, "VLLM_PLUGINS": ",".join(plugins)}
-    with log.open("w") as out:
-        process = subprocess.Popen(list(map(str, command)), stdout=out, stderr=out, env=environ)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        _wait(url, process, log)
-        yield Running(url, log, process)
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
 def paired_ratio(one: Sequence[float], other: Sequence[float]) -> dict[str, Any]:
-    """The median of one / other by pairs, with its 95 % bootstrap interval."""
+    """Median of one / other by pairs, and its 95 % bootstrap interval."""
     pairs = np.array(one) / np.array(other)
     draws = np.random.default_rng(0).choice(pairs, (BOOTSTRAPS, len(pairs)))
     low, high = np.quantile(np.median(draws, axis=1), [0.025, 0.975])
@@ -76,17 +28,6 @@ def paired_ratio(one: Sequence[float], other: Sequence[float]) -> dict[str, Any]
 def stop_on_terminate() -> None:
     """Let SIGTERM end this program by an exception, so that no server stays behind."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-
-
-def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while process.poll() is None and time.monotonic() < deadline:
-        try:
-            httpx.get(f"{url}/v1/models", timeout=5)
-            return
-        except httpx.TransportError:
-            time.sleep(0.5)
-    raise RuntimeError(f"the server did not start:\n{log.read_text()[-4000:]}")
 
 
 def smollm2() -> Path:

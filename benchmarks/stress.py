@@ -26,7 +26,8 @@ from typing import Any
 
 import httpx
 from awareness_demo.anchors import held_out_dir
-from servers import AWARENESS, NAME, Running, running, smollm2, stop_on_terminate
+from awareness_demo.servers import AWARENESS, NAME, Running, running
+from servers import smollm2, stop_on_terminate
 
 from awareness_vllm.anchors.corpus import load
 from awareness_vllm.models.describe import geometry_of

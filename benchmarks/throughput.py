@@ -30,7 +30,8 @@ from typing import Any
 
 import httpx
 from awareness_demo.anchors import held_out_dir, install
-from servers import AWARENESS, FLAGS, NAME, STOCK, paired_ratio, running, smollm2, stop_on_terminate
+from awareness_demo.servers import AWARENESS, NAME, STOCK, running
+from servers import FLAGS, paired_ratio, smollm2, stop_on_terminate
 
 from awareness_vllm.anchors.corpus import load
 from awareness_vllm.models.tokens import load_tokenizer

@@ -82,7 +82,7 @@ def command(model: str, config: ServingConfig, flags: Sequence[str] = ()) -> lis
                 f"{name} is composed by `awareness serve`",
                 found=flag,
                 expected="any other vllm serve flag",
-                remedy="use `vllm serve` itself to set it by hand (see the README)",
+                remedy="use `vllm serve` itself to set it by hand (see docs/serving.md)",
             )
     return [
         sys.executable,

@@ -44,7 +44,7 @@ def parse_memory_request(body: Mapping[str, Any]) -> MemoryRequest | None:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         where = ".".join(str(part) for part in first["loc"])
-        expected = "the fields and values of the README's table"
+        expected = "the fields of docs/serving.md"
         raise _refused(f"{where}: {first['msg']}"[:200], expected) from error
     if bool(request.ids) == (request.capture is not None):
         raise _refused("ids and capture" if request.ids else "neither ids nor capture", "one")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 
 import pytest
+from awareness_demo import facts
 from awareness_demo.facts import MEASURE, fact_cases
 
-from awareness_vllm.anchors import facts
 from awareness_vllm.anchors.facts import is_case_code, sentences
 from awareness_vllm.anchors.recall import PEOPLE_QUESTIONS, recall_texts
 from awareness_vllm.anchors.words import FIT
