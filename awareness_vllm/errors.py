@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class AwarenessError(Exception):
@@ -97,16 +98,8 @@ class QualityUnreachable(AwarenessError):
 
     status = 422
 
-    def __init__(
-        self,
-        what: str,
-        *,
-        best: float | None = None,
-        found: object = None,
-        expected: object = None,
-        remedy: str | None = None,
-    ) -> None:
-        super().__init__(what, found=found, expected=expected, remedy=remedy)
+    def __init__(self, what: str, *, best: float | None = None, **parts: Any) -> None:
+        super().__init__(what, **parts)
         self.best = best
 
 
