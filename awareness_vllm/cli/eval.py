@@ -93,8 +93,8 @@ def read_cases(path: Path) -> list[dict[str, str]]:
 
 
 def show(result: dict[str, Any]) -> None:
-    for name, figures in result["conditions"].items():
-        print(f"{name:22}" + "".join(f"{what} {value:8.4f}   " for what, value in figures.items()))
+    for arm, figures in result["conditions"].items():
+        print(f"{arm:22}" + "".join(f"{name} {value:8.4f}   " for name, value in figures.items()))
     shares = {"retention": result["retention"]} if "retention" in result else {}
     for name, r in {**shares, **result["tails"]}.items():
         print(f"{name:22}{r['mean']:.3f} (95 % CI {r['ci_low']:.3f} … {r['ci_high']:.3f})")

@@ -74,12 +74,12 @@ class WMatrixTrainer:
         text: bool = True,
         seed: int | None = None,
     ) -> WMatrixTrainer:
-        """Change some options; those left out keep their values.
+        """Set what is given; the rest stays as it is.
 
         Args:
             num_anchors: tokens that both models read; each is one anchor.
-            anchor_domains: domains of texts under `$AWARENESS_HOME/anchors`; all by default.
-            anchors: files and folders of texts, instead of these.
+            anchor_domains: which of the default anchors; all by default.
+            anchors: files and folders of texts, instead of the default ones.
             layers: source layers to read, evenly spread; half by default.
             optimization: "svd", the reduced-rank ridge.
             regularization: ridge, as a share of the features' variance; by default chosen on
@@ -95,7 +95,7 @@ class WMatrixTrainer:
             raise BadInput("unknown optimization", found=optimization, expected="svd")
         if anchors is not None and anchor_domains is not None:
             raise BadInput("anchors and anchor_domains exclude each other", remedy="give one")
-        options = {
+        given = {
             "tokens": num_anchors,
             "layers": len(self.source_geometry.layers) if layers == "all" else layers,
             "ridge": regularization,
@@ -105,7 +105,7 @@ class WMatrixTrainer:
         }
         if not text:
             self.config = replace(self.config, predecessors=None)
-        changes = {name: value for name, value in options.items() if value is not None}
+        changes = {name: value for name, value in given.items() if value is not None}
         self.config = replace(self.config, **changes)  # type: ignore[arg-type]
         self.anchors = anchors if anchors is not None else self.anchors
         self.domains = anchor_domains if anchor_domains is not None else self.domains
@@ -122,17 +122,13 @@ class WMatrixTrainer:
         folder: Path | None = None,
         progress: bool = True,
     ) -> WMatrix:
-        """Fit and calibrate the map.
+        """Fit and calibrate.
 
         Args:
-            epochs: passes over the calibration texts.
+            epochs: times the calibration texts are gone through.
             validation_split: share of the documents that is held out, to stop by and to score.
             early_stopping_patience: epochs without a better score there before training ends.
-            num_anchors, anchor_domains: as in `configure`.
-            folder: for unfinished work; a killed training continues from it.
-
-        Raises:
-            BadInput: an unknown domain, or no texts.
+            folder: for unfinished work, so that a killed training goes on where it was.
         """
         self.configure(num_anchors=num_anchors, anchor_domains=anchor_domains)
         config = replace(
@@ -146,7 +142,7 @@ class WMatrixTrainer:
         )
 
     def documents(self) -> list[Document]:
-        """The anchor documents. Raises BadInput."""
+        """The anchors that were asked for."""
         if self.anchors is not None:
             return load([Path(path) for path in self.anchors])
         if self.domains is None:

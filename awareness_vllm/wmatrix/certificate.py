@@ -28,8 +28,7 @@ class Interval(FrozenModel):
 
 class Protocol(FrozenModel):
     """What was measured on, and how. `texts` and `cases` are digests; `limit` documents of them
-    were taken evenly; `context` tokens of memory, `continuation` tokens scored after it. `sources`
-    are the folders and files that the texts came from (version 0.1 did not record them)."""
+    were taken evenly; `context` tokens of memory, `continuation` tokens scored after it."""
 
     texts: str
     cases: str
@@ -37,6 +36,7 @@ class Protocol(FrozenModel):
     context: int
     continuation: int
     sources: tuple[str, ...] = ()
+    """The folders and files that the texts came from; version 0.1 did not record them."""
 
 
 class Plan(FrozenModel):
