@@ -88,4 +88,4 @@ def show(result: dict[str, Any]) -> None:
     print(f"direct {figure('direct_retention')}, improvement {figure('improvement', '+')}")
     print(result["note"])
     if result["composed"]:
-        print(f"{result['composed']}: not certified until `awareness certify` has measured it")
+        print(f"{result['composed_map']}: not certified until `awareness certify` has measured it")
