@@ -1,4 +1,4 @@
-"""Servers of benchmarks, and ratios within one run."""
+"""Servers of benchmarks, stock vLLM or `awareness serve`, and ratios within one run."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from awareness_demo.models import prepare
 
 __all__ = [
     *("AWARENESS", "FLAGS", "NAME", "STOCK", "Running"),
-    *("paired", "running", "smollm2", "stop_on_terminate"),
+    *("paired_ratio", "running", "smollm2", "stop_on_terminate"),
 ]
 
 FLAGS = ["--enforce-eager", "--kv-cache-memory-bytes", "1G", "--max-model-len", "2048"]
 BOOTSTRAPS = 2000
 
 
-def paired(one: Sequence[float], other: Sequence[float]) -> dict[str, Any]:
-    """Median of one / other by pairs, and its 95 % bootstrap interval."""
+def paired_ratio(one: Sequence[float], other: Sequence[float]) -> dict[str, Any]:
+    """The median of one / other by pairs, with its 95 % bootstrap interval."""
     pairs = np.array(one) / np.array(other)
     draws = np.random.default_rng(0).choice(pairs, (BOOTSTRAPS, len(pairs)))
     low, high = np.quantile(np.median(draws, axis=1), [0.025, 0.975])
@@ -31,11 +31,11 @@ def paired(one: Sequence[float], other: Sequence[float]) -> dict[str, Any]:
 
 
 def stop_on_terminate() -> None:
-    """Let SIGTERM end this program as an exception does: no server stays behind."""
+    """Let SIGTERM end this program by an exception, so that no server stays behind."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
 def smollm2() -> Path:
-    """The model folder of SmolLM2, made if it is not there."""
+    """The model folder of SmolLM2, prepared if it is missing."""
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the figures
         return prepare()["smollm2-135m"]

@@ -23,11 +23,11 @@ from typing import Any
 
 import openai
 from awareness_demo.anchors import held_out_dir, install
+from awareness_demo.facts import Case, fact_cases
 from awareness_demo.models import prepare
 from awareness_demo.servers import AWARENESS, NAME, running
 
 from awareness_vllm.anchors.corpus import load
-from awareness_vllm.anchors.facts import Case, fact_cases
 from awareness_vllm.cli.format import lines
 from awareness_vllm.files import anchors_dir, default_store, home, models_dir, wmatrices_dir
 from awareness_vllm.models.hf import load_model

@@ -44,7 +44,7 @@ def parse_memory_request(body: Mapping[str, Any]) -> MemoryRequest | None:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise _refused(f"{where}: {first['msg']}"[:200], "the fields of docs/serving.md") from error
+        raise _refused(f"{where}: {first['msg']}"[:200], "what the README's table says") from error
     if bool(asked.ids) == (asked.capture is not None):
         raise _refused("neither ids nor capture" if not asked.ids else "ids and capture", "one")
     if len(set(asked.ids)) < len(asked.ids):
