@@ -1,4 +1,4 @@
-"""Servers of benchmarks, and ratios within one run."""
+"""Servers of benchmarks, stock vLLM or `awareness serve`, and ratios within one run."""
 
 from __future__ import annotations
 

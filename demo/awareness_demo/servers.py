@@ -24,7 +24,7 @@ START_SECONDS = 300.0
 
 @dataclass
 class Running:
-    """A server that answers."""
+    """A running server."""
 
     url: str
     log: Path
@@ -35,7 +35,7 @@ class Running:
 def running(
     prefix: Sequence[str], model: Path, flags: Sequence[object], log: Path
 ) -> Iterator[Running]:
-    """Start a server, wait until it answers, stop it.
+    """A server, started and ready, that is stopped afterwards.
 
     Raises:
         RuntimeError: it does not start.
@@ -44,7 +44,7 @@ def running(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [*prefix, model, "--port", port, "--served-model-name", NAME, *flags]
-    # As it loads plugins by default, but for ours; `awareness serve` allows ours itself.
+    # Plugins as by default, but for ours; `awareness serve` allows ours itself.
     plugins = sorted({*environment({})["VLLM_PLUGINS"].split(",")} - {PLUGIN})
     environ = {**os.environ, "VLLM_PLUGINS": ",".join(plugins)}
     with log.open("w") as out:

@@ -15,12 +15,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from awareness_demo.facts import fact_cases, fact_texts
 from doc_blocks import MEMORY, ROOT, Block, blocks, commands
 from tokenizers import Tokenizer
 
 from awareness_vllm.anchors.corpus import Document, digest
 from awareness_vllm.anchors.corpus import load as load_texts
-from awareness_vllm.anchors.facts import fact_cases, fact_texts
 from awareness_vllm.cli.main import main
 from awareness_vllm.evaluate import monitor
 from awareness_vllm.fit import gather

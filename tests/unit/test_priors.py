@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 from itertools import pairwise
-from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
 
 from awareness_vllm.compatibility import priors
-from awareness_vllm.compatibility.prior_tables import FILE, Tables, tables
+from awareness_vllm.compatibility.prior_tables import FILE, tables
 from awareness_vllm.compatibility.priors import (
     by_length,
     class_of,
@@ -163,27 +161,18 @@ def test_each_spelling_is_one_model() -> None:
     assert len(names) == len(set(names))
 
 
-@pytest.mark.parametrize(
-    ("path", "value"),
-    [
-        (("memory", "rows", "GPT-4"), [0.99]),
-        (("memory", "models"), ["GPT-4"]),
-        (("memory", "rows", "GPT-4", 0), 99),
-        (("partial", "ranges", "DBRX"), [0.81, 0.74]),
-        (("context", "same"), [0.99]),
-        (("aliases", "names", "GPT-5"), "GPT-5"),
-        (("shares", "measured"), True),
-    ],
-    ids=lambda given: "-".join(map(str, given)) if isinstance(given, tuple) else "",
-)
-def test_a_damaged_file_is_refused(path: tuple[str | int, ...], value: Any) -> None:
-    document = json.loads(FILE.read_text())
-    at = document
-    for step in path[:-1]:
-        at = at[step]
-    at[path[-1]] = value
-    with pytest.raises(ValidationError):
-        Tables.model_validate_json(json.dumps(document))
+def test_rows_columns_and_names_agree() -> None:
+    t = tables()
+    for pairs in (t.memory, t.vectors):
+        assert pairs.rows.keys() == {*pairs.models}
+        assert all(len(row) == len(pairs.models) for row in pairs.rows.values())
+    for figures in (t.context.same, t.context.similar, t.context.different):
+        assert len(figures) == len(t.context.tokens)
+    spans = (*t.partial.ranges.values(), *t.content.ranges.values(), *t.tiers.ranges)
+    spans = (*spans, *t.tiers.errors, *(row.loss for row in t.positions.rows))
+    assert all(low <= high for low, high in spans)
+    names = {*t.vectors.models, *t.architectures.models, *t.aliases.names.values()}
+    assert names <= {*t.models}
 
 
 @settings(deadline=None)
