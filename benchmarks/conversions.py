@@ -28,6 +28,7 @@ from typing import Any, Literal
 
 import numpy as np
 from awareness_demo.anchors import held_out_dir
+from awareness_demo.wmatrices import is_readable
 from small_models import GENERATED, make
 
 from awareness_vllm.anchors.corpus import Document, load, windows
@@ -44,7 +45,7 @@ from awareness_vllm.provenance import hardware, versions
 from awareness_vllm.serving.plugin import vllm_version
 from awareness_vllm.wmatrix.file import WMatrix
 from awareness_vllm.wmatrix.file import load as load_wmatrix
-from awareness_vllm.wmatrix.manifest import WMatrixManifest, is_readable, read_manifest
+from awareness_vllm.wmatrix.manifest import WMatrixManifest, read_manifest
 
 HELD_OUT = ("crawl", "debian-history", "wordnet")
 CONTEXT, CONTINUATION = 300, 60

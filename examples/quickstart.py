@@ -26,6 +26,7 @@ from awareness_demo.anchors import held_out_dir, install
 from awareness_demo.facts import Case, fact_cases
 from awareness_demo.models import prepare
 from awareness_demo.servers import AWARENESS, NAME, running
+from awareness_demo.wmatrices import is_readable
 
 from awareness_vllm.anchors.corpus import load
 from awareness_vllm.cli.format import lines
@@ -34,7 +35,7 @@ from awareness_vllm.models.hf import load_model
 from awareness_vllm.models.tokens import load_tokenizer, tokenize
 from awareness_vllm.packages.capture import capture
 from awareness_vllm.packages.file import publish
-from awareness_vllm.wmatrix.manifest import is_readable, read_manifest
+from awareness_vllm.wmatrix.manifest import read_manifest
 
 SERVER = ("--enforce-eager", "--kv-cache-memory-bytes", "1G", "--max-model-len", "4096")
 MEMORY_TOKENS = 2000

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import fmean
+
 from awareness_vllm.models.geometry import Geometry, LayerGeometry, by_depth
 
 
@@ -18,12 +20,12 @@ def structural_mismatch(source: Geometry, target: Geometry) -> float:
     differences = [
         relative(len(source.layers), len(target.layers)),
         relative(source.width, target.width),
-        mean([relative(a.heads, b.heads) for a, b in pairs]),
-        mean([relative(a.head_dim, b.head_dim) for a, b in pairs]),
-        mean([float(a.positions.scheme != b.positions.scheme) for a, b in pairs]),
-        mean([window_difference(a, b) for a, b in pairs]),
+        fmean(relative(a.heads, b.heads) for a, b in pairs),
+        fmean(relative(a.head_dim, b.head_dim) for a, b in pairs),
+        fmean(a.positions.scheme != b.positions.scheme for a, b in pairs),
+        fmean(window_difference(a, b) for a, b in pairs),
     ]
-    return mean(differences)
+    return fmean(differences)
 
 
 def window_difference(source: LayerGeometry, target: LayerGeometry) -> float:
@@ -36,7 +38,3 @@ def window_difference(source: LayerGeometry, target: LayerGeometry) -> float:
 def relative(a: int, b: int) -> float:
     """The difference of two counts as a share of the larger one."""
     return abs(a - b) / max(a, b)
-
-
-def mean(figures: list[float]) -> float:
-    return sum(figures) / len(figures)

@@ -6,9 +6,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
-from awareness_vllm.compatibility.mismatch import mean, structural_mismatch
+from awareness_vllm.compatibility.mismatch import structural_mismatch
 from awareness_vllm.compatibility.models import Listing, Model, model
 from awareness_vllm.compatibility.priors import (
     COLUMN,
@@ -117,7 +118,7 @@ def _certified(
         target,
         (retention, Basis(kind="measured", source=str(entry), digest=entry.digest)),
         # The mean cosine over layers; of states that point away nothing is left.
-        alignment_quality=max(0.0, mean(list(metrics.semantic_preservation))) if metrics else None,
+        alignment_quality=max(0.0, fmean(metrics.semantic_preservation)) if metrics else None,
         dimensional_loss=_loss(entry),
         # The tier counts recalled facts, whose loss retention alone hides.
         risk=risks.get(certificate.tier, "High"),

@@ -1,7 +1,6 @@
 """`priors.json`: the published tables, each with the document and heading that it was copied from.
 
-Nothing in them was measured by this project. `priors.py` reads figures from them; that rows, columns
-and names agree is what tests/unit/test_priors.py checks.
+Nothing in them was measured by this project. A unit test checks that rows, columns and names agree.
 """
 
 from __future__ import annotations
@@ -64,9 +63,7 @@ class Lengths(FrozenModel):
 
     def of(self, architectures: Class) -> tuple[float, ...]:
         """The figures of a class, one for each of `tokens`."""
-        return {"same": self.same, "similar": self.similar, "different": self.different}[
-            architectures
-        ]
+        return getattr(self, architectures)
 
 
 class Conversion(FrozenModel):

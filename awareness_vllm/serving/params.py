@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hmac
+import os
+import secrets
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +12,14 @@ from pydantic import Field, ValidationError
 
 from awareness_vllm.schema import FrozenModel
 from awareness_vllm.serving.config import PARAMS_KEY
-from awareness_vllm.serving.secret import secret
+
+SECRET = "AWARENESS_SECRET"
+"""An environment variable: vLLM's processes start each other and inherit it."""
+
+
+def secret() -> bytes:
+    """The server's secret, which signs load plans; made by whichever process asks first."""
+    return os.environ.setdefault(SECRET, secrets.token_hex(32)).encode()
 
 
 class Part(FrozenModel):

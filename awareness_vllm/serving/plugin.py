@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 
 from awareness_vllm.errors import BadInput
-from awareness_vllm.serving.secret import secret
+from awareness_vllm.serving.params import secret
 
 SUPPORTED = ((0, 30), (0, 34))
 """vLLM versions whose connector contract was read: from the first, below the second."""

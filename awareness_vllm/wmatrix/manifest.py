@@ -133,15 +133,6 @@ def read_manifest(path: Path) -> WMatrixManifest:
         raise corrupt_wmatrix(path, str(error)) from error
 
 
-def is_readable(path: Path) -> bool:
-    """Whether a file is a W-Matrix of a format that this version reads."""
-    try:
-        read_manifest(path)
-    except WMatrixCorrupt:
-        return False
-    return True
-
-
 def corrupt_wmatrix(
     path: Path, found: str, expected: str | int = "a W-Matrix as `awareness fit` writes it"
 ) -> WMatrixCorrupt:

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from awareness_demo.anchors import held_out_dir, install
 from awareness_demo.models import prepare
+from awareness_demo.wmatrices import is_readable
 from harness import CLI, captured
 
 from awareness_vllm.anchors.corpus import load
 from awareness_vllm.files import anchors_dir, home, wmatrices_dir
 from awareness_vllm.models.tokens import load_tokenizer, tokenize
-from awareness_vllm.wmatrix.manifest import is_readable
 
 SMALL = ("--tokens", 8000, "--layers", 6, "--rank", 256, "--calibration", 32)
 """A fit of two minutes on two cores instead of eight. Its memories are worth far more than their

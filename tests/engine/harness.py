@@ -21,7 +21,7 @@ from openai.types.completion_choice import Logprobs
 from awareness_vllm.models.hf import load_model
 from awareness_vllm.packages.capture import capture
 from awareness_vllm.packages.file import publish
-from awareness_vllm.serving.secret import SECRET
+from awareness_vllm.serving.params import SECRET
 
 CLI = (sys.executable, "-m", "awareness_vllm.cli.main")
 NEAR_TIE = 0.15

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from awareness_demo.wmatrices import is_readable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -20,7 +21,7 @@ from awareness_vllm.files import file_digest
 from awareness_vllm.packages.file import payload_digest
 from awareness_vllm.packages.manifest import METADATA_KEY
 from awareness_vllm.wmatrix.file import WMatrix, load
-from awareness_vllm.wmatrix.manifest import is_readable, read_manifest
+from awareness_vllm.wmatrix.manifest import read_manifest
 
 pytestmark = pytest.mark.unit
 
