@@ -20,9 +20,6 @@ logger = logging.getLogger(__name__)
 
 SUFFIXES = frozenset({"", ".txt", ".md", ".rst", ".html", ".htm", ".pod", ".py"})
 MINIMUM = 200
-GROUP = 3000
-
-_PERCENT_LINE = re.compile(r"^%[ \t]*$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -50,11 +47,11 @@ def load(paths: Iterable[Path]) -> list[Document]:
         raw = _read(path)
         if raw is None:
             continue
-        for document in _documents(name, raw, path.suffix.lower()):
-            key = text_digest(document.text)
-            if len(document.text) >= MINIMUM and key not in seen:
-                seen.add(key)
-                documents.append(document)
+        text = tidy(html_to_text(raw) if path.suffix.lower() in (".html", ".htm") else raw)
+        key = text_digest(text)
+        if len(text) >= MINIMUM and key not in seen:
+            seen.add(key)
+            documents.append(Document(name, text))
     if not documents:
         raise BadInput(
             "no texts",
@@ -144,22 +141,6 @@ def tidy(text: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n").rstrip()
 
 
-def group(pieces: Iterable[str], separator: str = "\n\n", characters: int = GROUP) -> list[str]:
-    """Texts of at least `characters`, joined of pieces in order; the last one may be shorter."""
-    texts: list[str] = []
-    pending: list[str] = []
-    size = 0
-    for piece in pieces:
-        pending.append(piece)
-        size += len(piece) + len(separator)
-        if size >= characters:
-            texts.append(separator.join(pending))
-            pending, size = [], 0
-    if pending:
-        texts.append(separator.join(pending))
-    return texts
-
-
 def _files(paths: list[Path]) -> Iterator[tuple[Path, str]]:
     """Files to read, with their documents' names, without hidden files and unknown suffixes."""
     for path in paths:
@@ -200,15 +181,3 @@ def _read(path: Path) -> str | None:
 def _is_clean(text: str) -> bool:
     """Whether a Latin-1 decoding has no control characters but whitespace."""
     return not any(unicodedata.category(c) == "Cc" and c not in "\t\n\r\f" for c in text)
-
-
-def _documents(name: str, raw: str, suffix: str) -> Iterator[Document]:
-    """The document of a file; of a fortune file several, of grouped sayings."""
-    if suffix in (".html", ".htm"):
-        raw = html_to_text(raw)
-    if suffix == "" and len(_PERCENT_LINE.findall(raw)) > 1:
-        sayings = [tidy(saying) for saying in _PERCENT_LINE.split(raw)]
-        for i, text in enumerate(group(saying for saying in sayings if saying)):
-            yield Document(f"{name}#{i}", text)
-    else:
-        yield Document(name, tidy(raw))

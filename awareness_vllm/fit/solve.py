@@ -110,10 +110,13 @@ def leading_right_vectors(matrix: Tensor, rank: int, seed: int, iterations: int 
 
 
 def _orthonormal(columns: Tensor) -> Tensor:
-    """An orthonormal basis of the columns' span, by Cholesky in two passes for stability."""
+    """An orthonormal basis of the columns' span, by Cholesky in two passes for stability; by QR,
+    which is slower, where columns depend on each other."""
+    basis = columns
     for _ in range(2):
-        gram = columns.T @ columns
+        gram = basis.T @ basis
         gram.diagonal().add_(1e-7 * gram.diagonal().mean())
-        factor = torch.linalg.cholesky(gram, upper=True)
-        columns = torch.linalg.solve_triangular(factor, columns, upper=True, left=False)
-    return columns
+        factor, _ = torch.linalg.cholesky_ex(gram, upper=True)
+        basis = torch.linalg.solve_triangular(factor, basis, upper=True, left=False)
+    independent = (basis.norm(dim=0) - 1).abs().max() < 1e-2  # not so where it is NaN
+    return basis if independent else torch.linalg.qr(columns).Q

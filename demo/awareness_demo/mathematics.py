@@ -11,7 +11,8 @@ import random
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 
-from awareness_vllm.anchors.corpus import Document, group
+from awareness_demo.sources import group
+from awareness_vllm.anchors.corpus import Document
 from awareness_vllm.anchors.words import FIT, words_of
 
 Exercise = Callable[[random.Random], str]

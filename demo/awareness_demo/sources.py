@@ -8,13 +8,13 @@ from __future__ import annotations
 import bz2
 import gzip
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from awareness_demo import debian, pypi
 from awareness_demo.wikitext import wikitext_to_text
-from awareness_vllm.anchors.corpus import Document, group, tidy
+from awareness_vllm.anchors.corpus import Document, tidy
 from awareness_vllm.anchors.html import html_to_text
 
 Reader = Callable[[Path], Iterator[Document]]
@@ -31,6 +31,25 @@ class Source:
     reader: Reader
     limit: int = 2_000_000
     registry: Registry = debian.unpack
+
+
+GROUP = 3000
+
+
+def group(pieces: Iterable[str], separator: str = "\n\n", characters: int = GROUP) -> list[str]:
+    """Texts of at least `characters`, joined of pieces in order; the last one may be shorter."""
+    texts: list[str] = []
+    pending: list[str] = []
+    size = 0
+    for piece in pieces:
+        pending.append(piece)
+        size += len(piece) + len(separator)
+        if size >= characters:
+            texts.append(separator.join(pending))
+            pending, size = [], 0
+    if pending:
+        texts.append(separator.join(pending))
+    return texts
 
 
 def _files(tree: Path, pattern: str) -> Iterator[tuple[str, str]]:

@@ -6,10 +6,11 @@ import logging
 from pathlib import Path
 
 import pytest
+from awareness_demo.sources import fortunes, group
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from awareness_vllm.anchors.corpus import Document, digest, group, load, split, tidy, windows
+from awareness_vllm.anchors.corpus import Document, digest, load, split, tidy, windows
 from awareness_vllm.anchors.html import html_to_text
 from awareness_vllm.errors import BadInput
 
@@ -67,8 +68,10 @@ def test_latin_1_is_read_and_binary_skipped(
 
 def test_fortune_files_become_documents_of_several_sayings(tmp_path: Path) -> None:
     sayings = [f"Saying number {i} is wise. " + "word " * 20 for i in range(100)]
-    (tmp_path / "sayings").write_text("\n%\n".join(sayings) + "\n%\n")
-    result = load([tmp_path])
+    folder = tmp_path / "usr/share/games/fortunes"
+    folder.mkdir(parents=True)
+    (folder / "sayings").write_text("\n%\n".join(sayings) + "\n%\n")
+    result = list(fortunes(tmp_path))
     assert len(result) > 2
     assert all(2000 <= len(document.text) <= 4000 for document in result[:-1])
     assert len({document.name for document in result}) == len(result)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from awareness_vllm.errors import BadInput
-from awareness_vllm.fit.solve import RIDGES, choose_ridge, reduced_rank_ridge
+from awareness_vllm.fit.solve import RIDGES, choose_ridge, leading_right_vectors, reduced_rank_ridge
 from awareness_vllm.fit.statistics import Statistics
 
 pytestmark = pytest.mark.unit
@@ -198,3 +198,13 @@ def test_noise_asks_for_more_ridge(rows: int, noise: float, expected: float) -> 
     assert choose_ridge(statistics, x[rows:], y[rows:], torch.ones(OUTPUTS)) == expected
     for name, tensor in statistics.tensors().items():
         assert torch.equal(tensor, before.tensors()[name]), name
+
+
+def test_columns_that_depend_on_each_other_have_a_basis_too() -> None:
+    """As of degenerate anchors: few distinct tokens, so that the fitted values have a low rank."""
+    column = torch.linspace(-1, 1, 40)[:, None]
+    vectors = leading_right_vectors(column @ torch.ones(1, 300), rank=4, seed=0)
+    assert vectors.shape == (300, 4)
+    torch.testing.assert_close(vectors.T @ vectors, torch.eye(4), atol=1e-4, rtol=0)
+    share = (vectors.T @ torch.ones(300)).norm() / torch.ones(300).norm()
+    assert share > 0.999
