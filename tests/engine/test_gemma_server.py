@@ -151,10 +151,11 @@ def test_a_quality_target_that_no_map_keeps_is_read_natively(
     def ask(**more: object) -> openai.types.Completion:
         body = {"memory": {"ids": [memory], "quality_target": 1.0, **more}}
         return server.client.completions.create(
-            model="served", prompt=case["question"], max_tokens=8, temperature=0, extra_body=body
-        )
+            model="served", prompt=case["question"], max_tokens=8, temperature=0, logprobs=5,
+            extra_body=body,
+        )  # fmt: skip
 
-    natively = ask(logprobs=5)
+    natively = ask()
     assert natively.memory["plan"] == "recompute"
     expected = server.logprobs(case["context"] + case["question"], 8)
     assert parting(expected, natively.choices[0].logprobs) <= NEAR_TIE
