@@ -16,7 +16,7 @@ from vllm.logger import init_logger
 
 from awareness_vllm.align.paged import Latent
 from awareness_vllm.align.realign import AlignedMemory
-from awareness_vllm.files import private_copy
+from awareness_vllm.files import atomic_write, private_copy
 
 logger = init_logger("vllm.awareness.tiers")
 
@@ -75,20 +75,17 @@ class DiskTier:
 
     def _put(self, key: Key, memory: AlignedMemory) -> None:
         path = self.path(key)
-        temporary = path.with_suffix(f".{os.getpid()}")
         tensors = {
             f"{i}.{part}": state.contiguous()
             for part, states in (("key", memory.keys), ("value", memory.values))
             for i, state in enumerate(states)
         }
         try:
-            save_file(tensors, temporary, {"ids": json.dumps(memory.ids)})
-            os.replace(temporary, path)
+            with atomic_write(path) as draft:
+                save_file(tensors, draft, {"ids": json.dumps(memory.ids)})
             self._make_room(path)
         except (SafetensorError, OSError) as error:
             logger.warning("%s is not kept on disk: %s", key[0], error)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def _make_room(self, newest: Path) -> None:
         """Remove the least recently used files until the others fit; the newest one stays."""

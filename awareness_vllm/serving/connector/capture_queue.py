@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from awareness_vllm.errors import AwarenessError
+from awareness_vllm.files import atomic_write
 from awareness_vllm.packages.manifest import tensor_name
 
 States = dict[str, Tensor]
@@ -86,9 +86,8 @@ def keys_and_values(states: States, layers: int) -> tuple[list[Tensor], list[Ten
 def _write(states: States, path: Path, done: Future[States]) -> None:
     """Write a file whole or not at all."""
     try:
-        temporary = path.with_name(f".{path.name}")
-        save_file(states, temporary)
-        os.replace(temporary, path)
+        with atomic_write(path) as draft:
+            save_file(states, draft)
         done.set_result({})
     except Exception as error:
         done.set_exception(error)
