@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = pytest.mark.gpu if DEVICE == "cuda" else pytest.mark.unit
+# Triton's interpreter is slow: `make unit` leaves it to `make test`.
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else [pytest.mark.unit, pytest.mark.slow]
 
 Kernels = dict[str, Callable[..., Any]]
 SLACK = 1.5

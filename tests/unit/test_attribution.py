@@ -24,7 +24,8 @@ from awareness_vllm.fit.reader import Reader
 from awareness_vllm.wmatrix.file import WMatrix
 from awareness_vllm.wmatrix.registry import WMatrixEntry
 
-pytestmark = pytest.mark.unit
+# Tests of a benchmark's script.
+pytestmark = [pytest.mark.unit, pytest.mark.nightly]
 
 
 def test_true_norms_do_not_change_directions(wmatrix: WMatrix) -> None:

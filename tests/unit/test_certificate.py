@@ -256,6 +256,7 @@ def test_lengths_and_plans_are_measured(
     assert recalled == [0.5, 1, 1, None, None, None, None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("retention", "drifted"), [(0.9, False), (0.95, False), (0.5, True)])
 def test_drift_is_retention_below_the_certificates_interval(
     tiny_models: tuple[Path, Path],
@@ -272,6 +273,7 @@ def test_drift_is_retention_below_the_certificates_interval(
     assert bool(status.reasons) is drifted
 
 
+@pytest.mark.slow
 def test_changed_weights_are_drift_with_the_reason(
     tiny_models: tuple[Path, Path], fitted: Path, tmp_path: Path
 ) -> None:
@@ -295,6 +297,7 @@ def with_protocol(path: Path, **update: object) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recorded", [("poems", "lists"), ()], ids=["named", "version 0.1"])
 def test_the_monitor_takes_the_certificates_own_texts(
     tiny_models: tuple[Path, Path],
@@ -332,6 +335,7 @@ def test_the_monitor_takes_the_certificates_own_texts(
     assert "poems" in str(caught.value.expected)
 
 
+@pytest.mark.slow
 def test_other_weights_of_the_same_shape_are_measured(
     tiny_models: tuple[Path, Path], fitted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

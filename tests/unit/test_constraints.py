@@ -17,7 +17,8 @@ from awareness_vllm.fit.statistics import Statistics
 from awareness_vllm.models.geometry import Geometry, LayerGeometry, Positions
 from awareness_vllm.wmatrix.heads import Head
 
-pytestmark = pytest.mark.unit
+# Tests of a benchmark's script.
+pytestmark = [pytest.mark.unit, pytest.mark.nightly]
 
 NAIVE: Lifted = frozenset()
 FREE = 3

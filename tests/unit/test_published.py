@@ -251,15 +251,12 @@ def fitted(
     return replace(wmatrix, manifest=wmatrix.manifest.model_copy(update=update))
 
 
-SLOW = (MATRIX, 0)
-"""Its hundred epochs take ten seconds even here."""
-
-
 @pytest.mark.parametrize(
     "key",
-    [pytest.param(k, marks=pytest.mark.slow if k == SLOW else ()) for k in LOCAL],
+    LOCAL,
     ids=str,
 )
+@pytest.mark.slow
 def test_on_local_models(
     key: Key,
     world: World,
