@@ -84,6 +84,7 @@ def memory(tiny_models: Models) -> Package:
     return capture(tiny_models[0], TEXT)
 
 
+@pytest.mark.slow
 def test_the_import_is_light_and_the_names_are_there() -> None:
     script = """
 import sys

@@ -41,6 +41,7 @@ def document(argv: list[str], capfd: pytest.CaptureFixture[str], status: int = 0
     return json.loads(capfd.readouterr().out)
 
 
+@pytest.mark.slow
 def test_help_loads_neither_torch_nor_vllm() -> None:
     script = """
 import sys

@@ -234,6 +234,7 @@ def three(
     return folders, root / "maps"
 
 
+@pytest.mark.slow
 def test_a_route_is_composed_and_measured(
     three: tuple[list[Path], Path], anchors: list[Document], monkeypatch: pytest.MonkeyPatch
 ) -> None:

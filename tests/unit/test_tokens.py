@@ -77,6 +77,7 @@ def test_spans_tile_the_bytes(tokenizer: Tokenizer, text: str) -> None:
     assert_tiles(tokenize(tokenizer, text).spans, len(text.encode()))
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(text=unicode_texts.filter(bool))
 def test_the_aligned_token_holds_the_last_byte(
