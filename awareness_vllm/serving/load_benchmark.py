@@ -48,6 +48,9 @@ SHORT, LONG = 128, 2048
 """Tokens of the two memories: fixed costs are most of the short one's time."""
 LOW_RANK, HIGH_RANK = 128, 1024
 """Ranks of the two maps: matrix products are most of the high one's work."""
+LEAST_REST = 0.01
+"""The least share of an alignment that is no product: larger products can be slower than by the
+number of their operations, and then nothing would be left for the rest."""
 BLOCK = 128
 """Tokens of a block of vLLM's KV cache on a CPU."""
 REGIONS = 4
@@ -98,7 +101,8 @@ def calibrate() -> Calibration:
     _, flop_rate = fit_line((LONG * flop, long_low), (LONG * high_flop, long_high))
     # Without its products, a map's work grows with the numbers that it reads and gives.
     rest = [
-        (n * numbers, s - n * flop / flop_rate) for n, s in ((SHORT, short_low), (LONG, long_low))
+        (n * numbers, max(s - n * flop / flop_rate, LEAST_REST * s))
+        for n, s in ((SHORT, short_low), (LONG, long_low))
     ]
     align_fixed, numbers_rate = fit_line(*rest)
     write_fixed, write_rate = fit_line(*zip(written, writes, strict=True))

@@ -269,6 +269,18 @@ def test_measuring_leaves_nothing_behind(with_vllm: bool, monkeypatch: pytest.Mo
     assert list(home().iterdir()) == []
 
 
+@pytest.mark.usefixtures("small")
+def test_products_that_grow_faster_than_their_operations_leave_positive_rates(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a processor whose caches hold the small map alone."""
+    seconds = iter([[1.0, 2.0], [1.0, 2.0], [1.0], [0.1, 1.0, 1e3]])
+    monkeypatch.setattr(load_benchmark, "medians", lambda *runs, **options: next(seconds))
+    calibration = load_benchmark.calibrate()
+    assert calibration.align_numbers_per_s > 0
+    assert calibration.align_s(100, 1e6, 1e6) > 0
+
+
 def test_a_memory_is_as_long_as_it_says() -> None:
     tokenizer = load_benchmark.synthetic_tokenizer()
     geometry = load_benchmark.geometry("source", 1, 1, 8, 8)
