@@ -110,7 +110,7 @@ UNSERVED = {
     "qwen2, windows": "vLLM 0.32 wants windows in all of its layers or in none",
 }
 """Families that transformers runs and vLLM does not."""
-IN_EVERY_RUN = {"llama, yarn", "gpt-j", "gpt2", "bloom", "cohere2"}
+IN_EVERY_RUN = {"llama, yarn", "gpt-j", "gpt2", "bloom", "exaone4"}
 """Rotary halves (scaled), interleaved pairs, learned positions, ALiBi, and windows beside layers
 without positions; the others are for `make nightly`."""
 
