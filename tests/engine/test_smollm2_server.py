@@ -277,7 +277,7 @@ def test_a_wmatrix_for_another_target(server: Server, gemma3: Path, store: Path)
         server.complete("hi there", memory_ids=[memory])
     message = str(caught.value)
     assert "(elsewhere.wmatrix)" in message
-    assert "gemma3-270m → smollm2-135m" in message
+    assert "from gemma3-270m to smollm2-135m" in message
     assert "awareness fit" in message
     assert server.complete("The capital of France is", 2)
 
