@@ -84,7 +84,7 @@ def calibrate() -> Calibration:
     written = [written_bytes(target, 0, count, TargetConfig()) for count in (SHORT, LONG)]
 
     writes = medians(*(writing(target, count) for count in (SHORT, LONG)), between=flush_caches)
-    keep_freed_memory()
+    reuse_freed_memory()
     home().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=home(), prefix=".doctor-") as folder:
         paths = [publish(memory.package, Path(folder)) for memory in (short, long)]
@@ -123,7 +123,7 @@ def calibrate() -> Calibration:
     )
 
 
-def keep_freed_memory() -> None:
+def reuse_freed_memory() -> None:
     """Have the allocator reuse freed memory, as in a server that has run for a while.
 
     A young process gives it back at once, and asking for new pages takes a third of an alignment's

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -16,6 +18,9 @@ from awareness_vllm.models.geometry import Geometry, LayerGeometry, Positions
 from awareness_vllm.packages.file import Package, build
 from awareness_vllm.wmatrix.file import WMatrix
 from awareness_vllm.wmatrix.manifest import Anchors, WMatrixManifest
+
+if TYPE_CHECKING:
+    from memories_server import Server
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog, and the other dogs look on.",
@@ -240,3 +245,14 @@ def anchors() -> list[Document]:
         return " ".join(WORDS[i] for i in picks)
 
     return [Document(f"d{i}", text()) for i in range(10)]
+
+
+@pytest.fixture
+def server(
+    tmp_path: Path, tiny_models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> Server:
+    """A server of two tenants, whose captures lie in a folder of the test's own."""
+    from memories_server import server_of_tenants  # late: it imports vLLM
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return server_of_tenants(tmp_path, tiny_models[1])

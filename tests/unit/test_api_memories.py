@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from memories_server import (
     UNKNOWN,
     Make,
     Server,
-    server_of_tenants,
 )
 
 from awareness_vllm.compatibility.estimate import predict
@@ -31,14 +29,6 @@ from awareness_vllm.wmatrix.file import WMatrix
 from awareness_vllm.wmatrix.registry import Registry, WMatrixEntry
 
 pytestmark = pytest.mark.unit
-
-
-@pytest.fixture
-def server(
-    tmp_path: Path, tiny_models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
-) -> Server:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    return server_of_tenants(tmp_path, tiny_models[1])
 
 
 # The list

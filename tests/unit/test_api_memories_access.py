@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,6 @@ from memories_server import (
     Make,
     Server,
     app,
-    server_of_tenants,
 )
 from starlette.testclient import TestClient
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
@@ -35,14 +33,6 @@ from awareness_vllm.serving.connector.worker_extension import EVICT
 from awareness_vllm.wmatrix.file import WMatrix
 
 pytestmark = pytest.mark.unit
-
-
-@pytest.fixture
-def server(
-    tmp_path: Path, tiny_models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
-) -> Server:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    return server_of_tenants(tmp_path, tiny_models[1])
 
 
 # Whose, and who asks

@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-
 import pytest
-from memories_server import DELETE, LOAD, Make, Server, server_of_tenants
+from memories_server import DELETE, LOAD, Make, Server
 
 from awareness_vllm.serving.connector.worker_extension import EVICT, PREFETCH
 from awareness_vllm.serving.params import LoadParams
 from awareness_vllm.wmatrix.file import WMatrix
 
 pytestmark = pytest.mark.unit
-
-
-@pytest.fixture
-def server(
-    tmp_path: Path, tiny_models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
-) -> Server:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    return server_of_tenants(tmp_path, tiny_models[1])
 
 
 @pytest.mark.parametrize(
