@@ -1,4 +1,4 @@
-"""Files of the product: where they are, reads that survive truncation, atomic writes."""
+"""Files of the product: where they are, atomic writes."""
 
 from __future__ import annotations
 
@@ -10,31 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from awareness_vllm.errors import BadInput, UnsupportedModel
-
-
-@contextlib.contextmanager
-def private_copy(path: Path) -> Iterator[str]:
-    """The path of an in-memory copy of a file, for libraries that map the files they open.
-
-    safetensors maps its files; whoever truncates one kills the process that reads on (SIGBUS).
-    What was mapped through this path stays valid after the block.
-
-    Raises:
-        OSError: unreadable, or truncated during the copy.
-    """
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        copy = os.memfd_create(path.name)
-        try:
-            copied = 0
-            while copied < size:
-                part = os.sendfile(copy, file.fileno(), copied, size - copied)
-                if not part:
-                    raise OSError(f"{path.name} ends after {copied} of {size} bytes")
-                copied += part
-            yield f"/proc/self/fd/{copy}"
-        finally:
-            os.close(copy)
 
 
 @contextlib.contextmanager

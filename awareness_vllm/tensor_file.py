@@ -15,11 +15,15 @@ import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import BaseModel, ValidationError
+
+from awareness_vllm.errors import escaped
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,6 +48,7 @@ DTYPES = {
 }
 """torch's name and the bytes of an element, by safetensors' names of the dtypes."""
 
+T = TypeVar("T", bound=BaseModel)
 Bytes = npt.NDArray[np.uint8]
 Shape = tuple[int, ...]
 Layout = dict[str, tuple[str, Shape]]
@@ -109,7 +114,7 @@ Visit = Callable[[TensorEntry, Bytes], None]
 
 
 @contextlib.contextmanager
-def opened(path: Path, *, limit: int | None = None) -> Iterator[tuple[BinaryIO, int]]:
+def opened(path: Path, *, limit: int | None = None) -> Iterator[tuple[FileIO, int]]:
     """A file and its size in bytes: a regular file of at most `limit` bytes, and no link.
 
     Raises:
@@ -121,7 +126,7 @@ def opened(path: Path, *, limit: int | None = None) -> Iterator[tuple[BinaryIO, 
     except (OSError, ValueError) as error:
         reason = "a link" if path.is_symlink() else str(error)
         raise FileRefused(f"not readable ({reason})", "a regular file") from error
-    with open(descriptor, "rb", buffering=0) as file:
+    with FileIO(descriptor) as file:
         facts = os.fstat(descriptor)
         if not stat.S_ISREG(facts.st_mode):
             raise FileRefused("not a regular file", "a regular file")
@@ -172,7 +177,7 @@ def read_file(
                 end = min(begin + CHUNK, length)
                 chunk = scratch[: end - begin] if kept is None else kept[begin:end]
                 _fill(file, chunk)
-                sha.update(chunk)
+                sha.update(chunk.data)
                 visit(entry, chunk)
             if kept is not None:
                 buffers[name] = kept
@@ -200,6 +205,22 @@ def parse_json(document: str | bytes) -> Any:
         raise FileRefused(f"no readable JSON ({str(error)[:100]})") from error
 
 
+def parse_document(model: type[T], document: str) -> T:
+    """A manifest's JSON as its model, each value of the exact type.
+
+    Raises:
+        FileRefused: no such document; what it says is quoted in part only.
+    """
+    parse_json(document)
+    try:
+        return model.model_validate_json(document, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        complaint = escaped(f"{where}: {first['msg']}")[:200]
+        raise FileRefused(f"no valid manifest ({complaint})") from error
+
+
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
@@ -211,7 +232,7 @@ def _constant(name: str) -> NoReturn:
     raise ValueError(f"the number {name}")
 
 
-def _header(file: BinaryIO, size: int) -> Header:
+def _header(file: FileIO, size: int) -> Header:
     """The header of a file of `size` bytes. Raises FileRefused."""
     length = int.from_bytes(_read(file, 8), "little")
     if length > MAX_HEADER or length > size - 8:
@@ -271,18 +292,18 @@ def _are_sizes(value: object) -> bool:
     )
 
 
-def _read(file: BinaryIO, count: int) -> bytes:
+def _read(file: FileIO, count: int) -> bytes:
     buffer = np.empty(count, np.uint8)
     _fill(file, buffer)
     return buffer.tobytes()
 
 
-def _fill(file: BinaryIO, buffer: Bytes) -> None:
+def _fill(file: FileIO, buffer: Bytes) -> None:
     """Fill a buffer from a file. Raises FileRefused where the file ends before."""
-    view, done = memoryview(buffer), 0
+    view, done = buffer.data, 0
     while done < len(view):
         try:
-            count = file.readinto(view[done:])  # type: ignore[attr-defined]
+            count = file.readinto(view[done:])
         except OSError as error:
             raise FileRefused(f"not readable ({error})") from error
         if not count:

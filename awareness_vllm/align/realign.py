@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from awareness_vllm.errors import BadInput
+from awareness_vllm.errors import BadInput, PackageCorrupt
 from awareness_vllm.models.rope import rotate
 from awareness_vllm.models.tokens import align, load_tokenizer, tokenize
 from awareness_vllm.packages.file import Package
@@ -112,6 +112,22 @@ def realign(
     return work.memory
 
 
+def check_finite_states(states: Tensor) -> None:
+    """Check states in the cache's dtype, where another request's masked tokens may meet them.
+
+    Raises:
+        PackageCorrupt: a value that is not finite.
+    """
+    low, high = states.aminmax()
+    if not (low.isfinite() and high.isfinite()):
+        raise PackageCorrupt(
+            "the memory's aligned states are not finite",
+            found=f"a value that {states.dtype} cannot hold",
+            expected="finite numbers",
+            remedy="capture the memory again, or use another W-Matrix",
+        )
+
+
 class Realignment:
     """`realign` in steps of one block, for callers with other work in between.
 
@@ -151,7 +167,11 @@ class Realignment:
 
     @torch.inference_mode()
     def step(self) -> bool:
-        """Align the next block of tokens; whether the memory is complete."""
+        """Align the next block of tokens; whether the memory is complete.
+
+        Raises:
+            PackageCorrupt: states that are not plausible, or whose image the dtype cannot hold.
+        """
         package, manifest = self.package, self.wmatrix.manifest
         block = slice(self.begin, self.begin + BLOCK)
         source = self.source[block]
@@ -169,5 +189,7 @@ class Realignment:
         for i, layer in enumerate(manifest.target.layers):
             self.memory.keys[i][rows] = rotate(free[i], positions, layer.positions)
             self.memory.values[i][rows] = mapped[i]
+            for states in (self.memory.keys[i][rows], self.memory.values[i][rows]):
+                check_finite_states(states)
         self.begin += BLOCK
         return self.begin >= len(self.source)

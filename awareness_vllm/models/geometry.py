@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Annotated, Any, Self
 
-from pydantic import AliasChoices, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import (
+    AliasChoices,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
-from awareness_vllm.schema import FrozenModel
+from awareness_vllm.schema import FrozenModel, PlainName
+
+MAX_LAYERS = 1024
+Size = Annotated[int, Field(ge=1, le=1 << 31)]
+"""A number of heads, elements, tokens: no larger than an int32 that counts them."""
+Number = Annotated[float, Field(gt=0, lt=1e30)]
+"""A positive parameter of a positional encoding."""
 
 
 class Positions(FrozenModel):
@@ -18,24 +30,24 @@ class Positions(FrozenModel):
     `woven`, `slow` and `fast` are their names in version 0.1.
     """
 
-    scheme: str
-    theta: float | None = None
-    rotary_dim: int | None = None
+    scheme: PlainName
+    theta: Number | None = None
+    rotary_dim: Annotated[int, Field(ge=0, le=1 << 16)] | None = None
     interleaved: bool = Field(False, validation_alias=AliasChoices("interleaved", "woven"))
     """Whether a rotated pair is two neighbouring dims (GPT-J), or dims `rotary_dim / 2` apart."""
-    scale: float | None = None
+    scale: Number | None = None
     """The factor of cosines and sines: YaRN's mscale, LongRoPE's attention factor."""
-    factor: float | None = None
-    original: int | None = None
+    factor: Number | None = None
+    original: Size | None = None
     """Positions that the model was trained on, before its context was extended."""
-    length: int | None = None
+    length: Size | None = None
     """The sequence length of a table of the dynamic scheme."""
-    beta_slow: float | None = Field(None, validation_alias=AliasChoices("beta_slow", "slow"))
-    beta_fast: float | None = Field(None, validation_alias=AliasChoices("beta_fast", "fast"))
+    beta_slow: Number | None = Field(None, validation_alias=AliasChoices("beta_slow", "slow"))
+    beta_fast: Number | None = Field(None, validation_alias=AliasChoices("beta_fast", "fast"))
     """Pairs that rotate less than `beta_slow` times in `original` positions are stretched, those
     that rotate more than `beta_fast` times are not; in between a ramp."""
     truncate: bool = True
-    factors: tuple[float, ...] | None = None
+    factors: tuple[Number, ...] | None = None
     """LongRoPE's factors of the pairs: the short or the long ones, whichever were in use."""
 
     @property
@@ -53,10 +65,17 @@ class Positions(FrozenModel):
 class LayerGeometry(FrozenModel):
     """One layer's cache: `heads` KV heads of `head_dim`, positions, sliding `window` in tokens."""
 
-    heads: int
-    head_dim: int
+    heads: Size
+    head_dim: Size
     positions: Positions
-    window: int | None = None
+    window: Size | None = None
+
+    @model_validator(mode="after")
+    def _rotates_its_own_dims(self) -> Self:
+        rotated = self.positions.rotary_dim or 0
+        if rotated > self.head_dim or rotated % 2:
+            raise ValueError(f"{rotated} rotated dims of {self.head_dim}")
+        return self
 
     @property
     def width(self) -> int:
@@ -67,15 +86,15 @@ class LayerGeometry(FrozenModel):
 class Geometry(FrozenModel):
     """A model's KV cache and identity; `weights` and `tokenizer` are fingerprints (sha256)."""
 
-    name: str
-    model_type: str
-    dtype: str
-    hidden_size: int
-    vocab_size: int
-    max_positions: int
-    layers: tuple[LayerGeometry, ...]
-    weights: str
-    tokenizer: str
+    name: PlainName
+    model_type: PlainName
+    dtype: PlainName
+    hidden_size: Size
+    vocab_size: Size
+    max_positions: Size
+    layers: tuple[LayerGeometry, ...] = Field(min_length=1, max_length=MAX_LAYERS)
+    weights: str = Field(max_length=64)
+    tokenizer: str = Field(max_length=64)
 
     @property
     def additive(self) -> bool:

@@ -1,27 +1,28 @@
 """Memory package v1: one safetensors file, named by the sha256 of its bytes.
 
-Tensors: `tokens` [T] int32, `spans` [T, 2] int64, `text` [B] uint8 (UTF-8), and for each layer i
-`layers.i.key` and `layers.i.value` [T, H, D] in the model's dtype, keys as cached (positions
-applied).
+Its tensors are `tokens` [T] int32, `spans` [T, 2] int64, `text` [B] uint8 (UTF-8), and for each
+layer i `layers.i.key` and `layers.i.value` [T, H, D] in the model's dtype, keys as cached
+(positions applied); it has no others.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from awareness_vllm.files import draft_file, private_copy
+from awareness_vllm.files import draft_file
 from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.models.tokens import Spans
 from awareness_vllm.packages.manifest import (
@@ -29,10 +30,34 @@ from awareness_vllm.packages.manifest import (
     Manifest,
     corrupt_package,
     id_of,
-    manifest_document,
     parse_manifest,
+    refusing,
     tensor_name,
 )
+from awareness_vllm.packages.origin import seal
+from awareness_vllm.tensor_file import (
+    Bytes,
+    FileRefused,
+    TensorEntry,
+    TensorFile,
+    digest_of,
+    read_file,
+)
+
+INDEX = ("tokens", "spans", "text")
+"""The tensors of a package that are not states."""
+
+
+@dataclass(frozen=True)
+class PackageIndex:
+    """A package without its states; `digest` is the sha256, in hex, of its file. `spans` [T, 2] are
+    the tokens' bytes in the text."""
+
+    manifest: Manifest
+    digest: str
+    text: str
+    tokens: list[int]
+    spans: Spans
 
 
 @dataclass(frozen=True)
@@ -65,7 +90,9 @@ def build(
     name: str | None = None,
     has_text: bool = True,
 ) -> Package:
-    """A package of captured states, its payload digest computed."""
+    """A package of captured states, its payload digest computed; the geometry's dtype becomes that
+    of the states, which a server may have been told to compute in another one."""
+    geometry = geometry.model_copy(update={"dtype": str(keys[0].dtype).removeprefix("torch.")})
     tensors = _tensors(text, tokens, spans, keys, values)
     first_tokens = tuple(len(tokens) - len(key) for key in keys)
     manifest = Manifest(
@@ -124,7 +151,8 @@ def is_boundary(raw: bytes, end: int) -> bool:
 
 
 def publish(package: Package, store: Path) -> Path:
-    """Write a package atomically into a store folder, under its ID; the file's path."""
+    """Write a package atomically into a store folder, under its ID; the file's path. It is sealed
+    with this home's key: memories that were captured here are told from a stranger's."""
     store.mkdir(parents=True, exist_ok=True)
     tensors = _tensors(package.text, package.tokens, package.spans, package.keys, package.values)
     with draft_file(store) as draft:
@@ -132,74 +160,119 @@ def publish(package: Package, store: Path) -> Path:
         with draft.open("rb") as file:
             os.fsync(file.fileno())
         draft.chmod(0o644)
-        path = store / f"{id_of(draft)}.safetensors"
+        digest = digest_of(draft)
+        path = store / f"{id_of(digest)}.safetensors"
         os.replace(draft, path)
+    seal(path, digest)
     return path
 
 
-def read_text(path: Path) -> str:
-    """A package's text alone. Raises PackageCorrupt."""
-    try:
-        return bytes(_read_tensor(path, "text").numpy()).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise corrupt_package(path, f"text that is not UTF-8 ({error})") from error
-
-
-def read_tokens(path: Path) -> list[int]:
-    """A package's source token ids alone. Raises PackageCorrupt."""
-    return _read_tensor(path, "tokens").tolist()
-
-
-def read(path: Path) -> Package:
+def read(path: Path, *, digest: str | None = None, largest: float = math.inf) -> Package:
     """A whole package; later changes of the file do not reach it.
 
-    Shapes are checked against the manifest's geometry; bytes are not hashed again.
+    Args:
+        digest: the beginning, in hex, that the file's sha256 must have.
+        largest: magnitude that no state may exceed: what the cache's dtype can hold.
 
     Raises:
-        PackageCorrupt: unreadable, or tensors that contradict the manifest.
+        PackageCorrupt: unreadable, another file, tensors that contradict the manifest, or states
+            that are not finite.
     """
-    return _read(path)[0]
+    return _read(path, digest, largest)[1]
+
+
+def read_index(path: Path, *, digest: str | None = None, largest: float = math.inf) -> PackageIndex:
+    """A package without its states, which are hashed and checked, but not kept.
+
+    Args and errors as of `read`.
+    """
+    with refusing(path):
+        manifest, file = _read_file(path, digest, largest, keep=lambda name: name in INDEX)
+        return _index(manifest, file)
 
 
 def verify(path: Path) -> Package:
     """A whole package, its manifest and tensors checked against the payload digest.
 
-    The file's name does not matter: `check_bytes` proves more, but needs the ID.
+    The file's name does not matter: `read` with a digest proves more, but needs one.
 
     Raises:
         PackageCorrupt: altered or truncated.
     """
-    package, document, tensors = _read(path)
-    payload = payload_digest(document, sorted(tensors.items()))
+    file, package = _read(path, None, math.inf)
+    document = file.header.metadata[METADATA_KEY]
+    payload = payload_digest(document, sorted(file.tensors().items()))
     if payload != package.manifest.payload:
         raise corrupt_package(path, f"payload {payload}", expected=package.manifest.payload)
     return package
 
 
-def _read(path: Path) -> tuple[Package, str, dict[str, Tensor]]:
-    """A package, and what its file holds: the manifest's JSON, the tensors by name."""
-    try:
-        with private_copy(path) as copy, safe_open(copy, framework="pt") as file:
-            document = manifest_document(file)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        manifest = parse_manifest(document, {n: tuple(t.shape) for n, t in tensors.items()}, path)
-        text = bytes(tensors["text"].numpy()).decode("utf-8")
-    except (SafetensorError, OSError, KeyError, UnicodeDecodeError) as error:
-        raise corrupt_package(path, f"not a readable package ({error})") from error
+def _read(path: Path, digest: str | None, largest: float) -> tuple[TensorFile, Package]:
+    with refusing(path):
+        manifest, file = _read_file(path, digest, largest, keep=lambda name: True)
+        index = _index(manifest, file)
     keys, values = (
-        [tensors[tensor_name(i, part)] for i in range(len(manifest.geometry.layers))]
+        [file.tensor(tensor_name(i, part)) for i in range(len(manifest.geometry.layers))]
         for part in ("key", "value")
     )
-    tokens, spans = tensors["tokens"].tolist(), tensors["spans"].numpy()
-    return Package(manifest, text, tokens, spans, keys, values), document, tensors
+    return file, Package(manifest, index.text, index.tokens, index.spans, keys, values)
 
 
-def _read_tensor(path: Path, name: str) -> Tensor:
+def _read_file(
+    path: Path, digest: str | None, largest: float, keep: Callable[[str], bool]
+) -> tuple[Manifest, TensorFile]:
+    """A package's file, its states finite. Raises FileRefused."""
+    manifests: list[Manifest] = []
+    file = read_file(
+        path,
+        lambda header: manifests.append(parse_manifest(header)),
+        digest=digest,
+        keep=keep,
+        visit=functools.partial(check_finite, largest=largest),
+    )
+    return manifests[0], file
+
+
+def check_finite(entry: TensorEntry, chunk: Bytes, *, largest: float = math.inf) -> None:
+    """Check a chunk of a floating-point tensor.
+
+    An infinite or undefined value would reach other requests: attention multiplies what it masks
+    by zero, and vLLM does not clear the blocks that it reuses.
+
+    Raises:
+        FileRefused: a value that is not finite, or whose magnitude exceeds `largest`.
+    """
+    dtype = getattr(torch, entry.dtype)
+    if not dtype.is_floating_point or not len(chunk):
+        return
+    low, high = (float(bound) for bound in torch.from_numpy(chunk).view(dtype).aminmax())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise FileRefused("values that are not finite numbers", "finite numbers")
+    if max(-low, high) > largest:
+        raise FileRefused(f"a value of {max(-low, high):.3g}", f"at most {largest:g}")
+
+
+def read_states(path: Path) -> dict[str, Tensor]:
+    """The captured states in a worker's file, by name. Raises PackageCorrupt."""
+    with refusing(path):
+        return read_file(path, lambda header: None, visit=check_finite).tensors()
+
+
+def _index(manifest: Manifest, file: TensorFile) -> PackageIndex:
+    """The text, its tokens and their spans, which must belong together. Raises FileRefused."""
+    tokens, spans, raw = (file.tensor(name) for name in INDEX)
     try:
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        raise corrupt_package(path, f"no readable tensor {name!r} ({error})") from error
+        text = raw.numpy().tobytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise FileRefused(f"text that is not UTF-8 ({error.reason})") from error
+    vocabulary = manifest.geometry.vocab_size if manifest.has_text else 1
+    if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
+        found = f"ids from {int(tokens.min())} to {int(tokens.max())}"
+        raise FileRefused(found, f"ids below {vocabulary}")
+    begins, ends = spans.unbind(1)
+    if bool(((begins < 0) | (begins > ends) | (ends > len(raw))).any()):
+        raise FileRefused("spans outside of the text", f"spans within {len(raw)} bytes")
+    return PackageIndex(manifest, file.digest, text, tokens.tolist(), spans.numpy())
 
 
 def _tensors(

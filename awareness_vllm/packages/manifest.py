@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AliasChoices,
     Field,
     SerializerFunctionWrapHandler,
-    ValidationError,
     model_serializer,
 )
-from safetensors import SafetensorError, safe_open
 
-from awareness_vllm.errors import (
-    InvalidMemoryId,
-    PackageCorrupt,
-    UnsupportedModel,
-    UnsupportedRequest,
-)
-from awareness_vllm.files import file_digest
+from awareness_vllm.errors import InvalidMemoryId, PackageCorrupt, UnsupportedRequest
 from awareness_vllm.models.geometry import Geometry
-from awareness_vllm.schema import FrozenModel
+from awareness_vllm.schema import FrozenModel, PlainName
+from awareness_vllm.tensor_file import FileRefused, Header, Layout, parse_document, read_header
 
 METADATA_KEY = "awareness"
+STATE_DTYPES = ("bfloat16", "float16", "float32")
+"""Dtypes of states, by torch's names."""
+MAX_TOKEN_BYTES = 512
+"""Bytes of text that a token can stand for: vocabularies have runs of blanks of some 128."""
 MEMORY_ID = re.compile(r"mem_[0-9a-f]{32}")
 
 
@@ -40,14 +38,14 @@ class Manifest(FrozenModel):
     """
 
     format: Literal["awareness-memory/1"] = "awareness-memory/1"
-    name: str | None = None
+    name: PlainName | None = None
     geometry: Geometry
-    tokens: int
+    tokens: int = Field(ge=0, le=1 << 31)
     has_text: bool = True
     engine: Literal["transformers", "vllm"]
-    versions: dict[str, str]
-    payload: str
-    first_tokens: tuple[int, ...] = Field(
+    versions: dict[PlainName, PlainName] = Field(max_length=16)
+    payload: str = Field(max_length=64)
+    first_tokens: tuple[Annotated[int, Field(ge=0)], ...] = Field(
         (), validation_alias=AliasChoices("first_tokens", "begins")
     )
 
@@ -91,64 +89,67 @@ def check_id(memory_id: object) -> str:
     )
 
 
-def id_of(path: Path) -> str:
-    """The ID of a package file: `mem_` and half of the sha256 of its bytes."""
-    try:
-        return f"mem_{file_digest(path)[:32]}"
-    except UnsupportedModel as error:
-        raise corrupt_package(path, f"not readable ({error.found})") from error
-
-
-def check_bytes(path: Path, memory_id: str) -> None:
-    """Check that a file's bytes have this ID. Raises PackageCorrupt."""
-    if (actual := id_of(path)) != memory_id:
-        raise corrupt_package(path, f"its bytes are those of {actual}", expected=memory_id)
+def id_of(digest: str) -> str:
+    """The ID of a package whose file has this sha256: `mem_` and its first half."""
+    return f"mem_{digest[:32]}"
 
 
 def read_manifest(path: Path) -> Manifest:
     """A package's manifest; of the tensors only the header is read.
 
     Raises:
-        PackageCorrupt: not a safetensors file, no valid manifest, or tensors whose shapes
-            contradict it.
+        PackageCorrupt: not a safetensors file, no valid manifest, or tensors that contradict it.
     """
-    try:
-        with safe_open(path, framework="np") as file:
-            document = manifest_document(file)
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise corrupt_package(path, f"not a readable safetensors file ({error})") from error
-    return parse_manifest(document, shapes, path)
+    with refusing(path):
+        return parse_manifest(read_header(path))
 
 
-def manifest_document(file: Any) -> str:
-    """The manifest's JSON in an open safetensors file; empty where there is none."""
-    return (file.metadata() or {}).get(METADATA_KEY, "")
-
-
-def parse_manifest(document: str, shapes: Mapping[str, tuple[int, ...]], path: Path) -> Manifest:
-    """The manifest of a package, checked against the `shapes` of its tensors by name.
+def parse_manifest(header: Header) -> Manifest:
+    """The manifest in a package's header, which has exactly the tensors that it implies.
 
     Raises:
-        PackageCorrupt: no valid manifest, or one that a shape contradicts.
+        FileRefused: no valid manifest, or other tensors.
     """
-    try:
-        manifest = Manifest.model_validate_json(document)
-    except ValidationError as error:
-        raise corrupt_package(path, f"no valid manifest ({error})") from error
-    layers, tokens, first = manifest.geometry.layers, manifest.tokens, manifest.first_tokens
+    manifest = parse_document(Manifest, header.metadata.get(METADATA_KEY, ""))
+    layers, first, dtype = manifest.geometry.layers, manifest.first_tokens, manifest.geometry.dtype
     if len(first) not in (0, len(layers)):
-        raise corrupt_package(path, f"first tokens of {len(first)} of {len(layers)} layers")
-    expected: dict[str, tuple[int, ...]] = {"tokens": (tokens,), "spans": (tokens, 2)}
-    for i, layer in enumerate(layers):
-        shape: tuple[int, ...] = (tokens - manifest.first_token(i), layer.heads, layer.head_dim)
-        expected |= {tensor_name(i, "key"): shape, tensor_name(i, "value"): shape}
-    for name, shape in expected.items():
-        if shapes.get(name) != shape:
-            raise corrupt_package(
-                path, f"{name} has shape {shapes.get(name)}", f"{shape}, by its manifest"
-            )
+        raise FileRefused(f"first tokens of {len(first)} of {len(layers)} layers")
+    if dtype not in STATE_DTYPES:
+        raise FileRefused(f"states of {dtype}", " or ".join(STATE_DTYPES))
+    layout = header.layout
+    _, text = layout.get("text", ("", ()))
+    expected = layout_of(manifest, text[0] if len(text) == 1 else 0)
+    if different := sorted(set(layout.items()) ^ set(expected.items())):
+        name = different[0][0]
+        raise FileRefused(
+            f"tensor {name[:80]!r}: {layout.get(name, 'none')}",
+            f"{expected.get(name, 'none')}, by its manifest",
+        )
+    check_text_length(manifest, text[0])
     return manifest
+
+
+def layout_of(manifest: Manifest, text: int) -> Layout:
+    """The tensors of a package with so many bytes of text."""
+    tokens = manifest.tokens
+    layout: Layout = {
+        "tokens": ("int32", (tokens,)),
+        "spans": ("int64", (tokens, 2)),
+        "text": ("uint8", (text,)),
+    }
+    for i, layer in enumerate(manifest.geometry.layers):
+        shape = (tokens - manifest.first_token(i), layer.heads, layer.head_dim)
+        for part in ("key", "value"):
+            layout[tensor_name(i, part)] = (manifest.geometry.dtype, shape)
+    return layout
+
+
+def check_text_length(manifest: Manifest, text: int) -> None:
+    """Raises FileRefused where a text of so many bytes cannot be the one of the tokens: reading it
+    would take work that the states do not account for."""
+    limit = MAX_TOKEN_BYTES * manifest.tokens if manifest.has_text else 0
+    if text > limit:
+        raise FileRefused(f"{text} bytes of text for {manifest.tokens} tokens", f"at most {limit}")
 
 
 def tensor_name(layer: int, part: str) -> str:
@@ -156,13 +157,20 @@ def tensor_name(layer: int, part: str) -> str:
     return f"layers.{layer}.{part}"
 
 
-def corrupt_package(
-    path: Path, found: str, expected: str = "an unaltered memory package"
-) -> PackageCorrupt:
+@contextlib.contextmanager
+def refusing(path: Path) -> Iterator[None]:
+    """Turns FileRefused into PackageCorrupt."""
+    try:
+        yield
+    except FileRefused as error:
+        raise corrupt_package(path, error.found, error.expected) from error
+
+
+def corrupt_package(path: Path, found: str, expected: str | None = None) -> PackageCorrupt:
     """The error about a package file that cannot be used."""
     return PackageCorrupt(
         f"memory package {path.name} cannot be used",
         found=found,
-        expected=expected,
+        expected=expected or "an unaltered memory package",
         remedy="capture the memory again, or restore the file from where it came",
     )

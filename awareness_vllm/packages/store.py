@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from awareness_vllm.errors import MemoryNotFound
 from awareness_vllm.files import default_store
-from awareness_vllm.packages.manifest import MEMORY_ID, check_bytes, check_id
+from awareness_vllm.packages.manifest import MEMORY_ID, check_id
 
 
-@dataclass
+@dataclass(frozen=True)
 class Store:
-    """Packages in a folder. `verified` has the file version (inode, size, mtime) whose bytes were
-    hashed, by ID."""
+    """Packages in a folder."""
 
     folder: Path
-    verified: dict[str, tuple[int, int, int]] = field(default_factory=dict)
 
     def path(self, memory_id: object) -> Path:
         """The file of a memory.
@@ -34,28 +32,29 @@ class Store:
         """Whether the store has a memory. Raises InvalidMemoryId."""
         return (self.folder / f"{check_id(memory_id)}.safetensors").is_file()
 
-    def checked_path(self, memory_id: object) -> Path:
-        """The file of a memory, its bytes checked against the ID once per file version.
-
-        Raises:
-            InvalidMemoryId, MemoryNotFound, PackageCorrupt
-        """
-        path = self.path(memory_id)
-        try:
-            stat = path.stat()
-        except FileNotFoundError as error:
-            raise memory_not_found(memory_id) from error
-        version = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
-        if self.verified.get(path.stem) != version:
-            check_bytes(path, path.stem)
-            self.verified[path.stem] = version
-        return path
-
     def ids(self) -> Iterator[str]:
         """The IDs in this store, sorted."""
         for path in sorted(self.folder.glob("mem_*.safetensors")):
             if MEMORY_ID.fullmatch(path.stem):
                 yield path.stem
+
+
+def version_of(path: Path) -> tuple[int, ...]:
+    """What changes whenever somebody writes to a file: nobody can set its time of change.
+
+    Raises:
+        MemoryNotFound: it went away.
+    """
+    try:
+        facts = path.stat(follow_symlinks=False)
+    except FileNotFoundError as error:
+        raise memory_not_found(path.stem) from error
+    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
+
+
+def digest_in(memory_id: str) -> str:
+    """The beginning of the sha256, in hex, that a well-formed ID names."""
+    return memory_id.removeprefix("mem_")
 
 
 def memory_not_found(memory_id: object) -> MemoryNotFound:

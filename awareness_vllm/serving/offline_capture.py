@@ -10,7 +10,6 @@ import tempfile
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from awareness_vllm.errors import AwarenessError
@@ -18,7 +17,7 @@ from awareness_vllm.models.describe import geometry_of, resolve_folder
 from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.models.tokens import Tokens
 from awareness_vllm.packages.capture import read_tokens
-from awareness_vllm.packages.file import Package, build
+from awareness_vllm.packages.file import Package, build, read_states
 from awareness_vllm.schema import plain_name
 from awareness_vllm.serving.config import ServingConfig, transfer_config
 from awareness_vllm.serving.connector.capture_queue import keys_and_values
@@ -52,7 +51,7 @@ def capture(folder: str | Path, text: str, *, name: str | None = None) -> Packag
                 found="see the connector's error in the log above",
                 expected="keys and values of all layers",
             )
-        tensors = load_file(states)
+        tensors = read_states(states)
     return as_package(geometry, text, tokens, tensors, name)
 
 

@@ -16,6 +16,10 @@ from awareness_vllm.serving.config import PARAMS_KEY
 SECRET = "AWARENESS_SECRET"
 """An environment variable: vLLM's processes start each other and inherit it."""
 
+Key = tuple[str, str]
+"""The sha256 digests of a package's file and of its W-Matrix's, or "" for a copy: they name bytes,
+so that tenants can share what was made of them."""
+
 
 def secret() -> bytes:
     """The server's secret, which signs load plans; made by whichever process asks first."""
@@ -23,13 +27,19 @@ def secret() -> bytes:
 
 
 class Part(FrozenModel):
-    """One memory in a prompt: `tokens` ids, its own but for the first `skip` (a BOS, a sink, which
-    stand at the prompt's beginning already)."""
+    """One memory in a prompt, in the file with the sha256 `digest`: `tokens` ids, its own but for
+    the first `skip` (a BOS, a sink, which stand at the prompt's beginning already)."""
 
     memory: str
+    digest: str = ""
     wmatrix: str = ""
     skip: int = Field(0, ge=0)
     tokens: int = Field(gt=0)
+
+    @property
+    def key(self) -> Key:
+        """The name of the aligned memory in the tiers, which tenants share."""
+        return self.digest, self.wmatrix
 
 
 class LoadParams(FrozenModel):

@@ -7,10 +7,10 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from awareness_vllm.errors import QualityUnreachable
+from awareness_vllm.packages.origin import Origin
 from awareness_vllm.serving.params import LoadParams, Part
 from awareness_vllm.wmatrix.certificate import Plan, cheapest, with_tail
 from awareness_vllm.wmatrix.registry import WMatrixEntry
@@ -18,11 +18,13 @@ from awareness_vllm.wmatrix.registry import WMatrixEntry
 
 @dataclass(frozen=True)
 class ResolvedMemory:
-    """A memory that the served model can load: its file, its W-Matrix (None: an exact copy) and its
-    prompt ids, of which the first `prefix` stand only at the beginning of a prompt."""
+    """A memory that the served model can load: the sha256 of its file, its origin, its W-Matrix
+    (None: an exact copy) and its prompt ids, of which the first `prefix` stand only at the
+    beginning of a prompt."""
 
     id: str
-    path: Path
+    digest: str
+    origin: Origin
     wmatrix: WMatrixEntry | None
     ids: list[int]
     prefix: int
@@ -33,10 +35,10 @@ class ResolvedMemory:
         return len(self.ids) - self.prefix
 
     def retention(self, tail: int = 0) -> float | None:
-        """The certified retention with the last `tail` tokens read natively; 1 for a copy, None
-        where nothing was measured."""
+        """The certified retention with the last `tail` tokens read natively; 1 for a copy whose
+        origin is known, None where nothing was measured."""
         if self.wmatrix is None:
-            return 1.0
+            return None if self.origin == "claimed" else 1.0
         if self.wmatrix.certificate is None:
             return None
         return with_tail(self.wmatrix.certificate, self.tokens, tail).retention.mean
@@ -104,6 +106,7 @@ class Prompt:
         parts = [
             Part(
                 memory=memory.id,
+                digest=memory.digest,
                 wmatrix=memory.wmatrix.digest if memory.wmatrix else "",
                 skip=skip,
                 tokens=len(memory.ids) - skip,
@@ -138,6 +141,7 @@ class Prompt:
             "tokens": sum(memory.tokens for memory in self.memories),
             "native_tail": self.tail,
             "retention": self.retention,
+            "origin": [memory.origin for memory in self.memories],
         }
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from awareness_vllm.align.realign import prompt_ids
-from awareness_vllm.errors import QualityUnreachable, UnsupportedRequest
-from awareness_vllm.packages.file import read_text, read_tokens
-from awareness_vllm.packages.manifest import read_manifest
-from awareness_vllm.packages.store import Store
+from awareness_vllm.errors import AwarenessError, QualityUnreachable, UnsupportedRequest
+from awareness_vllm.packages.file import read_index
+from awareness_vllm.packages.manifest import Manifest, corrupt_package
+from awareness_vllm.packages.origin import Origin, is_own
+from awareness_vllm.packages.store import Store, digest_in, version_of
 from awareness_vllm.serving.config import ServingConfig
 from awareness_vllm.serving.prompt import Prompt, ResolvedMemory
 from awareness_vllm.serving.request import MemoryRequest
@@ -21,6 +23,17 @@ from awareness_vllm.wmatrix.verdict import check_fits, verdict
 
 MAX_RESOLVED = 1024
 """Memories whose prompt ids are cached, so that a hot request does not tokenize them again."""
+
+
+@dataclass(frozen=True)
+class CheckedPackage:
+    """A package of a store whose bytes were read and checked; `use` says what the served model can
+    do with it: a memory, or the error that refuses it."""
+
+    path: Path
+    manifest: Manifest
+    origin: Origin
+    use: ResolvedMemory | AwarenessError
 
 
 class MemoryResolver:
@@ -36,8 +49,8 @@ class MemoryResolver:
         self, model: ServedModel, stores: Mapping[str, Store], registry: Registry, tail: int
     ) -> None:
         self.model, self.stores, self.registry, self.tail = model, stores, registry, tail
-        # An ID names bytes, which `checked_path` has proven: what they resolve to cannot change.
-        self._resolve_path = functools.lru_cache(MAX_RESOLVED)(self._resolve_uncached)
+        # A file is read again where its version has changed.
+        self._check_version = functools.lru_cache(MAX_RESOLVED)(self._check)
 
     @classmethod
     def from_config(cls, config: ServingConfig, model: ServedModel) -> MemoryResolver:
@@ -68,19 +81,39 @@ class MemoryResolver:
 
     def resolve_one(self, memory_id: object, tenant: str) -> ResolvedMemory:
         """One memory of a tenant. Raises as `resolve` does."""
-        return self._resolve_path(self.stores[tenant].checked_path(memory_id))
+        use = self.check(memory_id, tenant).use
+        if isinstance(use, AwarenessError):
+            raise use
+        return use
 
-    def _resolve_uncached(self, path: Path) -> ResolvedMemory:
-        manifest, model = read_manifest(path), self.model
-        decision = verdict(path.stem, manifest.geometry, model.geometry, self.registry, manifest)
+    def check(self, memory_id: object, tenant: str) -> CheckedPackage:
+        """A package of a tenant, read and checked once for each version of its file.
+
+        Raises:
+            InvalidMemoryId, MemoryNotFound, PackageCorrupt
+        """
+        path = self.stores[tenant].path(memory_id)
+        return self._check_version(path, version_of(path))
+
+    def _check(self, path: Path, version: tuple[int, ...]) -> CheckedPackage:
+        model = self.model
+        index = read_index(path, digest=digest_in(path.stem))
+        origin: Origin = "own" if is_own(path, index.digest) else "claimed"
+        decision = verdict(
+            path.stem, index.manifest.geometry, model.geometry, self.registry, index.manifest
+        )
         if decision.refusal is not None:
-            raise decision.refusal
-        if decision.entry is None:
-            ids = read_tokens(path)
-            return ResolvedMemory(path.stem, path, None, ids, model.prefix_length(ids))
-        sink = decision.entry.manifest.sink
-        ids = prompt_ids(read_text(path), sink, model.folder)
-        return ResolvedMemory(path.stem, path, decision.entry, ids, len(sink))
+            return CheckedPackage(path, index.manifest, origin, decision.refusal)
+        sink = decision.entry.manifest.sink if decision.entry else model.prefix
+        ids = prompt_ids(index.text, sink, model.folder)
+        if decision.entry is None and ids != index.tokens:
+            raise corrupt_package(
+                path,
+                "token ids that are not those of its text",
+                "the served model's own ids of the text",
+            )
+        memory = ResolvedMemory(path.stem, index.digest, origin, decision.entry, ids, len(sink))
+        return CheckedPackage(path, index.manifest, origin, memory)
 
     def append_question(self, prompt: Prompt, question: list[int]) -> list[int]:
         """The memories' ids, then those of the request's own prompt.

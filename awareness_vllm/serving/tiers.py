@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -10,57 +12,74 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from vllm.logger import init_logger
 
 from awareness_vllm.align.paged import Latent
 from awareness_vllm.align.realign import AlignedMemory
-from awareness_vllm.files import atomic_write, private_copy
+from awareness_vllm.files import draft_file
+from awareness_vllm.packages.file import check_finite
+from awareness_vllm.packages.origin import signature
+from awareness_vllm.packages.store import digest_in
+from awareness_vllm.serving.params import Key
+from awareness_vllm.tensor_file import FileRefused, TensorFile, digest_of, parse_json, read_file
 
 logger = init_logger("vllm.awareness.tiers")
 
-Key = tuple[str, str]
-"""A memory's ID and its W-Matrix's digest: both name bytes, so tenants can share it."""
 Memory = AlignedMemory | Latent
 
 
 class DiskTier:
     """A folder of aligned memories for one model's cache, bounded in bytes: the least recently used
-    go first. A file that cannot be read counts as missing."""
+    go first. A file that is not what its name says counts as missing.
+
+    Files are named by what they were made of and by the sha256 of their bytes, signed with the
+    home's key: whoever can write to the folder can take memories away, but add none.
+    """
 
     def __init__(self, folder: Path, limit: int, model: str, dtype: torch.dtype) -> None:
-        self.folder, self.limit = folder, limit
+        self.folder, self.limit, self.dtype = folder, limit, dtype
         self.about = (model, str(dtype))
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            logger.warning("aligned memories are not kept on disk: %s", error)
         # Files are written beside the engine's steps: no request waits for a disk.
         self.thread = ThreadPoolExecutor(1, "awareness-disk")
 
-    def path(self, key: Key) -> Path:
-        """A memory's file, named by its W-Matrix, model and dtype too."""
-        memory, wmatrix = key
-        about = hashlib.sha256(json.dumps([*self.about, wmatrix]).encode()).hexdigest()[:16]
-        return self.folder / f"{memory}.{about}.aligned"
+    def stem(self, key: Key) -> str:
+        """The beginning of a memory's file name: the package's digest, then a digest of its map, of
+        the model and of the dtype."""
+        package, wmatrix = key
+        about = hashlib.sha256(json.dumps([*self.about, wmatrix]).encode()).hexdigest()[:32]
+        return f"{package}.{about}"
+
+    def path(self, key: Key, digest: str) -> Path:
+        """The file of a memory whose bytes have this sha256."""
+        stem = self.stem(key)
+        return self.folder / f"{stem}.{signature(f'{stem} {digest}')}.aligned"
 
     def get(self, key: Key) -> AlignedMemory | None:
-        """A memory in host memory, None where the folder has no readable file of it."""
-        path = self.path(key)
-        if not path.is_file():
-            return None
-        try:
-            with private_copy(path) as copy, safe_open(copy, framework="pt") as file:
-                ids = json.loads(file.metadata()["ids"])
-                count = len(file.keys()) // 2
-                keys, values = (
-                    [file.get_tensor(f"{i}.{part}") for i in range(count)]
-                    for part in ("key", "value")
+        """A memory in host memory, None where the folder has no unaltered file of it."""
+        for path in self.folder.glob(f"{self.stem(key)}.*.aligned"):
+            try:
+                file = read_file(
+                    path,
+                    lambda header: None,
+                    visit=functools.partial(check_finite, largest=torch.finfo(self.dtype).max),
                 )
-            os.utime(path)
-            return AlignedMemory(ids, keys, values)
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
-            logger.warning("%s cannot be read and is dropped: %s", path, error)
-            path.unlink(missing_ok=True)
-            return None
+                if path != self.path(key, file.digest):
+                    raise FileRefused(f"a file of other bytes (sha256 {file.digest})")
+                memory = _aligned_memory(file)
+            except FileRefused as error:
+                logger.warning("%s cannot be used and is dropped: %s", path, error)
+                _remove(path)
+            else:
+                with contextlib.suppress(OSError):  # a folder that cannot be written to
+                    os.utime(path)
+                return memory
+        return None
 
     def put(self, key: Key, memory: AlignedMemory) -> None:
         """Write a memory, soon."""
@@ -68,23 +87,22 @@ class DiskTier:
 
     def drop(self, memory: str) -> bool:
         """Remove a memory, through whichever map; whether it was there."""
-        paths = list(self.folder.glob(f"{memory}.*.aligned"))
-        for path in paths:
-            path.unlink(missing_ok=True)
-        return bool(paths)
+        paths = list(self.folder.glob(f"{digest_in(memory)}*.aligned"))
+        return any([_remove(path) for path in paths])
 
     def _put(self, key: Key, memory: AlignedMemory) -> None:
-        path = self.path(key)
         tensors = {
             f"{i}.{part}": state.contiguous()
             for part, states in (("key", memory.keys), ("value", memory.values))
             for i, state in enumerate(states)
         }
         try:
-            with atomic_write(path) as draft:
+            with draft_file(self.folder) as draft:
                 save_file(tensors, draft, {"ids": json.dumps(memory.ids)})
+                path = self.path(key, digest_of(draft))
+                os.replace(draft, path)
             self._make_room(path)
-        except (SafetensorError, OSError) as error:
+        except (FileRefused, SafetensorError, OSError) as error:
             logger.warning("%s is not kept on disk: %s", key[0], error)
 
     def _make_room(self, newest: Path) -> None:
@@ -94,8 +112,27 @@ class DiskTier:
         for stat, path in sorted(files, key=lambda file: file[0].st_mtime_ns):
             if total <= self.limit:
                 return
-            path.unlink(missing_ok=True)
+            _remove(path)
             total -= stat.st_size
+
+
+def _aligned_memory(file: TensorFile) -> AlignedMemory:
+    """The memory in a file that this tier wrote. Raises FileRefused."""
+    ids, count = parse_json(file.header.metadata.get("ids", "")), len(file.buffers) // 2
+    keys, values = ([file.tensor(f"{i}.{part}") for i in range(count)] for part in ("key", "value"))
+    return AlignedMemory(ids, keys, values)
+
+
+def _remove(path: Path) -> bool:
+    """Remove a file; whether it was there and could be removed."""
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        logger.warning("%s cannot be removed: %s", path, error)
+        return False
+    return True
 
 
 class WarmTier:
@@ -123,7 +160,7 @@ class WarmTier:
 
     def drop(self, memory: str) -> bool:
         """Remove a memory, through whichever map; whether it was there."""
-        keys = [key for key in self.memories if key[0] == memory]
+        keys = [key for key in self.memories if key[0].startswith(digest_in(memory))]
         for key in keys:
             del self.memories[key]
             self.pinned.discard(key)

@@ -7,18 +7,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from awareness_vllm.errors import BadInput
-from awareness_vllm.files import atomic_write, private_copy, wmatrices_dir
+from awareness_vllm.errors import AwarenessError, BadInput, PackageCorrupt
+from awareness_vllm.files import atomic_write, wmatrices_dir
 from awareness_vllm.kernels import decode, encode
-from awareness_vllm.packages.file import payload_digest
+from awareness_vllm.models.rope import unrotate
+from awareness_vllm.packages.file import check_finite, payload_digest
 from awareness_vllm.packages.manifest import METADATA_KEY
+from awareness_vllm.tensor_file import FileRefused, read_file
 from awareness_vllm.wmatrix.features import split_states
-from awareness_vllm.wmatrix.manifest import WMatrixManifest, corrupt_wmatrix, read_manifest
+from awareness_vllm.wmatrix.manifest import (
+    WMatrixManifest,
+    current_name,
+    parse_manifest,
+    refusing,
+)
 
+MAX_STANDARDISED = 100.0
+"""Standard deviations by which a feature may lie off its mean: genuine ones stay below 13."""
 REGISTERED = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -78,6 +86,9 @@ class WMatrix:
 
         Returns:
             keys and values per target layer, [T, H, D] float32.
+
+        Raises:
+            PackageCorrupt: states that no model computes, further than MAX_STANDARDISED off.
         """
         width = self.manifest.source_width
         features = torch.zeros(len(embeddings), len(self.mean), dtype=self.encode.dtype)
@@ -86,6 +97,7 @@ class WMatrix:
             features[:, :width] = torch.addcmul(-self.mean[:width] * scale, source, scale)
         if masked is not None:
             features[masked.nonzero()[:, 0], :width] = 0
+        check_plausible(features[:, :width])
         features[:, width:] = (embeddings - self.mean[width:]) * self.scale[width:]
         flat = decode(encode(features, self.encode), self.decode, self.bias)
         if self.manifest.residual:
@@ -133,36 +145,46 @@ class WMatrix:
         }
 
 
-def load(path: str | Path) -> WMatrix:
-    """A W-Matrix file, verified.
+def check_plausible(features: Tensor) -> None:
+    """Check standardised features [T, F]. Raises PackageCorrupt."""
+    if not features.numel():
+        return
+    furthest = max(map(abs, map(float, features.aminmax())))
+    if not furthest <= MAX_STANDARDISED:  # an undefined value compares false
+        raise PackageCorrupt(
+            "the memory's states are not plausible",
+            found=f"a state {furthest:.3g} standard deviations off its mean",
+            expected=f"at most {MAX_STANDARDISED:g}",
+            remedy="capture the memory again",
+        )
+
+
+def load(path: str | Path, *, digest: str | None = None) -> WMatrix:
+    """A W-Matrix file, verified; links are followed.
+
+    Args:
+        digest: the sha256, in hex, that the file must have.
 
     Raises:
-        WMatrixCorrupt: unreadable, altered, or tensors that contradict the manifest.
+        WMatrixCorrupt: unreadable, altered, another file, tensors that contradict the manifest, or
+            values that are not finite.
     """
     path = Path(path)
-    manifest = read_manifest(path)
-    source, target = manifest.source, manifest.target
-    try:
-        with private_copy(path) as copy, safe_open(copy, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            document = file.metadata()[METADATA_KEY]
-    except (SafetensorError, OSError) as error:
-        raise corrupt_wmatrix(path, str(error)) from error
-    if (payload := payload_digest(document, sorted(tensors.items()))) != manifest.payload:
-        raise corrupt_wmatrix(path, f"payload {payload}", manifest.payload)
-    # Version 0.1 named these tables `places`.
-    tensors = {re.sub(r"^places\.", "position_embeddings.", n): t for n, t in tensors.items()}
-    if not set(manifest.layers) <= set(range(len(source.layers))):
-        expected = f"0 … {len(source.layers) - 1}"
-        raise corrupt_wmatrix(path, f"source layers {manifest.layers}", expected)
-    if manifest.residual and manifest.source_width != target.width:
-        found = f"a residual map of {manifest.source_width} states"
-        raise corrupt_wmatrix(path, found, target.width)
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if shapes != manifest.tensor_shapes:
-        wrong = sorted(set(shapes.items()) ^ set(manifest.tensor_shapes.items()))
-        raise corrupt_wmatrix(path, f"tensors {wrong[:4]}", "the shapes of its geometries")
-    count = len(target.layers)
+    manifests: list[WMatrixManifest] = []
+    with refusing(path):
+        file = read_file(
+            path.resolve(),
+            lambda header: manifests.append(parse_manifest(header)),
+            digest=digest,
+            visit=check_finite,
+        )
+        (manifest,), tensors = manifests, file.tensors()
+        check_positions(manifest)
+        payload = payload_digest(file.header.metadata[METADATA_KEY], sorted(tensors.items()))
+        if payload != manifest.payload:
+            raise FileRefused(f"payload {payload}", manifest.payload)
+    tensors = {current_name(name): tensor for name, tensor in tensors.items()}
+    count = len(manifest.target.layers)
     return WMatrix(
         manifest,
         **{name: tensors[name] for name in ("mean", "scale", "encode", "decode", "bias")},
@@ -173,3 +195,20 @@ def load(path: str | Path) -> WMatrix:
             for side in manifest.position_embedding_shapes
         },
     )
+
+
+def check_positions(manifest: WMatrixManifest) -> None:
+    """Check that the positions of both sides are ones that keys can be rotated by.
+
+    Raises:
+        FileRefused: an unknown scheme, or rotations that are not finite.
+    """
+    for side in (manifest.source, manifest.target):
+        for layer in dict.fromkeys((layer.head_dim, layer.positions) for layer in side.layers):
+            head_dim, positions = layer
+            try:
+                free = unrotate(torch.ones(1, 1, head_dim), torch.tensor([1]), positions)
+            except (AwarenessError, ArithmeticError, ValueError, RuntimeError) as error:
+                raise FileRefused(f"positions of {side.name}: {error}"[:300]) from error
+            if not free.isfinite().all():
+                raise FileRefused(f"rotations of {side.name} that are not finite")

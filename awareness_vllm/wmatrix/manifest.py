@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, Field, ValidationError
-from safetensors import SafetensorError, safe_open
 
-from awareness_vllm.errors import WMatrixCorrupt
-from awareness_vllm.models.geometry import Geometry
-from awareness_vllm.packages.manifest import METADATA_KEY
-from awareness_vllm.schema import FrozenModel
+from awareness_vllm.errors import WMatrixCorrupt, escaped
+from awareness_vllm.models.geometry import Geometry, Size
+from awareness_vllm.packages.manifest import METADATA_KEY, STATE_DTYPES
+from awareness_vllm.schema import FrozenModel, PlainName
+from awareness_vllm.tensor_file import (
+    FileRefused,
+    Header,
+    parse_document,
+    read_file,
+    read_header,
+)
 from awareness_vllm.wmatrix.certificate import Certificate
+
+PRODUCTS = ("encode", "decode")
+"""The factors of the map's matrix product, which may be of a shorter dtype than the rest."""
+PRODUCT_DTYPES = STATE_DTYPES
+Index = Annotated[int, Field(ge=0)]
 
 
 class Anchors(FrozenModel):
@@ -40,20 +54,20 @@ class WMatrixManifest(FrozenModel):
     format: Literal["awareness-wmatrix/1"] = "awareness-wmatrix/1"
     source: Geometry
     target: Geometry
-    layers: tuple[int, ...]
-    rank: int
-    predecessors: int | None
+    layers: tuple[Index, ...]
+    rank: Size
+    predecessors: Annotated[int, Field(ge=0, le=64)] | None
     residual: bool = False
     position_embeddings: tuple[Literal["source", "target"], ...] = Field(
         (), validation_alias=AliasChoices("position_embeddings", "places")
     )
-    sink: tuple[int, ...]
+    sink: tuple[Index, ...] = Field(min_length=1, max_length=64)
     anchors: Anchors
     fit: dict[str, float | int | str | None]
     r2: dict[str, float]
     reconstruction_error: float | None = None
     composed: tuple[str, ...] = ()
-    versions: dict[str, str]
+    versions: dict[PlainName, PlainName] = Field(max_length=16)
     certificate: dict[str, Any] | None = None
     payload: str = ""
 
@@ -124,22 +138,64 @@ class WMatrixManifest(FrozenModel):
 
 
 def read_manifest(path: Path) -> WMatrixManifest:
-    """A W-Matrix's manifest alone. Raises WMatrixCorrupt."""
+    """A W-Matrix's manifest alone; links are followed. Raises WMatrixCorrupt."""
+    with refusing(path):
+        return parse_manifest(read_header(path.resolve()))
+
+
+def read_digest(path: Path) -> tuple[WMatrixManifest, str]:
+    """A W-Matrix's manifest and the sha256, in hex, of its file. Raises WMatrixCorrupt."""
+    manifests: list[WMatrixManifest] = []
+    with refusing(path):
+        file = read_file(
+            path.resolve(),
+            lambda header: manifests.append(parse_manifest(header)),
+            keep=lambda name: False,
+        )
+    return manifests[0], file.digest
+
+
+def parse_manifest(header: Header) -> WMatrixManifest:
+    """The manifest in a W-Matrix's header, which has exactly the tensors that it implies.
+
+    Raises:
+        FileRefused: no valid manifest, or other tensors.
+    """
+    manifest = parse_document(WMatrixManifest, header.metadata.get(METADATA_KEY, ""))
+    source, target = manifest.source, manifest.target
+    if not set(manifest.layers) <= set(range(len(source.layers))):
+        raise FileRefused(f"source layers {manifest.layers}"[:200], f"below {len(source.layers)}")
+    if manifest.residual and manifest.source_width != target.width:
+        found = f"a residual map of {manifest.source_width} states"
+        raise FileRefused(found, f"{target.width}")
+    if outside := [id for id in manifest.sink if id >= target.vocab_size]:
+        raise FileRefused(f"a sink with ids {outside[:4]}", f"ids below {target.vocab_size}")
+    entries = {current_name(name): entry for name, entry in header.tensors.items()}
+    shapes = {name: entry.shape for name, entry in entries.items()}
+    if wrong := sorted(set(shapes.items()) ^ set(manifest.tensor_shapes.items())):
+        raise FileRefused(f"tensors {wrong[:4]}"[:300], "the shapes of its geometries")
+    for name, entry in entries.items():
+        if entry.dtype not in (PRODUCT_DTYPES if name in PRODUCTS else ("float32",)):
+            raise FileRefused(f"{name} of {entry.dtype}", "float32, or bfloat16 where it is large")
+    if entries["encode"].dtype != entries["decode"].dtype:
+        raise FileRefused("encode and decode of two dtypes", "one dtype")
+    return manifest
+
+
+def current_name(tensor: str) -> str:
+    """A tensor's name today: version 0.1 named the position embeddings `places`."""
+    return re.sub(r"^places\.", "position_embeddings.", tensor)
+
+
+@contextlib.contextmanager
+def refusing(path: Path) -> Iterator[None]:
+    """Turns FileRefused into WMatrixCorrupt."""
     try:
-        with safe_open(path, framework="np") as file:
-            metadata = file.metadata() or {}
-        return WMatrixManifest.model_validate_json(metadata.get(METADATA_KEY, ""))
-    except (SafetensorError, OSError, ValidationError) as error:
-        raise corrupt_wmatrix(path, str(error)) from error
-
-
-def corrupt_wmatrix(
-    path: Path, found: str, expected: str | int = "a W-Matrix as `awareness fit` writes it"
-) -> WMatrixCorrupt:
-    """The error about a W-Matrix file that cannot be used."""
-    return WMatrixCorrupt(
-        f"W-Matrix {path.name} cannot be used",
-        found=found,
-        expected=expected,
-        remedy="fit it again, or restore the file from where it came",
-    )
+        yield
+    except FileRefused as error:
+        raise WMatrixCorrupt(
+            f"W-Matrix {escaped(path.name)} cannot be used",
+            found=error.found,
+            expected=error.expected or "a W-Matrix as `awareness fit` writes it",
+            remedy="fit it again, or restore the file from where it came",
+        ) from error

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from awareness_vllm.errors import BadInput, NoWMatrix, WMatrixCorrupt
-from awareness_vllm.files import file_digest, wmatrices_dir
+from awareness_vllm.files import wmatrices_dir
 from awareness_vllm.models.describe import geometry_of, is_model_folder
 from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.wmatrix.certificate import Certificate
-from awareness_vllm.wmatrix.manifest import WMatrixManifest, read_manifest
+from awareness_vllm.wmatrix.manifest import WMatrixManifest, read_digest
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ class WMatrixEntry:
     @classmethod
     def read(cls, path: Path) -> WMatrixEntry:
         """Raises WMatrixCorrupt."""
-        return cls(path, read_manifest(path), file_digest(path))
+        return cls(path, *read_digest(path))
 
     @functools.cached_property
     def certificate(self) -> Certificate | None:

@@ -105,7 +105,7 @@ def geometry() -> Geometry:
         model_type="llama",
         dtype="bfloat16",
         hidden_size=16,
-        vocab_size=100,
+        vocab_size=300,
         max_positions=64,
         layers=(
             LayerGeometry(

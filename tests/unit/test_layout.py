@@ -62,7 +62,7 @@ def test_a_light_module_loads_neither_torch_nor_vllm(module: str) -> None:
 FLOORS = (
     ("errors",),
     ("schema", "files"),
-    ("provenance", "kernels"),
+    ("provenance", "kernels", "tensor_file"),
     ("anchors", "models"),
     ("packages",),
     ("wmatrix",),

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import load_file
 from torch import Tensor
 from vllm import SamplingParams
 from vllm.inputs.engine import tokens_input
 from vllm.logger import init_logger
 
 from awareness_vllm.errors import AwarenessError, PackageCorrupt
+from awareness_vllm.packages.file import read_states
 from awareness_vllm.packages.store import memory_not_found
 from awareness_vllm.serving.connector.capture_queue import PENDING
 from awareness_vllm.serving.connector.kv_reader import CAPTURE_KEY
@@ -154,6 +154,6 @@ class MemoryEngineClient:
             raise AwarenessError("the prompt was not captured", found=errors[0])
         path = self._path(key)
         try:
-            return await asyncio.to_thread(load_file, path)
+            return await asyncio.to_thread(read_states, path)
         finally:
             path.unlink(missing_ok=True)

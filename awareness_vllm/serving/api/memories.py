@@ -24,9 +24,7 @@ from awareness_vllm.errors import (
     AwarenessError,
     InvalidMemoryId,
     MemoryNotFound,
-    NoWMatrix,
     PackageCorrupt,
-    UnsupportedRequest,
 )
 from awareness_vllm.packages.manifest import Manifest, check_id, read_manifest
 from awareness_vllm.packages.store import Store, memory_not_found
@@ -191,10 +189,10 @@ def _listed(store: Store, memory_id: str) -> Memory | None:
 
 def _detail(front: FrontEnd, tenant: str, memory_id: str) -> MemoryDetail:
     """Everything about one memory. Raises InvalidMemoryId, MemoryNotFound, PackageCorrupt."""
-    path = front.resolver.stores[tenant].checked_path(memory_id)
-    manifest = read_manifest(path)
+    package = front.resolver.check(memory_id, tenant)
+    facts = _facts(package.path, package.manifest)
     compatibility = _compatibility(front, tenant, memory_id)
-    return MemoryDetail(**_facts(path, manifest), manifest=manifest, compatibility=compatibility)
+    return MemoryDetail(**facts, manifest=package.manifest, compatibility=compatibility)
 
 
 def _facts(path: Path, manifest: Manifest | None) -> dict[str, Any]:
@@ -231,14 +229,12 @@ def _compatibility(front: FrontEnd, tenant: str, memory_id: str) -> Compatibilit
 def _report(front: FrontEnd, tenant: str, memory_id: str) -> CompatibilityReport:
     """A memory's report for the served model. Raises for faults of the package itself."""
     resolver = front.resolver
-    path = resolver.stores[tenant].checked_path(memory_id)
-    manifest = read_manifest(path)
-    try:
-        tokens = len(resolver.resolve_one(memory_id, tenant).ids)
-    except (NoWMatrix, UnsupportedRequest):  # the report's verdict says so, too
-        tokens = manifest.tokens
+    package = resolver.check(memory_id, tenant)
+    manifest, use = package.manifest, package.use
+    # Where the memory is refused, the report's verdict says so, too.
+    tokens = manifest.tokens if isinstance(use, AwarenessError) else len(use.ids)
     check = CheckContext(
-        memory=of_manifest(manifest, memory_id, path),
+        memory=of_manifest(manifest, memory_id, package.path),
         target=Model(resolver.model.geometry.name, resolver.model.geometry),
         config=front.target,
         registry=resolver.registry,

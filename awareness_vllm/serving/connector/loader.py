@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
@@ -20,10 +21,10 @@ from awareness_vllm.packages.file import Package, read
 from awareness_vllm.packages.store import Store
 from awareness_vllm.serving.config import ServingConfig
 from awareness_vllm.serving.connector.capture_queue import PENDING
-from awareness_vllm.serving.params import LoadParams, Part
+from awareness_vllm.serving.params import Key, LoadParams, Part
 from awareness_vllm.serving.served_model import ServedModel
 from awareness_vllm.serving.tenants import stores_of
-from awareness_vllm.serving.tiers import DiskTier, Key, Memory, WarmTier
+from awareness_vllm.serving.tiers import DiskTier, Memory, WarmTier
 from awareness_vllm.wmatrix.features import Embed
 from awareness_vllm.wmatrix.file import WMatrix
 
@@ -64,7 +65,7 @@ class PendingAlignment:
 
     @property
     def key(self) -> Key:
-        return self.part.memory, self.part.wmatrix
+        return self.part.key
 
 
 class MemoryLoader:
@@ -115,14 +116,13 @@ class MemoryLoader:
         if part.memory in self.heads:
             self.heads.move_to_end(part.memory)
             return completed(part, self.heads[part.memory])
-        key = (part.memory, part.wmatrix)
-        if (memory := self.warm.get(key)) is not None:
+        if (memory := self.warm.get(part.key)) is not None:
             return completed(part, memory)
-        if (alignment := self.pending.get(key)) is not None:
+        if (alignment := self.pending.get(part.key)) is not None:
             alignment.waiters += 1
             return alignment
         alignment = PendingAlignment(part, self.readers.submit(self.read_source, part, tenant))
-        self.pending[key] = alignment
+        self.pending[part.key] = alignment
         return alignment
 
     def release(self, alignment: PendingAlignment) -> None:
@@ -136,15 +136,18 @@ class MemoryLoader:
         """A memory from the disk tier, or its package, as far as no model is needed. Runs in a
         thread.
 
-        The front end has checked the package's bytes and chosen the map; neither is done again.
+        The front end has chosen the map, and read the file with the digest that the plan names.
 
         Raises:
-            MemoryNotFound, PackageCorrupt: the file has changed since;
+            MemoryNotFound, PackageCorrupt: the file is another one by now;
             UnsupportedModel: a W-Matrix that this worker does not have.
         """
-        if self.disk and (memory := self.disk.get((part.memory, part.wmatrix))) is not None:
+        if self.disk and (memory := self.disk.get(part.key)) is not None:
             return LoadedSource("warm", memory)
-        package = read(self.stores[tenant].path(part.memory))
+        # A map's results are checked as they are made; a copy goes into the cache as it is.
+        largest = math.inf if part.wmatrix else torch.finfo(self.dtype).max
+        path = self.stores[tenant].path(part.memory)
+        package = read(path, digest=part.digest, largest=largest)
         if not part.wmatrix:
             return LoadedSource("cold", copy(package))
         if part.wmatrix not in self.wmatrices:
@@ -207,7 +210,7 @@ class MemoryLoader:
         if ticket not in self.prefetches:
             self.prefetches[ticket] = [self.request(part, params.tenant) for part in params.parts]
             if pin:
-                self.warm.pinned.update((part.memory, part.wmatrix) for part in params.parts)
+                self.warm.pinned.update(part.key for part in params.parts)
         self.advance(IDLE_BUDGET_S)
         if not all(alignment.result.done() for alignment in self.prefetches[ticket]):
             return PENDING

@@ -164,7 +164,7 @@ class ConnectorWorker:
         self.loader.embed = embedding_of(model, geometry.vocab_size, self.ranks)
         for entry in self.registry:
             if entry.manifest.target.same_model(geometry):
-                self.prepare(entry.digest, load_wmatrix(entry.path))
+                self.prepare(entry.digest, load_wmatrix(entry.path, digest=entry.digest))
                 logger.info("W-Matrix %s loaded (%s)", entry.path.name, entry.manifest.standing)
             else:
                 logger.warning(
