@@ -100,6 +100,8 @@ class TensorFile:
         import torch
 
         entry = self.header.tensors[name]
+        if not len(self.buffers[name]):
+            return torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))
         flat = torch.from_numpy(self.buffers[name]).view(getattr(torch, entry.dtype))
         return flat.view(entry.shape)
 

@@ -91,7 +91,7 @@ class Geometry(FrozenModel):
     dtype: PlainName
     hidden_size: Size
     vocab_size: Size
-    max_positions: Size
+    max_positions: int = Field(ge=1, lt=1 << 63)
     layers: tuple[LayerGeometry, ...] = Field(min_length=1, max_length=MAX_LAYERS)
     weights: str = Field(max_length=64)
     tokenizer: str = Field(max_length=64)

@@ -151,8 +151,8 @@ def is_boundary(raw: bytes, end: int) -> bool:
 
 
 def publish(package: Package, store: Path) -> Path:
-    """Write a package atomically into a store folder, under its ID; the file's path. It is sealed
-    with this home's key: memories that were captured here are told from a stranger's."""
+    """Write a package atomically into a store folder, under its ID; the file's path. A seal tells
+    memories that were captured under this home from a stranger's."""
     store.mkdir(parents=True, exist_ok=True)
     tensors = _tensors(package.text, package.tokens, package.spans, package.keys, package.values)
     with draft_file(store) as draft:
@@ -163,7 +163,7 @@ def publish(package: Package, store: Path) -> Path:
         digest = digest_of(draft)
         path = store / f"{id_of(digest)}.safetensors"
         os.replace(draft, path)
-    seal(path, digest)
+    seal(digest)
     return path
 
 

@@ -1,8 +1,8 @@
 """The origin of a package: captured under this home, signed by a trusted key, or merely claimed.
 
 A package's bytes match its ID whoever made them. Whether its states are those of its text can only
-be told by whoever computed them: `publish` seals what it writes with a key that stays in
-`$AWARENESS_HOME`. Whoever reads that key can seal, so it is as private as the home's owner.
+be told by whoever computed them: `publish` leaves a seal of what it writes in `$AWARENESS_HOME`,
+made with a key that stays there. Whoever reads that key can seal, too.
 """
 
 from __future__ import annotations
@@ -26,32 +26,33 @@ Origin = Literal["own", "signed", "claimed"]
 KEY_BYTES = 32
 
 
-def seal(path: Path, digest: str) -> None:
-    """Write the seal beside a package whose file has this sha256. Without a home to keep a key in
-    there is none, and the package is like a stranger's."""
+def seal(digest: str) -> None:
+    """Note that a package whose file has this sha256 was captured under this home. Where the home
+    cannot be written to, the package is like a stranger's."""
     if home_key(home()) is None:
         return
     try:
-        with atomic_write(seal_path(path)) as draft:
+        seals_dir().mkdir(exist_ok=True)
+        with atomic_write(seals_dir() / digest) as draft:
             draft.write_text(signature(digest))
     except OSError as error:
-        logger.warning("%s is not sealed: %s", path.name, error)
+        logger.warning("mem_%s is not sealed: %s", digest[:32], error)
 
 
-def is_own(path: Path, digest: str) -> bool:
-    """Whether a package whose file has this sha256 bears this home's seal."""
+def is_own(digest: str) -> bool:
+    """Whether a package whose file has this sha256 was captured under this home."""
     if home_key(home()) is None:
         return False
     try:
-        with opened(seal_path(path), limit=64) as (file, _):
+        with opened(seals_dir() / digest, limit=64) as (file, _):
             found = file.read(64)
     except (FileRefused, OSError):
         return False
     return hmac.compare_digest(found, signature(digest).encode())
 
 
-def seal_path(path: Path) -> Path:
-    return path.with_name(f"{path.name}.seal")
+def seals_dir() -> Path:
+    return home() / "seals"
 
 
 @functools.cache

@@ -31,7 +31,7 @@ class Part(FrozenModel):
     the first `skip` (a BOS, a sink, which stand at the prompt's beginning already)."""
 
     memory: str
-    digest: str = ""
+    digest: str = Field(min_length=1)
     wmatrix: str = ""
     skip: int = Field(0, ge=0)
     tokens: int = Field(gt=0)

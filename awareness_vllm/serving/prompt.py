@@ -102,7 +102,8 @@ class Prompt:
         """The load plan for the connector; None where nothing is loaded."""
         if self.tail is None:
             return None
-        head = [Part(memory=head_name(self.head), tokens=len(self.head))] if self.head else []
+        name = head_name(self.head)
+        head = [Part(memory=name, digest=name, tokens=len(self.head))] if self.head else []
         parts = [
             Part(
                 memory=memory.id,

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AliasChoices, Field, ValidationError
 
 from awareness_vllm.errors import WMatrixCorrupt, escaped
-from awareness_vllm.models.geometry import Geometry, Size
+from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.packages.manifest import METADATA_KEY, STATE_DTYPES
 from awareness_vllm.schema import FrozenModel, PlainName
 from awareness_vllm.tensor_file import (
@@ -55,13 +55,13 @@ class WMatrixManifest(FrozenModel):
     source: Geometry
     target: Geometry
     layers: tuple[Index, ...]
-    rank: Size
+    rank: Index
     predecessors: Annotated[int, Field(ge=0, le=64)] | None
     residual: bool = False
     position_embeddings: tuple[Literal["source", "target"], ...] = Field(
         (), validation_alias=AliasChoices("position_embeddings", "places")
     )
-    sink: tuple[Index, ...] = Field(min_length=1, max_length=64)
+    sink: tuple[Index, ...] = Field(max_length=64)
     anchors: Anchors
     fit: dict[str, float | int | str | None]
     r2: dict[str, float]
@@ -168,6 +168,8 @@ def parse_manifest(header: Header) -> WMatrixManifest:
     if manifest.residual and manifest.source_width != target.width:
         found = f"a residual map of {manifest.source_width} states"
         raise FileRefused(found, f"{target.width}")
+    if not (manifest.layers and manifest.rank and manifest.sink):
+        raise FileRefused("a map without source layers, rank or sink")
     if outside := [id for id in manifest.sink if id >= target.vocab_size]:
         raise FileRefused(f"a sink with ids {outside[:4]}", f"ids below {target.vocab_size}")
     entries = {current_name(name): entry for name, entry in header.tensors.items()}

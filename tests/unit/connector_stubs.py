@@ -13,6 +13,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorTransferResults,
 )
 
+from awareness_vllm.packages.store import digest_in
 from awareness_vllm.serving.config import ServingConfig, transfer_config
 from awareness_vllm.serving.connector.connector import AwarenessConnector
 from awareness_vllm.serving.connector.kv_layout import NULL_BLOCK
@@ -28,7 +29,7 @@ def plan_with(
     memory: str = MEMORY, wmatrix: str = "", *, tokens: int = 1, tail: int = 0, salt: str = ""
 ) -> LoadParams:
     """The load plan of a request with one memory."""
-    part = Part(memory=memory, wmatrix=wmatrix, tokens=tokens)
+    part = Part(memory=memory, digest=digest_in(memory) or "none", wmatrix=wmatrix, tokens=tokens)
     return LoadParams(parts=(part,), tail=tail, caller_salt=salt)
 
 

@@ -223,7 +223,7 @@ def test_looking_up_does_not_hold_up_the_event_loop(
 
         return look_up
 
-    for name in ("ids", "path", "checked_path"):
+    for name in ("ids", "path"):
         monkeypatch.setattr(Store, name, beside_the_loop(getattr(Store, name)))
     for route in (LIST, *ONE_MEMORY):
         looked_up.clear()

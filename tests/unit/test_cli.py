@@ -84,7 +84,7 @@ def test_list_inspect_and_verify(
     [
         (["inspect", "../etc/passwd"], "InvalidMemoryId", "found", "../etc/passwd"),
         (["verify", "mem_" + "0" * 32], "MemoryNotFound", "remedy", "awareness list"),
-        (["verify", "ALTERED"], "PackageCorrupt", "expected", "mem_"),
+        (["verify", "ALTERED"], "PackageCorrupt", "expected", "sha256"),
         (["capture", "--model", "/no/such", "--text", __file__], "UnsupportedModel", "found", ""),
         (["eval", "--source", "a", "--target", "b", "--cases", "/no"], "BadInput", "expected", "U"),
         (["serve", "m", "--wmatrix", "/no.wmatrix"], "BadInput", "found", "/no.wmatrix"),

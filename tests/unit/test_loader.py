@@ -19,7 +19,7 @@ from awareness_vllm.align.realign import AlignedMemory, realign
 from awareness_vllm.errors import PackageCorrupt, UnsupportedModel
 from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.packages.file import Package, publish
-from awareness_vllm.packages.store import Store
+from awareness_vllm.packages.store import Store, digest_in
 from awareness_vllm.serving.connector.capture_queue import PENDING
 from awareness_vllm.serving.connector.loader import (
     MAX_HEADS,
@@ -41,7 +41,7 @@ SECONDS = 30.0
 
 
 def part(name: str = "mem", wmatrix: str = "map") -> Part:
-    return Part(memory=name, wmatrix=wmatrix, tokens=3)
+    return Part(memory=name, digest=digest_in(name), wmatrix=wmatrix, tokens=3)
 
 
 class StubAlignment:

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from awareness_vllm.cli.main import main
 from awareness_vllm.compatibility.matrix import matrix
@@ -66,7 +67,13 @@ def put(wmatrix: WMatrix, tmp_path: Path) -> Callable[..., Path]:
         found = None if kept is None else certificate(kept).model_dump(mode="json")
         manifest = wmatrix.manifest.model_copy(update={**ends, "certificate": found})
         path = tmp_path / f"{file}.wmatrix"
-        replace(wmatrix, manifest=manifest).save(path)
+        tensors = {name: torch.zeros(shape) for name, shape in manifest.tensor_shapes.items()}
+        sinks = {
+            f"sink_{part}s": [tensors[f"sink.{i}.{part}"] for i in range(len(model.layers))]
+            for part in ("key", "value")
+        }
+        parts = {name: tensors[name] for name in ("mean", "scale", "encode", "decode", "bias")}
+        replace(wmatrix, manifest=manifest, **parts, **sinks).save(path)
         return path
 
     return write

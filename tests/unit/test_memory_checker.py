@@ -292,7 +292,7 @@ def test_tensors_that_contradict_the_geometry(
     tensors = load_file(path)
     tensors["layers.1.value"] = tensors["layers.1.value"][:, :, :-1].contiguous()
     save_file(tensors, path, metadata)
-    with pytest.raises(PackageCorrupt, match=r"layers\.1\.value has shape"):
+    with pytest.raises(PackageCorrupt, match=r"layers\.1\.value"):
         MemoryCompatibilityChecker([]).check(package=path, target_model=tiny_models[1])
 
 

@@ -81,7 +81,7 @@ def test_the_salt_tells_how_much_was_read_natively() -> None:
 
 
 def test_the_salt_tells_order_tenant_and_skipped_tokens() -> None:
-    first, second = (Part(memory=name, tokens=1) for name in ("a", "b"))
+    first, second = (Part(memory=name, digest=name, tokens=1) for name in ("a", "b"))
     skipped = second.model_copy(update={"skip": 1})
     salts = {
         LoadParams(parts=parts, tenant=tenant).cache_salt

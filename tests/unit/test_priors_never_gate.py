@@ -65,7 +65,7 @@ def test_a_map_with_priors_for_a_certificate_is_not_certified(
 
 
 def test_nothing_is_served_on_a_prior(filled: Path) -> None:
-    memory = ResolvedMemory("mem_", filled, WMatrixEntry.read(filled), ids=[0] * 300, prefix=1)
+    memory = ResolvedMemory("mem_", "", "own", WMatrixEntry.read(filled), ids=[0] * 300, prefix=1)
     assert memory.retention() is None
     with pytest.raises(QualityUnreachable, match="not certified"):
         memory.plan(0.1, tails=True)

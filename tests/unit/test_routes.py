@@ -26,7 +26,7 @@ from awareness_vllm.serving.served_model import ServedModel
 
 pytestmark = pytest.mark.unit
 
-PROMPT = Prompt((ResolvedMemory("mem_a", Path("a"), None, [2, 5, 6], 1),), tail=0, tenant="acme")
+PROMPT = Prompt((ResolvedMemory("mem_a", "a", "own", None, [2, 5, 6], 1),), tail=0, tenant="acme")
 
 
 @pytest.mark.parametrize(("cache_dtype", "expected"), [("fp8", "fp8"), ("turboquant", "auto")])

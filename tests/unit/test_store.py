@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from awareness_vllm.errors import InvalidMemoryId, MemoryNotFound, PackageCorrupt
+from awareness_vllm.errors import InvalidMemoryId, MemoryNotFound
 from awareness_vllm.packages.file import Package, publish
-from awareness_vllm.packages.store import Store
+from awareness_vllm.packages.store import Store, version_of
 
 pytestmark = pytest.mark.unit
 
@@ -53,7 +53,7 @@ def test_only_the_strict_pattern_is_an_id(identity: object) -> None:
 
 def test_an_unknown_id_is_not_found(store: Store) -> None:
     with pytest.raises(MemoryNotFound, match=GOOD):
-        store.checked_path(GOOD)
+        store.path(GOOD)
 
 
 def test_ids_lists_packages_only(store: Store) -> None:
@@ -62,42 +62,29 @@ def test_ids_lists_packages_only(store: Store) -> None:
     (store.folder / "mem_short.safetensors").write_text("x")
     (store.folder / ".publish-x").write_text("x")
     assert list(store.ids()) == [memory_id]
-    assert store.checked_path(memory_id) == store.folder / f"{memory_id}.safetensors"
+    assert store.path(memory_id) == store.folder / f"{memory_id}.safetensors"
 
 
 def test_a_store_that_does_not_exist_is_empty(tmp_path: Path) -> None:
     assert list(Store(tmp_path / "nothing").ids()) == []
 
 
-def test_an_altered_package_is_refused(store: Store) -> None:
+def test_the_version_changes_with_every_write(store: Store) -> None:
     (memory_id,) = store.ids()
     path = store.path(memory_id)
+    before, facts = version_of(path), path.stat()
+    assert version_of(path) == before
     raw = bytearray(path.read_bytes())
     raw[-1] ^= 1
     path.write_bytes(raw)
-    with pytest.raises(PackageCorrupt):
-        store.checked_path(memory_id)
+    # Of the same size, and the times set back to what they were.
+    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    assert version_of(path) != before
 
 
-def test_a_package_altered_after_it_was_checked_is_noticed(store: Store) -> None:
+def test_a_file_that_went_away_has_no_version(store: Store) -> None:
     (memory_id,) = store.ids()
-    path = store.checked_path(memory_id)
-    before = path.stat()
-    raw = bytearray(path.read_bytes())
-    raw[-1] ^= 1
-    path.write_bytes(raw)
-    # The same size and, on coarse clocks, perhaps the same time: move it by the least step.
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
-    with pytest.raises(PackageCorrupt):
-        store.checked_path(memory_id)
-
-
-def test_a_checked_package_is_hashed_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    (memory_id,) = store.ids()
-    store.checked_path(memory_id)
-
-    def fail(*_: object) -> None:
-        raise AssertionError("hashed again")
-
-    monkeypatch.setattr("awareness_vllm.packages.store.check_bytes", fail)
-    store.checked_path(memory_id)
+    path = store.path(memory_id)
+    path.unlink()
+    with pytest.raises(MemoryNotFound):
+        version_of(path)

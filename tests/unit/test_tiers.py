@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from awareness_vllm.align.realign import AlignedMemory
+from awareness_vllm.packages.manifest import id_of
 from awareness_vllm.serving.tiers import DiskTier, WarmTier
 
 pytestmark = pytest.mark.unit
 
-NAME, OTHER, THIRD = (f"mem_{digit * 32}" for digit in "012")
+NAME, OTHER, THIRD = (digit * 64 for digit in "012")
 
 
 def memory(seed: int = 0) -> AlignedMemory:
@@ -29,6 +30,11 @@ def tier(folder: Path, limit: int = 2**20, model: str = "w", dtype: str = "bfloa
 def put(disk: DiskTier, name: str, memory: AlignedMemory) -> None:
     """Write at once, as the thread does later."""
     disk._put((name, "map"), memory)
+
+
+def file_of(disk: DiskTier, name: str) -> Path:
+    (path,) = disk.folder.glob(f"{name}.*")
+    return path
 
 
 # In host memory
@@ -77,12 +83,12 @@ def test_pinned_memories_stay_warm() -> None:
 def test_a_dropped_memory_is_gone_through_every_map() -> None:
     warm = WarmTier(8 * 100)
     for wmatrix in ("one", "two"):
-        warm.put(("mem", wmatrix), memory_of(4))
-    warm.put(("other", ""), memory_of(4))
-    warm.pinned.add(("mem", "one"))
-    assert warm.drop("mem")
-    assert not warm.drop("mem")
-    assert list(warm.memories) == [("other", "")]
+        warm.put((NAME, wmatrix), memory_of(4))
+    warm.put((OTHER, ""), memory_of(4))
+    warm.pinned.add((NAME, "one"))
+    assert warm.drop(id_of(NAME))
+    assert not warm.drop(id_of(NAME))
+    assert list(warm.memories) == [(OTHER, "")]
     assert warm.pinned == set()
 
 
@@ -115,7 +121,7 @@ def test_another_map_model_or_dtype_is_another_memory(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_read_is_dropped(tmp_path: Path, damage: bytes | None) -> None:
     disk = tier(tmp_path)
     put(disk, NAME, memory())
-    path = disk.path((NAME, "map"))
+    (path,) = tmp_path.iterdir()
     path.write_bytes(path.read_bytes()[:-20] if damage is None else damage)
     assert disk.get((NAME, "map")) is None
     assert not path.exists()
@@ -124,10 +130,10 @@ def test_a_file_that_cannot_be_read_is_dropped(tmp_path: Path, damage: bytes | N
 def test_the_least_recently_used_goes_first_and_the_newest_stays(tmp_path: Path) -> None:
     disk = tier(tmp_path)
     put(disk, NAME, memory())
-    size = disk.path((NAME, "map")).stat().st_size
+    size = file_of(disk, NAME).stat().st_size
     put(disk, OTHER, memory(1))
     for age, name in enumerate((OTHER, NAME)):
-        os.utime(disk.path((name, "map")), (age, age))
+        os.utime(file_of(disk, name), (age, age))
     disk.get((OTHER, "map"))
     disk.limit = 2 * size + 10
     put(disk, THIRD, memory(2))
@@ -135,7 +141,7 @@ def test_the_least_recently_used_goes_first_and_the_newest_stays(tmp_path: Path)
     assert disk.get((OTHER, "map")) is not None
     disk.limit = 1
     put(disk, NAME, memory())
-    assert [path.name[:36] for path in tmp_path.iterdir()] == [NAME]
+    assert [path.name[:64] for path in tmp_path.iterdir()] == [NAME]
 
 
 def test_a_disk_that_cannot_be_written_costs_no_request(tmp_path: Path) -> None:
@@ -150,6 +156,6 @@ def test_a_file_is_dropped_for_every_map(tmp_path: Path) -> None:
     put(disk, NAME, memory())
     disk._put((NAME, "another"), memory())
     put(disk, OTHER, memory(1))
-    assert disk.drop(NAME)
-    assert not disk.drop(NAME)
-    assert [path.name[:36] for path in tmp_path.iterdir()] == [OTHER]
+    assert disk.drop(id_of(NAME))
+    assert not disk.drop(id_of(NAME))
+    assert [path.name[:64] for path in tmp_path.iterdir()] == [OTHER]

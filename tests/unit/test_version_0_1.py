@@ -8,18 +8,18 @@ import pytest
 import torch
 
 from awareness_vllm.packages.file import read, verify
-from awareness_vllm.packages.manifest import check_bytes
+from awareness_vllm.packages.store import digest_in
 from awareness_vllm.wmatrix.file import load
 
 pytestmark = pytest.mark.unit
 
 FILES = Path(__file__).parents[1] / "data" / "v0.1"
-MEMORY = FILES / "mem_f1cafdb22eedf1779a8aa0c567186860.safetensors"
+MEMORY = FILES / "mem_9c6b6f5619f87e69bac31278636770bd.safetensors"
 WMATRIX = FILES / "pair.wmatrix"
 
 
 def test_a_package_is_whole_and_says_what_its_window_lost() -> None:
-    check_bytes(MEMORY, MEMORY.stem)
+    assert read(MEMORY, digest=digest_in(MEMORY.stem)).text == "hello"
     package = verify(MEMORY)
     assert package.text == "hello"
     assert package.manifest.first_tokens == (0, 2)

@@ -22,7 +22,7 @@ from awareness_vllm.errors import LoadTimeout, PackageCorrupt
 from awareness_vllm.files import file_digest
 from awareness_vllm.models.geometry import Geometry, LayerGeometry, Positions
 from awareness_vllm.models.rope import rotate, unrotate
-from awareness_vllm.packages.store import Store
+from awareness_vllm.packages.store import Store, digest_in
 from awareness_vllm.serving import tenants
 from awareness_vllm.serving.config import ServingConfig
 from awareness_vllm.serving.connector import worker as worker_module
@@ -40,6 +40,7 @@ from awareness_vllm.wmatrix.registry import Registry
 
 pytestmark = pytest.mark.unit
 
+KEY = (digest_in(MEMORY), "")
 NAMES = ("model.layers.0.attn", "model.layers.1.attn")
 SIZES = (32, 3)
 """Tokens of a block in the two KV cache groups. In the cache itself they all have 32: vLLM splits
@@ -58,14 +59,14 @@ def worker(geometry: Geometry) -> ConnectorWorker:
     layout = KVLayout(layers, dict(zip(NAMES, (0, 1), strict=True)), SIZES)
     loader = MemoryLoader(model, {"": Store(Path("none"))}, torch.bfloat16, WarmTier(2**30))
     states = [random_states(12, 64, torch.bfloat16, seed) for seed in range(4)]
-    loader.warm.put((MEMORY, ""), AlignedMemory(list(range(12)), states[:2], states[2:]))
+    loader.warm.put(KEY, AlignedMemory(list(range(12)), states[:2], states[2:]))
     return ConnectorWorker(
         model, layout, torch.bfloat16, loader, CaptureQueue(), Registry(), load_timeout=30.0
     )
 
 
 def warm_memory(worker: ConnectorWorker) -> AlignedMemory:
-    memory = worker.loader.warm.get((MEMORY, ""))
+    memory = worker.loader.warm.get(KEY)
     assert isinstance(memory, AlignedMemory)
     return memory
 
@@ -128,7 +129,10 @@ def test_memories_follow_each_other_and_their_keys_move_with_them(worker: Connec
     second = AlignedMemory(list(range(100, 106)), states[:2], states[2:])
     worker.loader.warm.put(("second", ""), second)
     first = warm_memory(worker)
-    parts = (Part(memory=MEMORY, tokens=12), Part(memory="second", skip=2, tokens=4))
+    parts = (
+        Part(memory=MEMORY, digest=KEY[0], tokens=12),
+        Part(memory="second", digest="second", skip=2, tokens=4),
+    )
     ids = [*range(12), *range(102, 106)]
     # Positions 6 … 15: six of the first memory, then all of the second.
     slots = list(range(64 + 6, 64 + 16))
@@ -146,7 +150,10 @@ def test_memories_follow_each_other_and_their_keys_move_with_them(worker: Connec
 
 
 def test_only_the_memories_of_the_loaded_tokens_are_requested(worker: ConnectorWorker) -> None:
-    parts = (Part(memory="not there", tokens=5), Part(memory=MEMORY, tokens=12))
+    parts = (
+        Part(memory="not there", digest="none", tokens=5),
+        Part(memory=MEMORY, digest=KEY[0], tokens=12),
+    )
     ids = [*range(900, 905), *range(12)]
     blocks = ([0], [*range(6)])
     loaded = load_now(worker, LoadSpec("r", LoadParams(parts=parts), ids, 5, 17, blocks))
