@@ -8,6 +8,7 @@ memory. Nothing is read twice, and nothing maps a file that somebody else can sh
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -126,12 +127,14 @@ def opened(path: Path, *, limit: int | None = None) -> Iterator[tuple[FileIO, in
         # Opening a named pipe must not wait for its writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError) as error:
-        reason = "a link" if path.is_symlink() else str(error)
+        is_link = isinstance(error, OSError) and error.errno == errno.ELOOP
+        reason = "a link" if is_link else str(error)
         raise FileRefused(f"not readable ({reason})", "a regular file") from error
+    facts = os.fstat(descriptor)
+    if not stat.S_ISREG(facts.st_mode):
+        os.close(descriptor)
+        raise FileRefused("not a regular file", "a regular file")
     with FileIO(descriptor) as file:
-        facts = os.fstat(descriptor)
-        if not stat.S_ISREG(facts.st_mode):
-            raise FileRefused("not a regular file", "a regular file")
         if limit is not None and facts.st_size > limit:
             raise FileRefused(f"{facts.st_size} bytes", f"at most {limit}")
         yield file, facts.st_size

@@ -20,6 +20,7 @@ from awareness_vllm.serving.tenants import Tenants
 
 if TYPE_CHECKING:
     from awareness_vllm.compatibility.target import TargetConfig
+    from awareness_vllm.serving.api.canary import Canary
     from awareness_vllm.serving.api.engine_client import MemoryEngineClient
     from awareness_vllm.serving.resolver import MemoryResolver
 
@@ -33,6 +34,7 @@ class FrontEnd:
     tenants: Tenants
     engine_client: MemoryEngineClient
     target: TargetConfig
+    canary: Canary
 
 
 def caller(raw_request: Request) -> tuple[FrontEnd, str]:

@@ -97,7 +97,7 @@ class MemoryResolver:
 
     def _check(self, path: Path, version: tuple[int, ...]) -> CheckedPackage:
         model = self.model
-        index = read_index(path, digest=digest_in(path.stem))
+        index = read_index(path, digest=digest_in(path.stem), largest=model.largest)
         origin: Origin = "own" if is_own(index.digest) else "claimed"
         decision = verdict(
             path.stem, index.manifest.geometry, model.geometry, self.registry, index.manifest

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
+
+import torch
 
 from awareness_vllm.models.describe import geometry_of, resolve_folder
 from awareness_vllm.models.geometry import Geometry
@@ -19,12 +22,13 @@ if TYPE_CHECKING:
 class ServedModel:
     """A model's `folder`, its context window of `max_model_len` tokens, the `geometry` of its KV
     cache (LongRoPE's positions depend on the window), and the ids `prefix` that its tokenizer puts
-    before every text."""
+    before every text. No state is larger than `largest`, the cache's dtype's greatest number."""
 
     folder: Path
     max_model_len: int
     geometry: Geometry
     prefix: tuple[int, ...] = ()
+    largest: float = math.inf
 
     @classmethod
     def read(cls, model: str | Path, max_model_len: int) -> ServedModel:
@@ -41,7 +45,9 @@ class ServedModel:
     def of(cls, vllm_config: VllmConfig) -> ServedModel:
         """The model that a vLLM server was started with. Raises UnsupportedModel."""
         model = vllm_config.model_config
-        return cls.read(model.model, model.max_model_len)
+        # A name only in what the user passes; vLLM has resolved it by now.
+        dtype = cast(torch.dtype, model.dtype)
+        return replace(cls.read(model.model, model.max_model_len), largest=torch.finfo(dtype).max)
 
     def prefix_length(self, ids: Sequence[int]) -> int:
         """How many of the first ids are the tokenizer's prefix: all of it, or none."""

@@ -17,6 +17,7 @@ from vllm.entrypoints.serve.exception_handling.register import init_exception_ha
 
 from awareness_vllm.compatibility.target import TargetConfig
 from awareness_vllm.packages.file import Package, publish
+from awareness_vllm.serving.api.canary import Canary
 from awareness_vllm.serving.api.engine_client import MemoryEngineClient
 from awareness_vllm.serving.api.memories import router
 from awareness_vllm.serving.config import ServingConfig
@@ -75,11 +76,13 @@ class Server:
 
     def serve(self, resolver: MemoryResolver, context_length: int | None = None) -> None:
         self.resolver = resolver
+        engine_client = MemoryEngineClient(cast("EngineClient", self.engine))
         self.app.state.awareness = FrontEnd(
             resolver,
             self.tenants,
-            MemoryEngineClient(cast("EngineClient", self.engine)),
+            engine_client,
             TargetConfig(context_length=context_length or resolver.model.max_model_len),
+            Canary(engine_client),
         )
 
     def set_window(self, tokens: int) -> None:

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from awareness_vllm.errors import WMatrixCorrupt
+from awareness_vllm.errors import PackageCorrupt, WMatrixCorrupt
 from awareness_vllm.files import file_digest
 from awareness_vllm.packages.file import payload_digest
 from awareness_vllm.packages.manifest import METADATA_KEY
 from awareness_vllm.wmatrix.file import WMatrix, load
-from awareness_vllm.wmatrix.manifest import read_manifest
+from awareness_vllm.wmatrix.manifest import read_digest, read_manifest
 
 pytestmark = pytest.mark.unit
 
@@ -191,3 +191,93 @@ def test_the_map_standardises_encodes_decodes(wmatrix: WMatrix) -> None:
     assert [k.shape for k in keys] == [(3, 1, 4)] * 3
     result = torch.cat([s.flatten(1) for s in (*keys, *values)], dim=1)
     torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["mean", "scale", "encode", "decode", "bias", "sink.0.key"])
+def test_a_value_that_is_not_finite_is_refused(
+    saved: Path, wmatrix: WMatrix, tmp_path: Path, name: str, value: float
+) -> None:
+    with safe_open(saved, framework="pt") as file:
+        tensor = file.get_tensor(name).clone()
+    tensor.view(-1)[0] = value
+    with pytest.raises(WMatrixCorrupt, match="finite"):
+        load(rewrite(saved, tmp_path / "w", tensors={name: tensor}))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sink": []},
+        {"sink": [-1]},
+        {"sink": [10**6]},
+        {"layers": []},
+        {"layers": [99]},
+        {"layers": [-1]},
+        {"rank": 0},
+        {"predecessors": 1000},
+        {"versions": {"a\n": ""}},
+    ],
+)
+def test_a_manifest_out_of_bounds_is_refused(
+    saved: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    path = rewrite(saved, tmp_path / "w", change)
+    for action in (load, read_manifest, read_digest):
+        with pytest.raises(WMatrixCorrupt):
+            action(path)
+
+
+@pytest.mark.parametrize(
+    "positions", [{"scheme": "unknown"}, {"scheme": "yarn"}, {"theta": None}, {"factors": [1.0]}]
+)
+def test_positions_that_nobody_can_rotate_by_are_refused(
+    saved: Path, tmp_path: Path, positions: dict[str, Any]
+) -> None:
+    source = read_manifest(saved).source.model_dump(mode="json")
+    source["layers"][0]["positions"] |= {"scheme": "longrope", **positions}
+    with pytest.raises(WMatrixCorrupt, match="positions"):
+        load(rewrite(saved, tmp_path / "w", {"source": source}))
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("mean", torch.float64), ("encode", torch.int16), ("bias", torch.bfloat16)]
+)
+def test_another_dtype_is_refused(
+    saved: Path, tmp_path: Path, name: str, dtype: torch.dtype
+) -> None:
+    with safe_open(saved, framework="pt") as file:
+        tensor = file.get_tensor(name).to(dtype)
+    with pytest.raises(WMatrixCorrupt, match=name):
+        load(rewrite(saved, tmp_path / "w", tensors={name: tensor}))
+
+
+def test_a_map_that_was_replaced_in_between_is_refused(wmatrix: WMatrix, tmp_path: Path) -> None:
+    path = tmp_path / "w"
+    wmatrix.save(path)
+    _, digest = read_digest(path)
+    assert same(load(path, digest=digest), wmatrix)
+    replace(wmatrix, bias=wmatrix.bias + 1).save(path)
+    with pytest.raises(WMatrixCorrupt, match="sha256"):
+        load(path, digest=digest)
+
+
+def test_links_to_a_map_are_followed(saved: Path, wmatrix: WMatrix, tmp_path: Path) -> None:
+    # A download by the Hugging Face hub is one.
+    link = tmp_path / "pair.wmatrix"
+    link.symlink_to(saved)
+    assert same(load(link), wmatrix)
+    assert read_digest(link) == read_digest(saved)
+
+
+@pytest.mark.parametrize("state", [1e9, float("nan")])
+def test_states_that_no_model_computes_are_refused(wmatrix: WMatrix, state: float) -> None:
+    manifest = wmatrix.manifest
+    source = wmatrix.mean[: manifest.source_width].repeat(2, 1)
+    embeddings = torch.zeros(2, manifest.embedding_width)
+    wmatrix.map(source, embeddings)
+    source[1, 3] = state
+    with pytest.raises(PackageCorrupt, match="plausible"):
+        wmatrix.map(source, embeddings)
+    # A masked row's states are not looked at.
+    wmatrix.map(source, embeddings, torch.tensor([False, True]))

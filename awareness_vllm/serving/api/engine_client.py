@@ -67,12 +67,12 @@ class MemoryEngineClient:
             PackageCorrupt: a worker cannot.
         """
         ticket = secrets.token_hex(16)
-        answers = await self._poll(PREFETCH, ticket, params.model_dump_json(), pin)
+        answers = await self.poll(PREFETCH, ticket, params.model_dump_json(), pin)
         if errors := [answer for answer in answers if answer not in ("cold", "warm")]:
             raise PackageCorrupt("the memory cannot be loaded", found=errors[0])
         return "cold" if "cold" in answers else "warm"
 
-    async def _poll(self, method: str, *args: Any) -> list[str]:
+    async def poll(self, method: str, *args: Any) -> list[str]:
         """The workers' answers, once none of them is PENDING."""
         while PENDING in (answers := await self.engine.collective_rpc(method, args=args)):
             await asyncio.sleep(POLL_S)
@@ -122,6 +122,22 @@ class MemoryEngineClient:
             logger.warning("the chat template's head is not kept: %s", errors)
         return not any(errors)
 
+    async def read(self, ids: Sequence[int]) -> str:
+        """Have the model read some ids, in blocks that no other request finds; the key of the
+        capture of their states."""
+        capture = await self.announce()
+        params = SamplingParams(
+            max_tokens=1, extra_args={"kv_transfer_params": {CAPTURE_KEY: capture}}
+        )
+        prompt = tokens_input(list(ids), cache_salt=f"awareness-read-{capture}")
+        try:
+            async for _ in self.engine.generate(prompt, params, f"awareness-{capture}"):
+                pass  # the answer does not matter, the states do
+        except BaseException:
+            await self.discard(capture)
+            raise
+        return capture
+
     async def announce(self, *, to_file: bool = False) -> str:
         """Have the workers expect a capture; its key, which goes into a request."""
         key = secrets.token_hex(16)
@@ -144,7 +160,7 @@ class MemoryEngineClient:
         """
         try:
             async with asyncio.timeout(WRITE_TIMEOUT_S):
-                errors = await self._poll(STATE, key)
+                errors = await self.poll(STATE, key)
         except TimeoutError as error:
             await self.discard(key)
             raise AwarenessError(

@@ -139,6 +139,7 @@ async def load_memory(memory_id: str, raw_request: Request) -> MemoryLoad:
         front, tenant = caller(raw_request)
         prompt = await asyncio.to_thread(_prompt, front, tenant, memory_id)
         assert prompt.params is not None  # only a quality target can ask for native reading
+        await front.canary.check(prompt)
         temperature = await front.engine_client.prefetch(prompt.params)
     return MemoryLoad(id=memory_id, temperature="warm" if temperature == "warm" else "cold")
 

@@ -35,6 +35,7 @@ from vllm.logger import init_logger
 from awareness_vllm.compatibility.target import QUANTIZATIONS, CacheDtype, TargetConfig
 from awareness_vllm.errors import AwarenessError, UnsupportedRequest
 from awareness_vllm.serving.api import memories as memory_routes
+from awareness_vllm.serving.api.canary import Canary, check_sinks
 from awareness_vllm.serving.api.capture import announce_capture
 from awareness_vllm.serving.api.chat_template import insert_mark, split_at_mark
 from awareness_vllm.serving.api.engine_client import MemoryEngineClient
@@ -96,6 +97,7 @@ class AwarenessEndpoints:
         config = ServingConfig.parse(transfer.kv_connector_extra_config)
         front = await asyncio.to_thread(build_front_end, config, engine_client)
         await engine_client.collective_rpc(BIND)
+        await check_sinks(front.engine_client, front.resolver)
         await front.engine_client.pin(front.resolver, config.pin)
         state.awareness = front
         logger.info("memories are served from %s", config.store)
@@ -104,10 +106,12 @@ class AwarenessEndpoints:
 def build_front_end(config: ServingConfig, engine: EngineClient) -> FrontEnd:
     """The front end's parts from the configuration. Raises BadInput, WMatrixCorrupt."""
     model = ServedModel.of(engine.vllm_config)
+    client = MemoryEngineClient(engine)
     return FrontEnd(
         resolver=MemoryResolver.from_config(config, model),
         tenants=Tenants.read(config.tenants),
-        engine_client=MemoryEngineClient(engine),
+        engine_client=client,
+        canary=Canary(client),
         target=target_config(engine.vllm_config, model, config.tail),
     )
 
@@ -231,6 +235,7 @@ async def answer(
         prompt = await asyncio.to_thread(
             front.resolver.resolve, memory_request, tenant, request.cache_salt
         )
+        await front.canary.check(prompt)
         used = await insert(front, prompt)
     except AwarenessError as error:
         raise client_error(error) from error

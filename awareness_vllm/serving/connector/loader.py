@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
@@ -144,10 +143,8 @@ class MemoryLoader:
         """
         if self.disk and (memory := self.disk.get(part.key)) is not None:
             return LoadedSource("warm", memory)
-        # A map's results are checked as they are made; a copy goes into the cache as it is.
-        largest = math.inf if part.wmatrix else torch.finfo(self.dtype).max
         path = self.stores[tenant].path(part.memory)
-        package = read(path, digest=part.digest, largest=largest)
+        package = read(path, digest=part.digest, largest=self.model.largest)
         if not part.wmatrix:
             return LoadedSource("cold", copy(package))
         if part.wmatrix not in self.wmatrices:

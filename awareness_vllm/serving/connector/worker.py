@@ -18,6 +18,7 @@ from awareness_vllm.align.paged import Latent, PagedMap
 from awareness_vllm.align.realign import AlignedMemory
 from awareness_vllm.errors import AwarenessError, LoadTimeout, PackageCorrupt
 from awareness_vllm.serving.config import ServingConfig
+from awareness_vllm.serving.connector.canary import Canary
 from awareness_vllm.serving.connector.capture_queue import CaptureQueue, keys_and_values
 from awareness_vllm.serving.connector.kv_layout import (
     KVLayout,
@@ -128,6 +129,7 @@ class ConnectorWorker:
             dtype=dtype,
         )
         self.pending: dict[str, PendingLoad] = {}
+        self.canary = Canary(loader, captures)
 
     @classmethod
     def from_vllm(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from awareness_vllm.serving.params import LoadParams
+from awareness_vllm.serving.params import LoadParams, Part
 
 if TYPE_CHECKING:
     from awareness_vllm.serving.connector.worker import ConnectorWorker
@@ -19,6 +19,8 @@ ANNOUNCE = "awareness_announce"
 STATE = "awareness_capture_state"
 KEEP_HEAD = "awareness_keep_head"
 FORGET = "awareness_forget"
+CHECK_MEMORY = "awareness_check_memory"
+CHECK_SINK = "awareness_check_sink"
 
 
 class AwarenessWorkerExtension:
@@ -53,3 +55,9 @@ class AwarenessWorkerExtension:
 
     def awareness_forget(self, name: str) -> None:
         self.awareness.captures.discard(name)
+
+    def awareness_check_memory(self, capture: str, part: str, tenant: str) -> str:
+        return self.awareness.canary.check_memory(capture, Part.model_validate_json(part), tenant)
+
+    def awareness_check_sink(self, capture: str, wmatrix: str) -> str:
+        return self.awareness.canary.check_sink(capture, wmatrix)
