@@ -13,6 +13,7 @@ import argparse
 import json
 import logging
 import multiprocessing
+import os
 import resource
 import sys
 import tempfile
@@ -47,6 +48,7 @@ def work(results: Connection, seed: int, begin: int, end: int) -> None:
     torch.set_num_threads(1)
     logging.disable(logging.CRITICAL)
     with tempfile.TemporaryDirectory() as scratch:
+        os.environ["AWARENESS_HOME"] = scratch  # seals and the key of the disk cache
         oracle = Oracle(Server(make_seeds(Path(scratch)), Path(scratch)))
         files = oracle.seeds()
         limit_memory()

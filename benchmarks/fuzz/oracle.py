@@ -34,10 +34,10 @@ LARGEST = 1e6
 hundreds."""
 REFUSED, SERVED = "refused", "served"
 HEADER_ONLY = ("packages.manifest.read_manifest", "wmatrix.manifest.read_manifest",
-               "awareness inspect", "Store.checked_path", "serve with a quality target")  # fmt: skip
+               "awareness inspect", "serve with a quality target")  # fmt: skip
 LISTINGS = ("awareness list", "Registry.read")
 OF_SERVERS = ("serve", "serve on CUDA")
-BY_ID = ("Store.checked_path", "MemoryResolver.resolve", *OF_SERVERS)
+BY_ID = ("MemoryResolver.resolve", *OF_SERVERS)
 
 
 class Hang(BaseException):
@@ -123,7 +123,7 @@ class Oracle:
 
     def __post_init__(self) -> None:
         self.good = self.spoken()
-        self.entry_path = self.server.disk.path(self.server.entry)
+        self.entry_path = self.server.entry_path
         self.entry_bytes = self.entry_path.read_bytes()
         entry = self.server.disk.get(self.server.entry)
         assert entry is not None
@@ -313,7 +313,7 @@ def must_refuse(mutant: Mutant, name: str) -> bool:
     if mutant.refuse == registry.MAY:
         return False
     if mutant.refuse == registry.ALWAYS:
-        return name != "Store.checked_path"
+        return True
     if mutant.refuse == registry.CONTENT:
         return name not in HEADER_ONLY
     return name in OF_SERVERS

@@ -22,7 +22,7 @@ from awareness_vllm.packages.manifest import read_manifest
 from awareness_vllm.packages.store import Store
 from awareness_vllm.serving.connector.loader import MemoryLoader, PendingAlignment
 from awareness_vllm.serving.params import Part
-from awareness_vllm.serving.prompt import Prompt
+from awareness_vllm.serving.prompt import Prompt, ResolvedMemory
 from awareness_vllm.serving.request import MemoryRequest
 from awareness_vllm.serving.resolver import MemoryResolver
 from awareness_vllm.serving.served_model import ServedModel
@@ -59,9 +59,10 @@ class Server:
         self.loader = self.new_loader({self.digest: seeds.wmatrix})
         self.paged_loader = self.new_loader({self.digest: seeds.wmatrix}, paged=True)
         self.disk = DiskTier(self.folder / "disk", 2**30, "model", torch.bfloat16)
-        self.entry: Key = (self.good["mapped"], self.digest)
+        self.entry: Key = self.plan(self.resolver, self.good["mapped"]).key
         self.disk.put(self.entry, self.serve(self.good["mapped"]))
         self.disk.thread.shutdown()
+        (self.entry_path,) = self.disk.folder.iterdir()
 
     def new_resolver(self, registry: Registry) -> MemoryResolver:
         return MemoryResolver(self.model, {"": Store(self.store)}, registry, TAIL)
@@ -87,6 +88,9 @@ class Server:
         loader.warm.memories.clear()
         return alignment.result.result()[0]
 
+    def resolve(self, memory: str) -> ResolvedMemory:
+        return self.new_resolver(self.registry).resolve_one(memory, "")
+
     def serve(self, memory: str, loader: MemoryLoader | None = None) -> Any:
         """A memory from its ID to its states, by both halves."""
         return self.load(self.plan(self.resolver, memory), loader)
@@ -101,10 +105,7 @@ class Server:
             "packages.manifest.read_manifest": lambda: read_manifest(path),
             "packages.file.read": lambda: package_file.read(path),
             "packages.file.verify": lambda: package_file.verify(path),
-            "Store.checked_path": lambda: Store(self.store).checked_path(memory),
-            "MemoryResolver.resolve": lambda: self.new_resolver(self.registry).resolve_one(
-                memory, ""
-            ),
+            "MemoryResolver.resolve": lambda: self.resolve(memory),
             "serve": lambda: self.serve(memory),
             "serve on CUDA": lambda: self.serve(memory, self.paged_loader),
             "awareness inspect": lambda: command("inspect", str(path)),
