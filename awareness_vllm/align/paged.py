@@ -13,7 +13,7 @@ from awareness_vllm.models.geometry import Positions
 from awareness_vllm.models.rope import cos_sin_table
 from awareness_vllm.packages.file import Package
 from awareness_vllm.wmatrix.features import Embed, masked_rows, split_states
-from awareness_vllm.wmatrix.file import WMatrix
+from awareness_vllm.wmatrix.file import WMatrix, check_plausible
 
 WARM_UP_ROWS = 2048
 
@@ -69,6 +69,8 @@ class PagedMap:
         width = self.manifest.source_width + self.manifest.token_width
         self.mean, self.scale = wmatrix.mean[:width].to(device), wmatrix.scale[:width].to(device)
         self.encode = wmatrix.encode[:width].to(device).contiguous()
+        # No latent is larger than this times its feature that lies furthest off.
+        self.reach = self.encode.float().abs().sum(0).clamp_min(torch.finfo(torch.float32).tiny)
         self.position_embeddings = wmatrix.position_latents()
         self.decode = wmatrix.decode[:, columns].to(device).contiguous()
         self.bias = wmatrix.bias[columns].to(device)
@@ -88,12 +90,20 @@ class PagedMap:
 
     @torch.inference_mode()
     def latent(self, package: Package, ids: list[int], source: Tensor, embed: Embed) -> Latent:
-        """The latent of a package; `ids` and `source` are from `realign.sources`."""
+        """The latent of a package; `ids` and `source` are from `realign.sources`.
+
+        Raises:
+            PackageCorrupt: states that no model computes. The features are never in memory here:
+                what their latent shows is less than `WMatrix.map` sees, but numbers that are not
+                finite, or far too large.
+        """
         keys, values = (
             [part[i].to(self.device) for i in self.manifest.layers]
             for part in (package.keys, package.values)
         )
-        rows = self._encode(keys, values, source, embed(torch.tensor(ids))).cpu()
+        encoded = self._encode(keys, values, source, embed(torch.tensor(ids)))
+        check_plausible(encoded / self.reach)
+        rows = encoded.cpu()
         where = {"source": source, "target": torch.arange(len(self.manifest.sink), len(ids))}
         for side, latents in self.position_embeddings.items():
             rows += latents[where[side]]

@@ -27,8 +27,11 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 def narrow(x, TYPE: tl.constexpr):
-    """float32 to the nearest number of another type. The interpreter cuts bits off instead, so
-    there the bits that it will cut are rounded first."""
+    """float32 to the nearest number of another type within `reference.largest`, what is no number
+    to 0. The interpreter cuts bits off instead, so there the bits that it will cut are rounded
+    first."""
+    MOST: tl.constexpr = 448.0 if tl.float8e4nv == TYPE else 32768.0
+    x = tl.where(x == x, tl.minimum(tl.maximum(x, -MOST), MOST), 0.0)
     if INTERPRETED and (tl.bfloat16 == TYPE or tl.float8e4nv == TYPE):
         CUT: tl.constexpr = 16 if tl.bfloat16 == TYPE else 20
         bits = x.to(tl.int32, bitcast=True)

@@ -13,6 +13,9 @@ from torch import Tensor
 
 EPSILON = 1e-6
 """Added to the mean square that embeddings are normalised by."""
+LARGEST = 2.0**15
+"""Magnitude of a stored state, which float16 can hold and every dtype exactly. Genuine states stay
+below a hundredth of it."""
 
 
 def wide(x: Tensor) -> Tensor:
@@ -142,7 +145,8 @@ def decode_paged(
         latent: [T, R]; weight [R, O] and bias [O]: keys of all layers, then values, head by head.
         positions: [S + T] int64; cos, sin, interleaved: the target's, as in `encode_states`.
         sink_keys, sink_values: per layer [S, H, D], as cached.
-        key_pages, value_pages: per layer [pages, page size, H, D], by any strides; written.
+        key_pages, value_pages: per layer [pages, page size, H, D], by any strides; written, with
+            finite numbers alone (`write`).
         slot_mapping: per layer [S + T] int64, where each row belongs; negative: not written.
         scales: [2 L] float32, what stored keys of each layer, then values, are to be multiplied by.
     """
@@ -185,12 +189,23 @@ def rotate_paged(
 
 
 def write(page: Tensor, x: Tensor, slot_mapping: Tensor) -> None:
-    """Scatter x [T, H, D] into pages [pages, page size, H, D] by slot_mapping [T]; < 0: skip."""
+    """Scatter x [T, H, D] into pages [pages, page size, H, D] by slot_mapping [T]; < 0: skip.
+
+    Numbers beyond `largest` become that, and what is no number becomes 0: attention multiplies
+    what it masks by 0, and through a block that is used again they would reach other requests.
+    """
     real = slot_mapping >= 0
     slot_mapping = slot_mapping[real]
+    most = largest(page.dtype)
+    finite = x[real].nan_to_num(0.0, most, -most).clamp(-most, most)
     raw(page)[slot_mapping // page.shape[1], slot_mapping % page.shape[1]] = raw(
-        x[real].to(page.dtype)
+        finite.to(page.dtype)
     )
+
+
+def largest(dtype: torch.dtype) -> float:
+    """The magnitude that no stored state of a dtype exceeds."""
+    return min(LARGEST, torch.finfo(dtype).max)
 
 
 def raw(x: Tensor) -> Tensor:

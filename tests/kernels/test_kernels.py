@@ -250,6 +250,23 @@ def test_decode_into_fp8(kernels: Kernels) -> None:
     check_decode(kernels, decode_arguments(PLAIN, 15, torch.bfloat16, pages=pages, scale=0.25))
 
 
+STORED = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+@pytest.mark.parametrize("dtype", STORED)
+def test_pages_get_finite_numbers_alone(kernels: Kernels, dtype: torch.dtype) -> None:
+    """Whatever the map and the sink hold: others will use the blocks again."""
+    strange = torch.tensor([float("nan"), float("inf"), -3e38])
+    for write in (reference.decode_paged, kernels["decode_paged"]):
+        arguments = decode_arguments(STILL, 1, torch.float32, pages=dtype)
+        arguments[2][:3] = arguments[7][0][0, 0, :3] = strange
+        arguments[11], arguments[12][:] = [torch.tensor([5, 6], device=DEVICE)], 1
+        write(*arguments)
+        keys = arguments[9][0].flatten(0, 1)[5:7, 0, :3].float()
+        most = reference.largest(dtype)
+        assert keys.tolist() == [[0, most, -most]] * 2, write
+
+
 def check_decode(kernels: Kernels, arguments: list[Any]) -> None:
     runs = [copied(arguments) for _ in range(2)]
     reference.decode_paged(*runs[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from awareness_vllm.align.paged import Latent, PagedMap, Pages
 from awareness_vllm.align.realign import AlignedMemory, realign, sources
+from awareness_vllm.errors import PackageCorrupt
 from awareness_vllm.packages.file import Package
 from awareness_vllm.wmatrix.file import WMatrix
 
@@ -87,6 +89,17 @@ def test_pages_have_the_states_of_the_reference_and_nothing_else(
             expected = states[begin : begin + length][real]
             torch.testing.assert_close(flat[slot_mapping[real]], expected, rtol=1e-5, atol=1e-5)
             assert (flat[untouched] == EMPTY).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -3e38, 1e9])
+def test_states_that_no_model_computes_have_no_latent(
+    paged: PagedMap, package: Package, folder: Path, value: float
+) -> None:
+    values = [states.clone() for states in package.values]
+    values[1][:, 0, 3] = value  # not every source token is read
+    poisoned = replace(package, values=values)
+    with pytest.raises(PackageCorrupt):
+        paged.latent(poisoned, *sources(package, paged.manifest, folder), embed)
 
 
 def test_stored_numbers_are_divided_by_the_layers_scales(
