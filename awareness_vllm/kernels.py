@@ -4,10 +4,20 @@ from awareness_kernels import ops
 from awareness_kernels.reference import (
     decode,
     encode,
+    largest,
     rms_normalise,
     rotate,
     unrotate,
     with_predecessors,
 )
 
-__all__ = ["decode", "encode", "ops", "rms_normalise", "rotate", "unrotate", "with_predecessors"]
+__all__ = [
+    "decode",
+    "encode",
+    "largest",
+    "ops",
+    "rms_normalise",
+    "rotate",
+    "unrotate",
+    "with_predecessors",
+]

@@ -29,8 +29,11 @@ from awareness_vllm.errors import escaped
 if TYPE_CHECKING:
     from torch import Tensor
 
-MAX_HEADER = 2 << 20
-"""Bytes of a header: a hundred times that of a package with 60 layers."""
+MAX_HEADER = 1 << 20
+"""Bytes of a header: fifty times that of a package with 60 layers."""
+MAX_ITEMS = 1 << 15
+"""Commas of a JSON document: more members and elements take longer to check than they are worth."""
+MAX_TENSORS = 1 << 12
 MAX_METADATA = 16
 """Entries in a header's metadata: a reader looks one up, by its name."""
 CHUNK = 1 << 20
@@ -61,7 +64,7 @@ class FileRefused(Exception):
     error of it."""
 
     def __init__(self, found: str, expected: str | None = None) -> None:
-        super().__init__(found)
+        super().__init__(found if expected is None else f"{found}, expected {expected}")
         self.found, self.expected = found, expected
 
 
@@ -204,6 +207,8 @@ def parse_json(document: str | bytes) -> Any:
     Raises:
         FileRefused: not such a document.
     """
+    if document.count("," if isinstance(document, str) else b",") > MAX_ITEMS:  # type: ignore[arg-type]
+        raise FileRefused("a JSON document of too many parts", f"at most {MAX_ITEMS}")
     try:
         return json.loads(document, object_pairs_hook=_object, parse_constant=_constant)
     except (ValueError, RecursionError) as error:
@@ -249,6 +254,8 @@ def _header(file: FileIO, size: int) -> Header:
     if not isinstance(document, dict):
         raise FileRefused("a header that is no JSON object")
     metadata = document.pop("__metadata__", {})
+    if len(document) > MAX_TENSORS:
+        raise FileRefused(f"{len(document)} tensors", f"at most {MAX_TENSORS}")
     if not _is_metadata(metadata):
         raise FileRefused("metadata that are not a few texts by name")
     entries = {name: _entry(name, value) for name, value in document.items()}

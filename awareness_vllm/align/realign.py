@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from awareness_vllm.errors import BadInput, PackageCorrupt
+from awareness_vllm.kernels import largest
 from awareness_vllm.models.rope import rotate
 from awareness_vllm.models.tokens import align, load_tokenizer, tokenize
 from awareness_vllm.packages.file import Package
@@ -116,14 +117,14 @@ def check_finite_states(states: Tensor) -> None:
     """Check states in the cache's dtype, where another request's masked tokens may meet them.
 
     Raises:
-        PackageCorrupt: a value that is not finite.
+        PackageCorrupt: a value that is not finite, or that no model computes.
     """
-    low, high = states.aminmax()
-    if not (low.isfinite() and high.isfinite()):
+    found, most = max(map(abs, map(float, states.aminmax()))), largest(states.dtype)
+    if not found <= most:  # an undefined value compares false
         raise PackageCorrupt(
-            "the memory's aligned states are not finite",
-            found=f"a value that {states.dtype} cannot hold",
-            expected="finite numbers",
+            "the memory's aligned states are not plausible",
+            found=f"a value of {found:.3g}",
+            expected=f"at most {most:g}",
             remedy="capture the memory again, or use another W-Matrix",
         )
 

@@ -47,7 +47,7 @@ class Positions(FrozenModel):
     """Pairs that rotate less than `beta_slow` times in `original` positions are stretched, those
     that rotate more than `beta_fast` times are not; in between a ramp."""
     truncate: bool = True
-    factors: tuple[Number, ...] | None = None
+    factors: tuple[Number, ...] | None = Field(None, max_length=1 << 12)
     """LongRoPE's factors of the pairs: the short or the long ones, whichever were in use."""
 
     @property

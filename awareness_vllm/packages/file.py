@@ -272,6 +272,9 @@ def _index(manifest: Manifest, file: TensorFile) -> PackageIndex:
     begins, ends = spans.unbind(1)
     if bool(((begins < 0) | (begins > ends) | (ends > len(raw))).any()):
         raise FileRefused("spans outside of the text", f"spans within {len(raw)} bytes")
+    ends = ends[ends > 0]  # special tokens span (0, 0)
+    if bool((ends.diff() < 0).any()):
+        raise FileRefused("spans out of order", "tokens in the order of the text")
     return PackageIndex(manifest, file.digest, text, tokens.tolist(), spans.numpy())
 
 

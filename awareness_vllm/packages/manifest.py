@@ -119,6 +119,8 @@ def parse_manifest(header: Header) -> Manifest:
     layout = header.layout
     _, text = layout.get("text", ("", ()))
     expected = layout_of(manifest, text[0] if len(text) == 1 else 0)
+    if len(layout) != len(expected):
+        raise FileRefused(f"{len(layout)} tensors", f"{len(expected)}, by its manifest")
     if different := sorted(set(layout.items()) ^ set(expected.items())):
         name = different[0][0]
         raise FileRefused(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
+from awareness_vllm.kernels import largest
 from awareness_vllm.models.describe import geometry_of, resolve_folder
 from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.models.tokens import load_tokenizer, prefix_ids
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 class ServedModel:
     """A model's `folder`, its context window of `max_model_len` tokens, the `geometry` of its KV
     cache (LongRoPE's positions depend on the window), and the ids `prefix` that its tokenizer puts
-    before every text. No state is larger than `largest`, the cache's dtype's greatest number."""
+    before every text. `largest` is the greatest magnitude of a state in its cache."""
 
     folder: Path
     max_model_len: int
@@ -47,7 +48,7 @@ class ServedModel:
         model = vllm_config.model_config
         # A name only in what the user passes; vLLM has resolved it by now.
         dtype = cast(torch.dtype, model.dtype)
-        return replace(cls.read(model.model, model.max_model_len), largest=torch.finfo(dtype).max)
+        return replace(cls.read(model.model, model.max_model_len), largest=largest(dtype))
 
     def prefix_length(self, ids: Sequence[int]) -> int:
         """How many of the first ids are the tokenizer's prefix: all of it, or none."""

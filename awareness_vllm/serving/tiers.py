@@ -19,6 +19,7 @@ from vllm.logger import init_logger
 from awareness_vllm.align.paged import Latent
 from awareness_vllm.align.realign import AlignedMemory
 from awareness_vllm.files import draft_file
+from awareness_vllm.kernels import largest
 from awareness_vllm.packages.file import check_finite
 from awareness_vllm.packages.origin import signature
 from awareness_vllm.packages.store import digest_in
@@ -67,7 +68,7 @@ class DiskTier:
                 file = read_file(
                     path,
                     lambda header: None,
-                    visit=functools.partial(check_finite, largest=torch.finfo(self.dtype).max),
+                    visit=functools.partial(check_finite, largest=largest(self.dtype)),
                 )
                 if path != self.path(key, file.digest):
                     raise FileRefused(f"a file of other bytes (sha256 {file.digest})")

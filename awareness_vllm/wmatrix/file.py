@@ -180,6 +180,8 @@ def load(path: str | Path, *, digest: str | None = None) -> WMatrix:
         )
         (manifest,), tensors = manifests, file.tensors()
         check_positions(manifest)
+        if not bool((tensors["scale"] > 0).all()):
+            raise FileRefused("a scale of a feature that is not positive")
         payload = payload_digest(file.header.metadata[METADATA_KEY], sorted(tensors.items()))
         if payload != manifest.payload:
             raise FileRefused(f"payload {payload}", manifest.payload)

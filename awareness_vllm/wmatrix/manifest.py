@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AliasChoices, Field, ValidationError
 
 from awareness_vllm.errors import WMatrixCorrupt, escaped
-from awareness_vllm.models.geometry import Geometry
+from awareness_vllm.models.geometry import MAX_LAYERS, Geometry
 from awareness_vllm.packages.manifest import METADATA_KEY, STATE_DTYPES
 from awareness_vllm.schema import FrozenModel, PlainName
 from awareness_vllm.tensor_file import (
@@ -54,7 +54,7 @@ class WMatrixManifest(FrozenModel):
     format: Literal["awareness-wmatrix/1"] = "awareness-wmatrix/1"
     source: Geometry
     target: Geometry
-    layers: tuple[Index, ...]
+    layers: tuple[Index, ...] = Field(max_length=MAX_LAYERS)
     rank: Index
     predecessors: Annotated[int, Field(ge=0, le=64)] | None
     residual: bool = False
@@ -66,7 +66,7 @@ class WMatrixManifest(FrozenModel):
     fit: dict[str, float | int | str | None]
     r2: dict[str, float]
     reconstruction_error: float | None = None
-    composed: tuple[str, ...] = ()
+    composed: tuple[PlainName, ...] = Field((), max_length=64)
     versions: dict[PlainName, PlainName] = Field(max_length=16)
     certificate: dict[str, Any] | None = None
     payload: str = ""
@@ -173,6 +173,9 @@ def parse_manifest(header: Header) -> WMatrixManifest:
     if outside := [id for id in manifest.sink if id >= target.vocab_size]:
         raise FileRefused(f"a sink with ids {outside[:4]}", f"ids below {target.vocab_size}")
     entries = {current_name(name): entry for name, entry in header.tensors.items()}
+    if len(entries) != len(manifest.tensor_shapes):
+        found = f"{len(entries)} tensors"
+        raise FileRefused(found, f"{len(manifest.tensor_shapes)}, the shapes of its geometries")
     shapes = {name: entry.shape for name, entry in entries.items()}
     if wrong := sorted(set(shapes.items()) ^ set(manifest.tensor_shapes.items())):
         raise FileRefused(f"tensors {wrong[:4]}"[:300], "the shapes of its geometries")

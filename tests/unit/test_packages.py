@@ -233,6 +233,7 @@ SPANS = torch.stack((torch.arange(12), torch.arange(1, 13)), dim=1)
         {"spans": SPANS - 1},
         {"spans": SPANS + 1},
         {"spans": SPANS.flip(1)},
+        {"spans": SPANS.flip(0)},
         {"text": torch.full((12,), 0xFF, dtype=torch.uint8)},
         {"text": torch.zeros(12 * 512 + 1, dtype=torch.uint8)},
         {"text": torch.zeros(3, 4, dtype=torch.uint8)},
@@ -256,7 +257,7 @@ def test_a_missing_tensor_is_refused(published: Path, tmp_path: Path) -> None:
         states = {name: file.get_tensor(name) for name in file.keys() if name != "text"}  # noqa: SIM118
         metadata = file.metadata()
     save_file(states, tmp_path / "p", metadata)
-    with pytest.raises(PackageCorrupt, match="text"):
+    with pytest.raises(PackageCorrupt, match="6 tensors"):
         read_manifest(tmp_path / "p")
 
 

@@ -146,6 +146,10 @@ def changed(**entries: Any) -> dict[str, Any]:
         joined(changed(a={**HEADER["a"], "data_offsets": [0]}), DATA),
         joined(changed(a={**HEADER["a"], "data_offsets": [10**400, 10**400 + 48]}), DATA),
         joined(changed(d=HEADER["a"]), DATA),
+        joined(
+            {f"{i}": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for i in range(4097)},
+            b"",
+        ),
         joined({name: HEADER[name] for name in HEADER if name != "a"}, DATA),
         # One byte before the numbers of two: they would begin at an odd address.
         joined(
@@ -198,7 +202,16 @@ def test_only_regular_files_are_opened_and_no_links(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "document", ['{"a": 1, "a": 1}', '{"b": {"a": 1, "a": 2}}', "NaN", "-Infinity", "[", "1" * 5000]
+    "document",
+    [
+        '{"a": 1, "a": 1}',
+        '{"b": {"a": 1, "a": 2}}',
+        "NaN",
+        "-Infinity",
+        "[",
+        "1" * 5000,
+        f"[{'0,' * 40_000}0]",
+    ],
 )
 def test_ambiguous_json_is_refused(document: str) -> None:
     with pytest.raises(FileRefused):

@@ -205,6 +205,16 @@ def test_a_value_that_is_not_finite_is_refused(
         load(rewrite(saved, tmp_path / "w", tensors={name: tensor}))
 
 
+@pytest.mark.parametrize("scale", [0.0, -1.0])
+def test_a_scale_that_is_not_positive_is_refused(
+    saved: Path, wmatrix: WMatrix, tmp_path: Path, scale: float
+) -> None:
+    scales = wmatrix.scale.clone()
+    scales[3] = scale
+    with pytest.raises(WMatrixCorrupt, match="scale"):
+        load(rewrite(saved, tmp_path / "w", tensors={"scale": scales}))
+
+
 @pytest.mark.parametrize(
     "change",
     [
