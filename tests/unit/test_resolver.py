@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from families import TRAINED, save
@@ -14,6 +16,7 @@ from awareness_vllm.errors import (
     ContextTooLong,
     MemoryNotFound,
     NoWMatrix,
+    PackageCorrupt,
     QualityUnreachable,
     UnsupportedRequest,
 )
@@ -21,7 +24,7 @@ from awareness_vllm.fit import gather
 from awareness_vllm.fit.config import FitConfig
 from awareness_vllm.fit.fit import fit
 from awareness_vllm.packages.capture import capture
-from awareness_vllm.packages.file import publish
+from awareness_vllm.packages.file import build, publish, read_index
 from awareness_vllm.packages.store import Store
 from awareness_vllm.serving.config import ServingConfig
 from awareness_vllm.serving.offline import OfflineMemories
@@ -285,3 +288,59 @@ def test_an_offline_prompt_is_a_servers(
         offline.prompt(" words", ids)
     with pytest.raises(UnsupportedRequest, match="empty"):
         offline.prompt("", ids)
+
+
+def test_a_copy_from_elsewhere_promises_nothing(
+    tiny_models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = capture(tiny_models[0], "words of a stranger")
+    with monkeypatch.context() as patch:
+        patch.setenv("AWARENESS_HOME", str(tmp_path / "elsewhere"))
+        memory = publish(package, tmp_path / "store").stem
+    resolver = copies_of(tiny_models[0], tmp_path / "store")
+    prompt = resolver.resolve(MemoryRequest(ids=(memory,)), "")
+    assert prompt.report()["origin"] == ["claimed"]
+    assert prompt.retention == [None]
+    assert prompt.recomputed().retention == [1.0]
+    # Captured here, the same bytes are the server's own.
+    publish(package, tmp_path / "store")
+    own = copies_of(tiny_models[0], tmp_path / "store").resolve(MemoryRequest(ids=(memory,)), "")
+    assert (own.report()["origin"], own.retention) == (["own"], [1.0])
+
+
+def test_ids_that_are_not_those_of_the_text_are_refused(
+    tiny_models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    package = capture(tiny_models[0], TEXT)
+    parts = {name: getattr(package, name) for name in ("geometry", "text", "spans")}
+    states = {name: getattr(package, name) for name in ("keys", "values")}
+    for place in (0, 1, len(package.tokens) - 1):
+        ids = list(package.tokens)
+        ids[place] += 1
+        forged = build(**parts, **states, tokens=ids, engine="vllm", versions={})
+        memory = publish(forged, tmp_path / "store").stem
+        with pytest.raises(PackageCorrupt, match="ids"):
+            copies_of(tiny_models[0], tmp_path / "store").resolve_one(memory, "")
+
+
+def test_a_file_is_read_again_only_where_it_changed(
+    tiny_models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = publish(capture(tiny_models[0], TEXT), tmp_path)
+    resolver, reads = copies_of(tiny_models[0], tmp_path), []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        reads.append(args)
+        return read_index(*args, **kwargs)
+
+    monkeypatch.setattr("awareness_vllm.serving.resolver.read_index", counted)
+    first = resolver.resolve_one(path.stem, "")
+    assert resolver.resolve_one(path.stem, "") is first
+    assert len(reads) == 1
+    facts, raw = path.stat(), bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    for _ in range(2):
+        with pytest.raises(PackageCorrupt, match="sha256"):
+            resolver.resolve_one(path.stem, "")

@@ -159,3 +159,65 @@ def test_a_file_is_dropped_for_every_map(tmp_path: Path) -> None:
     assert disk.drop(id_of(NAME))
     assert not disk.drop(id_of(NAME))
     assert [path.name[:64] for path in tmp_path.iterdir()] == [OTHER]
+
+
+@pytest.mark.parametrize("where", [0.02, 0.3, 0.6, 0.99])
+def test_a_flipped_bit_makes_a_file_a_strangers(tmp_path: Path, where: float) -> None:
+    disk = tier(tmp_path)
+    put(disk, NAME, memory())
+    path = file_of(disk, NAME)
+    raw = bytearray(path.read_bytes())
+    raw[int(where * len(raw))] ^= 1
+    path.write_bytes(raw)
+    assert disk.get((NAME, "map")) is None
+    assert not path.exists()
+    put(disk, NAME, memory())
+    assert disk.get((NAME, "map")) is not None
+
+
+def test_nobody_without_the_homes_key_can_add_a_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setenv("AWARENESS_HOME", str(tmp_path / "attacker"))
+        put(tier(tmp_path / "cache"), NAME, memory(1))
+    disk = tier(tmp_path / "cache")
+    assert disk.get((NAME, "map")) is None
+    # Nor give one memory's file another one's name.
+    put(disk, NAME, memory())
+    path = file_of(disk, NAME)
+    path.rename(path.with_name(path.name.replace(NAME, OTHER)))
+    assert disk.get((OTHER, "map")) is None
+
+
+def test_a_link_is_no_entry(tmp_path: Path) -> None:
+    disk = tier(tmp_path / "cache")
+    put(disk, NAME, memory())
+    path = file_of(disk, NAME)
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    assert disk.get((NAME, "map")) is None
+
+
+def test_states_that_are_not_finite_are_no_entry(tmp_path: Path) -> None:
+    disk, poison = tier(tmp_path), memory()
+    poison.keys[0][2, 0, 0] = float("nan")
+    put(disk, NAME, poison)
+    assert disk.get((NAME, "map")) is None
+
+
+def test_a_time_that_cannot_be_set_is_no_reason_to_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = tier(tmp_path)
+    put(disk, NAME, memory())
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(os, "utime", refuse)
+    assert disk.get((NAME, "map")) is not None
+    monkeypatch.setattr(Path, "unlink", refuse)
+    file_of(disk, NAME).write_bytes(b"damaged")
+    assert disk.get((NAME, "map")) is None
+    assert not disk.drop(id_of(NAME))
