@@ -6,8 +6,21 @@ Every error that a request can cause carries the HTTP status of the server's res
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from typing import Any
+
+CONTROL = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u061c\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+"""What a terminal or a log obeys instead of showing it: control characters (C0, C1), ends of lines,
+marks that turn the direction of writing; and lone surrogates, which no output can encode."""
+
+
+def escaped(text: str) -> str:
+    """A text in which control characters are visible as escapes, line ends and tabs too: a string
+    that came with a file or a request, fit for one line of a terminal or a log."""
+    return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 class AwarenessError(Exception):

@@ -14,6 +14,7 @@ from awareness_vllm.models.hf import load_model, states
 from awareness_vllm.models.tokens import Tokens, load_tokenizer, prefix_ids, tokenize
 from awareness_vllm.packages.file import Package, build
 from awareness_vllm.provenance import versions
+from awareness_vllm.schema import plain_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,8 +51,10 @@ def capture(
     """The package of a text: states computed in float32, stored in the model's dtype.
 
     Raises:
-        BadInput: as `read_tokens` says.
+        BadInput: as `read_tokens` says, and for a name that is not a PlainName.
     """
+    if name is not None:
+        plain_name(name)
     tokens = read_tokens(folder, text)
     geometry = geometry_of(folder, len(tokens.ids))
     keys, values = states(model or load_model(folder), tokens.ids)

@@ -19,6 +19,7 @@ from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.models.tokens import Tokens
 from awareness_vllm.packages.capture import read_tokens
 from awareness_vllm.packages.file import Package, build
+from awareness_vllm.schema import plain_name
 from awareness_vllm.serving.config import ServingConfig, transfer_config
 from awareness_vllm.serving.connector.capture_queue import keys_and_values
 from awareness_vllm.serving.connector.kv_reader import CAPTURE_KEY
@@ -32,8 +33,11 @@ def capture(folder: str | Path, text: str, *, name: str | None = None) -> Packag
     """Capture a text on a model with an offline vLLM engine, in the model's dtype.
 
     Raises:
-        BadInput: the text does not fit; AwarenessError: the engine wrote no states.
+        BadInput: the text does not fit, or the name is not a PlainName.
+        AwarenessError: the engine wrote no states.
     """
+    if name is not None:
+        plain_name(name)
     register()
     path = resolve_folder(folder)
     tokens = read_tokens(path, text)

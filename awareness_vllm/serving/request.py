@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from awareness_vllm.errors import UnsupportedRequest
-from awareness_vllm.schema import FrozenModel
+from awareness_vllm.schema import FrozenModel, PlainName
 
 MEMORY_IDS, MEMORY = "memory_ids", "memory"
 MAX_MEMORIES = 32
@@ -23,7 +23,7 @@ class MemoryRequest(FrozenModel):
     ids: tuple[str, ...] = Field((), max_length=MAX_MEMORIES)
     quality_target: float | None = Field(None, gt=0, le=1, strict=True)
     on_low_quality: Literal["recompute", "fail", "use"] = "recompute"
-    capture: str | None = Field(None, min_length=1, max_length=200)
+    capture: PlainName | None = None
 
 
 def parse_memory_request(body: Mapping[str, Any]) -> MemoryRequest | None:
