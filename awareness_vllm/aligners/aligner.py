@@ -22,7 +22,8 @@ from awareness_vllm.anchors.corpus import Document, digest
 from awareness_vllm.errors import QualityUnreachable, UnsupportedModel
 from awareness_vllm.evaluate.conditions import EvalHarness, cut_tail
 from awareness_vllm.evaluate.evaluate import evaluate_texts
-from awareness_vllm.models.describe import geometry_of, resolve_folder
+from awareness_vllm.models.describe import geometry_of
+from awareness_vllm.models.folder import resolve_folder
 from awareness_vllm.models.hf import cache_states, inputs_after, load_model, sink_ids, states
 from awareness_vllm.packages.file import Package, verify
 from awareness_vllm.packages.store import locate

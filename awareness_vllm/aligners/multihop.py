@@ -19,7 +19,8 @@ from awareness_vllm.evaluate.conditions import EvalHarness
 from awareness_vllm.evaluate.evaluate import evaluate_texts
 from awareness_vllm.files import models_dir
 from awareness_vllm.fit.compose import Hop, compose, learn_bridge
-from awareness_vllm.models.describe import geometry_of, is_model_folder, resolve_folder
+from awareness_vllm.models.describe import geometry_of
+from awareness_vllm.models.folder import is_model_folder, resolve_folder
 from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.models.hf import load_model
 from awareness_vllm.packages.file import Package

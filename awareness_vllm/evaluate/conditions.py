@@ -18,7 +18,8 @@ from torch import Tensor
 
 from awareness_vllm.align.realign import AlignedMemory, copy, prompt_ids, realign
 from awareness_vllm.errors import BadInput, UnsupportedModel
-from awareness_vllm.models.describe import geometry_of, resolve_folder
+from awareness_vllm.models.describe import geometry_of
+from awareness_vllm.models.folder import resolve_folder
 from awareness_vllm.models.hf import inputs_after, last_logits, load_model, states
 from awareness_vllm.models.tokens import load_tokenizer, tokenize
 from awareness_vllm.packages.capture import capture, read_tokens

@@ -13,7 +13,8 @@ from awareness_vllm.errors import BadInput, UnsupportedModel
 from awareness_vllm.files import anchors_dir
 from awareness_vllm.fit.config import FitConfig
 from awareness_vllm.fit.fit import fit
-from awareness_vllm.models.describe import geometry_of, resolve_folder
+from awareness_vllm.models.describe import geometry_of
+from awareness_vllm.models.folder import resolve_folder
 from awareness_vllm.wmatrix.file import WMatrix
 
 DOMAINS = "domains.json"

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from awareness_vllm.models.describe import geometry_of, resolve_folder
+from awareness_vllm.models.describe import geometry_of
+from awareness_vllm.models.folder import resolve_folder
 from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.models.tokens import load_tokenizer, prefix_ids
 

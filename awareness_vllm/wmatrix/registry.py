@@ -10,7 +10,8 @@ from pathlib import Path
 
 from awareness_vllm.errors import BadInput, NoWMatrix, WMatrixCorrupt
 from awareness_vllm.files import file_digest, wmatrices_dir
-from awareness_vllm.models.describe import geometry_of, is_model_folder
+from awareness_vllm.models.describe import geometry_of
+from awareness_vllm.models.folder import is_model_folder
 from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.wmatrix.certificate import Certificate
 from awareness_vllm.wmatrix.manifest import WMatrixManifest, read_manifest
