@@ -200,8 +200,8 @@ class KVCacheAligner:
             other, source = package.geometry, self.source_geometry
             raise UnsupportedModel(
                 "the memory was captured on another model than this aligner's source",
-                found=f"{other.name} (weights {other.weights[:12]})",
-                expected=f"{source.name} (weights {source.weights[:12]})",
+                found=other.identity,
+                expected=source.identity,
                 remedy="give the model that made the memory as source_model",
             )
         return package

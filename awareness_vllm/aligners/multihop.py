@@ -183,7 +183,7 @@ class MultiHopRouter:
         raise UnsupportedModel(
             f"the model {model.name} is not at hand",
             found=", ".join(map(str, folders)) or "no folder of a model",
-            expected=f"a folder with these weights ({model.weights[:12]}) and their tokenizer",
+            expected=f"a folder of {model.identity}",
             remedy=f"give the folder, or put it at {default}",
         )
 
@@ -243,8 +243,8 @@ class MultiHopRouter:
         if not manifest.geometry.same_model(source):
             raise UnsupportedModel(
                 "the memory was captured on another model",
-                found=manifest.geometry.name,
-                expected=f"{source.name} (weights {source.weights[:12]})",
+                found=manifest.geometry.identity,
+                expected=source.identity,
             )
         return manifest
 

@@ -73,8 +73,8 @@ class EvalHarness:
                 if not model.same_model(expected):
                     raise UnsupportedModel(
                         f"the W-Matrix has another {role}",
-                        found=f"{model.name} (weights {model.weights[:12]})",
-                        expected=f"{expected.name} (weights {expected.weights[:12]})",
+                        found=model.identity,
+                        expected=expected.identity,
                         remedy=f"give the {role} model that the W-Matrix was fitted for",
                     )
         self.recent: dict[str, Package] = {}

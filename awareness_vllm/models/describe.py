@@ -13,7 +13,12 @@ from pydantic import ValidationError
 
 from awareness_vllm.errors import UnsupportedModel
 from awareness_vllm.files import atomic_write, file_digest, geometries_dir
-from awareness_vllm.models.folder import read_json, resolve_folder, weights_fingerprint
+from awareness_vllm.models.folder import (
+    read_json,
+    resolve_folder,
+    tokenizer_fingerprint,
+    weights_fingerprint,
+)
 from awareness_vllm.models.geometry import Geometry
 
 READERS = ("geometry.py", "describe.py", "families.py")
@@ -46,7 +51,7 @@ def _from_folder(folder: str, tokens: int | None) -> Geometry:
 
 @functools.lru_cache(maxsize=32)
 def _fingerprints(folder: Path) -> tuple[str, str]:
-    return weights_fingerprint(folder), file_digest(folder / "tokenizer.json")
+    return weights_fingerprint(folder), tokenizer_fingerprint(folder)
 
 
 def _from_config(config: Path, name: str, tokens: int | None) -> Geometry:

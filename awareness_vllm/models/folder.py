@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from awareness_vllm.errors import UnsupportedModel
-from awareness_vllm.files import read_text_file
+from awareness_vllm.files import file_digest, read_text_file
 
 SAMPLE_BYTES = 4096
 MAX_HEADER = 100_000_000
@@ -119,6 +119,22 @@ def chat_templates(folder: Path) -> str:
     return "\n".join(parts)
 
 
+def tokenizer_fingerprint(folder: Path) -> str:
+    """sha256, in hex, of a model folder's tokenizer.json.
+
+    Raises:
+        UnsupportedModel: no such file, or one that stands for it.
+    """
+    path = folder / "tokenizer.json"
+    try:
+        with path.open("rb") as file:
+            if file.read(len(LFS_POINTER)) not in (b"", LFS_POINTER):
+                return file_digest(path)
+    except OSError:
+        pass
+    raise unreadable(path, "no tokenizer", "a fast tokenizer (tokenizer.json)")
+
+
 def weights_fingerprint(folder: Path) -> str:
     """sha256, in hex, of every safetensors header and a sample of each tensor of a model folder.
 
@@ -164,7 +180,7 @@ def _add_samples(digest: Any, file: BinaryIO, size: int) -> None:
     length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
     if not 0 < length <= min(MAX_HEADER, size - 8):
         raise ValueError(f"no safetensors header in {size} bytes")
-    header = json.loads(file.read(length))
+    header = json.loads(file.read(length).decode("utf-8"))
     if not isinstance(header, dict):
         raise ValueError("a safetensors header that is no JSON object")
     header.pop("__metadata__", None)

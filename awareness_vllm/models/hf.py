@@ -25,13 +25,18 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTra
         UnsupportedModel: files that are not whole, or a model that transformers cannot load.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.quantizers.auto import AutoHfQuantizer
 
     path = resolve_folder(folder)
     config = read_json(path / "config.json")
     weights_fingerprint(path)  # names the file that is not whole; transformers does not
     keep_freed_memory()
+    quantization = config.get("quantization_config")
     try:
-        model, keys = AutoModelForCausalLM.from_pretrained(
+        # An unknown method transformers would skip, and read the weights as if they were plain.
+        if quantization and not AutoHfQuantizer.supports_quant_method(quantization):
+            raise ValueError("transformers does not know this method")
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
             local_files_only=True,
@@ -40,18 +45,23 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTra
         )
     except Exception as error:  # of any type: quantization methods raise ImportError among others
         raise cannot_load(path.name, "transformers", config, error) from error
+    model, keys = loaded
     if missing := sorted(keys["missing_keys"]):
         # transformers makes them up at random, with a warning.
         found = f"{len(missing)} weights are not in the files: {', '.join(missing[:3])}, …"
         raise cannot_load(path.name, "transformers", config, found)
-    return model.eval()  # type: ignore[no-any-return]
+    evaluated: PreTrainedModel = model.eval()
+    return evaluated
 
 
 def cannot_load(
     name: str, library: str, config: Mapping[str, Any], found: object
 ) -> UnsupportedModel:
     """The error about a model that a library cannot load, with what its config says about why."""
-    why, remedy = str(found).strip().partition("\n")[0], "check the model's files"
+    why = str(found).strip().partition("\n")[0]
+    if isinstance(found, Exception):
+        why = f"{type(found).__name__}: {why}"
+    remedy = "check the model's files"
     expected = f"a model that {library} loads with its own code"
     quantization = config.get("quantization_config")
     if isinstance(quantization, Mapping):
