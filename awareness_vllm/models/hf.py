@@ -58,7 +58,7 @@ def cannot_load(
     name: str, library: str, config: Mapping[str, Any], found: object
 ) -> UnsupportedModel:
     """The error about a model that a library cannot load, with what its config says about why."""
-    why = str(found).strip().partition("\n")[0]
+    why = " ".join(str(found).split())[:300]
     if isinstance(found, Exception):
         why = f"{type(found).__name__}: {why}"
     remedy = "check the model's files"
