@@ -44,7 +44,8 @@ class AwarenessError(Exception):
             parts.append(f"Expected: {expected}.")
         if remedy is not None:
             parts.append(f"Remedy: {remedy}.")
-        super().__init__(" ".join(parts))
+        # One line, whatever a file or a library wrote: errors go into logs and onto terminals.
+        super().__init__(escaped(re.sub(r"\s*[\r\n]\s*", " ", " ".join(parts))))
 
 
 class InvalidMemoryId(AwarenessError):

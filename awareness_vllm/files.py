@@ -67,13 +67,14 @@ def file_digest(path: Path) -> str:
 
 
 def read_text_file(path: Path) -> str:
-    """The text of a file, line ends unchanged.
+    """The text of a file, line ends unchanged; the byte order mark that editors on Windows put
+    before it is no part of it.
 
     Raises:
         BadInput: missing, or not UTF-8.
     """
     try:
-        return path.read_bytes().decode("utf-8")
+        return path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(
             f"cannot read {path}", found=str(error), expected="a UTF-8 text file"

@@ -19,7 +19,8 @@ import torch
 
 from awareness_vllm.align.realign import BLOCK, realign
 from awareness_vllm.fit.layers import spread_layers
-from awareness_vllm.models.describe import geometry_of, resolve_folder
+from awareness_vllm.models.describe import geometry_of
+from awareness_vllm.models.folder import resolve_folder
 from awareness_vllm.models.hf import load_model, sink_ids, sink_states
 from awareness_vllm.packages.capture import capture
 from awareness_vllm.provenance import hardware, versions

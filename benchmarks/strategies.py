@@ -34,7 +34,8 @@ from awareness_vllm.anchors.corpus import digest, load
 from awareness_vllm.errors import UnsupportedModel
 from awareness_vllm.evaluate.conditions import EvalHarness
 from awareness_vllm.evaluate.evaluate import evaluate_texts
-from awareness_vllm.models.describe import geometry_of, resolve_folder
+from awareness_vllm.models.describe import geometry_of
+from awareness_vllm.models.folder import resolve_folder
 from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.models.hf import load_model, sink_ids, states
 from awareness_vllm.provenance import hardware, versions

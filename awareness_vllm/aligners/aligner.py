@@ -22,7 +22,8 @@ from awareness_vllm.anchors.corpus import Document, digest
 from awareness_vllm.errors import QualityUnreachable, UnsupportedModel
 from awareness_vllm.evaluate.conditions import EvalHarness, cut_tail
 from awareness_vllm.evaluate.evaluate import evaluate_texts
-from awareness_vllm.models.describe import geometry_of, resolve_folder
+from awareness_vllm.models.describe import geometry_of
+from awareness_vllm.models.folder import resolve_folder
 from awareness_vllm.models.hf import cache_states, inputs_after, load_model, sink_ids, states
 from awareness_vllm.packages.file import Package, verify
 from awareness_vllm.packages.store import locate
@@ -199,8 +200,8 @@ class KVCacheAligner:
             other, source = package.geometry, self.source_geometry
             raise UnsupportedModel(
                 "the memory was captured on another model than this aligner's source",
-                found=f"{other.name} (weights {other.weights[:12]})",
-                expected=f"{source.name} (weights {source.weights[:12]})",
+                found=other.identity,
+                expected=source.identity,
                 remedy="give the model that made the memory as source_model",
             )
         return package

@@ -19,7 +19,8 @@ from awareness_vllm.evaluate.conditions import EvalHarness
 from awareness_vllm.evaluate.evaluate import evaluate_texts
 from awareness_vllm.files import models_dir
 from awareness_vllm.fit.compose import Hop, compose, learn_bridge
-from awareness_vllm.models.describe import geometry_of, is_model_folder, resolve_folder
+from awareness_vllm.models.describe import geometry_of
+from awareness_vllm.models.folder import is_model_folder, resolve_folder
 from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.models.hf import load_model
 from awareness_vllm.packages.file import Package
@@ -182,7 +183,7 @@ class MultiHopRouter:
         raise UnsupportedModel(
             f"the model {model.name} is not at hand",
             found=", ".join(map(str, folders)) or "no folder of a model",
-            expected=f"a folder with these weights ({model.weights[:12]}) and their tokenizer",
+            expected=f"a folder of {model.identity}",
             remedy=f"give the folder, or put it at {default}",
         )
 
@@ -242,8 +243,8 @@ class MultiHopRouter:
         if not manifest.geometry.same_model(source):
             raise UnsupportedModel(
                 "the memory was captured on another model",
-                found=manifest.geometry.name,
-                expected=f"{source.name} (weights {source.weights[:12]})",
+                found=manifest.geometry.identity,
+                expected=source.identity,
             )
         return manifest
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from awareness_vllm.anchors.html import html_to_text
-from awareness_vllm.errors import BadInput
+from awareness_vllm.errors import BadInput, escaped
 
 logger = logging.getLogger(__name__)
 
@@ -170,10 +170,10 @@ def _read(path: Path) -> str | None:
     except UnicodeDecodeError as error:
         text = raw.decode("latin-1")
         if not _is_clean(text):
-            logger.warning("skipped %s: not UTF-8 text (%s)", path, error)
+            logger.warning("skipped %s: not UTF-8 text (%s)", escaped(str(path)), error)
             return None
     if "\0" in text:
-        logger.warning("skipped %s: holds NUL bytes", path)
+        logger.warning("skipped %s: holds NUL bytes", escaped(str(path)))
         return None
     return text
 

@@ -81,7 +81,7 @@ def read_cases(path: Path) -> list[dict[str, str]]:
             case = json.loads(line)
             cases.append({field: case[field] for field in ("context", "question", "answer")})
             cases[-1] |= {"kind": case["kind"]} if "kind" in case else {}
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise BadInput(
                 f"{path}, line {number} is not a case",
                 found=repr(error),

@@ -41,12 +41,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             }
             for row in rows
         ],
-        "table": table(rows),
+        "table": table(rows).split("\n"),
     }
 
 
 def show(result: dict[str, Any]) -> None:
     print(f"{result['target']} ← {result['source']}, shares of the map's weight")
-    print(result["table"])
+    print("\n".join(result["table"]))
     if result["html"]:
         print(result["html"])

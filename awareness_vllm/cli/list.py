@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    from awareness_vllm.errors import PackageCorrupt
+    from awareness_vllm.errors import AwarenessError
     from awareness_vllm.files import default_store
     from awareness_vllm.packages.manifest import read_manifest
     from awareness_vllm.packages.store import Store
@@ -22,13 +22,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     store = Store(args.store or default_store())
     memories: list[dict[str, Any]] = []
     for memory_id in store.ids():
-        path = store.path(memory_id)
-        row: dict[str, Any] = {"id": memory_id, "bytes": path.stat().st_size}
+        row: dict[str, Any] = {"id": memory_id, "bytes": None}
         try:
+            path = store.path(memory_id)
+            row["bytes"] = path.stat().st_size
             manifest = read_manifest(path)
             row |= {"name": manifest.name, "tokens": manifest.tokens, "engine": manifest.engine}
             row |= {"source": manifest.geometry.name, "error": None}
-        except PackageCorrupt as error:
+        except (AwarenessError, OSError) as error:
             row["error"] = str(error)
         memories.append(row)
     return {"store": str(store.folder), "memories": memories}

@@ -7,10 +7,12 @@ import importlib
 import json
 import os
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
-from awareness_vllm.errors import AwarenessError, BadInput
+from awareness_vllm.errors import AwarenessError, BadInput, escaped
 
 SUBCOMMANDS = (
     *("capture", "fit", "eval", "certify", "path", "heads", "check", "matrix"),
@@ -21,7 +23,8 @@ SUBCOMMANDS = (
 def parser() -> argparse.ArgumentParser:
     """The parser of all subcommands.
 
-    Each module has `HELP`, `add_arguments(parser)`, `run(args) -> result` and `show(result)`;
+    Each module has `HELP`, `add_arguments(parser)`, `run(args) -> result` and `show(result)`,
+    which prints the result with control characters escaped;
     optionally `after(args, result)`, which runs once the result is printed, and `status(result)`,
     the exit status.
     """
@@ -51,26 +54,59 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with only_ours_on_stdout() if args.json else nullcontext():
             result = args.module.run(args)
-    except (AwarenessError, OSError) as caught:
-        error = caught if isinstance(caught, AwarenessError) else unusable_file(caught)
-        print(f"awareness: {type(error).__name__}: {error}", file=sys.stderr)
+    except Exception as error:
+        return report(error, args.json)
+    try:
         if args.json:
-            document: dict[str, str | None] = {
-                "type": type(error).__name__,
-                "message": error.what,
-            }
-            for name in ("found", "expected", "remedy"):
-                value = getattr(error, name)
-                document[name] = value if value is None else str(value)
-            print(json.dumps({"error": document}))
+            print(json.dumps(result))
+        else:
+            args.module.show(printable(result))
+        sys.stdout.flush()
+    except BrokenPipeError:  # `awareness list | head`: nobody reads on, now and at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    if args.json:
-        print(json.dumps(result))
-    else:
-        args.module.show(result)
     if hasattr(args.module, "after"):
         args.module.after(args, result)
     return args.module.status(result) if hasattr(args.module, "status") else 0
+
+
+def report(caught: Exception, as_json: bool) -> int:
+    """Print an error on stderr, and as the JSON document; the exit status.
+
+    A fault of ours, which no error describes, has its traceback on stderr.
+    """
+    kind, error = type(caught).__name__, caught
+    if isinstance(caught, OSError):
+        error = unusable_file(caught)
+        kind = type(error).__name__
+    elif not isinstance(caught, AwarenessError):
+        traceback.print_exception(caught)
+        error = AwarenessError(
+            "awareness failed",
+            found=f"{kind}: {caught}",
+            remedy="report it with the traceback on stderr",
+        )
+    assert isinstance(error, AwarenessError)
+    print(f"awareness: {kind}: {error}", file=sys.stderr)
+    if as_json:
+        document: dict[str, str | None] = {"type": kind, "message": error.what}
+        for name in ("found", "expected", "remedy"):
+            value = getattr(error, name)
+            document[name] = value if value is None else str(value)
+        print(json.dumps({"error": document}))
+    return 1
+
+
+def printable(value: Any) -> Any:
+    """A result with control characters escaped in all of its strings: names come from files."""
+    match value:
+        case str():
+            return escaped(value)
+        case dict():
+            return {key: printable(item) for key, item in value.items()}
+        case list() | tuple():
+            return [printable(item) for item in value]
+    return value
 
 
 def unusable_file(error: OSError) -> BadInput:

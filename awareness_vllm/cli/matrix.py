@@ -40,13 +40,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "matrix": known.model_dump(mode="json"),
         "html": str(args.html) if args.html else None,
-        "table": table(known),
+        "table": table(known).split("\n"),
     }
 
 
 def table(matrix: Matrix) -> str:
-    """A line for each pair that has a cell."""
+    """A line for each pair that has a cell, names with control characters escaped."""
     from awareness_vllm.compatibility.html.figures import figure, is_prior
+    from awareness_vllm.errors import escaped
 
     rows = []
     for source in matrix.sources:
@@ -54,7 +55,13 @@ def table(matrix: Matrix) -> str:
             if (cell := matrix.cell(source, target)) is None:
                 continue
             value = figure(cell.retention, cell.basis) if cell.retention else "not certified"
-            rows.append((source, target, value + (" (prior)" if is_prior(cell.basis) else "")))
+            rows.append(
+                (
+                    escaped(source),
+                    escaped(target),
+                    value + (" (prior)" if is_prior(cell.basis) else ""),
+                )
+            )
     if not rows:
         return (
             "no W-Matrix here: make one with `awareness fit`, or show what is published (--priors)"
@@ -64,6 +71,6 @@ def table(matrix: Matrix) -> str:
 
 
 def show(result: dict[str, Any]) -> None:
-    print(result["table"])
+    print("\n".join(result["table"]))
     if result["html"]:
         print(result["html"])

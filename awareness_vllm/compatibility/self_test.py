@@ -17,7 +17,7 @@ from awareness_vllm.compatibility.context import CheckContext, MemoryInfo, SelfT
 from awareness_vllm.errors import BadInput, PackageCorrupt
 from awareness_vllm.evaluate.bootstrap import retention
 from awareness_vllm.evaluate.conditions import EvalHarness, tail_condition, token_nll
-from awareness_vllm.models.describe import resolve_folder
+from awareness_vllm.models.folder import resolve_folder
 from awareness_vllm.models.tokens import load_tokenizer, tokenize
 from awareness_vllm.packages.file import Package, beginning, read, verify
 from awareness_vllm.packages.manifest import read_manifest

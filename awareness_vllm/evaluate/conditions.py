@@ -18,7 +18,8 @@ from torch import Tensor
 
 from awareness_vllm.align.realign import AlignedMemory, copy, prompt_ids, realign
 from awareness_vllm.errors import BadInput, UnsupportedModel
-from awareness_vllm.models.describe import geometry_of, resolve_folder
+from awareness_vllm.models.describe import geometry_of
+from awareness_vllm.models.folder import resolve_folder
 from awareness_vllm.models.hf import inputs_after, last_logits, load_model, states
 from awareness_vllm.models.tokens import load_tokenizer, tokenize
 from awareness_vllm.packages.capture import capture, read_tokens
@@ -72,8 +73,8 @@ class EvalHarness:
                 if not model.same_model(expected):
                     raise UnsupportedModel(
                         f"the W-Matrix has another {role}",
-                        found=f"{model.name} (weights {model.weights[:12]})",
-                        expected=f"{expected.name} (weights {expected.weights[:12]})",
+                        found=model.identity,
+                        expected=expected.identity,
                         remedy=f"give the {role} model that the W-Matrix was fitted for",
                     )
         self.recent: dict[str, Package] = {}

@@ -113,8 +113,7 @@ def check_consecutive(first: WMatrix, second: WMatrix) -> None:
     if not end.same_model(begin):
         raise NoWMatrix(
             "these W-Matrices do not follow each other",
-            found=f"one leads to {end.name} (weights {end.weights[:12]}), "
-            f"the next begins at {begin.name} (weights {begin.weights[:12]})",
+            found=f"one leads to {end.identity}, the next begins at {begin.identity}",
             expected="the same model in between",
             remedy="give the maps in the order of the route",
         )

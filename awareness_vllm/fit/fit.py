@@ -22,7 +22,7 @@ from awareness_vllm.fit.progress import phase, say
 from awareness_vllm.fit.reader import Reader
 from awareness_vllm.fit.regress import choose_layers, regress
 from awareness_vllm.fit.texts import calibration_texts
-from awareness_vllm.models.describe import resolve_folder
+from awareness_vllm.models.folder import resolve_folder
 from awareness_vllm.wmatrix.file import WMatrix
 from awareness_vllm.wmatrix.heads import main_layers
 

@@ -10,10 +10,11 @@ from typing import Literal
 
 from awareness_vllm.anchors.corpus import Document, load
 from awareness_vllm.errors import BadInput, UnsupportedModel
-from awareness_vllm.files import anchors_dir
+from awareness_vllm.files import anchors_dir, read_text_file
 from awareness_vllm.fit.config import FitConfig
 from awareness_vllm.fit.fit import fit
-from awareness_vllm.models.describe import geometry_of, resolve_folder
+from awareness_vllm.models.describe import geometry_of
+from awareness_vllm.models.folder import resolve_folder
 from awareness_vllm.wmatrix.file import WMatrix
 
 DOMAINS = "domains.json"
@@ -158,10 +159,11 @@ def domain_folders(domains: Sequence[str]) -> list[Path]:
         BadInput: an unknown domain.
     """
     root = anchors_dir()
+    has_list = (root / DOMAINS).is_file()
     try:
-        domain_list = json.loads((root / DOMAINS).read_text())
-    except FileNotFoundError:
-        domain_list = {}
+        domain_list = json.loads(read_text_file(root / DOMAINS)) if has_list else {}
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{root / DOMAINS} is not JSON", found=error) from error
     folders = {path.name: [path.name] for path in root.glob("*/")} | domain_list
     if unknown := set(domains) - set(folders):
         raise BadInput(

@@ -97,6 +97,11 @@ class Geometry(FrozenModel):
     tokenizer: str = Field(max_length=64)
 
     @property
+    def identity(self) -> str:
+        """The name with both fingerprints, shortened: what tells models of one name apart."""
+        return f"{self.name} (weights {self.weights[:12]}, tokenizer {self.tokenizer[:12]})"
+
+    @property
     def additive(self) -> bool:
         """Whether the states depend on learned positions, and cannot be moved."""
         return any(layer.positions.additive for layer in self.layers)
@@ -122,6 +127,11 @@ class Geometry(FrozenModel):
             other.tokenizer,
             other.layers,
         )
+
+    def same_weights(self, other: Geometry) -> bool:
+        """Whether the models have the same known weights and layers, whatever their tokenizers."""
+        same = (self.weights, self.layers) == (other.weights, other.layers)
+        return same and bool(self.weights)
 
     def same_shape(self, other: Geometry) -> bool:
         """Whether the models are variants of one: same layers and tokenizer, other weights."""

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from awareness_vllm.models.describe import resolve_folder
+from awareness_vllm.errors import UnsupportedModel
+from awareness_vllm.models.folder import read_json, resolve_folder, weights_fingerprint
 from awareness_vllm.models.malloc import keep_freed_memory
 from awareness_vllm.models.tokens import load_tokenizer, prefix_ids
 
@@ -19,12 +19,62 @@ if TYPE_CHECKING:
 
 
 def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A causal language model from a local folder, in evaluation mode. Raises UnsupportedModel."""
+    """A causal language model from a local folder, in evaluation mode; its own code never runs.
+
+    Raises:
+        UnsupportedModel: files that are not whole, or a model that transformers cannot load.
+    """
     from transformers import AutoModelForCausalLM
+    from transformers.quantizers.auto import AutoHfQuantizer
 
     path = resolve_folder(folder)
+    config = read_json(path / "config.json")
+    weights_fingerprint(path)  # names the file that is not whole; transformers does not
     keep_freed_memory()
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True).eval()
+    quantization = config.get("quantization_config")
+    try:
+        # An unknown method transformers would skip, and read the weights as if they were plain.
+        if quantization and not AutoHfQuantizer.supports_quant_method(quantization):
+            raise ValueError("transformers does not know this method")
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except Exception as error:  # of any type: quantization methods raise ImportError among others
+        raise cannot_load(path.name, "transformers", config, error) from error
+    model, keys = loaded
+    if missing := sorted(keys["missing_keys"]):
+        # transformers makes them up at random, with a warning.
+        found = f"{len(missing)} weights are not in the files: {', '.join(missing[:3])}, …"
+        raise cannot_load(path.name, "transformers", config, found)
+    evaluated: PreTrainedModel = model.eval()
+    return evaluated
+
+
+def cannot_load(
+    name: str, library: str, config: Mapping[str, Any], found: object
+) -> UnsupportedModel:
+    """The error about a model that a library cannot load, with what its config says about why."""
+    why = " ".join(str(found).split())[:300]
+    if isinstance(found, Exception):
+        why = f"{type(found).__name__}: {why}"
+    remedy = "check the model's files"
+    expected = f"a model that {library} loads with its own code"
+    quantization = config.get("quantization_config")
+    if isinstance(quantization, Mapping):
+        method = quantization.get("quant_method") or "an unnamed method"
+        why = f"weights quantized with {method} ({why})"
+        expected = "weights that are not quantized, or with a method that is installed here"
+        remedy = "give the folder of the model before quantization"
+        if library != "vllm":
+            remedy += ", or capture with `awareness capture --engine vllm`"
+    elif "auto_map" in config:
+        why = f"a model that brings code of its own, auto_map in config.json ({why})"
+        remedy = "use a model of a family that needs none; code of models is never run"
+    return UnsupportedModel(f"{name} cannot be loaded", found=why, expected=expected, remedy=remedy)
 
 
 @torch.no_grad()
@@ -89,7 +139,7 @@ def sink_ids(target: Path) -> list[int]:
     ids = prefix_ids(load_tokenizer(str(target)))
     if ids:
         return ids
-    bos = json.loads((target / "config.json").read_text()).get("bos_token_id")
+    bos = read_json(target / "config.json").get("bos_token_id")
     return [bos if isinstance(bos, int) else 0]
 
 

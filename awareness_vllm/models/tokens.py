@@ -13,13 +13,25 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Regex, Tokenizer, pre_tokenizers
 
-from awareness_vllm.errors import BadInput, UnsupportedModel
+from awareness_vllm.errors import BadInput
+from awareness_vllm.models.folder import chat_templates, unreadable
 
 Spans = npt.NDArray[np.int64]
 
 BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
+
+MARKUP = re.compile(r"[<>\[\]{}|｜◁▷]\W*\w.*", re.DOTALL)
+"""How control tokens are spelled: a bracket, then a word (`</think>`, `[TOOL_CALLS]`)."""
+HTML_TAG = re.compile(
+    r"</?(a|article|aside|b|bbox|blockquote|body|br|button|caption|center|cite|code|col|colgroup|dd"
+    r"|del|details|div|dl|dt|em|figcaption|figure|font|footer|form|h[1-6]|head|header|hr|html|i"
+    r"|iframe|img|input|ins|kbd|label|li|link|main|mark|meta|nav|ol|option|p|pre|q|s|samp|script"
+    r"|section|select|small|span|strike|strong|style|sub|summary|sup|svg|table|tbody|td|textarea"
+    r"|tfoot|th|thead|title|tr|tt|u|ul|var|video)\b[^>]*>?"
+)
+"""Tags of HTML, which texts are meant to hold; `bbox` is Gemma's own among them."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +44,9 @@ class Tokens:
 
 @functools.lru_cache(maxsize=8)
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a model folder; text that looks like a special token stays text.
+    """The tokenizer of a model folder; a text that spells a control token stays text.
+
+    Control tokens are the special ones and those that `is_control` names.
 
     Raises:
         UnsupportedModel: no readable tokenizer.json.
@@ -41,13 +55,55 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:
-        raise UnsupportedModel(
-            f"cannot read {path}",
-            found=str(error),
-            expected="a fast tokenizer (tokenizer.json)",
-        ) from error
-    tokenizer.encode_special_tokens = True
+        raise unreadable(path, error, "a fast tokenizer (tokenizer.json)") from error
+    _read_control_tokens_as_text(tokenizer, chat_templates(Path(folder)))
     return tokenizer
+
+
+def is_control(content: str, templates: str) -> bool:
+    """Whether an added token that is not flagged special controls the model all the same.
+
+    Reasoning and tool parsers split an answer at such tokens by their id. They are spelled as
+    markup; words, blanks and line ends are text, and so are HTML tags, unless one of the model's
+    chat `templates` writes them.
+    """
+    if not MARKUP.fullmatch(content):
+        return False
+    return not HTML_TAG.fullmatch(content) or content in templates
+
+
+def _read_control_tokens_as_text(tokenizer: Tokenizer, templates: str) -> None:
+    """Have a tokenizer split what spells a control token as it splits any other text.
+
+    Ids stay: `encode_special_tokens` skips special tokens, so the others become special ones.
+    """
+    added = tokenizer.get_added_tokens_decoder()
+    others = [token for token in added.values() if not token.special]
+    controls = [token for token in others if is_control(token.content, templates)]
+    tokenizer.add_special_tokens([_special(token) for token in controls])
+    tokenizer.encode_special_tokens = True
+    # A model that does not merge finds whole words in its vocabulary, control tokens too: there
+    # the first character is split off.
+    if type(tokenizer.model).__name__ == "BPE":
+        return
+    contents = [t.content for t in added.values() if t.special] + [t.content for t in controls]
+    whole = [c for c in contents if len(c) > 1 and tokenizer.model.token_to_id(c) is not None]
+    if whole:
+        spelled = "|".join(f"{re.escape(c[0])}(?={re.escape(c[1:])})" for c in whole)
+        parts = [tokenizer.pre_tokenizer] if tokenizer.pre_tokenizer else []
+        cut = pre_tokenizers.Split(Regex(spelled), "isolated")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*parts, cut])
+
+
+def _special(token: AddedToken) -> AddedToken:
+    return AddedToken(
+        token.content,
+        single_word=token.single_word,
+        lstrip=token.lstrip,
+        rstrip=token.rstrip,
+        normalized=token.normalized,
+        special=True,
+    )
 
 
 def prefix_ids(tokenizer: Tokenizer) -> list[int]:

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from awareness_vllm.errors import BadInput
-from awareness_vllm.models.describe import geometry_of, resolve_folder
+from awareness_vllm.models.describe import geometry_of
+from awareness_vllm.models.folder import resolve_folder
 from awareness_vllm.models.hf import load_model, states
 from awareness_vllm.models.tokens import Tokens, load_tokenizer, prefix_ids, tokenize
 from awareness_vllm.packages.file import Package, build

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from awareness_vllm.errors import AwarenessError
-from awareness_vllm.models.describe import geometry_of, resolve_folder
+from awareness_vllm.models.describe import geometry_of
+from awareness_vllm.models.folder import read_json, resolve_folder
 from awareness_vllm.models.geometry import Geometry
+from awareness_vllm.models.hf import cannot_load
 from awareness_vllm.models.tokens import Tokens
 from awareness_vllm.packages.capture import read_tokens
 from awareness_vllm.packages.file import Package, build, read_states
@@ -83,17 +85,22 @@ def _prefill(model: Path, ids: list[int], states: Path, cache: int) -> None:
     """One request, its whole prompt computed in one step, so that all its blocks are at hand."""
     from vllm import LLM, SamplingParams
 
-    engine = LLM(
-        model=str(model),
-        max_model_len=len(ids) + 1,
-        max_num_batched_tokens=len(ids) + 1,
-        max_num_seqs=1,
-        enforce_eager=True,
-        enable_prefix_caching=False,
-        disable_hybrid_kv_cache_manager=True,
-        kv_cache_memory_bytes=cache,
-        kv_transfer_config=transfer_config(ServingConfig(store=str(states.parent), capture=True)),
-    )
+    config = ServingConfig(store=str(states.parent), capture=True)
+    try:
+        engine = LLM(
+            model=str(model),
+            trust_remote_code=False,
+            max_model_len=len(ids) + 1,
+            max_num_batched_tokens=len(ids) + 1,
+            max_num_seqs=1,
+            enforce_eager=True,
+            enable_prefix_caching=False,
+            disable_hybrid_kv_cache_manager=True,
+            kv_cache_memory_bytes=cache,
+            kv_transfer_config=transfer_config(config),
+        )
+    except Exception as error:  # vLLM's own checks, and those of the engine's process
+        raise cannot_load(model.name, "vllm", read_json(model / "config.json"), error) from error
     engine.generate(
         {"prompt_token_ids": ids},
         SamplingParams(max_tokens=1, extra_args={"kv_transfer_params": {CAPTURE_KEY: str(states)}}),

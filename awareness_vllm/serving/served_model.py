@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from awareness_vllm.kernels import largest
-from awareness_vllm.models.describe import geometry_of, resolve_folder
+from awareness_vllm.models.describe import geometry_of
+from awareness_vllm.models.folder import resolve_folder
 from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.models.tokens import load_tokenizer, prefix_ids
 

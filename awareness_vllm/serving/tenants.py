@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import ConfigDict, Field, ValidationError
 
 from awareness_vllm.errors import BadInput, Unauthorized
+from awareness_vllm.files import read_text_file
 from awareness_vllm.packages.store import Store
 from awareness_vllm.schema import FrozenModel
 from awareness_vllm.serving.config import ServingConfig
@@ -102,9 +103,9 @@ def stores_of(config: ServingConfig) -> dict[str, Store]:
 def _parse(path: Path) -> dict[str, TenantEntry]:
     """The file's entries by tenant, each of the right shape."""
     try:
-        pairs = json.loads(path.read_text("utf-8"), object_pairs_hook=_Pairs)
-    except OSError as error:
-        raise _bad(path, "cannot be read", error.strerror, "a JSON file") from error
+        pairs = json.loads(read_text_file(path), object_pairs_hook=_Pairs)
+    except BadInput as error:
+        raise _bad(path, "cannot be read", error.found, "a JSON file in UTF-8") from error
     except (ValueError, RecursionError) as error:
         raise _bad(path, "is not JSON", error, EXPECTED) from error
     if not isinstance(pairs, _Pairs) or not pairs:

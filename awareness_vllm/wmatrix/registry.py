@@ -8,9 +8,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from awareness_vllm.errors import BadInput, NoWMatrix, WMatrixCorrupt
+from awareness_vllm.errors import AwarenessError, BadInput, NoWMatrix, escaped
 from awareness_vllm.files import wmatrices_dir
-from awareness_vllm.models.describe import geometry_of, is_model_folder
+from awareness_vllm.models.describe import geometry_of
+from awareness_vllm.models.folder import is_model_folder
 from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.wmatrix.certificate import Certificate
 from awareness_vllm.wmatrix.manifest import WMatrixManifest, read_digest
@@ -44,7 +45,8 @@ class WMatrixEntry:
         return self.manifest.source.same_model(source) and self.manifest.target.same_model(target)
 
     def __str__(self) -> str:
-        return f"{self.manifest.source.name} → {self.manifest.target.name} ({self.path.name})"
+        name = f"{self.manifest.source.name} → {self.manifest.target.name} ({self.path.name})"
+        return escaped(name)
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Registry:
 
         Args:
             paths: by default `$AWARENESS_HOME/wmatrices`, which need not exist. In a folder, files
-                that this version cannot read are skipped.
+                that this version cannot read are skipped with a warning.
 
         Raises:
             WMatrixCorrupt: an unreadable file among `paths` themselves.
@@ -76,8 +78,8 @@ class Registry:
             for file in sorted(path.glob("*.wmatrix")):
                 try:
                     entries.append(WMatrixEntry.read(file))
-                except WMatrixCorrupt:
-                    continue
+                except AwarenessError as error:
+                    logger.warning("skipped %s: %s", escaped(file.name), error)
         return cls(tuple(entries))
 
     def __iter__(self) -> Iterator[WMatrixEntry]:
@@ -104,6 +106,8 @@ class Registry:
         matches = [entry for entry in self.usable(has_text) if entry.leads(source, target)]
         if matches:
             return best(matches)
+        if error := self._only_tokenizers_differ(source, target):
+            raise error
         from_source = [e for e in self.entries if e.manifest.source.same_model(source)]
         raise NoWMatrix(
             f"no W-Matrix leads from {source.name} to {target.name}",
@@ -113,6 +117,25 @@ class Registry:
             remedy="fit one with `awareness fit` and give it with --wmatrix FILE, or look for a "
             "route through other models with `awareness path`",
         )
+
+    def _only_tokenizers_differ(self, source: Geometry, target: Geometry) -> NoWMatrix | None:
+        """The error where nothing but a tokenizer.json, written again by another version or by
+        hand, keeps a model from being the one of a memory or of a map."""
+        pairs = [(source, target, "the memory's model and the served one")]
+        for entry in self.entries:
+            ends = (entry.manifest.source, source), (entry.manifest.target, target)
+            if all(known.same_weights(model) for known, model in ends):
+                pairs += [(*end, f"the models of the W-Matrix {entry} and these") for end in ends]
+        for known, model, which in pairs:
+            if known.same_weights(model) and known.tokenizer != model.tokenizer:
+                return NoWMatrix(
+                    f"the weights of {which} agree, only tokenizer.json differs",
+                    found=model.identity,
+                    expected=known.identity,
+                    remedy="put the same tokenizer.json into both model folders (saving a model "
+                    "writes it in another form), or capture and fit with the one that is served",
+                )
+        return None
 
     def model(self, model: str | Path) -> Geometry | None:
         """A model by its folder or by its name in the maps; None for an unknown name.

@@ -40,7 +40,7 @@ from awareness_vllm.fit.gather import gather, held_out_rows
 from awareness_vllm.fit.progress import say
 from awareness_vllm.fit.reader import Reader, Row
 from awareness_vllm.fit.regress import fisher_weight
-from awareness_vllm.models.describe import resolve_folder
+from awareness_vllm.models.folder import resolve_folder
 from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.models.rope import rotate
 from awareness_vllm.provenance import hardware, versions

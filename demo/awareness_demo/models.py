@@ -170,6 +170,7 @@ def _convert(model: DemoModel, gguf: Path, folder: Path, progress: Progress) -> 
         gguf_file=gguf.name,
         dtype=torch.bfloat16,
         quantization_config=GgufConfig(dequantize=True),
+        trust_remote_code=False,
     )
     weights.hf_quantizer, weights.is_quantized = None, False
     if hasattr(weights.config, "quantization_config"):
@@ -177,7 +178,9 @@ def _convert(model: DemoModel, gguf: Path, folder: Path, progress: Progress) -> 
     progress(f"{model.name}: saving the model")
     weights.save_pretrained(folder)
     progress(f"{model.name}: saving the tokenizer")
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, trust_remote_code=False
+    )
     if model.bos is not None:
         put_before_every_text(tokenizer.backend_tokenizer, model.bos)
     tokenizer.save_pretrained(folder)

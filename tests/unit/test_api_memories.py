@@ -78,6 +78,16 @@ def test_pages_make_the_whole_list(server: Server, make_package: Make, limit: in
     assert seen == ids
 
 
+def test_pages_go_on_past_entries_without_a_file(server: Server, make_package: Make) -> None:
+    memory = server.publish(make_package())
+    folder = server.path(memory).parent
+    for digit in "0f":
+        (folder / f"mem_{digit * 32}.safetensors").symlink_to(folder / "nowhere")
+    page = server.get(limit=1)
+    assert [one["id"] for one in page["data"]] == [page["last_id"]] == [memory]
+    assert page["has_more"] is False
+
+
 def test_a_page_holds_a_hundred_memories(
     server: Server, monkeypatch: pytest.MonkeyPatch, make_package: Make
 ) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,8 @@ import numpy as np
 import pytest
 
 from awareness_vllm.cli.eval import read_cases
-from awareness_vllm.cli.main import SUBCOMMANDS, main
-from awareness_vllm.errors import BadInput
+from awareness_vllm.cli.main import SUBCOMMANDS, main, printable
+from awareness_vllm.errors import CONTROL, BadInput, escaped
 from awareness_vllm.evaluate import conditions, evaluate
 from awareness_vllm.evaluate.evaluate import CaseFigures, TextFigures
 from awareness_vllm.packages.file import Package, publish
@@ -114,6 +116,104 @@ def test_an_error_is_one_json_document(
     assert error["type"] == kind
     assert says in error[field]
     assert error["message"] in err
+
+
+FORGED = "red\x1b[31m\nmem_forged  9 tokens\u202e\x9b"
+
+
+@pytest.fixture
+def forged(make_package: Callable[..., Package], tmp_path: Path) -> Path:
+    """A store with a package whose names would rewrite a terminal."""
+    package = make_package(text="forged")
+    named = package.manifest.geometry.model_copy(update={"name": FORGED})
+    manifest = package.manifest.model_copy(update={"geometry": named})
+    return publish(replace(package, manifest=manifest), tmp_path / "store")
+
+
+def test_names_from_files_are_printed_with_escapes(
+    forged: Path, wmatrix: WMatrix, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source = wmatrix.manifest.source.model_copy(update={"name": FORGED})
+    manifest = wmatrix.manifest.model_copy(update={"source": source})
+    replace(wmatrix, manifest=manifest).save(tmp_path / "a.wmatrix")
+    store = ["--store", str(forged.parent)]
+    for argv in (
+        ["list", *store],
+        ["inspect", forged.stem, *store],
+        ["matrix", "--wmatrix", str(tmp_path / "a.wmatrix")],
+        ["heads", str(tmp_path / "a.wmatrix")],
+        ["inspect", str(tmp_path / "a.wmatrix")],
+        ["check", forged.stem, "--target", FORGED, *store],
+        ["inspect", FORGED],
+    ):
+        main(argv)  # shown, or refused for its names: neither obeys them
+        printed = "".join(capfd.readouterr())
+        assert "red" in printed
+        assert not CONTROL.search(printed.replace("\n", "")), argv
+        assert "\nmem_forged" not in printed, argv
+
+
+def test_strings_at_any_depth_are_escaped() -> None:
+    assert printable({"a": [FORGED, {"b": (FORGED, 3)}], "c": "é 🙂 ▁"}) == {
+        "a": [escaped(FORGED), {"b": [escaped(FORGED), 3]}],
+        "c": "é 🙂 ▁",
+    }
+    assert not CONTROL.search(escaped(FORGED))
+    assert "\n" not in str(BadInput("one", found="two\r\n three"))
+
+
+@pytest.mark.parametrize("name", ["", "x" * 201, "one\nmem_forged", "\x1b[31m", "\u202e"])
+def test_a_name_with_control_characters_is_refused(
+    name: str, tiny_models: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.txt").write_text("some words")
+    argv = ["capture", "--model", str(tiny_models[0]), "--text", str(tmp_path / "text.txt")]
+    argv += ["--store", str(tmp_path / "store"), f"--name={name}"]
+    for engine in ("transformers", "vllm"):
+        error = document([*argv, "--engine", engine], capfd, status=1)["error"]
+        assert (error["type"], "control characters" in error["expected"]) == ("BadInput", True)
+    assert not (tmp_path / "store").exists()
+
+
+def test_odd_entries_of_a_store_are_rows_of_their_own(
+    published: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(published, tmp_path)
+    names = [f"mem_{digit * 32}.safetensors" for digit in "abcd"]
+    (tmp_path / names[0]).symlink_to(tmp_path / "nowhere")
+    (tmp_path / names[1]).symlink_to(tmp_path / names[1])
+    (tmp_path / names[2]).mkdir()
+    (tmp_path / names[3]).write_bytes(b"no package")
+    rows = {
+        row["id"]: row for row in document(["list", "--store", str(tmp_path)], capfd)["memories"]
+    }
+    assert len(rows) == 5
+    assert rows.pop(published.stem)["error"] is None
+    assert all(row["error"] for row in rows.values())
+    assert main(["list", "--store", str(tmp_path)]) == 0
+    assert "5 memories" in capfd.readouterr().out
+
+
+def test_a_fault_of_ours_is_one_json_document_too(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("awareness_vllm.cli.list.run", lambda args: {}["lost"])
+    assert main(["list", "--json"]) == 1
+    out, err = capfd.readouterr()
+    assert json.loads(out)["error"]["type"] == "KeyError"
+    assert "Traceback" in err
+
+
+def test_a_reader_that_goes_away_is_no_fault(published: Path) -> None:
+    command = [sys.executable, "-m", "awareness_vllm.cli.main", "list", "--store"]
+    with subprocess.Popen(
+        [*command, str(published.parent)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as child:
+        assert child.stdout is not None
+        assert child.stderr is not None
+        child.stdout.close()
+        assert child.stderr.read() == b""
+    assert child.returncode == 1
 
 
 def test_what_an_error_does_not_say_is_null(

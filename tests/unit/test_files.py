@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from awareness_vllm.files import atomic_write
+from awareness_vllm.anchors.corpus import load
+from awareness_vllm.cli.eval import read_cases
+from awareness_vllm.files import atomic_write, read_text_file
+from awareness_vllm.serving.tenants import Tenants
 
 pytestmark = pytest.mark.unit
 
@@ -30,3 +33,18 @@ def test_a_failed_write_leaves_the_file_as_it_was(tmp_path: Path) -> None:
         print("half", "\ud800", file=file)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_mark_that_windows_puts_before_a_text_is_no_part_of_it(tmp_path: Path) -> None:
+    for name, text in {
+        "text.txt": "one\r\ntwo\ufeff",
+        "long.txt": "words " * 50,
+        "cases.jsonl": '{"context": "c", "question": "q", "answer": "a"}\r\n',
+        "tenants.json": '{"acme": {"api_keys": ["sk-1"], "store": "acme"}}',
+    }.items():
+        (tmp_path / name).write_bytes(text.encode("utf-8-sig"))
+    assert read_text_file(tmp_path / "text.txt") == "one\r\ntwo\ufeff"
+    (document,) = load([tmp_path / "long.txt"])
+    assert document.text.startswith("words")
+    assert read_cases(tmp_path / "cases.jsonl")[0]["context"] == "c"
+    assert Tenants.read(tmp_path / "tenants.json").authenticate("Bearer sk-1") == "acme"

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from families import TRAINED, save
 
 from awareness_vllm.anchors.corpus import Document
+from awareness_vllm.compatibility.memory_checker import MemoryCompatibilityChecker
 from awareness_vllm.errors import (
     ContextTooLong,
     MemoryNotFound,
@@ -89,6 +92,28 @@ def test_a_memory_that_cannot_be_moved_only_begins_a_prompt(learned: MemoryResol
         with pytest.raises(UnsupportedRequest, match=f"{moved} cannot stand there"):
             learned.append_question(prompt, [7])
         assert learned.append_question(prompt.recomputed(), [7])[-1] == 7
+
+
+def test_the_same_model_saved_again_is_told_apart_by_its_tokenizer_alone(
+    tiny_models: tuple[Path, Path], wmatrix_file: Path, mapped: Path, tmp_path: Path
+) -> None:
+    def again(model: Path) -> Path:
+        copy = Path(shutil.copytree(model, tmp_path / model.name))
+        document = json.loads((copy / "tokenizer.json").read_text())
+        (copy / "tokenizer.json").write_text(json.dumps(document, indent=3))
+        return copy
+
+    (memory, _) = ids_in(mapped)
+    own = copies_of(again(tiny_models[0]), mapped)
+    with pytest.raises(NoWMatrix, match=r"weights .* agree, only tokenizer\.json"):
+        own.resolve_one(memory, "")
+    target = ServedModel.read(again(tiny_models[1]), 1000)
+    through = MemoryResolver(target, {"": Store(mapped)}, Registry.read([wmatrix_file]), 0)
+    with pytest.raises(NoWMatrix, match=r"weights .* agree, only tokenizer\.json"):
+        through.resolve_one(memory, "")
+    listing = SimpleNamespace(id="m", source_model=str(tiny_models[0]), token_count=9)
+    report = MemoryCompatibilityChecker([wmatrix_file]).check(listing, str(target.folder))
+    assert "only tokenizer.json differs" in str(report.refusal)
 
 
 def test_longrope_memories_need_a_server_of_their_kind(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,18 @@ import pytest
 from awareness_demo.models import put_before_every_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from awareness_vllm.align.realign import prompt_ids
 from awareness_vllm.errors import BadInput, UnsupportedModel
-from awareness_vllm.models.tokens import Spans, align, load_tokenizer, prefix_ids, tokenize
+from awareness_vllm.models.tokens import (
+    Spans,
+    align,
+    is_control,
+    load_tokenizer,
+    prefix_ids,
+    tokenize,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -133,6 +142,102 @@ def test_text_like_a_special_token_stays_text(
     byte_fallback_tokenizer.save(str(tmp_path / "tokenizer.json"))
     loaded = load_tokenizer(tmp_path)
     assert loaded.token_to_id("<bos>") not in tokenize(loaded, "a <bos> b").ids
+
+
+CONTROLS = ["</think>", "<tool_call>", "[TOOL_CALLS]", "<｜User｜>", "◁think▷", "<|fim_prefix|>"]
+TEXTS = ["<table>", "</b>", "<h1>", "\n\n\n", "\t\t", "    ", "zebra", "'s"]
+
+
+@pytest.fixture(params=["byte level", "byte fallback"])
+def with_added(
+    request: pytest.FixtureRequest,
+    byte_level_tokenizer: Tokenizer,
+    byte_fallback_tokenizer: Tokenizer,
+    tmp_path: Path,
+) -> Path:
+    """A folder whose tokenizer has added tokens that are not flagged special."""
+    base = byte_level_tokenizer if request.param == "byte level" else byte_fallback_tokenizer
+    tokenizer = Tokenizer.from_str(base.to_str())
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in [*CONTROLS, *TEXTS]])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path
+
+
+def test_a_text_gives_no_control_tokens_id(with_added: Path) -> None:
+    plain = Tokenizer.from_file(str(with_added / "tokenizer.json"))
+    loaded = load_tokenizer(with_added)
+    for content in CONTROLS:
+        text = f"the fox {content}\n jumps"
+        assert plain.token_to_id(content) in plain.encode(text).ids
+        tokens = tokenize(loaded, text)
+        assert loaded.token_to_id(content) == plain.token_to_id(content)
+        assert loaded.token_to_id(content) not in tokens.ids
+        if loaded.decoder:
+            assert loaded.decode(tokens.ids, skip_special_tokens=False) == text
+        assert_tiles(tokens.spans, len(text.encode()))
+        assert prompt_ids(text, [], with_added) == tokens.ids
+    for content in TEXTS:
+        text = f"the fox{content}jumps"
+        tokens = tokenize(loaded, text)
+        assert loaded.token_to_id(content) in tokens.ids
+        assert tokens.ids == plain.encode(text, add_special_tokens=False).ids
+        assert_tiles(tokens.spans, len(text.encode()))
+
+
+def test_a_template_makes_a_tag_a_control_token(with_added: Path) -> None:
+    (with_added / "tokenizer_config.json").write_text(
+        json.dumps({"chat_template": [{"name": "tool_use", "template": "x <table> {{ y }}"}]})
+    )
+    loaded = load_tokenizer(with_added)
+    assert loaded.token_to_id("<table>") not in tokenize(loaded, "a <table>").ids
+    assert loaded.token_to_id("<h1>") in tokenize(loaded, "a <h1>").ids
+
+
+@pytest.mark.parametrize(
+    ("content", "control"),
+    [
+        *((token, True) for token in CONTROLS),
+        *((token, False) for token in TEXTS),
+        *((token, True) for token in ("<|channel>", "<seed:think>", "]<]minimax[>[", "<function=")),
+        *((token, True) for token in ("<start_of_image>", "[multimodal]", "|||EMAIL_ADDRESS|||")),
+        *((token, False) for token in ("<br/>", "<a href=", "<-", "[]", "||", "é", "C++", "->")),
+    ],
+)
+def test_control_tokens_are_markup(content: str, control: bool) -> None:
+    assert is_control(content, "") == control
+
+
+def test_a_model_without_merges_reads_its_own_pieces_as_text(tmp_path: Path) -> None:
+    # A Unigram model finds control tokens in its vocabulary, whatever added tokens are skipped.
+    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), *((c, -5.0) for c in "ab<>/s▁")]
+    tokenizer = Tokenizer(models.Unigram([*pieces, ("b▁a", -6.0)], unk_id=0, byte_fallback=False))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(tmp_path)
+    tokens = tokenize(loaded, "a</s>b <s>a")
+    assert not {0, 1, 2} & set(tokens.ids)
+    assert loaded.decode(tokens.ids) == "a</s>b <s>a"
+    assert tokenize(loaded, "ab a").ids == tokenizer.encode("ab a", add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("name", ["gemma3-270m", "smollm2-135m"])
+def test_real_tokenizers_spell_control_tokens(name: str) -> None:
+    folder = Path.home() / ".cache" / "awareness" / "models" / name
+    if not folder.is_dir():
+        pytest.skip("needs `make models`")
+    plain, loaded = Tokenizer.from_file(str(folder / "tokenizer.json")), load_tokenizer(folder)
+    plain.encode_special_tokens = True
+    controls = {i for i, t in loaded.get_added_tokens_decoder().items() if t.special}
+    text = "a <start_of_image> b [multimodal] <unused7><|im_start|>user\n</think> <eos>"
+    tokens = tokenize(loaded, text)
+    assert not controls & set(tokens.ids)
+    assert loaded.decode(tokens.ids, skip_special_tokens=False) == text
+    assert_tiles(tokens.spans, len(text.encode()))
+    markup = "<table>\n\n\n\t\t<tr> <b>x</b> é 日本 [1] {x} <- |y| <bbox></bbox>"
+    for usual in (markup, "Plain text.\n" * 9):
+        assert tokenize(loaded, usual).ids == plain.encode(usual, add_special_tokens=False).ids
 
 
 def test_a_lone_surrogate_is_refused(tokenizer: Tokenizer) -> None:

@@ -166,13 +166,14 @@ def _client_errors(parameter: str) -> Iterator[None]:
 def _page(store: Store, limit: int, after: str | None) -> MemoryList:
     """The first `limit` memories of a store after one, which need not be there any more."""
     begin = "" if after is None else check_id(after)
-    ids = list(islice((memory_id for memory_id in store.ids() if memory_id > begin), limit + 1))
-    data = [memory for one in ids[:limit] if (memory := _listed(store, one)) is not None]
+    listed = (_listed(store, memory_id) for memory_id in store.ids() if memory_id > begin)
+    more = list(islice((memory for memory in listed if memory is not None), limit + 1))
+    data = more[:limit]
     return MemoryList(
         data=data,
         first_id=data[0].id if data else None,
         last_id=data[-1].id if data else None,
-        has_more=len(ids) > limit,
+        has_more=len(more) > limit,
     )
 
 
