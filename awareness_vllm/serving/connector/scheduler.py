@@ -108,11 +108,15 @@ class ConnectorScheduler:
             return 0
         return max(0, loadable(plan, request) - computed)
 
-    def plan_load(self, request: Request, blocks: KVCacheBlocks, external: int) -> None:
-        """Plan the load of `external` tokens, the memory's last ones, into the request's blocks."""
+    def plan_load(self, request: Request, blocks: KVCacheBlocks, external: int) -> int:
+        """Plan the load of `external` tokens, the memory's last ones, into the request's blocks.
+
+        Returns:
+            tokens before them, which the prefix cache has.
+        """
         plan = self.plan_of(request)
         if external == 0 or plan is None:
-            return
+            return 0
         # A request with embeddings for a prompt is refused by the endpoint.
         assert request.prompt_token_ids is not None
         end = loadable(plan, request)
@@ -123,6 +127,7 @@ class ConnectorScheduler:
         ids = list(request.prompt_token_ids[: plan.tokens])
         load = LoadSpec(request.request_id, plan, ids, end - external, end, block_ids)
         self.step.loads.append(load)
+        return load.begin
 
     def plan_saves(self, output: SchedulerOutput, key: str) -> None:
         """Plan captures: of each request that asks for one, what this step computes of its prompt.
@@ -144,12 +149,12 @@ class ConnectorScheduler:
         for request, ids, computed in zip(
             later.req_ids, later.new_block_ids, later.num_computed_tokens, strict=True
         ):
-            if (capture := self.captures.get(request)) is None:
+            if (pending := self.captures.get(request)) is None:
                 continue
             if request in later.resumed_req_ids:
-                for group in capture.block_ids:
+                for group in pending.block_ids:
                     group.clear()
-            for group, new_ids in zip(capture.block_ids, ids or (), strict=False):
+            for group, new_ids in zip(pending.block_ids, ids or (), strict=False):
                 group.extend(new_ids)
             self.plan_save(request, computed, output)
 
