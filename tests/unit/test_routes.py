@@ -135,7 +135,9 @@ async def asked(
     client = SimpleNamespace(discard=AsyncMock(), announce=AsyncMock(return_value="k"))
     client.captured_states = AsyncMock(side_effect=states)
     resolver = SimpleNamespace(resolve=lambda *args: PROMPT)
-    front = SimpleNamespace(resolver=resolver, engine_client=client, tenants=Tenants())
+    canary = SimpleNamespace(check=AsyncMock())
+    parts = {"resolver": resolver, "engine_client": client, "canary": canary}
+    front = SimpleNamespace(**parts, tenants=Tenants())
     models = SimpleNamespace(is_base_model=lambda name: True)
     state = SimpleNamespace(
         awareness=front, openai_serving_models=models, enable_server_load_tracking=True
