@@ -27,6 +27,8 @@ class AwarenessError(Exception):
     """Base of all errors of this package."""
 
     status = 400
+    parameter: str | None = None
+    """The field of a request that is at fault, where the error itself knows it."""
 
     def __init__(
         self,

@@ -28,22 +28,31 @@ def read_tokens(folder: str | Path, text: str) -> Tokens:
         BadInput: an empty text, or more tokens than the model has positions.
     """
     path = resolve_folder(folder)
+    tokens = tokens_of(path, text)
+    limit = geometry_of(path).max_positions
+    if len(tokens.ids) > limit:
+        raise BadInput(
+            f"the text does not fit into {path.name}",
+            found=f"{len(tokens.ids)} tokens",
+            expected=f"at most {limit}",
+            remedy="split the text into several memories",
+        )
+    return tokens
+
+
+def tokens_of(path: Path, text: str) -> Tokens:
+    """Tokens of a text as the model in a folder reads it, however many.
+
+    Raises:
+        BadInput: an empty text.
+    """
     tokenizer = load_tokenizer(str(path))
     prefix = prefix_ids(tokenizer)
     body = tokenize(tokenizer, text)
     if not body.ids:
         raise BadInput("nothing to capture", found="an empty text", expected="at least one token")
-    limit = geometry_of(path).max_positions
-    ids = prefix + body.ids
-    if len(ids) > limit:
-        raise BadInput(
-            f"the text does not fit into {path.name}",
-            found=f"{len(ids)} tokens",
-            expected=f"at most {limit}",
-            remedy="split the text into several memories",
-        )
     spans = np.concatenate((np.zeros((len(prefix), 2), np.int64), body.spans))
-    return Tokens(ids, spans)
+    return Tokens(prefix + body.ids, spans)
 
 
 def capture(

@@ -1,12 +1,19 @@
-"""Shared by all our routes: the front end's parts, the caller's tenant, errors in vLLM's form."""
+"""Shared by all our routes: the front end's parts, the caller's tenant, errors and reports in the
+form of the API that is asked."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from fastapi import FastAPI, Request
-from starlette.responses import JSONResponse
+from starlette.requests import HTTPConnection
+from starlette.responses import JSONResponse, Response
+from vllm.entrypoints.anthropic.api_router import translate_error_response
+from vllm.entrypoints.anthropic.protocol import AnthropicError, AnthropicErrorResponse
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.exceptions import (
     VLLMNotFoundError,
     VLLMUnprocessableEntityError,
@@ -24,6 +31,10 @@ if TYPE_CHECKING:
     from awareness_vllm.serving.api.engine_client import MemoryEngineClient
     from awareness_vllm.serving.resolver import MemoryResolver
 
+ANTHROPIC = "/v1/messages"
+"""The paths of Anthropic's API begin so; its clients read errors of another form."""
+HEADER = "X-Awareness-"
+
 
 @dataclass(frozen=True)
 class FrontEnd:
@@ -37,14 +48,14 @@ class FrontEnd:
     canary: Canary
 
 
-def caller(raw_request: Request) -> tuple[FrontEnd, str]:
+def caller(connection: HTTPConnection) -> tuple[FrontEnd, str]:
     """The server's front end, and the tenant that a request comes from.
 
     Raises:
         UnsupportedRequest: the server runs without the connector;
         Unauthorized: the request has no key of a tenant.
     """
-    front = cast("FrontEnd | None", raw_request.app.state.awareness)
+    front = cast("FrontEnd | None", connection.app.state.awareness)
     if front is None:
         raise UnsupportedRequest(
             "this server serves no memories",
@@ -52,7 +63,8 @@ def caller(raw_request: Request) -> tuple[FrontEnd, str]:
             expected=f"--kv-transfer-config with {CONNECTOR}",
             remedy="start the server with `awareness serve`",
         )
-    return front, front.tenants.authenticate(raw_request.headers.get("Authorization"))
+    headers = connection.headers
+    return front, front.tenants.authenticate(headers.get("Authorization"), headers.get("x-api-key"))
 
 
 def client_error(error: AwarenessError, parameter: str = MEMORY_IDS) -> Exception:
@@ -65,14 +77,64 @@ def client_error(error: AwarenessError, parameter: str = MEMORY_IDS) -> Exceptio
     if error.status == 404:
         return VLLMNotFoundError(str(error))
     kind = VLLMUnprocessableEntityError if error.status == 422 else VLLMValidationError
-    return kind(str(error), parameter=parameter)
+    return kind(str(error), parameter=error.parameter or parameter)
+
+
+@contextmanager
+def client_errors(parameter: str) -> Iterator[None]:
+    """Turn our errors into those of the HTTP layer, with the name of the parameter at fault."""
+    try:
+        yield
+    except AwarenessError as error:
+        raise client_error(error, parameter) from error
+
+
+def error_response(error: AwarenessError, path: str, parameter: str = MEMORY_IDS) -> JSONResponse:
+    """The answer to a request that no route has seen, in the form of its path's API."""
+    if error.status == 401:
+        return unauthorized_response(path)
+    made = create_error_response(client_error(error, parameter))
+    if path.startswith(ANTHROPIC):
+        return translate_error_response(made)
+    return JSONResponse(made.model_dump(), made.error.code)
+
+
+def unauthorized_response(path: str) -> JSONResponse:
+    """The 401 of a path's API: Anthropic's, else what vLLM answers to a wrong --api-key."""
+    content: dict[str, Any] = {"error": "Unauthorized"}
+    if path.startswith(ANTHROPIC):
+        error = AnthropicError(type="authentication_error", message="Unauthorized")
+        content = AnthropicErrorResponse(error=error).model_dump()
+    return JSONResponse(content, 401, {"WWW-Authenticate": "Bearer"})
 
 
 def answer_unauthorized(app: FastAPI) -> None:
-    """Answer Unauthorized with the body with which vLLM answers a wrong --api-key."""
+    """Have a server answer Unauthorized with 401."""
 
     async def handler(raw_request: Request, error: Exception) -> JSONResponse:
-        headers = {"WWW-Authenticate": "Bearer"}
-        return JSONResponse({"error": "Unauthorized"}, status_code=401, headers=headers)
+        return unauthorized_response(route_path(raw_request))
 
     app.add_exception_handler(Unauthorized, handler)
+
+
+def route_path(connection: HTTPConnection) -> str:
+    """A request's path without the --root-path that a proxy puts before it."""
+    scope = connection.scope
+    return str(scope["path"]).removeprefix(scope.get("root_path", ""))
+
+
+def set_headers(response: Response, values: Mapping[str, str]) -> None:
+    """Put a report into headers of ours, X-Awareness-…, which scripts of a web page may read."""
+    for name, value in values.items():
+        line = " ".join(value.split())
+        response.headers[HEADER + name] = line.encode("ascii", "replace").decode()
+    names = [HEADER + name for name in values]
+    exposed = response.headers.get("Access-Control-Expose-Headers")
+    response.headers["Access-Control-Expose-Headers"] = ", ".join(filter(None, [exposed, *names]))
+
+
+def replace_body(response: JSONResponse, body: Any) -> None:
+    """Give a response another body. All else stays: its status, its headers, and the task that
+    vLLM runs after it (the gauge of --enable-server-load-tracking counts by it)."""
+    response.body = response.render(body)
+    response.headers["Content-Length"] = str(len(response.body))

@@ -36,7 +36,10 @@ class ResolvedMemory:
 
     def retention(self, tail: int = 0) -> float | None:
         """The certified retention with the last `tail` tokens read natively; 1 for a copy whose
-        origin is known, None where nothing was measured."""
+        origin is known and for a text that is read natively from its first token on, None where
+        nothing was measured."""
+        if tail >= self.tokens:
+            return 1.0
         if self.wmatrix is None:
             return None if self.origin == "claimed" else 1.0
         if self.wmatrix.certificate is None:
@@ -72,14 +75,15 @@ class Prompt:
     tenant: str = ""
     caller_salt: str = ""
     head: tuple[int, ...] = ()
+    reason: str = ""
 
     def with_head(self, head: Sequence[int]) -> Prompt:
         """The same memories after a chat template's head."""
         return replace(self, head=tuple(head))
 
-    def recomputed(self) -> Prompt:
-        """The same memories, read by the target itself."""
-        return replace(self, tail=None)
+    def recomputed(self, reason: str = "") -> Prompt:
+        """The same memories, read by the target itself; the response says for what `reason`."""
+        return replace(self, tail=None, reason=reason)
 
     @property
     def loads(self) -> bool:
@@ -140,6 +144,7 @@ class Prompt:
             "ids": [memory.id for memory in self.memories],
             "plan": "load" if self.loads else "recompute",
             "tokens": sum(memory.tokens for memory in self.memories),
+            **({"reason": self.reason} if self.reason else {}),
             "native_tail": self.tail,
             "retention": self.retention,
             "origin": [memory.origin for memory in self.memories],

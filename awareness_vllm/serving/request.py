@@ -53,6 +53,14 @@ def parse_memory_request(body: Mapping[str, Any]) -> MemoryRequest | None:
     return request
 
 
+def sent_field(body: Mapping[str, Any]) -> str:
+    """The field by which a request names its memories, or asks for one."""
+    value = body.get(MEMORY)
+    if isinstance(value, Mapping) and value.get("capture") is not None:
+        return f"{MEMORY}.capture"
+    return MEMORY_IDS if value is None else MEMORY
+
+
 def _refused(found: str, expected: str) -> UnsupportedRequest:
     return UnsupportedRequest(
         "the request's memories are not usable",

@@ -72,11 +72,12 @@ class MemoryResolver:
         if request.quality_target is not None:
             try:
                 tail = tail_for(memories, request.quality_target)
-            except QualityUnreachable:
+            except QualityUnreachable as error:
                 if request.on_low_quality == "fail":
                     raise
                 if request.on_low_quality == "recompute":
-                    tail = None
+                    natively = Prompt(memories, None, tenant, caller_salt or "")
+                    return natively.recomputed(str(error))
         return Prompt(memories, tail, tenant, caller_salt or "")
 
     def resolve_one(self, memory_id: object, tenant: str) -> ResolvedMemory:

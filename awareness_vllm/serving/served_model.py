@@ -51,7 +51,10 @@ class ServedModel:
         dtype = cast(torch.dtype, model.dtype)
         return replace(cls.read(model.model, model.max_model_len), largest=largest(dtype))
 
-    def prefix_length(self, ids: Sequence[int]) -> int:
-        """How many of the first ids are the tokenizer's prefix: all of it, or none."""
-        count = len(self.prefix)
-        return count if tuple(ids[:count]) == self.prefix else 0
+    def without_prefix(self, ids: Sequence[int]) -> list[int]:
+        """The ids of a text without the tokenizer's prefix, however often it stands before them: a
+        text may spell the BOS that the tokenizer adds."""
+        begin, count = 0, len(self.prefix)
+        while count and tuple(ids[begin : begin + count]) == self.prefix:
+            begin += count
+        return list(ids[begin:])

@@ -62,25 +62,29 @@ class Tenants:
         digests = {(_digest(key), name) for name, one in entries.items() for key in one.api_keys}
         return cls(tuple(sorted(digests)))
 
-    def authenticate(self, authorization: str | None) -> str:
-        """The tenant that an HTTP Authorization header belongs to.
+    def authenticate(self, authorization: str | None, api_key: str | None = None) -> str:
+        """The tenant of a request by its HTTP headers Authorization (as OpenAI's clients send it)
+        and x-api-key (as Anthropic's do).
 
         Raises:
-            Unauthorized: there are tenants, and the header has no key of theirs.
+            Unauthorized: there are tenants, and the headers have no key of theirs, or of two.
         """
         if not self.digests:
             return ""
         match = BEARER.fullmatch(authorization or "")
-        if match is None:
+        keys = [key for key in (match and match[1], api_key) if key]
+        if not keys:
             raise _unauthorized("no API key")
-        tenant, digest = None, _digest(match[1])
-        for known, name in self.digests:
-            # All of them, always: the time must not tell how far a guess came.
-            if hmac.compare_digest(known, digest):
-                tenant = name
-        if tenant is None:
-            raise _unauthorized("an unknown API key")
-        return tenant
+        # All of them, always: the time must not tell how far a guess came.
+        owners = {
+            name
+            for key in map(_digest, keys)
+            for known, name in self.digests
+            if hmac.compare_digest(known, key)
+        }
+        if len(owners) != 1:
+            raise _unauthorized("API keys of two tenants" if owners else "an unknown API key")
+        return owners.pop()
 
 
 def store_folders(path: str | Path | None, default: Path) -> dict[str, Path]:
@@ -190,7 +194,8 @@ def _unauthorized(found: str) -> Unauthorized:
     return Unauthorized(
         "the request comes from no known tenant",
         found=found,
-        expected="Authorization: Bearer and an API key of one of the server's tenants",
+        expected="Authorization: Bearer, or x-api-key, and an API key of one of the server's "
+        "tenants",
         remedy="ask the server's operator for a key",
     )
 

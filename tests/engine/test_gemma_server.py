@@ -37,7 +37,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(gemma3: Path, store: Path, wmatrix: Path) -> Iterator[Server]:
     log = store.parent / "server.log"
-    yield from serving(gemma3, store, log, "--wmatrix", wmatrix, "--enable-prompt-tokens-details")
+    flags = ("--wmatrix", wmatrix, "--enable-prompt-tokens-details")
+    yield from serving(gemma3, store, log, *flags, "--trust-request-chat-template")
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +119,75 @@ def test_it_says_what_transformers_says(
     }
     print(distance)
     assert distance["memory"] <= 0.5 * min(distance["tokens only"], distance["none"]), distance
+
+
+def test_a_prompt_has_one_bos(server: Server, own: tuple[str, str], gemma3: Path) -> None:
+    (bos,) = load_tokenizer(str(gemma3)).encode("").ids
+    prompts = ["<bos>" + QUESTION, QUESTION, [bos, bos, 1106], [1106]]
+    for prompt in prompts:
+        answer = server.client.completions.create(
+            model="served", prompt=prompt, max_tokens=1,
+            extra_body={"memory_ids": [own[0]], "return_token_ids": True},
+        )  # fmt: skip
+        ids = answer.choices[0].prompt_token_ids
+        assert (ids[0], ids.count(bos)) == (bos, 1), prompt
+
+
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<start_of_turn>{{ message.role }}\n"
+    "{{ message.content }}<end_of_turn>\n{% endfor %}<start_of_turn>model\n"
+)
+
+
+def chat(server: Server, system: str, **body: object) -> httpx.Response:
+    """A chat with a system prompt; the demo's Gemma-3 has no template of its own."""
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": "In short?"}]
+    fields = {"model": "served", "messages": messages, "max_tokens": 2, "temperature": 0}
+    url = f"{server.url}/v1/chat/completions"
+    return httpx.post(url, json={**fields, "chat_template": TEMPLATE, **body}, timeout=120)
+
+
+def test_a_chats_head_is_loaded_whatever_was_asked_before(
+    server: Server, foreign: tuple[str, dict], document: Callable[[int, int], str]
+) -> None:
+    """Longer than the windows, and after the same chat without a memory; then longer than a step
+    computes."""
+    ids = {"memory_ids": [foreign[0]]}
+    short, long = document(580, 3), document(2800, 1)
+    assert chat(server, short).status_code == 200
+    answer = chat(server, short, **ids, return_token_ids=True).json()
+    assert (answer["memory"]["plan"], answer["memory"].get("reason")) == ("load", None)
+    assert answer["memory"]["loaded_tokens"] > 580
+    assert answer["prompt_token_ids"].count(answer["prompt_token_ids"][0]) == 1
+    with ThreadPoolExecutor(2) as pool:
+        started = time.perf_counter()
+        slow = pool.submit(chat, server, long, **ids)
+        time.sleep(0.1)
+        known = chat(server, short, **ids)
+        seconds = time.perf_counter() - started
+        assert not slow.done()  # its head is being computed
+        memory = slow.result().json()["memory"]
+    print(f"known head {seconds:.2f} s, new head {time.perf_counter() - started:.2f} s")
+    assert known.json()["memory"]["plan"] == memory["plan"] == "load"
+    assert memory["loaded_tokens"] > 2800
+
+
+def test_a_long_prompt_is_captured_though_its_blocks_were_cached(
+    server: Server, document: Callable[[int, int], str]
+) -> None:
+    text = document(2300, 0)
+    server.complete(text, 1)
+    answer = server.client.completions.create(
+        model="served", prompt=text, max_tokens=1, extra_body={"memory": {"capture": "long"}}
+    )
+    assert server.differs_from_native(text, QUESTION, answer.memory["id"], 16) <= NEAR_TIE
+
+
+def test_a_text_too_long_for_the_server_cannot_be_captured(server: Server) -> None:
+    body = {"memory": {"capture": "long"}}
+    with pytest.raises(openai.BadRequestError) as caught:
+        server.complete("word " * 5000, 1, **body)
+    assert ("4096" in str(caught.value), caught.value.param) == (True, "memory.capture")
 
 
 def test_a_check_before_loading(

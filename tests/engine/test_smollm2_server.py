@@ -48,7 +48,9 @@ def server(smollm2: Path, store: Path, wmatrix: Path, own: tuple[str, str]) -> I
     home = {"api_keys": ["none"], "store": str(store)}  # the key that harness's client has
     tenants.write_text(json.dumps({"home": home, "other": {"api_keys": ["x"], "store": "other"}}))
     flags = ("--wmatrix", elsewhere, "--tenants", tenants, "--pin", own[0])
-    yield from serving(smollm2, store, store.parent / "server.log", *flags)
+    flags += ("--enable-server-load-tracking",)
+    log, stored = store.parent / "server.log", {"VLLM_ENABLE_RESPONSES_API_STORE": "1"}
+    yield from serving(smollm2, store, log, *flags, **stored)
 
 
 def post(server: Server, path: str, key: str = "none", **body: object) -> httpx.Response:
@@ -129,6 +131,70 @@ def test_all_apis_say_the_same(server: Server, own: tuple[str, str]) -> None:
         assert report["temperature"] in ("warm", "hot")  # pinned: never cold
 
 
+def test_counts_of_tokens_agree(server: Server, own: tuple[str, str]) -> None:
+    ids = {"memory_ids": [own[0]]}
+    answer = post(server, "/v1/messages", **CHAT, **ids)
+    counted = post(server, "/v1/messages/count_tokens", messages=CHAT["messages"], **ids)
+    assert counted.json()["input_tokens"] == answer.json()["usage"]["input_tokens"] > 400
+    assert counted.headers["x-awareness-tokens"] == answer.headers["x-awareness-tokens"]
+    plain, memory = (
+        post(server, "/v1/completions", prompt=" It", max_tokens=1, **body) for body in ({}, ids)
+    )
+    added = memory.json()["usage"]["prompt_tokens"] - plain.json()["usage"]["prompt_tokens"]
+    detail = httpx.get(
+        f"{server.url}/v1/memories/{own[0]}", headers={"Authorization": "Bearer none"}
+    )
+    assert detail.json()["compatibility"]["prompt_tokens"] == added
+    assert memory.headers["x-awareness-tokens"] == str(added)
+
+
+@pytest.mark.parametrize(
+    ("path", "field"),
+    [
+        ("/v1/completions", {"extra_body": {"memory_ids": ["ID"]}}),
+        ("/v1/chat/completions", {"memory_id": "ID"}),
+        ("/v1/responses", {"memories": ["ID"]}),
+        ("/v1/messages", {"metadata": {"memory_ids": "ID"}}),
+        ("/generative_scoring", {"memory_ids": ["ID"]}),
+        ("/tokenize", {"memory_ids": ["ID"]}),
+    ],
+)
+def test_a_field_where_nobody_reads_it_is_refused(
+    server: Server, own: tuple[str, str], path: str, field: dict
+) -> None:
+    body = json.dumps({"prompt": "hi", "input": "hi", **CHAT, **field}).replace("ID", own[0])
+    refused = post(server, path, **json.loads(body))
+    assert refused.status_code == 400, refused.text
+    assert "memory_ids" in refused.text
+
+
+def test_a_stored_response_says_that_it_had_a_memory(server: Server, own: tuple[str, str]) -> None:
+    said = post(
+        server, "/v1/responses", input="hi", max_output_tokens=4, memory_ids=[own[0]]
+    ).json()
+    headers = {"Authorization": "Bearer none"}
+    kept = httpx.get(f"{server.url}/v1/responses/{said['id']}", headers=headers).json()
+    assert kept["metadata"]["memory_ids"] == own[0]
+    more = {"input": "go on", "max_output_tokens": 4}
+    refused = post(server, "/v1/responses", **more, previous_response_id=said["id"])
+    assert (refused.status_code, "memory_ids" in refused.text) == (400, True), refused.text
+    plain = post(server, "/v1/responses", input="hi", max_output_tokens=4).json()
+    goes_on = post(server, "/v1/responses", **more, previous_response_id=plain["id"])
+    assert goes_on.status_code == 200, goes_on.text
+
+
+def test_the_gauge_of_requests_under_way_goes_back(server: Server, own: tuple[str, str]) -> None:
+    def load() -> int:
+        return httpx.get(f"{server.url}/load").json()["server_load"]
+
+    before = load()
+    ids = {"memory_ids": [own[0]]}
+    post(server, "/v1/completions", prompt=" It", max_tokens=1, **ids)
+    post(server, "/v1/completions", prompt="It is so.", max_tokens=1, memory={"capture": "c"})
+    post(server, "/v1/messages", **CHAT, **ids)
+    assert load() == before
+
+
 def test_streams_say_what_was_used_in_headers(server: Server, own: tuple[str, str]) -> None:
     with httpx.stream(
         "POST",
@@ -137,6 +203,7 @@ def test_streams_say_what_was_used_in_headers(server: Server, own: tuple[str, st
         headers={"Authorization": "Bearer none"},
     ) as response:
         assert response.headers["x-awareness-retention"] == "1.000"
+        assert "X-Awareness-Retention" in response.headers["access-control-expose-headers"]
         assert response.read().endswith(b"data: [DONE]\n\n")
 
 
@@ -205,7 +272,15 @@ def test_another_tenants_memory_looks_like_an_unknown_one(
         assert foreign.status_code == missing.status_code == 404
         assert foreign.text.replace(own[0], unknown) == missing.text
         assert post(server, path, "nobody", **body, memory_ids=[own[0]]).status_code == 401
-        assert post(server, path, "nobody", **body).status_code == 200
+        assert post(server, path, "nobody", **body).status_code == 401
+    anthropics = {"x-api-key": "none"}, {"x-api-key": "nobody"}
+    found = [
+        httpx.post(f"{server.url}/v1/messages", json={"model": "served", **CHAT}, headers=headers)
+        for headers in anthropics
+    ]
+    assert [answer.status_code for answer in found] == [200, 401]
+    assert found[1].json()["error"]["type"] == "authentication_error"
+    assert httpx.get(f"{server.url}/health").status_code == 200
 
 
 def test_time_does_not_tell_a_foreign_memory_from_an_unknown_one(

@@ -19,6 +19,7 @@ from awareness_vllm.compatibility.target import TargetConfig
 from awareness_vllm.packages.file import Package, publish
 from awareness_vllm.serving.api.canary import Canary
 from awareness_vllm.serving.api.engine_client import MemoryEngineClient
+from awareness_vllm.serving.api.guard import Guard
 from awareness_vllm.serving.api.memories import router
 from awareness_vllm.serving.config import ServingConfig
 from awareness_vllm.serving.connector.worker_extension import (
@@ -112,7 +113,7 @@ class Server:
         return self.stores / "acme" / f"{memory}.safetensors"
 
     def tokens(self, memory: str) -> int:
-        """Ids of a memory of acme's in a prompt."""
+        """Ids of a memory of acme's in a prompt of its own."""
         return len(self.resolver.resolve_one(memory, "acme").ids)
 
     def add_map(self, wmatrix: WMatrix, retention: float | None = None) -> None:
@@ -128,6 +129,7 @@ class Server:
 def app() -> FastAPI:
     made = FastAPI()
     made.include_router(router)
+    made.add_middleware(Guard, memory_routes=())
     answer_unauthorized(made)
     init_exception_handler(made)
     made.state.args = SimpleNamespace(log_error_stack=False)

@@ -159,13 +159,25 @@ def test_a_map_is_named_with_what_its_certificate_says(
 ) -> None:
     memory = server.publish(make_package())
     server.add_map(wmatrix, retention)
+    server.resolver.tail = 0
     answer = server.get(memory)["compatibility"]
-    tokens = server.tokens(memory)
+    tokens = server.resolver.resolve_one(memory, "acme").tokens
     assert answer == {
         **{"loadable": True, "wmatrix": "pair.wmatrix", "prompt_tokens": tokens},
         **{"retention": retention, "certified": retention is not None, "reason": None},
     }
     assert tokens > 1
+
+
+def test_a_memory_that_the_model_reads_itself_keeps_all(
+    server: Server, make_package: Make, wmatrix: WMatrix
+) -> None:
+    memory = server.publish(make_package())
+    server.add_map(wmatrix, 0.875)
+    tokens = server.resolver.resolve_one(memory, "acme").tokens
+    for tail, retention in ((tokens - 1, 0.875), (tokens, 1.0), (tokens + 1, 1.0)):
+        server.resolver.tail = tail
+        assert server.get(memory)["compatibility"]["retention"] == retention
 
 
 def test_published_figures_certify_no_map(
@@ -178,6 +190,7 @@ def test_published_figures_certify_no_map(
     prior = {"retention": {"mean": 0.91, "ci_low": 0.84, "ci_high": 0.98}, "basis": "prior"}
     manifest = entry.manifest.model_copy(update={"certificate": prior})
     server.resolver.registry = Registry((WMatrixEntry(entry.path, manifest, "e" * 64),))
+    server.resolver.tail = 0
     answer = server.get(memory)["compatibility"]
     assert (answer["certified"], answer["retention"]) == (False, None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -91,3 +92,45 @@ def test_an_offline_engine_writes_before_it_goes_on(tmp_path: Path) -> None:
     captures, path = CaptureQueue(everything=True), tmp_path / "states"
     captures.capture(str(path), states)
     assert set(load_file(path)) == set(STATES)
+
+
+def numbered(begin: int, end: int) -> States:
+    return {"layers.0.key": torch.arange(begin, end).view(-1, 1, 1)}
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [(0, 3), (3, 5)],
+        [(0, 3), (3, 4), (0, 5)],  # preempted, and computed again
+        [(0, 3), (3, 4), (2, 4), (4, 5)],  # preempted, the first two from the prefix cache
+    ],
+)
+def test_the_steps_of_a_prompt_are_joined(steps: list[tuple[int, int]]) -> None:
+    captures = CaptureQueue()
+    captures.announce("head", "")
+    for begin, end in steps:
+        assert captures.expects("head")
+        captures.capture("head", partial(numbered, begin, end), begin, last=end == 5)
+    assert captures.collect("head")["layers.0.key"].flatten().tolist() == [0, 1, 2, 3, 4]
+    assert captures.parts == {}
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_a_prompt_of_which_a_step_is_missing_is_not_captured(
+    tmp_path: Path, everything: bool
+) -> None:
+    captures, path = CaptureQueue(everything=everything), tmp_path / "states"
+    captures.announce(str(path), str(path))
+    captures.capture(str(path), broken, 0, last=False)
+    assert not captures.expects(str(path))
+    assert captures.status(str(path)) == "the blocks are gone"
+    assert (captures.parts, list(tmp_path.iterdir())) == ({}, [])
+
+
+def test_a_capture_given_up_leaves_nothing() -> None:
+    captures = CaptureQueue()
+    captures.announce("head", "")
+    captures.capture("head", partial(numbered, 0, 3), 0, last=False)
+    captures.discard("head")
+    assert (captures.parts, captures.announced, captures.results) == ({}, {}, {})

@@ -82,7 +82,7 @@ def test_a_request_that_cannot_be_read_is_prefilled() -> None:
 
 
 def test_a_capture_that_raises_does_not_reach_the_engine() -> None:
-    save = SaveSpec("/no/such/folder/f", 1, ([1],))
+    save = SaveSpec("/no/such/folder/f", 0, 1, 1, ([1],))
     assert step(connector(), ConnectorMetadata(saves=[save])) == KVConnectorTransferResults()
 
 

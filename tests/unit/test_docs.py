@@ -32,7 +32,7 @@ pytestmark = pytest.mark.unit
 
 SHELL = frozenset({".", "cd", "cut", "echo", "grep", "kill", "sleep"})
 VLLM_FLAGS = {"--chat-template", "--help", "--kv-transfer-config", "--max-model-len"}
-VLLM_FLAGS |= {"--worker-extension-cls"}
+VLLM_FLAGS |= {"--api-key", "--worker-extension-cls"}
 """Flags in prose that are vLLM's own."""
 FILE = re.compile(r"(?:[\w.-]+/)+[\w-]+(?:\.(?:py|md|json|sh|png))?")
 LINK = re.compile(r"\]\(([^)#\s]*)(#[^)\s]*)?\)")

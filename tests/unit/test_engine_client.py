@@ -1,11 +1,23 @@
-"""The front end's calls to the engine's workers: prefetch and eviction of memories."""
+"""The front end's calls to the engine's workers: memories to load or evict, heads to keep."""
 
 from __future__ import annotations
+
+import asyncio
+import inspect
+from typing import Any
 
 import pytest
 from memories_server import DELETE, LOAD, Make, Server
 
-from awareness_vllm.serving.connector.worker_extension import EVICT, PREFETCH
+from awareness_vllm.serving.api import engine_client
+from awareness_vllm.serving.api.engine_client import MemoryEngineClient
+from awareness_vllm.serving.connector.worker_extension import (
+    EVICT,
+    FORGET,
+    KEEP_HEAD,
+    PREFETCH,
+    AwarenessWorkerExtension,
+)
 from awareness_vllm.serving.params import LoadParams
 from awareness_vllm.wmatrix.file import WMatrix
 
@@ -60,3 +72,128 @@ def test_eviction_leaves_the_package(
     assert response.json() == {"id": memory, "object": "memory.evicted", "evicted": evicted}
     assert server.engine.calls == [(EVICT, (memory,))]
     assert server.get()["data"][0]["id"] == memory
+
+
+# Heads of chats
+
+
+class Chats:
+    """Stands for vLLM's EngineClient: a head's request ends when `gates` lets it, in `outcome`'s
+    way, and the workers answer `kept`."""
+
+    def __init__(self) -> None:
+        self.gates: dict[int, asyncio.Event] = {}
+        self.prompts: list[Any] = []
+        self.calls: list[str] = []
+        self.outcome: Exception | None = None
+        self.kept = ["", ""]
+
+    async def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
+        inspect.signature(getattr(AwarenessWorkerExtension, method)).bind(None, *args)
+        self.calls.append(method)
+        return self.kept if method == KEEP_HEAD else [None, None]
+
+    async def generate(self, prompt: Any, params: Any, request_id: str) -> Any:
+        self.prompts.append(prompt)
+        if (gate := self.gates.get(len(prompt["prompt_token_ids"]))) is not None:
+            await gate.wait()
+        if self.outcome is not None:
+            raise self.outcome
+        yield None
+
+
+def heads() -> tuple[Any, MemoryEngineClient]:
+    chats: Any = Chats()
+    return chats, MemoryEngineClient(chats)
+
+
+SHORT, LONG = (1, 2), tuple(range(2800))
+
+
+def test_a_head_is_computed_once_under_a_salt_of_its_own() -> None:
+    async def ask() -> None:
+        chats, client = heads()
+        assert await asyncio.gather(*(client.ensure_head(SHORT) for _ in range(3))) == [""] * 3
+        assert await client.ensure_head(SHORT) == ""
+        assert await client.ensure_head((3,)) == ""
+        salts = [prompt["cache_salt"] for prompt in chats.prompts]
+        assert len(salts) == len(set(salts)) == 2
+
+    asyncio.run(ask())
+
+
+def test_no_chat_waits_for_another_ones_head() -> None:
+    async def ask() -> None:
+        chats, client = heads()
+        await client.ensure_head(SHORT)
+        chats.gates[len(LONG)] = gate = asyncio.Event()
+        slow = asyncio.create_task(client.ensure_head(LONG))
+        await asyncio.sleep(0)
+        async with asyncio.timeout(1):
+            assert await client.ensure_head(SHORT) == ""
+            assert await client.ensure_head((3,)) == ""  # nor is a new one held up
+        assert not slow.done()
+        gate.set()
+        assert await slow == ""
+
+    asyncio.run(ask())
+
+
+def test_a_chat_that_is_given_up_does_not_take_the_head_with_it() -> None:
+    async def ask() -> None:
+        chats, client = heads()
+        chats.gates[len(LONG)] = gate = asyncio.Event()
+        first, second = (asyncio.create_task(client.ensure_head(LONG)) for _ in range(2))
+        await asyncio.sleep(0)
+        first.cancel()
+        await asyncio.sleep(0)
+        gate.set()
+        assert await second == ""
+        assert len(chats.prompts) == 1
+
+    asyncio.run(ask())
+
+
+def test_a_head_whose_request_fails_is_tried_again() -> None:
+    async def ask() -> None:
+        chats, client = heads()
+        chats.outcome = RuntimeError("the engine is asleep")
+        for answer in await asyncio.gather(
+            *(client.ensure_head(SHORT) for _ in range(2)), return_exceptions=True
+        ):
+            assert isinstance(answer, RuntimeError)
+        assert FORGET in chats.calls
+        chats.outcome = None
+        assert await client.ensure_head(SHORT) == ""
+
+    asyncio.run(ask())
+
+
+def test_a_head_that_cannot_be_kept_says_why_and_is_tried_again_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(engine_client, "HEAD_RETRY_S", 0.01)
+
+    async def ask() -> None:
+        chats, client = heads()
+        chats.kept = ["", "a quantised cache"]
+        assert [await client.ensure_head(SHORT) for _ in range(2)] == ["a quantised cache"] * 2
+        assert len(chats.prompts) == 1
+        await asyncio.sleep(0.05)
+        chats.kept = ["", ""]
+        assert await client.ensure_head(SHORT) == ""
+
+    asyncio.run(ask())
+
+
+def test_no_more_heads_are_known_than_workers_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_client, "MAX_HEADS", 2)
+
+    async def ask() -> None:
+        chats, client = heads()
+        for ids in ((1,), (2,), (1,), (3,), (1,)):
+            await client.ensure_head(ids)
+        assert [prompt["prompt_token_ids"] for prompt in chats.prompts] == [[1], [2], [3]]
+        assert len(client.heads) == 2
+
+    asyncio.run(ask())

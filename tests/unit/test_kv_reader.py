@@ -73,4 +73,4 @@ def test_a_request_that_is_not_all_here_cannot_be_captured(
     layers: dict[str, Any] = {"m.layers.0.attn": cpu_layer(torch.bfloat16, 32, 64, "vec")}
     layout = KVLayout(layers, {"m.layers.0.attn": 0}, [32])
     with pytest.raises(UnsupportedModel, match=message):
-        read_kv(layout, geometry, SaveSpec("s", 40, (block_ids,)))
+        read_kv(layout, geometry, SaveSpec("s", 0, 40, 40, (block_ids,)))

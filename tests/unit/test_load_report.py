@@ -58,7 +58,7 @@ def finish(made: Any, one: Any) -> dict[str, Any] | None:
     """The report in a request's response when it ends. Nothing may be left of it."""
     waits, params = made.request_finished_all_groups(one, ([1, 2, 3],))
     assert waits is False
-    assert made.tracker.outcomes == {}
+    assert made.tracker.outcomes == made.tracker.cached == {}
     assert made.scheduler.failed == set()
     assert made.scheduler.plans == {}
     assert params is None or list(params) == ["awareness"]
@@ -107,6 +107,16 @@ def test_a_failed_load_is_reported_with_its_reason() -> None:
     assert schedule(made, one).kv_connector_worker_meta is None
     assert finish(made, one) == {"temperature": RECOMPUTED, "reason": "PackageCorrupt"}
     assert stats(made)["requests"] == [RECOMPUTED]
+
+
+def test_a_failed_load_says_what_the_prefix_cache_had_of_the_memory() -> None:
+    def broken(load: LoadSpec) -> Loaded:
+        raise PackageCorrupt("gone")
+
+    made, one = connector(broken), prompt()
+    made.update_connector_output(schedule(made, one, computed=16))
+    expected = {"temperature": RECOMPUTED, "reason": "PackageCorrupt", "cached_tokens": 16}
+    assert finish(made, one) == expected
 
 
 def test_a_load_that_cannot_be_planned_counts_once_as_failed() -> None:

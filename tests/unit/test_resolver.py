@@ -26,6 +26,7 @@ from awareness_vllm.errors import (
 from awareness_vllm.fit import gather
 from awareness_vllm.fit.config import FitConfig
 from awareness_vllm.fit.fit import fit
+from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.packages.capture import capture
 from awareness_vllm.packages.file import build, publish, read_index
 from awareness_vllm.packages.store import Store
@@ -173,7 +174,7 @@ def test_the_tail_is_the_servers_but_the_sink_is_always_loaded(
     assert prompt.params is not None
     assert prompt.params.tokens == len(prompt.ids)
     assert prompt.params.tail == min(tail, len(prompt.ids) - 1)
-    assert prompt.report()["retention"] == [None]
+    assert prompt.report()["retention"] == [1.0 if tail >= len(prompt.ids) - 1 else None]
 
 
 def test_a_copy_leaves_nothing_to_the_target_and_keeps_all_where_it_was_made(
@@ -369,3 +370,20 @@ def test_a_file_is_read_again_only_where_it_changed(
     for _ in range(2):
         with pytest.raises(PackageCorrupt, match="sha256"):
             resolver.resolve_one(path.stem, "")
+
+
+@pytest.mark.parametrize(
+    ("prefix", "ids", "question"),
+    [
+        ((2,), [2, 7], [7]),
+        ((2,), [2, 2, 7, 2], [7, 2]),  # the text spells the BOS that the tokenizer adds
+        ((2, 3), [2, 3, 2, 3, 2, 7], [2, 7]),
+        ((2,), [7], [7]),
+        ((2,), [2, 2], []),
+        ((), [2, 7], [2, 7]),
+    ],
+)
+def test_a_question_brings_no_prefix(
+    geometry: Geometry, prefix: tuple[int, ...], ids: list[int], question: list[int]
+) -> None:
+    assert ServedModel(Path("none"), 9, geometry, prefix).without_prefix(ids) == question

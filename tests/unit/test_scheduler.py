@@ -123,16 +123,16 @@ def test_a_capture_is_read_back_when_its_whole_prompt_is_computed() -> None:
         half.plan_saves(output, KEY)
         assert half.take_step() == ConnectorMetadata()
     half.plan_saves(scheduled({KEY: "p"}), KEY)
-    assert half.take_step().saves == [SaveSpec("p", 5, ([2, 3],))]
+    assert half.take_step().saves == [SaveSpec("p", 0, 5, 5, ([2, 3],))]
 
 
-def test_a_captures_blocks_are_gathered_over_the_steps_of_its_prompt() -> None:
+def test_a_capture_is_read_in_the_steps_of_its_prompt() -> None:
     half = scheduler()
     half.plan_saves(scheduled({KEY: "p"}, step=4, ids=([2],)), KEY)
     half.plan_saves(later(1, "another"), KEY)
-    assert half.take_step() == ConnectorMetadata()
+    assert half.take_step().saves == [SaveSpec("p", 0, 4, 5, ([2],))]
     half.plan_saves(later(1, "r", ids=([9],), computed=4), KEY)
-    assert half.take_step().saves == [SaveSpec("p", 5, ([2, 9],))]
+    assert half.take_step().saves == [SaveSpec("p", 4, 5, 5, ([2, 9],))]
     half.plan_saves(later(1, "r", ids=([5],), computed=5), KEY)
     assert half.take_step() == ConnectorMetadata()
 
@@ -140,24 +140,38 @@ def test_a_captures_blocks_are_gathered_over_the_steps_of_its_prompt() -> None:
 def test_a_preempted_capture_starts_its_blocks_anew() -> None:
     half = scheduler()
     half.plan_saves(scheduled({KEY: "p"}, step=4, ids=([2],)), KEY)
+    half.take_step()
     half.plan_saves(later(5, "r", ids=([6, 7],), resumed=("r",)), KEY)
-    assert half.take_step().saves == [SaveSpec("p", 5, ([6, 7],))]
+    assert half.take_step().saves == [SaveSpec("p", 0, 5, 5, ([6, 7],))]
 
 
 def test_a_finished_request_is_captured_no_more() -> None:
     half = scheduler()
     half.plan_saves(scheduled({KEY: "p"}, step=4, ids=([2],)), KEY)
     half.finish("r")
+    half.take_step()
     half.plan_saves(later(1, "r", ids=([9],), computed=4), KEY)
     assert half.take_step() == ConnectorMetadata()
 
 
-@pytest.mark.parametrize(("computed", "window_blocks"), [(0, [4, 5]), (4, [NULL_BLOCK] * 2)])
-def test_a_window_holds_a_prompt_only_if_one_step_computed_it(
+@pytest.mark.parametrize(
+    ("computed", "window_blocks"), [(0, [4, 5]), (2, [4, 5]), (4, [NULL_BLOCK] * 2)]
+)
+def test_of_a_cached_prompt_a_layer_holds_its_window(
     computed: int, window_blocks: list[int]
 ) -> None:
     half = scheduler(None, 3)
     output: Any = scheduled({KEY: "p"}, computed=computed, step=5 - computed, ids=([2, 3], [4, 5]))
     half.plan_saves(output, KEY)
     (save,) = half.take_step().saves
-    assert save.block_ids == ([2, 3], window_blocks)
+    assert (save.begin, save.block_ids) == (0, ([2, 3], window_blocks))
+
+
+def test_a_window_does_not_lose_what_an_earlier_step_has_read() -> None:
+    half = scheduler(None, 3)
+    half.plan_saves(scheduled({KEY: "p"}, step=4, ids=([2], [4])), KEY)
+    half.plan_saves(later(1, "r", ids=([3], [5]), computed=4), KEY)
+    assert [save.block_ids for save in half.take_step().saves] == [
+        ([2], [4]),
+        ([2, 3], [4, 5]),
+    ]

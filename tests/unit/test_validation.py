@@ -1,21 +1,19 @@
-"""Refused before the engine: extras that it would die of, memories on routes that ignore them."""
+"""Refused before the engine: extras that it would die of, models that may be adapters."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fastapi import FastAPI, Request
 from hypothesis import given
 from hypothesis import strategies as st
-from starlette.testclient import TestClient
 
 from awareness_vllm.errors import UnsupportedRequest
 from awareness_vllm.serving.api.validation import (
     MAX_DEPTH,
-    OTHER_ROUTES,
     check_engine_extras,
-    refuse_memories,
+    may_be_adapter,
 )
 
 pytestmark = pytest.mark.unit
@@ -49,29 +47,33 @@ def test_extras_that_are_not_unicode_are_refused(value: Any) -> None:
         check_engine_extras("vllm_xargs", value)
 
 
-@pytest.fixture
-def client() -> TestClient:
-    app = FastAPI()
-
-    @app.post(OTHER_ROUTES[0])
-    async def without_memories(request: Request) -> Any:
-        return await request.json()
-
-    @app.post("/v1/other")
-    async def other(request: Request) -> Any:
-        return await request.json()
-
-    refuse_memories(app)
-    return TestClient(app)
-
-
-@pytest.mark.parametrize("field", ["memory_ids", "memory"])
-def test_memories_are_refused_where_they_would_be_ignored(client: TestClient, field: str) -> None:
-    refused = client.post(OTHER_ROUTES[0], json={"prompt": "hi", field: ["mem_"]})
-    assert (refused.status_code, refused.json()["error"]["code"]) == (400, 400)
-    assert client.post("/v1/other", json={field: ["mem_"]}).json() == {field: ["mem_"]}
-
-
-@pytest.mark.parametrize("body", [{"prompt": "x" * 200_000}, {"memory": None}, [], "memory_ids"])
-def test_everything_else_passes_as_it_came(client: TestClient, body: Any) -> None:
-    assert client.post(OTHER_ROUTES[0], json=body).json() == body
+@pytest.mark.parametrize(
+    ("name", "lora", "loaded", "environment", "expected"),
+    [
+        ("base", True, (), {}, False),
+        ("", True, (), {}, False),
+        ("adapter", True, ("adapter",), {}, True),
+        ("adapter", True, (), {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}, True),
+        # vLLM's own 404, or another name of the base model.
+        ("adapter", True, (), {}, False),
+        ("adapter", False, (), {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}, False),
+        ("alias", True, (), {"VLLM_SKIP_MODEL_NAME_VALIDATION": "1"}, False),
+    ],
+)
+def test_a_name_that_vllm_may_resolve_to_an_adapter(
+    name: str,
+    lora: bool,
+    loaded: tuple[str, ...],
+    environment: dict[str, str],
+    expected: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for variable in ("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "VLLM_SKIP_MODEL_NAME_VALIDATION"):
+        monkeypatch.setenv(variable, environment.get(variable, "0"))
+    config = SimpleNamespace(lora_config=object() if lora else None)
+    models = SimpleNamespace(
+        is_base_model=lambda asked: asked == "base",
+        lora_requests=dict.fromkeys(loaded),
+        engine_client=SimpleNamespace(vllm_config=config),
+    )
+    assert may_be_adapter(models, SimpleNamespace(model=name)) is expected

@@ -285,7 +285,7 @@ def test_a_cancelled_load_is_never_written_and_its_alignment_ends(
 
 def test_captured_states_become_a_head(worker: ConnectorWorker) -> None:
     load_now(worker, cold_load("r", MEMORY))
-    save = SaveSpec("head", 3, ([0], [*range(1, 2)]))
+    save = SaveSpec("head", 0, 3, 3, ([0], [*range(1, 2)]))
     worker.save(save)
     assert "no states of head" in worker.keep_head("head", "name", [0, 1, 2])
     worker.captures.announce("head", "")

@@ -13,12 +13,12 @@ from fastapi import Request
 from starlette.responses import JSONResponse, Response
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
-from awareness_vllm.errors import UnsupportedRequest
+from awareness_vllm.errors import ContextTooLong, UnsupportedRequest
 from awareness_vllm.models.tokens import Tokens
-from awareness_vllm.packages.capture import read_tokens
+from awareness_vllm.packages.capture import tokens_of
 from awareness_vllm.packages.file import publish
 from awareness_vllm.serving.connector.kv_reader import CAPTURE_KEY
-from awareness_vllm.serving.http import FrontEnd, caller
+from awareness_vllm.serving.http import FrontEnd, caller, replace_body, set_headers
 from awareness_vllm.serving.offline_capture import as_package
 from awareness_vllm.serving.request import MEMORY
 
@@ -45,11 +45,18 @@ class Capture:
         if not isinstance(response, JSONResponse) or response.status_code != 200:
             await engine_client.discard(self.key)
             return response
-        states = await engine_client.captured_states(self.key)
-        published = await asyncio.to_thread(self._publish, states)
+        try:
+            states = await engine_client.captured_states(self.key)
+            published = await asyncio.to_thread(self._publish, states)
+        except BaseException:
+            if response.background is not None:
+                await response.background()  # vLLM counts on it, whatever is answered instead
+            raise
         body = json.loads(bytes(response.body))
         body[MEMORY] = {"id": published.stem, "name": self.name, "tokens": len(self.tokens.ids)}
-        return JSONResponse(body, headers={"X-Awareness-Captured": published.stem})
+        replace_body(response, body)
+        set_headers(response, {"Captured": published.stem})
+        return response
 
     def _publish(self, states: dict[str, Any]) -> Path:
         resolver = self.front.resolver
@@ -61,7 +68,8 @@ async def announce_capture(request: object, raw_request: Request, name: str) -> 
     """Have the engine read a request's prompt back.
 
     Raises:
-        UnsupportedRequest: more than one plain text; BadInput: a text that does not fit.
+        UnsupportedRequest: more than one plain text; BadInput: an empty one; ContextTooLong: it
+            does not fit.
     """
     front, tenant = caller(raw_request)
     if not isinstance(request, CompletionRequest) or not isinstance(request.prompt, str):
@@ -72,10 +80,21 @@ async def announce_capture(request: object, raw_request: Request, name: str) -> 
         raise _refused(f"n: {request.n}", "n: 1")
     text, folder = request.prompt, front.resolver.model.folder
     # The server's own tokens, and where each of them lies in the text.
-    tokens = await asyncio.to_thread(read_tokens, folder, text)
+    tokens = await asyncio.to_thread(tokens_of, folder, text)
+    if len(tokens.ids) >= (limit := front.resolver.model.max_model_len):
+        raise ContextTooLong(
+            "the text to capture does not fit",
+            found=f"{len(tokens.ids)} tokens",
+            expected=f"fewer than {limit} (max_model_len)",
+            remedy="split the text into several memories, or start the server with a larger "
+            "--max-model-len",
+        )
     key = await front.engine_client.announce(to_file=True)
     request.prompt = tokens.ids
     request.add_special_tokens = False
+    if any(layer.window for layer in front.resolver.model.geometry.layers):
+        # Of what the prefix cache brought, layers with windows would not hold all.
+        request.cache_salt = f"awareness-capture-{key}"
     request.kv_transfer_params = {**(request.kv_transfer_params or {}), CAPTURE_KEY: key}
     return Capture(front, tenant, name, text, tokens, key)
 

@@ -7,9 +7,24 @@ of other places are in docs/fidelity-log.md.
 
 from __future__ import annotations
 
-from typing import Any
+import secrets
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.renderers.chat_utils import has_non_text_content
 
 from awareness_vllm.errors import UnsupportedRequest
+from awareness_vllm.serving.http import FrontEnd
+from awareness_vllm.serving.prompt import Prompt
+
+if TYPE_CHECKING:
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+
+Render = Callable[[str], Awaitable[Any]]
+"""Renders a chat with a mark where memories belong, into vLLM's ErrorResponse, or the messages and
+the engine input."""
 
 TEXT_PARTS = ("text", "input_text")
 SEPARATOR = "\n\n"
@@ -64,3 +79,50 @@ def split_at_mark(rendered: str, mark: str) -> tuple[str, str]:
             remedy="use /v1/completions, or another --chat-template",
         )
     return parts[0], SEPARATOR + parts[1]
+
+
+async def rendered_chat(
+    handler: OpenAIServingChat | None, request: ChatCompletionRequest, mark: str
+) -> Any:
+    """A request's messages and engine input from vLLM's chat handler, with a mark where memories
+    belong."""
+    assert handler is not None  # this plugin loads only where the task is "generate"
+    marked = render_copy(request, messages=insert_mark(request.messages, mark))
+    rendered = await handler.render_chat_request(marked)
+    return rendered if isinstance(rendered, ErrorResponse) else (marked.messages, rendered[1][0])
+
+
+def render_copy(request: Any, **update: Any) -> Any:
+    """A copy to render: rendering must not use up what the request itself carries."""
+    return request.model_copy(update={**update, "kv_transfer_params": None})
+
+
+async def placed_in_chat(
+    front: FrontEnd, prompt: Prompt, render: Render
+) -> tuple[Prompt, list[int]] | None:
+    """Memories after a chat's head, and the ids of the whole prompt; None where vLLM refuses it.
+
+    Raises:
+        UnsupportedRequest: a chat without a place for memories, or with more than text;
+        ContextTooLong: it does not fit.
+    """
+    mark = secrets.token_hex(16)
+    rendered = await render(mark)
+    if isinstance(rendered, ErrorResponse):
+        return None
+    messages, engine_input = rendered
+    if has_non_text_content(messages):  # vLLM would render them again, without the memories
+        raise not_a_chat("a message with more than text")
+    head, rest = split_at_mark(engine_input.get("prompt") or "", mark)
+    prompt = prompt.with_head(front.engine_client.tokenize(head))
+    question = front.engine_client.tokenize(rest)
+    return prompt, front.resolver.append_question(prompt, question)
+
+
+def not_a_chat(found: str) -> UnsupportedRequest:
+    return UnsupportedRequest(
+        "memories cannot be put into this chat",
+        found=found,
+        expected="a chat of text alone",
+        remedy="use /v1/chat/completions or /v1/completions, with text alone",
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import secrets
 import tempfile
 from collections import OrderedDict
@@ -41,6 +42,9 @@ logger = init_logger("vllm.awareness.engine_client")
 MAX_HEADS = 32
 """Heads that the workers are known to have: half as many as they keep, so that none is dropped
 there first."""
+HEAD_RETRY_S = 60.0
+"""A head that could not be kept is tried again after so long: until then each of its chats would
+compute it twice."""
 POLL_S = 0.02
 WRITE_TIMEOUT_S = 120.0
 """A file of states that takes longer is given up."""
@@ -51,8 +55,7 @@ class MemoryEngineClient:
 
     def __init__(self, engine: EngineClient) -> None:
         self.engine = engine
-        self.heads: OrderedDict[str, bool] = OrderedDict()
-        self.lock = asyncio.Lock()
+        self.heads: OrderedDict[str, asyncio.Task[str]] = OrderedDict()
         self.folder = Path(tempfile.mkdtemp(prefix="awareness-captures-"))
 
     def tokenize(self, text: str) -> list[int]:
@@ -98,33 +101,44 @@ class MemoryEngineClient:
             await self.prefetch(prompt.params, pin=True)
             logger.info("pinned %s", memory)
 
-    async def ensure_head(self, ids: tuple[int, ...]) -> bool:
+    async def ensure_head(self, ids: tuple[int, ...]) -> str:
         """Have the workers keep the states of a prompt's first tokens, computed once by a request
-        of their own. False where they cannot be read back: the prompt is then read natively."""
-        name = head_name(ids)
-        async with self.lock:  # two chats at once ask for one head
-            if name not in self.heads:
-                self.heads[name] = await self._compute_head(name, list(ids))
-                while len(self.heads) > MAX_HEADS:
-                    self.heads.popitem(last=False)
-            self.heads.move_to_end(name)
-            return self.heads[name]
+        of their own, however many chats ask for them; no chat waits for another one's head.
 
-    async def _compute_head(self, name: str, ids: list[int]) -> bool:
-        capture = await self.announce()
-        params = SamplingParams(
-            max_tokens=1, extra_args={"kv_transfer_params": {CAPTURE_KEY: capture}}
-        )
-        async for _ in self.engine.generate(tokens_input(ids), params, f"awareness-{capture}"):
-            pass  # the answer does not matter, the states do
+        Returns:
+            "", or why they are not kept: the prompt is then read natively.
+        """
+        name = head_name(ids)
+        if name not in self.heads:
+            self.heads[name] = task = asyncio.create_task(self._compute_head(name, list(ids)))
+            task.add_done_callback(functools.partial(self._head_ended, name))
+            while len(self.heads) > MAX_HEADS:
+                self.heads.popitem(last=False)
+        self.heads.move_to_end(name)
+        # A chat that is given up does not take the head from the others.
+        return await asyncio.shield(self.heads[name])
+
+    def _head_ended(self, name: str, task: asyncio.Task[str]) -> None:
+        """Forget a head that is not kept: at once where its request failed, else after a while."""
+        if task.cancelled() or task.exception() is not None:
+            self._forget_head(name, task)
+        elif task.result():
+            logger.warning("a chat's head is not kept: %s", task.result())
+            task.get_loop().call_later(HEAD_RETRY_S, self._forget_head, name, task)
+
+    def _forget_head(self, name: str, task: asyncio.Task[str]) -> None:
+        if self.heads.get(name) is task:
+            del self.heads[name]
+
+    async def _compute_head(self, name: str, ids: list[int]) -> str:
+        capture = await self.read(ids)
         errors = await self.engine.collective_rpc(KEEP_HEAD, args=(capture, name, ids))
-        if any(errors):
-            logger.warning("the chat template's head is not kept: %s", errors)
-        return not any(errors)
+        return next(filter(None, errors), "")
 
     async def read(self, ids: Sequence[int]) -> str:
-        """Have the model read some ids, in blocks that no other request finds; the key of the
-        capture of their states."""
+        """Have the model read some ids, in blocks that no other request finds and without those of
+        others, which may lack what a window has given back; the key of the capture of their
+        states."""
         capture = await self.announce()
         params = SamplingParams(
             max_tokens=1, extra_args={"kv_transfer_params": {CAPTURE_KEY: capture}}

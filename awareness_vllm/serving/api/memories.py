@@ -6,8 +6,6 @@ Stores are read off the event loop: in FastAPI's threads, where a route is a pla
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,7 +27,7 @@ from awareness_vllm.errors import (
 from awareness_vllm.packages.manifest import Manifest, check_id, read_manifest
 from awareness_vllm.packages.store import Store, memory_not_found
 from awareness_vllm.schema import FrozenModel
-from awareness_vllm.serving.http import FrontEnd, caller, client_error
+from awareness_vllm.serving.http import FrontEnd, caller, client_errors
 from awareness_vllm.serving.prompt import Prompt
 from awareness_vllm.serving.request import MemoryRequest
 from awareness_vllm.wmatrix.verdict import check_fits
@@ -67,7 +65,9 @@ class Compatibility(FrozenModel):
 
     loadable: bool
     wmatrix: str | None = Field(None, description="null and loadable: an exact copy")
-    prompt_tokens: int | None = None
+    prompt_tokens: int | None = Field(
+        None, description="Tokens that it adds to a prompt: a response's memory.tokens"
+    )
     retention: float | None = Field(
         None,
         description="1 is as good as the model reading the text itself; null: not measured",
@@ -113,7 +113,7 @@ def list_memories(
     after: Annotated[str | None, Query(description="ID of the last memory before")] = None,
 ) -> MemoryList:
     """The caller's memories, in the order of their IDs."""
-    with _client_errors("after"):
+    with client_errors("after"):
         front, tenant = caller(raw_request)
         return _page(front.resolver.stores[tenant], limit, after)
 
@@ -121,21 +121,21 @@ def list_memories(
 @router.get("/{memory_id}", responses=ONE_MEMORY_ERRORS)
 def retrieve_memory(memory_id: str, raw_request: Request) -> MemoryDetail:
     """A memory's manifest, and whether this server's model can use it."""
-    with _client_errors("memory_id"):
+    with client_errors("memory_id"):
         return _detail(*caller(raw_request), memory_id)
 
 
 @router.get("/{memory_id}/compatibility", responses=ONE_MEMORY_ERRORS)
 def check_memory(memory_id: str, raw_request: Request) -> CompatibilityReport:
     """The memory on this model: estimates and their basis, risks, advice."""
-    with _client_errors("memory_id"):
+    with client_errors("memory_id"):
         return _report(*caller(raw_request), memory_id)
 
 
 @router.post("/{memory_id}/load", responses=ONE_MEMORY_ERRORS)
 async def load_memory(memory_id: str, raw_request: Request) -> MemoryLoad:
     """Align a memory before the first request needs it; answered when it is warm."""
-    with _client_errors("memory_id"):
+    with client_errors("memory_id"):
         front, tenant = caller(raw_request)
         prompt = await asyncio.to_thread(_prompt, front, tenant, memory_id)
         assert prompt.params is not None  # only a quality target can ask for native reading
@@ -147,20 +147,11 @@ async def load_memory(memory_id: str, raw_request: Request) -> MemoryLoad:
 @router.delete("/{memory_id}", responses=ONE_MEMORY_ERRORS)
 async def evict_memory(memory_id: str, raw_request: Request) -> MemoryEvicted:
     """Take a memory out of the warm tier. The package itself stays where it is."""
-    with _client_errors("memory_id"):
+    with client_errors("memory_id"):
         front, tenant = caller(raw_request)
         # Without a check of its bytes: a damaged package is all the more reason to drop states.
         await asyncio.to_thread(front.resolver.stores[tenant].path, memory_id)
     return MemoryEvicted(id=memory_id, evicted=await front.engine_client.evict(memory_id))
-
-
-@contextmanager
-def _client_errors(parameter: str) -> Iterator[None]:
-    """Turn our errors into those of the HTTP layer, with the name of the parameter at fault."""
-    try:
-        yield
-    except AwarenessError as error:
-        raise client_error(error, parameter) from error
 
 
 def _page(store: Store, limit: int, after: str | None) -> MemoryList:
@@ -222,7 +213,7 @@ def _compatibility(front: FrontEnd, tenant: str, memory_id: str) -> Compatibilit
     return Compatibility(
         loadable=True,
         wmatrix=wmatrix.path.name if wmatrix else None,
-        prompt_tokens=len(prompt.ids),
+        prompt_tokens=prompt.memories[0].tokens,
         retention=prompt.retention[0],
         certified=wmatrix is not None and wmatrix.certificate is not None,
     )

@@ -1,25 +1,45 @@
-"""Checks before the engine: extras that would kill it, memories on routes that ignore them."""
+"""Checks before the engine: extras that would kill it, options that exclude memories."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
-from fastapi import FastAPI
-from fastapi.routing import APIRoute
-from starlette.requests import Request
-from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from fastapi import Request
+from vllm import envs
 
 from awareness_vllm.errors import UnsupportedRequest
-from awareness_vllm.serving.request import MEMORY, MEMORY_IDS
+from awareness_vllm.serving.config import PARAMS_KEY
+from awareness_vllm.serving.connector.kv_reader import CAPTURE_KEY
 
-OTHER_ROUTES = ("/invocations", "/v1/chat/completions/batch", "/inference/v1/generate")
-"""vLLM's routes that take a prompt and know no memories."""
 MAX_DEPTH = 32
 """vLLM hands a request's own parameters to its engine by recursion: at 500 levels stock vLLM 0.32
 dies of one request."""
+
+
+def strip_reserved_params(request: Any) -> None:
+    """Remove the fields of a client's `kv_transfer_params` that only this server may set."""
+    if params := getattr(request, "kv_transfer_params", None):
+        reserved = (PARAMS_KEY, CAPTURE_KEY)
+        request.kv_transfer_params = {k: v for k, v in params.items() if k not in reserved} or None
+
+
+def check_extras(request: Any) -> None:
+    """Refuse extras of a request that vLLM's engine would choke on, with memories or without."""
+    xargs = getattr(request, "vllm_xargs", None)
+    params = getattr(request, "kv_transfer_params", None)
+    for name, value in (("kv_transfer_params", params), ("vllm_xargs", xargs)):
+        if value:
+            check_engine_extras(name, value)
+    if xargs and "kv_transfer_params" in xargs:
+        raise _named(
+            "vllm_xargs",
+            UnsupportedRequest(
+                "vllm_xargs overrides another field of the request",
+                found="kv_transfer_params in vllm_xargs",
+                expected="kv_transfer_params beside it",
+            ),
+        )
 
 
 def check_engine_extras(name: str, value: object) -> None:
@@ -53,49 +73,59 @@ def _is_unicode(value: object) -> bool:
 
 
 def _refused(name: str, found: str, expected: str) -> UnsupportedRequest:
-    return UnsupportedRequest(
-        f"{name} cannot be handed to the engine",
-        found=found,
-        expected=expected,
-        remedy=f"send less in {name}",
+    return _named(
+        name,
+        UnsupportedRequest(
+            f"{name} cannot be handed to the engine",
+            found=found,
+            expected=expected,
+            remedy=f"send less in {name}",
+        ),
     )
 
 
-def refuse_memories(app: FastAPI) -> None:
-    """Answer memories with a 400 on routes that would ignore them."""
-    for route in app.routes:
-        if isinstance(route, APIRoute) and route.path in OTHER_ROUTES:
-            route.app = _refusing(route.app, route.path)
+def _named(parameter: str, error: UnsupportedRequest) -> UnsupportedRequest:
+    error.parameter = parameter
+    return error
 
 
-def _refusing(inner: ASGIApp, path: str) -> ASGIApp:
-    message = f"{path} takes no {MEMORY_IDS} or {MEMORY}: use /v1/completions or a chat API"
-    error = {"message": message, "type": "BadRequestError", "param": MEMORY_IDS, "code": 400}
+def check_request(request: Any, raw_request: Request, sent: str) -> None:
+    """Refuse fields with which a memory, `sent` in that field, would be ignored in silence, cut in
+    two, or wrong.
 
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        body = await Request(scope, receive).body()
-        if _names_memories(body):
-            await JSONResponse({"error": error}, 400)(scope, receive, send)
-            return
-        replayed = False
+    Raises:
+        UnsupportedRequest
+    """
+    conflicts = {
+        "prompt_logprobs": getattr(request, "prompt_logprobs", None) is not None,
+        "echo": bool(getattr(request, "echo", False)),
+        "truncate_prompt_tokens": getattr(request, "truncate_prompt_tokens", None) is not None,
+        "use_beam_search": bool(getattr(request, "use_beam_search", False)),
+        "prompt_embeds": getattr(request, "prompt_embeds", None) is not None,
+        "previous_response_id": getattr(request, "previous_response_id", None) is not None,
+        "a LoRA adapter": may_be_adapter(raw_request.app.state.openai_serving_models, request),
+    }
+    for field, present in conflicts.items():
+        if present:
+            raise UnsupportedRequest(
+                f"{sent} cannot be combined with {field}",
+                found=field if field != "a LoRA adapter" else f"the model {request.model}"[:100],
+                expected=f"{sent} without it",
+                remedy=f"leave out {field}, or send the memory's text in the prompt",
+            )
 
-        async def replay() -> Message:
-            nonlocal replayed
-            if replayed:
-                return await receive()
-            replayed = True
-            return {"type": "http.request", "body": body, "more_body": False}
 
-        await inner(scope, replay, send)
-
-    return app
-
-
-def _names_memories(body: bytes) -> bool:
-    try:
-        fields: Any = json.loads(body)
-    except (ValueError, RecursionError):
-        return False  # vLLM's own error says what is wrong
-    return isinstance(fields, dict) and any(
-        fields.get(field) is not None for field in (MEMORY_IDS, MEMORY)
+def may_be_adapter(models: Any, request: Any) -> bool:
+    """Whether a request's model is, or by the time that it is answered may be, a LoRA adapter of
+    the served one: vLLM loads adapters on request, by resolvers that plugins bring."""
+    name = request.model
+    if not name or models.is_base_model(name):
+        return False
+    if name in models.lora_requests:
+        return True
+    # Without these any other name is unknown, or (the last one) another name of the base model.
+    return (
+        models.engine_client.vllm_config.lora_config is not None
+        and envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING
+        and not envs.VLLM_SKIP_MODEL_NAME_VALIDATION
     )

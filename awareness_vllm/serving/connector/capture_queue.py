@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -25,6 +26,7 @@ class CaptureQueue:
     def __init__(self, *, everything: bool = False) -> None:
         self.everything = everything
         self.announced: dict[str, Path | None] = {}
+        self.parts: dict[str, list[tuple[int, States]]] = {}
         self.results: dict[str, Future[States]] = {}
         # Files are written beside the engine's steps: no other request waits for a disk.
         self.thread = ThreadPoolExecutor(1, "awareness-capture")
@@ -34,17 +36,30 @@ class CaptureQueue:
         self.announced[key] = Path(path) if path else None
 
     def expects(self, key: str) -> bool:
-        return self.everything or key in self.announced
+        return key in self.announced or (self.everything and key not in self.results)
 
-    def capture(self, key: str, read: Callable[[], States]) -> None:
-        """Read states back now, while their blocks hold them, and write them later."""
-        path = self.announced.pop(key, Path(key) if self.everything else None)
-        self.results[key] = future = Future[States]()
+    def capture(
+        self, key: str, read: Callable[[], States], begin: int = 0, *, last: bool = True
+    ) -> None:
+        """Read the states of a step's tokens back now, while their blocks hold them: those from
+        position `begin` on. With the `last` ones all of them are written, later.
+
+        After an error there is nothing more to expect of this key.
+        """
+        parts = self.parts.setdefault(key, [])
         try:
-            states = read()
+            cut_at(parts, begin)
+            parts.append((begin, read()))
+            if not last:
+                return
+            states = joined([part for _, part in self.parts.pop(key)])
         except Exception as error:
+            self.discard(key)
+            self.results[key] = future = Future[States]()
             future.set_exception(error)
             return
+        path = self.announced.pop(key, Path(key) if self.everything else None)
+        self.results[key] = future = Future[States]()
         if path is None:
             future.set_result(states)
         elif self.everything:
@@ -72,7 +87,24 @@ class CaptureQueue:
     def discard(self, key: str) -> None:
         """Forget a capture whose request came to nothing."""
         self.announced.pop(key, None)
+        self.parts.pop(key, None)
         self.results.pop(key, None)
+
+
+def cut_at(parts: list[tuple[int, States]], begin: int) -> None:
+    """Drop what a preempted request computes again: all states from position `begin` on."""
+    while parts and parts[-1][0] >= begin:
+        parts.pop()
+    if parts:
+        first, states = parts[-1]
+        parts[-1] = first, {name: one[: begin - first] for name, one in states.items()}
+
+
+def joined(parts: list[States]) -> States:
+    """Consecutive states as one."""
+    if len(parts) == 1:
+        return parts[0]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def keys_and_values(states: States, layers: int) -> tuple[list[Tensor], list[Tensor]]:

@@ -148,14 +148,14 @@ class AwarenessConnector(KVConnectorBase_V1, SupportsHMA):
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
     ) -> None:
         try:
-            self.scheduler.plan_load(request, blocks, num_external_tokens)
+            cached = self.scheduler.plan_load(request, blocks, num_external_tokens)
         except Exception as error:
             logger.exception("request %s is prefilled instead", request.request_id)
             self.scheduler.step.failed.append(request.request_id)
             self.tracker.record_failure(request.request_id, error)
         else:
             if num_external_tokens:
-                self.tracker.start(request.request_id)
+                self.tracker.start(request.request_id, cached)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         try:

@@ -27,23 +27,23 @@ DIGIT = 128
 
 
 def read_kv(layout: KVLayout, geometry: Geometry, save: SaveSpec) -> dict[str, Tensor]:
-    """`layers.i.key` and `layers.i.value` [T, H, D] of a request, on the host.
+    """`layers.i.key` and `layers.i.value` [T, H, D] of what one step computed, on the host.
 
     Raises:
         UnsupportedModel: a layer has given back blocks outside of its window, or a rank holds only
             some of the heads.
     """
     tensors: dict[str, Tensor] = {}
-    slot_mappings = layout.slot_mappings(save.block_ids, 0, save.tokens)
+    slot_mappings = layout.slot_mappings(save.block_ids, save.begin, save.end)
     for name, layer in layout.layers.items():
         slot_mapping = slot_mappings[layout.groups[name]]
         if (slot_mapping == PAD_SLOT_ID).any():
             raise UnsupportedModel(
                 f"layer {name} no longer holds the whole context",
                 found="blocks outside its sliding window were given back",
-                expected="a prompt that is computed in one step, and nothing of it cached",
-                remedy="start with --disable-hybrid-kv-cache-manager, or a larger "
-                "--max-num-batched-tokens",
+                expected="a prompt of which the prefix cache holds nothing",
+                remedy="send it with a new cache_salt, or start with "
+                "--disable-hybrid-kv-cache-manager",
             )
         key, value = read_slots(layer, slot_mapping)
         index = layer_index(name)

@@ -190,10 +190,12 @@ class LoadTracker:
         self.stats = LoadStats()
         self.outcomes: dict[str, Outcome | None] = {}
         self.by_rank: dict[str, Outcome] = {}
+        self.cached: dict[str, int] = {}
 
-    def start(self, request_id: str) -> None:
-        """A load is under way."""
+    def start(self, request_id: str, cached: int = 0) -> None:
+        """A load is under way, after so many tokens that the prefix cache had."""
         self.outcomes.setdefault(request_id, None)
+        self.cached[request_id] = cached
 
     def record(self, outcomes: Mapping[str, Outcome], ended: Iterable[str]) -> None:
         """Record the ranks' outcomes by request ID, and which loads have ended on all ranks.
@@ -222,13 +224,14 @@ class LoadTracker:
         outcome = self.outcomes.get(request.request_id, all_cached)
         if outcome is None or plan is None:
             return None
-        report = load_report(outcome)
+        report = load_report(outcome, self.cached.get(request.request_id, 0))
         self.stats.data["requests"].append(report["temperature"])
         return {PARAMS_KEY: report}
 
     def finish(self, request_id: str) -> None:
         """Forget a request."""
         self.outcomes.pop(request_id, None)
+        self.cached.pop(request_id, None)
 
     def take_stats(self) -> LoadStats | None:
         """The statistics since the last call, None where nothing happened."""
@@ -236,10 +239,12 @@ class LoadTracker:
         return None if taken.is_empty() else taken
 
 
-def load_report(outcome: Outcome) -> dict[str, Any]:
-    """One request's outcome, as its client reads it."""
+def load_report(outcome: Outcome, cached: int = 0) -> dict[str, Any]:
+    """One request's outcome, as its client reads it. After a failed load, `cached` tokens of the
+    memory may still be aligned ones, from the prefix cache."""
     if isinstance(outcome, Failed):
-        return {"temperature": RECOMPUTED, "reason": outcome.reason}
+        report = {"temperature": RECOMPUTED, "reason": outcome.reason}
+        return {**report, "cached_tokens": cached} if cached else report
     return {
         "temperature": outcome.temperature,
         "loaded_tokens": outcome.tokens,

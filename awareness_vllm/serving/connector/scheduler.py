@@ -43,11 +43,24 @@ class LoadSpec:
 
 @dataclass(frozen=True)
 class SaveSpec:
-    """The read-back of a request's first `tokens` tokens (capture), under a name."""
+    """The read-back of positions begin … end-1 of a captured prompt of `tokens` tokens, under its
+    name: what one step has computed of it."""
+
+    name: str
+    begin: int
+    end: int
+    tokens: int
+    block_ids: BlockIds
+
+
+@dataclass
+class PendingCapture:
+    """A prompt of `tokens` tokens that is captured step by step: its first `read` are planned."""
 
     name: str
     tokens: int
     block_ids: BlockIds
+    read: int = 0
 
 
 @dataclass
@@ -72,7 +85,7 @@ class ConnectorScheduler:
         self.step = ConnectorMetadata()
         self.plans: dict[str, LoadParams | None] = {}
         self.failed: set[str] = set()
-        self.captures: dict[str, SaveSpec] = {}
+        self.captures: dict[str, PendingCapture] = {}
 
     @classmethod
     def from_vllm(cls, kv_cache_config: KVCacheConfig) -> ConnectorScheduler:
@@ -95,11 +108,15 @@ class ConnectorScheduler:
             return 0
         return max(0, loadable(plan, request) - computed)
 
-    def plan_load(self, request: Request, blocks: KVCacheBlocks, external: int) -> None:
-        """Plan the load of `external` tokens, the memory's last ones, into the request's blocks."""
+    def plan_load(self, request: Request, blocks: KVCacheBlocks, external: int) -> int:
+        """Plan the load of `external` tokens, the memory's last ones, into the request's blocks.
+
+        Returns:
+            tokens before them, which the prefix cache has.
+        """
         plan = self.plan_of(request)
         if external == 0 or plan is None:
-            return
+            return 0
         # A request with embeddings for a prompt is refused by the endpoint.
         assert request.prompt_token_ids is not None
         end = loadable(plan, request)
@@ -110,10 +127,10 @@ class ConnectorScheduler:
         ids = list(request.prompt_token_ids[: plan.tokens])
         load = LoadSpec(request.request_id, plan, ids, end - external, end, block_ids)
         self.step.loads.append(load)
+        return load.begin
 
     def plan_saves(self, output: SchedulerOutput, key: str) -> None:
-        """Plan captures: read each request that asks for one back in the step that completes its
-        prompt.
+        """Plan captures: of each request that asks for one, what this step computes of its prompt.
 
         A prompt may take several steps; the blocks that they bring are gathered on the way.
         """
@@ -123,38 +140,42 @@ class ConnectorScheduler:
             params = (new.sampling_params.extra_args or {}).get("kv_transfer_params") or {}
             if isinstance(name := params.get(key), str):
                 block_ids = tuple(list(ids) for ids in new.block_ids)
-                save = SaveSpec(name, len(new.prompt_token_ids), block_ids)
-                self.captures[new.req_id] = save
-                self.save_if_complete(new.req_id, new.num_computed_tokens, output)
+                capture = PendingCapture(name, len(new.prompt_token_ids), block_ids)
+                self.captures[new.req_id] = capture
+                self.plan_save(new.req_id, new.num_computed_tokens, output)
         if not self.captures:
             return
         later = output.scheduled_cached_reqs
         for request, ids, computed in zip(
             later.req_ids, later.new_block_ids, later.num_computed_tokens, strict=True
         ):
-            if (capture := self.captures.get(request)) is None:
+            if (pending := self.captures.get(request)) is None:
                 continue
             if request in later.resumed_req_ids:
-                for group in capture.block_ids:
+                for group in pending.block_ids:
                     group.clear()
-            for group, new_ids in zip(capture.block_ids, ids or (), strict=False):
+            for group, new_ids in zip(pending.block_ids, ids or (), strict=False):
                 group.extend(new_ids)
-            self.save_if_complete(request, computed, output)
+            self.plan_save(request, computed, output)
 
-    def save_if_complete(self, request: str, computed: int, output: SchedulerOutput) -> None:
-        """Plan the read-back of a request whose prompt is computed after this step.
+    def plan_save(self, request: str, computed: int, output: SchedulerOutput) -> None:
+        """Plan the read-back of what is new of a prompt after this step.
 
-        A layer with a window still holds all of a prompt that was computed in this one step; else
-        it has given back the blocks outside of the window, and they may be another request's.
+        A layer with a window holds what this step computes, and the window before it; of tokens
+        that the prefix cache brought it may hold less: those blocks may be another request's.
         """
         capture = self.captures[request]
-        if computed + output.num_scheduled_tokens[request] < capture.tokens:
-            return
-        del self.captures[request]
-        for group, window in zip(capture.block_ids, self.windows, strict=True):
-            if window and window < capture.tokens and computed:
-                group[:] = [NULL_BLOCK] * len(group)
-        self.step.saves.append(capture)
+        # A preempted request is computed again, from wherever the prefix cache leaves off.
+        begin = min(computed, capture.read)
+        end = min(computed + output.num_scheduled_tokens[request], capture.tokens)
+        block_ids = tuple(
+            [NULL_BLOCK] * len(group) if window and begin < computed - window + 1 else list(group)
+            for group, window in zip(capture.block_ids, self.windows, strict=True)
+        )
+        self.step.saves.append(SaveSpec(capture.name, begin, end, capture.tokens, block_ids))
+        capture.read = end
+        if end == capture.tokens:
+            del self.captures[request]
 
     def finish(self, request_id: str) -> None:
         """Forget a request."""

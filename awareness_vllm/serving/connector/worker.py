@@ -272,10 +272,10 @@ class ConnectorWorker:
         self.writer.place(memory.keys, memory.values, begin, offset, slot_mappings)
 
     def save(self, save: SaveSpec) -> None:
-        """Read a request's states back, where that was announced."""
+        """Read back what a step computed of a request, where that was announced."""
         if self.captures.expects(save.name):
             read = functools.partial(read_kv, self.layout, self.model.geometry, save)
-            self.captures.capture(save.name, read)
+            self.captures.capture(save.name, read, save.begin, last=save.end == save.tokens)
 
     def keep_head(self, capture: str, name: str, ids: list[int]) -> str:
         """Keep captured states as the head that prompts begin with; the error's message, or ""."""
