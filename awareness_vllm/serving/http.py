@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import TYPE_CHECKING, cast
 
 from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.exceptions import (
+    GracefulHTTPError,
     VLLMNotFoundError,
     VLLMUnprocessableEntityError,
     VLLMValidationError,
@@ -20,9 +23,14 @@ from awareness_vllm.serving.tenants import Tenants
 
 if TYPE_CHECKING:
     from awareness_vllm.compatibility.target import TargetConfig
+    from awareness_vllm.serving.admission import Admission
     from awareness_vllm.serving.api.canary import Canary
     from awareness_vllm.serving.api.engine_client import MemoryEngineClient
     from awareness_vllm.serving.resolver import MemoryResolver
+    from awareness_vllm.serving.storage import CaptureLimits
+
+RETRY_AFTER = {"Retry-After": "1"}
+"""Seconds: most memories are loaded by then."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,12 @@ class FrontEnd:
     engine_client: MemoryEngineClient
     target: TargetConfig
     canary: Canary
+    admission: Admission
+    capture_limits: CaptureLimits
+
+
+class BusyError(GracefulHTTPError):
+    """A refusal for now; the response says when to try again."""
 
 
 def caller(raw_request: Request) -> tuple[FrontEnd, str]:
@@ -62,6 +76,10 @@ def client_error(error: AwarenessError, parameter: str = MEMORY_IDS) -> Exceptio
     """
     if error.status == 401:
         return error
+    if error.status == 429:
+        return BusyError(str(error), HTTPStatus.TOO_MANY_REQUESTS)
+    if error.status in (403, 507):
+        return GracefulHTTPError(str(error), HTTPStatus(error.status))
     if error.status == 404:
         return VLLMNotFoundError(str(error))
     kind = VLLMUnprocessableEntityError if error.status == 422 else VLLMValidationError
@@ -76,3 +94,13 @@ def answer_unauthorized(app: FastAPI) -> None:
         return JSONResponse({"error": "Unauthorized"}, status_code=401, headers=headers)
 
     app.add_exception_handler(Unauthorized, handler)
+
+
+def answer_busy(app: FastAPI) -> None:
+    """Answer a refusal for now as vLLM does its errors, and say when to try again."""
+
+    async def handler(raw_request: Request, error: Exception) -> JSONResponse:
+        body = create_error_response(error)
+        return JSONResponse(body.model_dump(), status_code=body.error.code, headers=RETRY_AFTER)
+
+    app.add_exception_handler(BusyError, handler)

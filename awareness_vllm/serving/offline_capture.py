@@ -20,8 +20,7 @@ from awareness_vllm.packages.capture import read_tokens
 from awareness_vllm.packages.file import Package, build, read_states
 from awareness_vllm.schema import plain_name
 from awareness_vllm.serving.config import ServingConfig, transfer_config
-from awareness_vllm.serving.connector.capture_queue import keys_and_values
-from awareness_vllm.serving.connector.kv_reader import CAPTURE_KEY
+from awareness_vllm.serving.connector.capture_queue import capture_to, keys_and_values
 from awareness_vllm.serving.plugin import register, vllm_version
 
 BLOCK_SLACK = 1024
@@ -75,8 +74,13 @@ def as_package(
 
 def cache_bytes(geometry: Geometry, tokens: int) -> int:
     """Bytes of KV cache for one request, with room for blocks that are not full."""
+    return state_bytes(geometry, tokens + BLOCK_SLACK)
+
+
+def state_bytes(geometry: Geometry, tokens: int) -> int:
+    """Bytes of the keys and values of so many tokens, of all layers."""
     itemsize = getattr(torch, geometry.dtype).itemsize
-    return 2 * (tokens + BLOCK_SLACK) * geometry.width * itemsize
+    return 2 * tokens * geometry.width * itemsize
 
 
 def _prefill(model: Path, ids: list[int], states: Path, cache: int) -> None:
@@ -92,9 +96,9 @@ def _prefill(model: Path, ids: list[int], states: Path, cache: int) -> None:
         enable_prefix_caching=False,
         disable_hybrid_kv_cache_manager=True,
         kv_cache_memory_bytes=cache,
-        kv_transfer_config=transfer_config(ServingConfig(store=str(states.parent), capture=True)),
+        kv_transfer_config=transfer_config(ServingConfig(store=str(states.parent))),
     )
     engine.generate(
         {"prompt_token_ids": ids},
-        SamplingParams(max_tokens=1, extra_args={"kv_transfer_params": {CAPTURE_KEY: str(states)}}),
+        SamplingParams(max_tokens=1, extra_args={"kv_transfer_params": capture_to(states)}),
     )

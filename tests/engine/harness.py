@@ -133,15 +133,17 @@ def paused(server: Server) -> Iterator[None]:
             process.resume()
 
 
-def serving(model: Path, store: Path, log: Path, *flags: object) -> Iterator[Server]:
-    """Start a server, wait until it answers, stop it."""
+def serving(
+    model: Path, store: Path, log: Path, *flags: object, **variables: str
+) -> Iterator[Server]:
+    """Start a server with further environment variables, wait until it answers, stop it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [*CLI, "serve", model, "--store", store, "--port", port, *EAGER, *flags]
     command += ["--served-model-name", "served"]
     # A server makes its own secret; this process may have one, from which tests forge salts.
-    environment = {name: value for name, value in os.environ.items() if name != SECRET}
+    environment = {name: value for name, value in os.environ.items() if name != SECRET} | variables
     with log.open("w") as out:
         process = subprocess.Popen(list(map(str, command)), stdout=out, stderr=out, env=environment)
     url = f"http://127.0.0.1:{port}"

@@ -29,11 +29,12 @@ from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
-from vllm.exceptions import VLLMClientError
+from vllm.exceptions import GracefulHTTPError, VLLMClientError
 from vllm.logger import init_logger
 
 from awareness_vllm.compatibility.target import QUANTIZATIONS, CacheDtype, TargetConfig
 from awareness_vllm.errors import AwarenessError, UnsupportedRequest
+from awareness_vllm.serving.admission import Admission
 from awareness_vllm.serving.api import memories as memory_routes
 from awareness_vllm.serving.api.canary import Canary, check_sinks
 from awareness_vllm.serving.api.capture import announce_capture
@@ -43,12 +44,21 @@ from awareness_vllm.serving.api.validation import check_engine_extras, refuse_me
 from awareness_vllm.serving.config import CONNECTOR, PARAMS_KEY, ServingConfig
 from awareness_vllm.serving.connector.kv_reader import CAPTURE_KEY
 from awareness_vllm.serving.connector.worker_extension import BIND
-from awareness_vllm.serving.http import FrontEnd, answer_unauthorized, caller, client_error
+from awareness_vllm.serving.http import (
+    RETRY_AFTER,
+    BusyError,
+    FrontEnd,
+    answer_busy,
+    answer_unauthorized,
+    caller,
+    client_error,
+)
 from awareness_vllm.serving.params import kv_transfer_params
 from awareness_vllm.serving.prompt import Prompt
 from awareness_vllm.serving.request import MEMORY, MEMORY_IDS, parse_memory_request
 from awareness_vllm.serving.resolver import MemoryResolver
 from awareness_vllm.serving.served_model import ServedModel
+from awareness_vllm.serving.storage import CaptureLimits
 from awareness_vllm.serving.tenants import Tenants
 
 if TYPE_CHECKING:
@@ -80,6 +90,7 @@ class AwarenessEndpoints:
         app.include_router(router)
         app.include_router(memory_routes.router)
         answer_unauthorized(app)
+        answer_busy(app)
         refuse_memories(app)
 
     async def init_state(
@@ -96,7 +107,7 @@ class AwarenessEndpoints:
             return
         config = ServingConfig.parse(transfer.kv_connector_extra_config)
         front = await asyncio.to_thread(build_front_end, config, engine_client)
-        await engine_client.collective_rpc(BIND)
+        await front.engine_client.call(BIND)
         await check_sinks(front.engine_client, front.resolver)
         await front.engine_client.pin(front.resolver, config.pin)
         state.awareness = front
@@ -106,13 +117,17 @@ class AwarenessEndpoints:
 def build_front_end(config: ServingConfig, engine: EngineClient) -> FrontEnd:
     """The front end's parts from the configuration. Raises BadInput, WMatrixCorrupt."""
     model = ServedModel.of(engine.vllm_config)
-    client = MemoryEngineClient(engine)
+    resolver, client = MemoryResolver.from_config(config, model), MemoryEngineClient(engine)
     return FrontEnd(
-        resolver=MemoryResolver.from_config(config, model),
+        resolver=resolver,
         tenants=Tenants.read(config.tenants),
         engine_client=client,
         canary=Canary(client),
         target=target_config(engine.vllm_config, model, config.tail),
+        admission=Admission(
+            resolver.stores, client.loaded, config.max_loads, config.max_load_bytes
+        ),
+        capture_limits=CaptureLimits.from_config(config),
     )
 
 
@@ -199,8 +214,12 @@ async def create_messages(request: AnthropicMessagesRequest, raw_request: Reques
     insert = chat_insert(request, render)
     try:
         return await answer(request, raw_request, insert, message_routes.create_messages)
-    except VLLMClientError as error:  # in the form that clients of this API expect
-        return message_routes.translate_error_response(create_error_response(error))
+    except (VLLMClientError, GracefulHTTPError) as error:
+        # In the form that clients of this API expect.
+        response = message_routes.translate_error_response(create_error_response(error))
+        if isinstance(error, BusyError):
+            response.headers.update(RETRY_AFTER)
+        return response
 
 
 async def rendered_chat(
@@ -232,16 +251,21 @@ async def answer(
             capture = await announce_capture(request, raw_request, memory_request.capture)
             return await capture.finish(handler(request, raw_request))
         front, tenant = caller(raw_request)
-        prompt = await asyncio.to_thread(
-            front.resolver.resolve, memory_request, tenant, request.cache_salt
-        )
-        await front.canary.check(prompt)
-        used = await insert(front, prompt)
+        load = await front.admission.admit(tenant, memory_request.ids)
+
+        async def load_and_answer() -> Response | None:
+            prompt = await asyncio.to_thread(
+                front.resolver.resolve, memory_request, tenant, request.cache_salt
+            )
+            await front.canary.check(prompt)
+            used = await insert(front, prompt)
+            # Where `insert` had no prompt, it says why; no response at all: the client has gone.
+            response = await handler(request, raw_request)
+            return with_report(response, used) if used and response else response
+
+        return await load.until_answered(load_and_answer())
     except AwarenessError as error:
         raise client_error(error) from error
-    response = await handler(request, raw_request)  # where `insert` had no prompt, it says why
-    # No response at all: the client has gone.
-    return with_report(response, used) if used and response else response
 
 
 def strip_reserved_params(request: AnyRequest) -> None:
