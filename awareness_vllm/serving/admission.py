@@ -69,12 +69,18 @@ class Admission:
         Raises:
             InvalidMemoryId, MemoryNotFound, PackageTooLarge; TooManyLoads: there is no room now.
         """
-        store = self.stores[tenant]
-        return await self._admit(
-            await asyncio.to_thread(
-                lambda: {one: store.size(one, limit=self.max_bytes) for one in memories}
-            )
+        sizes = await asyncio.to_thread(
+            lambda: {memory: self.size(tenant, memory) for memory in memories}
         )
+        return await self._admit(sizes)
+
+    def size(self, tenant: str, memory: str) -> int:
+        """Bytes of a tenant's memory: whoever reads files asks before.
+
+        Raises:
+            InvalidMemoryId, MemoryNotFound, PackageTooLarge
+        """
+        return self.stores[tenant].size(memory, limit=self.max_bytes)
 
     async def admit_capture(self, key: str, size: int) -> Admitted:
         """Let a capture of about `size` bytes through: its states wait in memory for the disk.

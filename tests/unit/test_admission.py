@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from memories_server import DELETE, LOAD, Make, Server
+from memories_server import CHECK, DELETE, GET, LOAD, Make, Server
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
@@ -227,13 +227,14 @@ def test_a_server_at_its_bounds_says_when_to_try_again(
     assert second not in server.admission.warm
 
 
+@pytest.mark.parametrize("route", [GET, CHECK, LOAD])
 def test_a_large_file_is_refused_before_it_is_read(
-    server: Server, make_package: Make, monkeypatch: pytest.MonkeyPatch
+    server: Server, make_package: Make, monkeypatch: pytest.MonkeyPatch, route: str
 ) -> None:
     memory = server.publish(make_package())
-    monkeypatch.setattr(server.resolver, "resolve", lambda *args: pytest.fail("it was read"))
+    monkeypatch.setattr(server.resolver, "check", lambda *args: pytest.fail("it was read"))
     server.admission.max_bytes = 100
-    response = server.call(LOAD, memory)
+    response = server.call(route, memory)
     assert response.status_code == 422
     assert "--max-load-gib" in response.json()["error"]["message"]
 

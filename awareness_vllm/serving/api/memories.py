@@ -129,14 +129,18 @@ def list_memories(
 def retrieve_memory(memory_id: str, raw_request: Request) -> MemoryDetail:
     """A memory's manifest, and whether this server's model can use it."""
     with _client_errors("memory_id"):
-        return _detail(*caller(raw_request), memory_id)
+        front, tenant = caller(raw_request)
+        front.admission.size(tenant, memory_id)
+        return _detail(front, tenant, memory_id)
 
 
 @router.get("/{memory_id}/compatibility", responses=ONE_MEMORY_ERRORS)
 def check_memory(memory_id: str, raw_request: Request) -> CompatibilityReport:
     """The memory on this model: estimates and their basis, risks, advice."""
     with _client_errors("memory_id"):
-        return _report(*caller(raw_request), memory_id)
+        front, tenant = caller(raw_request)
+        front.admission.size(tenant, memory_id)
+        return _report(front, tenant, memory_id)
 
 
 @router.post("/{memory_id}/load", responses=ONE_MEMORY_ERRORS, response_model=MemoryLoad)
