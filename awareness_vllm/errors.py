@@ -68,6 +68,24 @@ class Unauthorized(AwarenessError):
     status = 401
 
 
+class CaptureNotAllowed(AwarenessError):
+    """A capture on a server whose operator has not allowed any."""
+
+    status = 403
+
+
+class TooManyLoads(AwarenessError):
+    """More cold memories at once than the server loads; the request may be sent again soon."""
+
+    status = 429
+
+
+class StorageFull(AwarenessError):
+    """A capture for which the tenant's quota, or the disk, has no room."""
+
+    status = 507
+
+
 class NotAvailable(AwarenessError):
     """A part of the published interface that does not exist yet."""
 
@@ -82,6 +100,12 @@ class MemoryNotFound(AwarenessError):
 
 class PackageCorrupt(AwarenessError):
     """A package whose bytes or manifest contradict its ID."""
+
+    status = 422
+
+
+class PackageTooLarge(AwarenessError):
+    """A package whose file is larger than the server loads."""
 
     status = 422
 

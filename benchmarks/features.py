@@ -68,7 +68,8 @@ def flags_of(folder: Path) -> list[object]:
 
 def capture_memory(model: Path, folder: Path) -> str:
     """The ID of the memory for all features, captured on a server of its own."""
-    with running(AWARENESS, model, flags_of(folder), folder / "log") as server:
+    flags = [*flags_of(folder), "--allow-capture"]
+    with running(AWARENESS, model, flags, folder / "log") as server:
         body = {"model": NAME, "max_tokens": 1}
         answer = ask(server.url, body, TEXT, memory={"capture": "text"}).raise_for_status()
         return answer.json()["memory"]["id"]

@@ -1,6 +1,6 @@
 """The place of a memory in a chat: in the first user turn, or before the whole template.
 
-    awareness serve SMOLLM2_FOLDER --port 8000 …
+    awareness serve SMOLLM2_FOLDER --port 8000 --allow-capture …
     python benchmarks/placement.py --url http://127.0.0.1:8000 --cases CASES.jsonl --limit 60
 
 Each case's context is captured on the running server itself, then its question is asked in a chat:

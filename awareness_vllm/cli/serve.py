@@ -29,6 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--host-cache-gib", "host_cache_gib", type=float, metavar="GIB")
     option("--disk-cache", "disk_cache", type=Path, metavar="DIR")
     option("--load-timeout", "load_timeout", type=float, metavar="SECONDS")
+    option("--max-loads", "max_loads", type=int, metavar="N")
+    option("--max-load-gib", "max_load_gib", type=float, metavar="GIB")
+    option("--allow-capture", "allow_capture", action="store_true")
+    option("--capture-quota-gib", "capture_quota_gib", type=float, metavar="GIB")
+    option("--min-free-gib", "min_free_gib", type=float, metavar="GIB")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -45,6 +50,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         host_cache_gib=args.host_cache_gib,
         disk_cache=args.disk_cache,
         load_timeout=args.load_timeout,
+        max_loads=args.max_loads,
+        max_load_gib=args.max_load_gib,
+        allow_capture=args.allow_capture,
+        capture_quota_gib=args.capture_quota_gib,
+        min_free_gib=args.min_free_gib,
     )
     return {"argv": command(args.model, config, args.flags)}
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from awareness_vllm.errors import MemoryNotFound
+from awareness_vllm.errors import MemoryNotFound, PackageTooLarge
 from awareness_vllm.files import default_store
 from awareness_vllm.packages.manifest import MEMORY_ID, check_id
 
@@ -31,6 +31,26 @@ class Store:
     def has(self, memory_id: object) -> bool:
         """Whether the store has a memory. Raises InvalidMemoryId."""
         return (self.folder / f"{check_id(memory_id)}.safetensors").is_file()
+
+    def size(self, memory_id: object, *, limit: int | None = None) -> int:
+        """Bytes of a memory's file.
+
+        Raises:
+            InvalidMemoryId, MemoryNotFound; PackageTooLarge: more than `limit`.
+        """
+        path = self.path(memory_id)
+        try:
+            size = path.stat(follow_symlinks=False).st_size
+        except FileNotFoundError as error:
+            raise memory_not_found(memory_id) from error
+        if limit is not None and size > limit:
+            raise PackageTooLarge(
+                f"memory {memory_id} is larger than this server loads",
+                found=f"{size / 2**30:.3g} GiB",
+                expected=f"{limit / 2**30:.3g} GiB at most",
+                remedy="start the server with a larger --max-load-gib",
+            )
+        return size
 
     def ids(self) -> Iterator[str]:
         """The IDs in this store, sorted."""

@@ -45,7 +45,31 @@ class ServingConfig(FrozenModel):
         None, description="JSON file of tenants with API keys and a store each"
     )
     pin: tuple[str, ...] = Field((), description="memories to keep warm from the start")
-    capture: bool = Field(False, description="read back every capture (offline engines only)")
+    max_loads: int = Field(
+        32, ge=1, description="cold memories that are loaded at once; beyond, 429 with Retry-After"
+    )
+    max_load_gib: float = Field(
+        4.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="GiB of packages that are loaded at once; a larger package is refused",
+    )
+    allow_capture: bool = Field(
+        False, description="let requests publish their prompts as memories in their tenant's store"
+    )
+    capture_quota_gib: float = Field(
+        10.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="GiB up to which captures may fill a tenant's store",
+    )
+    min_free_gib: float = Field(
+        1.0, ge=0, allow_inf_nan=False, description="GiB of disk that captures leave free"
+    )
+
+    @property
+    def max_load_bytes(self) -> int:
+        return int(self.max_load_gib * 2**30)
 
     @classmethod
     def parse(cls, options: Mapping[str, Any]) -> ServingConfig:

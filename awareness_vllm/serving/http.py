@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, cast
 
 from fastapi import FastAPI, Request
@@ -15,6 +16,7 @@ from vllm.entrypoints.anthropic.api_router import translate_error_response
 from vllm.entrypoints.anthropic.protocol import AnthropicError, AnthropicErrorResponse
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.exceptions import (
+    GracefulHTTPError,
     VLLMNotFoundError,
     VLLMUnprocessableEntityError,
     VLLMValidationError,
@@ -27,9 +29,14 @@ from awareness_vllm.serving.tenants import Tenants
 
 if TYPE_CHECKING:
     from awareness_vllm.compatibility.target import TargetConfig
+    from awareness_vllm.serving.admission import Admission
     from awareness_vllm.serving.api.canary import Canary
     from awareness_vllm.serving.api.engine_client import MemoryEngineClient
     from awareness_vllm.serving.resolver import MemoryResolver
+    from awareness_vllm.serving.storage import CaptureLimits
+
+RETRY_AFTER = {"Retry-After": "1"}
+"""Seconds: most memories are loaded by then."""
 
 ANTHROPIC = "/v1/messages"
 """The paths of Anthropic's API begin so; its clients read errors of another form."""
@@ -46,6 +53,12 @@ class FrontEnd:
     engine_client: MemoryEngineClient
     target: TargetConfig
     canary: Canary
+    admission: Admission
+    capture_limits: CaptureLimits
+
+
+class BusyError(GracefulHTTPError):
+    """A refusal for now; the response says when to try again."""
 
 
 def caller(connection: HTTPConnection) -> tuple[FrontEnd, str]:
@@ -74,6 +87,10 @@ def client_error(error: AwarenessError, parameter: str = MEMORY_IDS) -> Exceptio
     """
     if error.status == 401:
         return error
+    if error.status == 429:
+        return BusyError(str(error), HTTPStatus.TOO_MANY_REQUESTS)
+    if error.status in (403, 507):
+        return GracefulHTTPError(str(error), HTTPStatus(error.status))
     if error.status == 404:
         return VLLMNotFoundError(str(error))
     kind = VLLMUnprocessableEntityError if error.status == 422 else VLLMValidationError
@@ -138,3 +155,13 @@ def replace_body(response: JSONResponse, body: Any) -> None:
     vLLM runs after it (the gauge of --enable-server-load-tracking counts by it)."""
     response.body = response.render(body)
     response.headers["Content-Length"] = str(len(response.body))
+
+
+def answer_busy(app: FastAPI) -> None:
+    """Answer a refusal for now as vLLM does its errors, and say when to try again."""
+
+    async def handler(raw_request: Request, error: Exception) -> JSONResponse:
+        body = create_error_response(error)
+        return JSONResponse(body.model_dump(), status_code=body.error.code, headers=RETRY_AFTER)
+
+    app.add_exception_handler(BusyError, handler)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from awareness_vllm.models.tokens import load_tokenizer, tokenize
 from awareness_vllm.serving.config import WORKER_EXTENSION, ServingConfig, transfer_config
-from awareness_vllm.serving.connector.worker_extension import BIND
+from awareness_vllm.serving.connector.worker_extension import BIND, CALL, signed
 from awareness_vllm.serving.params import kv_transfer_params
 from awareness_vllm.serving.request import MemoryRequest
 from awareness_vllm.serving.resolver import MemoryResolver
@@ -55,7 +55,7 @@ class OfflineMemories:
     def attach(self, llm: LLM) -> LLM:
         """Lend the engine's embedding to the connector, and its context window to the prompts, once
         before the first of them; the same `llm`."""
-        llm.collective_rpc(BIND)
+        llm.collective_rpc(CALL, args=signed(BIND))
         self.set_window(llm.llm_engine.model_config.max_model_len)
         return llm
 

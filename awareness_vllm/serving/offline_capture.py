@@ -22,8 +22,7 @@ from awareness_vllm.packages.capture import read_tokens
 from awareness_vllm.packages.file import Package, build, read_states
 from awareness_vllm.schema import plain_name
 from awareness_vllm.serving.config import ServingConfig, transfer_config
-from awareness_vllm.serving.connector.capture_queue import keys_and_values
-from awareness_vllm.serving.connector.kv_reader import CAPTURE_KEY
+from awareness_vllm.serving.connector.capture_queue import capture_to, keys_and_values
 from awareness_vllm.serving.plugin import register, vllm_version
 
 BLOCK_SLACK = 1024
@@ -77,15 +76,20 @@ def as_package(
 
 def cache_bytes(geometry: Geometry, tokens: int) -> int:
     """Bytes of KV cache for one request, with room for blocks that are not full."""
+    return state_bytes(geometry, tokens + BLOCK_SLACK)
+
+
+def state_bytes(geometry: Geometry, tokens: int) -> int:
+    """Bytes of the keys and values of so many tokens, of all layers."""
     itemsize = getattr(torch, geometry.dtype).itemsize
-    return 2 * (tokens + BLOCK_SLACK) * geometry.width * itemsize
+    return 2 * tokens * geometry.width * itemsize
 
 
 def _prefill(model: Path, ids: list[int], states: Path, cache: int) -> None:
     """One request, its whole prompt computed in one step, so that all its blocks are at hand."""
     from vllm import LLM, SamplingParams
 
-    config = ServingConfig(store=str(states.parent), capture=True)
+    config = ServingConfig(store=str(states.parent))
     try:
         engine = LLM(
             model=str(model),
@@ -103,5 +107,5 @@ def _prefill(model: Path, ids: list[int], states: Path, cache: int) -> None:
         raise cannot_load(model.name, "vllm", read_json(model / "config.json"), error) from error
     engine.generate(
         {"prompt_token_ids": ids},
-        SamplingParams(max_tokens=1, extra_args={"kv_transfer_params": {CAPTURE_KEY: str(states)}}),
+        SamplingParams(max_tokens=1, extra_args={"kv_transfer_params": capture_to(states)}),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import json
 import os
 import secrets
 from collections.abc import Mapping
@@ -24,6 +25,18 @@ so that tenants can share what was made of them."""
 def secret() -> bytes:
     """The server's secret, which signs load plans; made by whichever process asks first."""
     return os.environ.setdefault(SECRET, secrets.token_hex(32)).encode()
+
+
+def signature(*what: Any) -> str:
+    """The server's signature of JSON values: only its own processes can make one."""
+    return hmac.digest(secret(), json.dumps(what).encode(), "sha256").hex()
+
+
+def is_signed(given: object, *what: Any) -> bool:
+    """Whether a signature is the server's own, of these values."""
+    return isinstance(given, str) and hmac.compare_digest(
+        given.encode(errors="replace"), signature(*what).encode()
+    )
 
 
 class Part(FrozenModel):

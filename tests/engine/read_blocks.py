@@ -16,7 +16,7 @@ from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
 from awareness_vllm.packages.file import read_tokens
-from awareness_vllm.serving.connector.kv_reader import CAPTURE_KEY
+from awareness_vllm.serving.connector.capture_queue import capture_to
 from awareness_vllm.serving.offline import OfflineMemories
 
 QUESTION = " In a few words, the text above says that there was a"
@@ -24,7 +24,7 @@ QUESTION = " In a few words, the text above says that there was a"
 
 def read_back(model: str, package: Path, out: str) -> None:
     room = len(read_tokens(package)) + 64
-    memories = OfflineMemories(model, package.parent, capture=True)
+    memories = OfflineMemories(model, package.parent)
     engine = LLM(
         model=model,
         max_model_len=room,
@@ -36,7 +36,7 @@ def read_back(model: str, package: Path, out: str) -> None:
     )
     memories.attach(engine)
     prompt, extra_args = memories.prompt(QUESTION, [package.stem])
-    extra_args["kv_transfer_params"][CAPTURE_KEY] = out
+    extra_args["kv_transfer_params"] |= capture_to(out)
     engine.generate(prompt, SamplingParams(max_tokens=1, extra_args=extra_args))
     engine.llm_engine.engine_core.shutdown()
 

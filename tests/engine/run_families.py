@@ -26,7 +26,7 @@ from vllm.distributed import cleanup_dist_env_and_memory
 from awareness_vllm.models.tokens import load_tokenizer, tokenize
 from awareness_vllm.packages.capture import read_tokens
 from awareness_vllm.packages.file import publish
-from awareness_vllm.serving.connector.kv_reader import CAPTURE_KEY
+from awareness_vllm.serving.connector.capture_queue import capture_to
 from awareness_vllm.serving.offline import OfflineMemories
 from awareness_vllm.serving.offline_capture import as_package
 
@@ -39,7 +39,7 @@ LENGTH, BLOCK = 512, 32
 def run(family: str, scratch: Path) -> dict[str, Any]:
     started = time.perf_counter()
     folder = save(family, scratch / "model")
-    memories = OfflineMemories(folder, scratch / "store", capture=True)
+    memories = OfflineMemories(folder, scratch / "store")
     engine = LLM(
         model=str(folder),
         max_model_len=LENGTH,
@@ -56,7 +56,7 @@ def run(family: str, scratch: Path) -> dict[str, Any]:
     states = scratch / "states.safetensors"
     engine.generate(
         {"prompt_token_ids": tokens.ids},
-        SamplingParams(max_tokens=1, extra_args={"kv_transfer_params": {CAPTURE_KEY: str(states)}}),
+        SamplingParams(max_tokens=1, extra_args={"kv_transfer_params": capture_to(states)}),
         use_tqdm=False,
     )
     package = as_package(memories.resolver.model.geometry, TEXT, tokens, load_file(states), None)

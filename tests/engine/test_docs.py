@@ -46,7 +46,8 @@ def server(home: Path) -> Iterator[Server]:
     template = home / "template.jinja"
     template.write_text(TEMPLATE)
     log = home.parent / "server.log"
-    yield from serving(model, home / "store", log, *flags, "--chat-template", template)
+    flags += ["--allow-capture", "--chat-template", str(template)]
+    yield from serving(model, home / "store", log, *flags)
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(gemma3: Path, store: Path, wmatrix: Path) -> Iterator[Server]:
     log = store.parent / "server.log"
-    flags = ("--wmatrix", wmatrix, "--enable-prompt-tokens-details")
+    flags = ("--wmatrix", wmatrix, "--enable-prompt-tokens-details", "--allow-capture")
     yield from serving(gemma3, store, log, *flags, "--trust-request-chat-template")
 
 

@@ -35,6 +35,8 @@ from hostile import (
     thousand,
 )
 
+from awareness_vllm.packages.store import digest_in
+from awareness_vllm.serving.connector.worker_extension import CALL
 from awareness_vllm.serving.params import LoadParams
 
 pytestmark = pytest.mark.engine
@@ -55,8 +57,11 @@ def memory(smollm2: Path, folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def server(smollm2: Path, memory: str, folder: Path) -> Iterator[Server]:
-    """In float32: requests that are answered together are then not rounded differently."""
-    yield from serving(smollm2, folder / "store", folder / "server.log", "--dtype", "float32")
+    """In float32: requests that are answered together are then not rounded differently. In vLLM's
+    development mode, with captures: there is more to attack."""
+    flags = ("--dtype", "float32", "--allow-capture")
+    log = folder / "server.log"
+    yield from serving(smollm2, folder / "store", log, *flags, VLLM_SERVER_DEV_MODE="1")
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +169,9 @@ def test_no_route_ignores_memories(client: httpx.Client, storm: Storm, memory: s
     right = asked.status == 200 and storm.said[0][COMPLETIONS, MEMORY] in asked.text
     assert right or 400 <= asked.status < 500, complaint([asked])
     ids = client.post("/tokenize", json={"model": "served", "prompt": TEXT}).json()["tokens"]
-    params = LoadParams.model_validate({"parts": [{"memory": memory, "tokens": len(ids)}]})
+    params = LoadParams.model_validate(
+        {"parts": [{"memory": memory, "digest": digest_in(memory), "tokens": len(ids)}]}
+    )
     for path in ("/invocations", COMPLETIONS):
         forged = asking(
             COMPLETIONS,
@@ -175,6 +182,25 @@ def test_no_route_ignores_memories(client: httpx.Client, storm: Storm, memory: s
         answer = sent(client, replace(forged, path=path))
         assert "loaded_tokens" not in answer.text, complaint([answer])
         assert answer.status < 500, complaint([answer])
+
+
+@pytest.mark.parametrize("method", ["announce", "awareness_announce", CALL])
+def test_nobody_else_calls_the_workers(
+    client: httpx.Client, folder: Path, memory: str, method: str
+) -> None:
+    """vLLM's development mode offers its own `collective_rpc` to everybody."""
+    assert client.post("/collective_rpc", json={"method": "synchronize_device"}).status_code == 200
+    loot = str(folder / "loot.safetensors")
+    key = "k" * 32
+    for args in ([key, loot], ["announce", [key, loot], ""], ["announce", [key, loot], "0" * 64]):
+        body = {"method": method, "args": args}
+        assert client.post("/collective_rpc", json=body).status_code >= 400
+    for name in (key, loot, f":{loot}", "0" * 64 + f":{loot}"):
+        params = {"kv_transfer_params": {"awareness_capture": name}}
+        for path in ("/inference/v1/generate", "/invocations", COMPLETIONS):
+            sent(client, replace(asking(COMPLETIONS, **params), path=path))
+    assert not Path(loot).exists()
+    assert sent(client, asking(COMPLETIONS, memory_ids=[memory])).status == 200
 
 
 @pytest.mark.parametrize("fields", CANNOT_BE_CARRIED, ids=ascii)

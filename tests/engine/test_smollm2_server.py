@@ -47,7 +47,7 @@ def server(smollm2: Path, store: Path, wmatrix: Path, own: tuple[str, str]) -> I
     tenants = store.parent / "tenants.json"
     home = {"api_keys": ["none"], "store": str(store)}  # the key that harness's client has
     tenants.write_text(json.dumps({"home": home, "other": {"api_keys": ["x"], "store": "other"}}))
-    flags = ("--wmatrix", elsewhere, "--tenants", tenants, "--pin", own[0])
+    flags = ("--wmatrix", elsewhere, "--tenants", tenants, "--pin", own[0], "--allow-capture")
     flags += ("--enable-server-load-tracking",)
     log, stored = store.parent / "server.log", {"VLLM_ENABLE_RESPONSES_API_STORE": "1"}
     yield from serving(smollm2, store, log, *flags, **stored)
@@ -299,7 +299,9 @@ def test_time_does_not_tell_a_foreign_memory_from_an_unknown_one(
     assert 0.5 < foreign / unknown < 2
 
 
-def test_memories_are_listed_loaded_and_evicted(server: Server, own: tuple[str, str]) -> None:
+def test_memories_are_listed_loaded_and_evicted(
+    server: Server, own: tuple[str, str], document: Callable[[int, int], str]
+) -> None:
     def call(method: str, path: str, key: str = "none") -> httpx.Response:
         headers = {"Authorization": f"Bearer {key}"}
         return httpx.request(method, f"{server.url}/v1/memories{path}", headers=headers, timeout=60)
@@ -311,9 +313,13 @@ def test_memories_are_listed_loaded_and_evicted(server: Server, own: tuple[str, 
         True,
         1.0,
     )
-    assert call("DELETE", f"/{own[0]}").json()["evicted"] is True
-    assert call("DELETE", f"/{own[0]}").json()["evicted"] is False
-    assert call("POST", f"/{own[0]}/load").json()["temperature"] == "cold"
+    body = {"prompt": document(100, 5), "max_tokens": 1, "memory": {"capture": "another"}}
+    other = post(server, "/v1/completions", **body).json()["memory"]["id"]
+    assert call("POST", f"/{other}/load").json()["temperature"] == "cold"
+    assert call("POST", f"/{other}/load").json()["temperature"] == "warm"
+    assert call("DELETE", f"/{other}").json()["evicted"] is True
+    assert call("DELETE", f"/{other}").json()["evicted"] is False
+    assert call("DELETE", f"/{own[0]}").json()["evicted"] is False  # it is pinned
     assert call("POST", f"/{own[0]}/load").json()["temperature"] == "warm"
     assert call("POST", f"/{own[0]}/load", "x").status_code == 404
 

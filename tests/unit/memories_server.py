@@ -17,19 +17,25 @@ from vllm.entrypoints.serve.exception_handling.register import init_exception_ha
 
 from awareness_vllm.compatibility.target import TargetConfig
 from awareness_vllm.packages.file import Package, publish
+from awareness_vllm.serving.admission import Admission
 from awareness_vllm.serving.api.canary import Canary
 from awareness_vllm.serving.api.engine_client import MemoryEngineClient
 from awareness_vllm.serving.api.guard import Guard
 from awareness_vllm.serving.api.memories import router
 from awareness_vllm.serving.config import ServingConfig
 from awareness_vllm.serving.connector.worker_extension import (
+    CALL,
+    CANCEL,
     EVICT,
+    LOADED,
     PREFETCH,
-    AwarenessWorkerExtension,
+    WorkerCalls,
 )
-from awareness_vllm.serving.http import FrontEnd, answer_unauthorized
+from awareness_vllm.serving.http import FrontEnd, answer_busy, answer_unauthorized
+from awareness_vllm.serving.params import is_signed
 from awareness_vllm.serving.resolver import MemoryResolver
 from awareness_vllm.serving.served_model import ServedModel
+from awareness_vllm.serving.storage import CaptureLimits
 from awareness_vllm.serving.tenants import Tenants
 from awareness_vllm.wmatrix.certificate import Certificate
 from awareness_vllm.wmatrix.file import WMatrix
@@ -55,14 +61,20 @@ class Engine:
     """
 
     answers: dict[str, list[Any]] = field(
-        default_factory=lambda: {PREFETCH: ["cold", "cold"], EVICT: [True, True]}
+        default_factory=lambda: {
+            **{PREFETCH: ["cold", "cold"], EVICT: [True, True]},
+            **{LOADED: [[], []], CANCEL: [None, None]},
+        }
     )
     calls: list[tuple[str, tuple[Any, ...]]] = field(default_factory=list)
 
     async def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
-        inspect.signature(getattr(AwarenessWorkerExtension, method)).bind(None, *args)
-        self.calls.append((method, args))
-        return self.answers[method]
+        name, arguments, signed_by = args
+        assert method == CALL
+        assert is_signed(signed_by, name, *arguments)
+        inspect.signature(getattr(WorkerCalls, name)).bind(None, *arguments)
+        self.calls.append((name, tuple(arguments)))
+        return self.answers[name]
 
 
 class Server:
@@ -77,13 +89,16 @@ class Server:
 
     def serve(self, resolver: MemoryResolver, context_length: int | None = None) -> None:
         self.resolver = resolver
-        engine_client = MemoryEngineClient(cast("EngineClient", self.engine))
+        client = MemoryEngineClient(cast("EngineClient", self.engine))
+        self.admission = Admission(resolver.stores, client.loaded, 32, 2**30)
         self.app.state.awareness = FrontEnd(
             resolver,
             self.tenants,
-            engine_client,
+            client,
             TargetConfig(context_length=context_length or resolver.model.max_model_len),
-            Canary(engine_client),
+            Canary(client),
+            self.admission,
+            CaptureLimits(),
         )
 
     def set_window(self, tokens: int) -> None:
@@ -131,6 +146,7 @@ def app() -> FastAPI:
     made.include_router(router)
     made.add_middleware(Guard, memory_routes=())
     answer_unauthorized(made)
+    answer_busy(made)
     init_exception_handler(made)
     made.state.args = SimpleNamespace(log_error_stack=False)
     made.state.awareness = None

@@ -95,7 +95,7 @@ def test_without_tenants_nobody_needs_a_key(
     assert server.get(tenant=tenant)["data"][0]["id"] == memory
     assert server.get(memory, tenant=tenant)["id"] == memory
     assert server.call(DELETE, memory, tenant=tenant).json()["evicted"]
-    assert server.engine.calls == [(EVICT, (memory,))]
+    assert server.engine.calls == [(EVICT, (memory, ""))]
 
 
 @pytest.mark.parametrize("route", [LIST, *ONE_MEMORY])

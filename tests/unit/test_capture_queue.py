@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import errno
+import threading
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from awareness_vllm.errors import AwarenessError
+from awareness_vllm.serving.connector import capture_queue as module
 from awareness_vllm.serving.connector.capture_queue import (
+    DISK_FULL,
     PENDING,
     CaptureQueue,
     States,
+    capture_to,
     keys_and_values,
 )
+from awareness_vllm.serving.connector.kv_reader import CAPTURE_KEY
 
 pytestmark = pytest.mark.unit
 
@@ -43,7 +50,15 @@ def test_only_announced_captures_are_read_back() -> None:
     assert captures.expects("real")
     captures.discard("real")
     assert not captures.expects("real")
-    assert CaptureQueue(everything=True).expects("anything")
+
+
+@pytest.mark.parametrize("forged", ["/etc/passwd", ":/etc/passwd", "0" * 64 + ":/etc/passwd"])
+def test_no_client_can_name_a_file(forged: str, tmp_path: Path) -> None:
+    captures = CaptureQueue()
+    assert not captures.expects(forged)
+    signed = capture_to(tmp_path / "states")[CAPTURE_KEY]
+    assert captures.expects(signed)
+    assert not captures.expects(f"{signed}.other")
 
 
 def test_a_capture_goes_into_its_file_and_is_reported_once(tmp_path: Path) -> None:
@@ -88,9 +103,48 @@ def test_an_error_while_writing_is_reported(tmp_path: Path) -> None:
     assert "No such file" in status_of(captures, "a")
 
 
+def test_a_full_disk_is_reported_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module, "save_file", full)
+    captures = CaptureQueue()
+    captures.announce("a", str(tmp_path / "states"))
+    captures.capture("a", states)
+    assert status_of(captures, "a") == DISK_FULL
+
+
+@pytest.mark.parametrize("when", ["queued", "being written", "written"])
+def test_what_is_forgotten_leaves_no_file(
+    when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began, go_on = threading.Event(), threading.Event()
+
+    def slowly(states: States, path: Path) -> None:
+        began.set()
+        assert go_on.wait(30)
+        path.write_bytes(b"states")
+
+    monkeypatch.setattr(module, "save_file", slowly)
+    captures = CaptureQueue()
+    for key in ("before", "a") if when == "queued" else ("a",):
+        captures.announce(key, str(tmp_path / key))
+        captures.capture(key, states)
+    assert began.wait(30)
+    if when == "written":
+        go_on.set()
+        captures.results["a"].result(30)
+        assert (tmp_path / "a").exists()
+    captures.discard("a")
+    go_on.set()
+    captures.thread.shutdown()
+    assert [path.name for path in tmp_path.iterdir()] == ["before"] * (when == "queued")
+    assert (captures.files.keys() | captures.results.keys()) - {"before"} == set()
+
+
 def test_an_offline_engine_writes_before_it_goes_on(tmp_path: Path) -> None:
-    captures, path = CaptureQueue(everything=True), tmp_path / "states"
-    captures.capture(str(path), states)
+    captures, path = CaptureQueue(), tmp_path / "states"
+    captures.capture(capture_to(path)[CAPTURE_KEY], states)
     assert set(load_file(path)) == set(STATES)
 
 

@@ -144,7 +144,7 @@ class StandIn:
     def __init__(self, model: str, **engine_args: Any) -> None:
         assert engine_args["kv_transfer_config"]["kv_connector"] == "AwarenessConnector"
 
-    def collective_rpc(self, method: str) -> None:
+    def collective_rpc(self, method: str, args: tuple[Any, ...]) -> None:
         assert method.startswith("awareness")
 
     def generate(self, prompt: dict[str, Any], params: Any) -> None:

@@ -70,7 +70,7 @@ def test_eviction_leaves_the_package(
     response = server.call(DELETE, memory)
     assert response.status_code == 200
     assert response.json() == {"id": memory, "object": "memory.evicted", "evicted": evicted}
-    assert server.engine.calls == [(EVICT, (memory,))]
+    assert server.engine.calls == [(EVICT, (memory, "acme"))]
     assert server.get()["data"][0]["id"] == memory
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import wait
@@ -13,14 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from loader_stubs import ALIGNED, SECONDS, StubAlignment, loader_of, part
 from torch import Tensor
 
-from awareness_vllm.align.realign import AlignedMemory, realign
+from awareness_vllm.align.realign import realign
 from awareness_vllm.errors import PackageCorrupt, UnsupportedModel
 from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.packages.file import Package, publish
-from awareness_vllm.packages.store import Store, digest_in
-from awareness_vllm.serving.connector.capture_queue import PENDING
 from awareness_vllm.serving.connector.loader import (
     MAX_HEADS,
     STEP_BUDGET_S,
@@ -29,45 +27,10 @@ from awareness_vllm.serving.connector.loader import (
     PendingAlignment,
     embedding_of,
 )
-from awareness_vllm.serving.params import LoadParams, Part
-from awareness_vllm.serving.served_model import ServedModel
 from awareness_vllm.serving.tiers import DiskTier, WarmTier
 from awareness_vllm.wmatrix.file import WMatrix
 
 pytestmark = pytest.mark.unit
-
-ALIGNED = AlignedMemory([1, 2, 3], [torch.zeros(3, 1, 2)], [torch.ones(3, 1, 2)])
-SECONDS = 30.0
-
-
-def part(name: str = "mem", wmatrix: str = "map") -> Part:
-    return Part(memory=name, digest=digest_in(name), wmatrix=wmatrix, tokens=3)
-
-
-class StubAlignment:
-    """Memories whose files are read once `go_on` is set, and that take `needed` blocks to align."""
-
-    def __init__(self, loader: MemoryLoader, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.go_on = threading.Event()
-        self.read: list[str] = []
-        self.blocks: list[str] = []
-        self.needed = 1
-        self.error: Exception | None = None
-        monkeypatch.setattr(loader, "read_source", self.read_source)
-        monkeypatch.setattr(loader, "align_block", self.align_block)
-
-    def read_source(self, part: Part, tenant: str) -> LoadedSource:
-        self.read.append(part.memory)
-        assert self.go_on.wait(SECONDS)
-        if self.error:
-            raise self.error
-        return LoadedSource("cold")
-
-    def align_block(
-        self, alignment: PendingAlignment, source: LoadedSource
-    ) -> AlignedMemory | None:
-        self.blocks.append(alignment.part.memory)
-        return ALIGNED if self.blocks.count(alignment.part.memory) >= self.needed else None
 
 
 @pytest.fixture
@@ -79,8 +42,7 @@ def stub(loader: MemoryLoader, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stub
 
 @pytest.fixture
 def loader(folder: Path, geometry: Geometry, tmp_path: Path) -> MemoryLoader:
-    model = ServedModel(folder, 1000, geometry)
-    return MemoryLoader(model, {"": Store(tmp_path)}, torch.bfloat16, WarmTier(2**30))
+    return loader_of(folder, geometry, tmp_path)
 
 
 def result_of(loader: MemoryLoader, alignment: PendingAlignment) -> tuple[Any, str]:
@@ -187,38 +149,11 @@ def test_a_memory_that_cannot_be_kept_fails_its_requests_and_not_the_engine(
     assert loader.pending == {}
 
 
-def test_a_prefetch_is_pending_until_its_memory_is_warm(
-    loader: MemoryLoader, stub: StubAlignment
-) -> None:
-    params = LoadParams(parts=(part(),))
-    loader.warm.limit = 0
-    assert loader.prefetch("ticket", params, True) == PENDING
-    assert loader.prefetch("ticket", params, True) == PENDING
-    stub.go_on.set()
-    wait([loader.request(part(), "").source], SECONDS)
-    assert loader.prefetch("ticket", params, True) == "cold"
-    assert loader.prefetch("another", params, False) == "warm"
-    assert loader.prefetches == {}
-    loader.warm.put(("large", ""), ALIGNED)
-    assert loader.warm.get(("mem", "map")) is ALIGNED
-    assert loader.evict("mem")
-    assert not loader.evict("mem")
-
-
-def test_a_prefetch_says_what_went_wrong(loader: MemoryLoader, stub: StubAlignment) -> None:
-    stub.error = PackageCorrupt("no such bytes")
-    stub.go_on.set()
-    params = LoadParams(parts=(part(),))
-    answer = PENDING
-    while answer == PENDING:
-        answer = loader.prefetch("ticket", params, False)
-    assert answer == "no such bytes."
-
-
 def test_a_memory_that_was_aligned_once_is_read_from_disk(
     loader: MemoryLoader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loader.disk = DiskTier(tmp_path, 2**30, "weights", torch.bfloat16)
+    monkeypatch.setattr(loader, "source_bytes", lambda part, tenant: 1)
     with monkeypatch.context() as patch:
         stub = StubAlignment(loader, patch)
         stub.go_on.set()
@@ -228,7 +163,7 @@ def test_a_memory_that_was_aligned_once_is_read_from_disk(
     for _ in ("from disk", "from memory"):
         memory, temperature = result_of(loader, loader.request(part(), ""))
         assert (memory.ids, temperature) == (ALIGNED.ids, "warm")
-    assert loader.evict("mem")
+    assert loader.evict("mem", "")
     assert list(tmp_path.glob("*.aligned")) == []
 
 

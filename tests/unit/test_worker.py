@@ -184,9 +184,12 @@ class SlowFiles:
     def __init__(self, worker: ConnectorWorker, monkeypatch: pytest.MonkeyPatch) -> None:
         self.futures: dict[str, Future[LoadedSource]] = {}
         self.source = LoadedSource("cold", warm_memory(worker))
-        monkeypatch.setattr(worker.loader.readers, "submit", self.submit)
+        monkeypatch.setattr(worker.loader, "source_bytes", lambda part, tenant: 1)
+        monkeypatch.setattr(worker.loader.reads, "submit", self.submit)
+        monkeypatch.setattr(worker.loader.reads, "release", lambda source: source.cancel())
 
-    def submit(self, function: object, part: Part, tenant: str) -> Future[LoadedSource]:
+    def submit(self, size: int, read: Any) -> Future[LoadedSource]:
+        part, _tenant = read.args
         return self.futures.setdefault(part.memory, Future())
 
     def end(self, memory: str) -> None:

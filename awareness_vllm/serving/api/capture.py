@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import secrets
 from collections.abc import Awaitable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +14,14 @@ from fastapi import Request
 from starlette.responses import JSONResponse, Response
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
-from awareness_vllm.errors import ContextTooLong, UnsupportedRequest
+from awareness_vllm.errors import CaptureNotAllowed, ContextTooLong, UnsupportedRequest
 from awareness_vllm.models.tokens import Tokens
 from awareness_vllm.packages.capture import tokens_of
 from awareness_vllm.packages.file import publish
+from awareness_vllm.serving.admission import Admitted
 from awareness_vllm.serving.connector.kv_reader import CAPTURE_KEY
 from awareness_vllm.serving.http import FrontEnd, caller, replace_body, set_headers
-from awareness_vllm.serving.offline_capture import as_package
+from awareness_vllm.serving.offline_capture import as_package, state_bytes
 from awareness_vllm.serving.request import MEMORY
 
 
@@ -33,25 +35,30 @@ class Capture:
     text: str
     tokens: Tokens
     key: str
+    load: Admitted
 
     async def finish(self, answer: Awaitable[Response | None]) -> Response | None:
-        """The response, with the ID under which its prompt can be used from now on."""
+        """The response, with the ID under which its prompt can be used from now on.
+
+        Raises:
+            StorageFull; AwarenessError: its states were not read back.
+        """
         engine_client = self.front.engine_client
         try:
             response = await answer
-        except BaseException:
-            await engine_client.discard(self.key)
-            raise
-        if not isinstance(response, JSONResponse) or response.status_code != 200:
-            await engine_client.discard(self.key)
-            return response
-        try:
-            states = await engine_client.captured_states(self.key)
-            published = await asyncio.to_thread(self._publish, states)
-        except BaseException:
-            if response.background is not None:
-                await response.background()  # vLLM counts on it, whatever is answered instead
-            raise
+            if not isinstance(response, JSONResponse) or response.status_code != 200:
+                return response
+            try:
+                states = await engine_client.captured_states(self.key)
+                published = await asyncio.to_thread(self._publish, states)
+            except BaseException:
+                if response.background is not None:
+                    await response.background()  # vLLM counts on it, whatever is answered instead
+                raise
+        finally:
+            # Whatever is left of it: the client may be gone at any moment.
+            self.load.end()
+            await asyncio.shield(engine_client.discard(self.key))
         body = json.loads(bytes(response.body))
         body[MEMORY] = {"id": published.stem, "name": self.name, "tokens": len(self.tokens.ids)}
         replace_body(response, body)
@@ -61,17 +68,26 @@ class Capture:
     def _publish(self, states: dict[str, Any]) -> Path:
         resolver = self.front.resolver
         package = as_package(resolver.model.geometry, self.text, self.tokens, states, self.name)
-        return publish(package, resolver.stores[self.tenant].folder)
+        folder = resolver.stores[self.tenant].folder
+        size = sum(state.numel() * state.element_size() for state in states.values())
+        return self.front.capture_limits.publish(folder, size, lambda: publish(package, folder))
 
 
 async def announce_capture(request: object, raw_request: Request, name: str) -> Capture:
     """Have the engine read a request's prompt back.
 
     Raises:
-        UnsupportedRequest: more than one plain text; BadInput: an empty one; ContextTooLong: it
-            does not fit.
+        CaptureNotAllowed; UnsupportedRequest: more than one plain text; BadInput: an empty one;
+        ContextTooLong: it does not fit; TooManyLoads; StorageFull.
     """
     front, tenant = caller(raw_request)
+    if not front.capture_limits.allowed:
+        raise CaptureNotAllowed(
+            "this server captures no prompts",
+            found=f"{MEMORY}.capture",
+            expected="a server whose operator allows it",
+            remedy="start the server with --allow-capture, or use `awareness capture`",
+        )
     if not isinstance(request, CompletionRequest) or not isinstance(request.prompt, str):
         raise _refused("another prompt", "/v1/completions with one prompt of text")
     if request.stream:
@@ -89,14 +105,22 @@ async def announce_capture(request: object, raw_request: Request, name: str) -> 
             remedy="split the text into several memories, or start the server with a larger "
             "--max-model-len",
         )
-    key = await front.engine_client.announce(to_file=True)
+    store, geometry = front.resolver.stores[tenant], front.resolver.model.geometry
+    size = state_bytes(geometry, len(tokens.ids))
+    await asyncio.to_thread(front.capture_limits.check, store.folder, size)
+    load = await front.admission.admit_capture(secrets.token_hex(16), size)
+    try:
+        key = await front.engine_client.announce(to_file=True)
+    except BaseException:
+        load.end()
+        raise
     request.prompt = tokens.ids
     request.add_special_tokens = False
     if any(layer.window for layer in front.resolver.model.geometry.layers):
         # Of what the prefix cache brought, layers with windows would not hold all.
         request.cache_salt = f"awareness-capture-{key}"
     request.kv_transfer_params = {**(request.kv_transfer_params or {}), CAPTURE_KEY: key}
-    return Capture(front, tenant, name, text, tokens, key)
+    return Capture(front, tenant, name, text, tokens, key, load)
 
 
 def _refused(found: str, expected: str) -> UnsupportedRequest:

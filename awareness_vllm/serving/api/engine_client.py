@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import secrets
-import tempfile
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,23 +15,27 @@ from vllm import SamplingParams
 from vllm.inputs.engine import tokens_input
 from vllm.logger import init_logger
 
-from awareness_vllm.errors import AwarenessError, PackageCorrupt
+from awareness_vllm.errors import AwarenessError
 from awareness_vllm.packages.file import read_states
 from awareness_vllm.packages.store import memory_not_found
-from awareness_vllm.serving.connector.capture_queue import PENDING
+from awareness_vllm.serving.api.prefetch import POLL_S, Prefetches
+from awareness_vllm.serving.api.scratch import ScratchFolder
+from awareness_vllm.serving.connector.capture_queue import DISK_FULL, PENDING
 from awareness_vllm.serving.connector.kv_reader import CAPTURE_KEY
 from awareness_vllm.serving.connector.worker_extension import (
     ANNOUNCE,
+    CALL,
     EVICT,
     FORGET,
     KEEP_HEAD,
-    PREFETCH,
+    LOADED,
     STATE,
+    signed,
 )
-from awareness_vllm.serving.params import LoadParams
 from awareness_vllm.serving.prompt import head_name
 from awareness_vllm.serving.request import MemoryRequest
 from awareness_vllm.serving.resolver import MemoryResolver
+from awareness_vllm.serving.storage import disk_full
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
@@ -45,7 +48,6 @@ there first."""
 HEAD_RETRY_S = 60.0
 """A head that could not be kept is tried again after so long: until then each of its chats would
 compute it twice."""
-POLL_S = 0.02
 WRITE_TIMEOUT_S = 120.0
 """A file of states that takes longer is given up."""
 
@@ -56,34 +58,30 @@ class MemoryEngineClient:
     def __init__(self, engine: EngineClient) -> None:
         self.engine = engine
         self.heads: OrderedDict[str, asyncio.Task[str]] = OrderedDict()
-        self.folder = Path(tempfile.mkdtemp(prefix="awareness-captures-"))
+        self.prefetches = Prefetches(self.call)
+        self.scratch = ScratchFolder()
 
     def tokenize(self, text: str) -> list[int]:
         """The model's ids of a rendered template, its special tokens among them."""
         return self.engine.renderer.get_tokenizer().encode(text, add_special_tokens=False)
 
-    async def prefetch(self, params: LoadParams, *, pin: bool = False) -> str:
-        """Align memories ahead of their first request; "cold", or "warm" where they were already.
-        With `pin` they stay in the warm tier.
+    async def call(self, name: str, *args: Any) -> list[Any]:
+        """The workers' answers to a call of theirs, by name."""
+        return await self.engine.collective_rpc(CALL, args=signed(name, *args))
 
-        Raises:
-            PackageCorrupt: a worker cannot.
-        """
-        ticket = secrets.token_hex(16)
-        answers = await self.poll(PREFETCH, ticket, params.model_dump_json(), pin)
-        if errors := [answer for answer in answers if answer not in ("cold", "warm")]:
-            raise PackageCorrupt("the memory cannot be loaded", found=errors[0])
-        return "cold" if "cold" in answers else "warm"
-
-    async def poll(self, method: str, *args: Any) -> list[str]:
+    async def poll(self, name: str, *args: Any) -> list[Any]:
         """The workers' answers, once none of them is PENDING."""
-        while PENDING in (answers := await self.engine.collective_rpc(method, args=args)):
+        while PENDING in (answers := await self.call(name, *args)):
             await asyncio.sleep(POLL_S)
         return answers
 
-    async def evict(self, memory: str) -> bool:
-        """Drop a memory from the warm tier; whether it was there."""
-        return any(await self.engine.collective_rpc(EVICT, args=(memory,)))
+    async def loaded(self, memories: Sequence[str]) -> set[str]:
+        """Those of these memories that all workers have loaded."""
+        return set.intersection(*map(set, await self.call(LOADED, list(memories))))
+
+    async def evict(self, memory: str, tenant: str) -> bool:
+        """Give up a tenant's use of a memory; whether that dropped it from the warm tier."""
+        return any(await self.call(EVICT, memory, tenant))
 
     async def pin(self, resolver: MemoryResolver, ids: Sequence[str]) -> None:
         """Load memories at start, from any tenant's store that has them.
@@ -98,7 +96,7 @@ class MemoryEngineClient:
             request = MemoryRequest(ids=(memory,))
             prompt = await asyncio.to_thread(resolver.resolve, request, owners[0])
             assert prompt.params is not None  # only a quality target can ask for native reading
-            await self.prefetch(prompt.params, pin=True)
+            await self.prefetches.run(prompt.params, pin=True)
             logger.info("pinned %s", memory)
 
     async def ensure_head(self, ids: tuple[int, ...]) -> str:
@@ -132,7 +130,7 @@ class MemoryEngineClient:
 
     async def _compute_head(self, name: str, ids: list[int]) -> str:
         capture = await self.read(ids)
-        errors = await self.engine.collective_rpc(KEEP_HEAD, args=(capture, name, ids))
+        errors = await self.call(KEEP_HEAD, capture, name, ids)
         return next(filter(None, errors), "")
 
     async def read(self, ids: Sequence[int]) -> str:
@@ -156,31 +154,36 @@ class MemoryEngineClient:
         """Have the workers expect a capture; its key, which goes into a request."""
         key = secrets.token_hex(16)
         path = str(self._path(key)) if to_file else ""
-        await self.engine.collective_rpc(ANNOUNCE, args=(key, path))
+        await self.call(ANNOUNCE, key, path)
         return key
 
     def _path(self, key: str) -> Path:
-        return self.folder / f"{key}.safetensors"
+        return self.scratch.path / f"{key}.safetensors"
 
     async def discard(self, key: str) -> None:
-        """Have the workers forget a capture."""
-        await self.engine.collective_rpc(FORGET, args=(key,))
+        """Have the workers forget a capture, and remove its file."""
+        try:
+            await self.call(FORGET, key)
+        finally:
+            self._path(key).unlink(missing_ok=True)
 
     async def captured_states(self, key: str) -> dict[str, Tensor]:
         """The states of a capture from its file, which is removed.
 
         Raises:
-            AwarenessError: they were not read back, or not written in time.
+            StorageFull: the disk is full.
+            AwarenessError: they were not read back, or not written in time; discard it.
         """
         try:
             async with asyncio.timeout(WRITE_TIMEOUT_S):
-                errors = await self.poll(STATE, key)
+                answers = await self.poll(STATE, key)
         except TimeoutError as error:
-            await self.discard(key)
             raise AwarenessError(
                 "the prompt was not captured", found=f"nothing after {WRITE_TIMEOUT_S:.0f} s"
             ) from error
-        if any(errors):
+        if DISK_FULL in answers:
+            raise disk_full()
+        if errors := [answer for answer in answers if answer]:
             raise AwarenessError("the prompt was not captured", found=errors[0])
         path = self._path(key)
         try:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, get_args
 
 from awareness_vllm.compatibility.target import QUANTIZATIONS, CacheDtype, TargetConfig
+from awareness_vllm.serving.admission import Admission
 from awareness_vllm.serving.api.canary import Canary
 from awareness_vllm.serving.api.engine_client import MemoryEngineClient
 from awareness_vllm.serving.config import ServingConfig
 from awareness_vllm.serving.http import FrontEnd
 from awareness_vllm.serving.resolver import MemoryResolver
 from awareness_vllm.serving.served_model import ServedModel
+from awareness_vllm.serving.storage import CaptureLimits
 from awareness_vllm.serving.tenants import Tenants
 
 if TYPE_CHECKING:
@@ -21,13 +23,17 @@ if TYPE_CHECKING:
 def build_front_end(config: ServingConfig, engine: EngineClient) -> FrontEnd:
     """The front end's parts from the configuration. Raises BadInput, WMatrixCorrupt."""
     model = ServedModel.of(engine.vllm_config)
-    client = MemoryEngineClient(engine)
+    resolver, client = MemoryResolver.from_config(config, model), MemoryEngineClient(engine)
     return FrontEnd(
-        resolver=MemoryResolver.from_config(config, model),
+        resolver=resolver,
         tenants=Tenants.read(config.tenants),
         engine_client=client,
         canary=Canary(client),
         target=target_config(engine.vllm_config, model, config.tail),
+        admission=Admission(
+            resolver.stores, client.loaded, config.max_loads, config.max_load_bytes
+        ),
+        capture_limits=CaptureLimits.from_config(config),
     )
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, Field
+from starlette.responses import Response
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
 from awareness_vllm.compatibility.appraisal import report
@@ -27,6 +28,7 @@ from awareness_vllm.errors import (
 from awareness_vllm.packages.manifest import Manifest, check_id, read_manifest
 from awareness_vllm.packages.store import Store, memory_not_found
 from awareness_vllm.schema import FrozenModel
+from awareness_vllm.serving.api.prefetch import while_connected
 from awareness_vllm.serving.http import FrontEnd, caller, client_errors
 from awareness_vllm.serving.prompt import Prompt
 from awareness_vllm.serving.request import MemoryRequest
@@ -90,7 +92,10 @@ class MemoryLoad(FrozenModel):
 class MemoryEvicted(FrozenModel):
     id: str
     object: Literal["memory.evicted"] = "memory.evicted"
-    evicted: bool = Field(description="Whether it was warm; the package stays in the store")
+    evicted: bool = Field(
+        description="Whether it was warm and is dropped: no other tenant uses it, and it is not "
+        "pinned. The package stays in the store"
+    )
 
 
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -103,6 +108,8 @@ ONE_MEMORY_ERRORS: dict[int | str, dict[str, Any]] = {
     404: {"model": ErrorResponse, "description": "The caller has no such memory"},
     422: {"model": ErrorResponse, "description": "A package that cannot be used"},
 }
+CLIENT_GONE = 499
+"""A status that nobody sees: for the server's log."""
 router = APIRouter(prefix="/v1/memories", tags=["memories"], responses=ERRORS)
 
 
@@ -122,36 +129,49 @@ def list_memories(
 def retrieve_memory(memory_id: str, raw_request: Request) -> MemoryDetail:
     """A memory's manifest, and whether this server's model can use it."""
     with client_errors("memory_id"):
-        return _detail(*caller(raw_request), memory_id)
+        front, tenant = caller(raw_request)
+        front.admission.size(tenant, memory_id)
+        return _detail(front, tenant, memory_id)
 
 
 @router.get("/{memory_id}/compatibility", responses=ONE_MEMORY_ERRORS)
 def check_memory(memory_id: str, raw_request: Request) -> CompatibilityReport:
     """The memory on this model: estimates and their basis, risks, advice."""
     with client_errors("memory_id"):
-        return _report(*caller(raw_request), memory_id)
+        front, tenant = caller(raw_request)
+        front.admission.size(tenant, memory_id)
+        return _report(front, tenant, memory_id)
 
 
-@router.post("/{memory_id}/load", responses=ONE_MEMORY_ERRORS)
-async def load_memory(memory_id: str, raw_request: Request) -> MemoryLoad:
+@router.post("/{memory_id}/load", responses=ONE_MEMORY_ERRORS, response_model=MemoryLoad)
+async def load_memory(memory_id: str, raw_request: Request) -> Any:
     """Align a memory before the first request needs it; answered when it is warm."""
+    load = await while_connected(raw_request, _load(memory_id, raw_request))
+    return load or Response(status_code=CLIENT_GONE)
+
+
+async def _load(memory_id: str, raw_request: Request) -> MemoryLoad:
     with client_errors("memory_id"):
         front, tenant = caller(raw_request)
-        prompt = await asyncio.to_thread(_prompt, front, tenant, memory_id)
-        assert prompt.params is not None  # only a quality target can ask for native reading
-        await front.canary.check(prompt)
-        temperature = await front.engine_client.prefetch(prompt.params)
+        with await front.admission.admit(tenant, [memory_id]):
+            prompt = await asyncio.to_thread(_prompt, front, tenant, memory_id)
+            assert prompt.params is not None  # only a quality target can ask for native reading
+            await front.canary.check(prompt)
+            temperature = await front.engine_client.prefetches.run(prompt.params)
     return MemoryLoad(id=memory_id, temperature="warm" if temperature == "warm" else "cold")
 
 
 @router.delete("/{memory_id}", responses=ONE_MEMORY_ERRORS)
 async def evict_memory(memory_id: str, raw_request: Request) -> MemoryEvicted:
-    """Take a memory out of the warm tier. The package itself stays where it is."""
+    """Give up the caller's use of a memory: without other tenants' it leaves the warm tier, unless
+    it is pinned. The package itself stays where it is."""
     with client_errors("memory_id"):
         front, tenant = caller(raw_request)
         # Without a check of its bytes: a damaged package is all the more reason to drop states.
         await asyncio.to_thread(front.resolver.stores[tenant].path, memory_id)
-    return MemoryEvicted(id=memory_id, evicted=await front.engine_client.evict(memory_id))
+    front.admission.forget(memory_id)
+    evicted = await front.engine_client.evict(memory_id, tenant)
+    return MemoryEvicted(id=memory_id, evicted=evicted)
 
 
 def _page(store: Store, limit: int, after: str | None) -> MemoryList:

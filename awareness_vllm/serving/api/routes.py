@@ -32,7 +32,7 @@ from vllm.entrypoints.openai.responses.protocol import ResponsesRequest, Respons
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
-from vllm.exceptions import VLLMClientError
+from vllm.exceptions import GracefulHTTPError, VLLMClientError
 from vllm.logger import init_logger
 
 from awareness_vllm.errors import UnsupportedRequest
@@ -58,7 +58,15 @@ from awareness_vllm.serving.api.validation import (
 )
 from awareness_vllm.serving.config import CONNECTOR, ServingConfig
 from awareness_vllm.serving.connector.worker_extension import BIND
-from awareness_vllm.serving.http import FrontEnd, answer_unauthorized, caller, client_errors
+from awareness_vllm.serving.http import (
+    RETRY_AFTER,
+    BusyError,
+    FrontEnd,
+    answer_busy,
+    answer_unauthorized,
+    caller,
+    client_errors,
+)
 from awareness_vllm.serving.params import kv_transfer_params
 from awareness_vllm.serving.prompt import Prompt
 from awareness_vllm.serving.request import MEMORY_IDS, parse_memory_request, sent_field
@@ -90,6 +98,7 @@ class AwarenessEndpoints:
         app.include_router(router)
         app.include_router(memory_routes.router)
         answer_unauthorized(app)
+        answer_busy(app)
         ours = frozenset(cast(APIRoute, route).path for route in router.routes)
         # Within what vLLM adds later: CORS, whose headers are for 401 too, and --api-key.
         app.add_middleware(Guard, memory_routes=ours)
@@ -108,7 +117,7 @@ class AwarenessEndpoints:
             return
         config = ServingConfig.parse(transfer.kv_connector_extra_config)
         front = await asyncio.to_thread(build_front_end, config, engine_client)
-        await engine_client.collective_rpc(BIND)
+        await front.engine_client.call(BIND)
         await check_sinks(front.engine_client, front.resolver)
         await front.engine_client.pin(front.resolver, config.pin)
         state.awareness = front
@@ -235,8 +244,11 @@ async def in_anthropics_form(asked: Awaitable[Any]) -> Any:
     """An answer, or an error in the form that clients of Anthropic's API expect."""
     try:
         return await asked
-    except VLLMClientError as error:
-        return message_routes.translate_error_response(create_error_response(error))
+    except (VLLMClientError, GracefulHTTPError) as error:
+        response = message_routes.translate_error_response(create_error_response(error))
+        if isinstance(error, BusyError):
+            response.headers.update(RETRY_AFTER)
+        return response
 
 
 def message_render(request: Message, raw_request: Request) -> Render:
@@ -280,14 +292,20 @@ async def answer(
             capture = await announce_capture(request, raw_request, memory_request.capture)
             return await capture.finish(handler(request, raw_request))
         front, tenant = caller(raw_request)
-        salt = getattr(request, "cache_salt", None)
-        prompt = await asyncio.to_thread(front.resolver.resolve, memory_request, tenant, salt)
-        await front.canary.check(prompt)
-        used = await insert(front, prompt)
-    response = await handler(request, raw_request)  # where `insert` had no prompt, it says why
-    if used and response:  # no response at all: the client has gone
-        add_report(response, used)
-    return response
+        load = await front.admission.admit(tenant, memory_request.ids)
+
+    async def load_and_answer() -> Any:
+        with client_errors(sent):
+            salt = getattr(request, "cache_salt", None)
+            prompt = await asyncio.to_thread(front.resolver.resolve, memory_request, tenant, salt)
+            await front.canary.check(prompt)
+            used = await insert(front, prompt)
+        response = await handler(request, raw_request)  # where `insert` had no prompt, it says why
+        if used and response:  # no response at all: the client has gone
+            add_report(response, used)
+        return response
+
+    return await load.until_answered(load_and_answer())
 
 
 def chat_insert(request: AnyRequest, render: Render) -> Insert:

@@ -30,11 +30,11 @@ class Canary:
         "" or the error's message, as an exception would cross the engine as a mere text."""
         source = self.sources.get(capture)
         if source is None:
-            source = self.loader.readers.submit(self.loader.read_source, part, tenant)
-            self.sources[capture] = source
+            source = self.sources[capture] = self.loader.read(part, tenant)
         if not source.done():
             return PENDING
         del self.sources[capture]
+        self.loader.reads.release(source)
         return _message(lambda: self._check_memory(capture, part, source.result()))
 
     def _check_memory(self, capture: str, part: Part, source: LoadedSource) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -13,21 +15,25 @@ from torch import Tensor
 from awareness_vllm.errors import AwarenessError
 from awareness_vllm.files import atomic_write
 from awareness_vllm.packages.manifest import tensor_name
+from awareness_vllm.serving.connector.kv_reader import CAPTURE_KEY
+from awareness_vllm.serving.params import is_signed, signature
+from awareness_vllm.serving.storage import is_disk_full
 
 States = dict[str, Tensor]
 """`layers.i.key` and `layers.i.value` [T, H, D]."""
 PENDING = "pending"
+DISK_FULL = "no space left on the disk"
 
 
 class CaptureQueue:
-    """Captures that the server has announced, by a key that no client can guess; with `everything`,
-    all that are asked for (an offline engine has no clients)."""
+    """Captures that the server has announced, by a key that no client can guess. An offline engine
+    announces none: its requests name their files, signed with the secret of its process."""
 
-    def __init__(self, *, everything: bool = False) -> None:
-        self.everything = everything
+    def __init__(self) -> None:
         self.announced: dict[str, Path | None] = {}
         self.parts: dict[str, list[tuple[int, States]]] = {}
         self.results: dict[str, Future[States]] = {}
+        self.files: dict[str, Path] = {}
         # Files are written beside the engine's steps: no other request waits for a disk.
         self.thread = ThreadPoolExecutor(1, "awareness-capture")
 
@@ -36,7 +42,7 @@ class CaptureQueue:
         self.announced[key] = Path(path) if path else None
 
     def expects(self, key: str) -> bool:
-        return key in self.announced or (self.everything and key not in self.results)
+        return key in self.announced or (_signed_path(key) is not None and key not in self.results)
 
     def capture(
         self, key: str, read: Callable[[], States], begin: int = 0, *, last: bool = True
@@ -58,22 +64,27 @@ class CaptureQueue:
             self.results[key] = future = Future[States]()
             future.set_exception(error)
             return
-        path = self.announced.pop(key, Path(key) if self.everything else None)
+        offline = _signed_path(key)
+        path = offline or self.announced.pop(key, None)
         self.results[key] = future = Future[States]()
         if path is None:
             future.set_result(states)
-        elif self.everything:
+        elif offline:
             _write(states, path, future)  # nobody waits for it, and the process may end
         else:
+            self.files[key] = path
             self.thread.submit(_write, states, path, future)
 
     def status(self, key: str) -> str:
-        """PENDING, "" when it is done, or the error; reported once."""
+        """PENDING, "" when it is done, DISK_FULL or another error; reported once."""
         future = self.results.get(key)
         if future is None or not future.done():
             return PENDING
+        self.files.pop(key, None)
         error = self.results.pop(key).exception()
-        return "" if error is None else str(error) or type(error).__name__
+        if error is None:
+            return ""
+        return DISK_FULL if is_disk_full(error) else str(error) or type(error).__name__
 
     def collect(self, key: str) -> States:
         """The states of a capture that has no file. Raises AwarenessError."""
@@ -85,10 +96,24 @@ class CaptureQueue:
         return future.result()
 
     def discard(self, key: str) -> None:
-        """Forget a capture whose request came to nothing."""
+        """Forget a capture whose request came to nothing, and remove its file, also one that is
+        being written."""
         self.announced.pop(key, None)
         self.parts.pop(key, None)
-        self.results.pop(key, None)
+        future, path = self.results.pop(key, None), self.files.pop(key, None)
+        if future is not None and path is not None and not future.cancel():
+            future.add_done_callback(functools.partial(_remove, path))
+
+
+def capture_to(path: str | Path) -> dict[str, str]:
+    """The `kv_transfer_params` of a request to an offline engine: read it back into this file."""
+    return {CAPTURE_KEY: f"{signature(CAPTURE_KEY, str(path))}:{path}"}
+
+
+def _signed_path(key: str) -> Path | None:
+    """The file that an offline engine's own request names; None for any other name."""
+    mark, _, path = key.partition(":")
+    return Path(path) if path and is_signed(mark, CAPTURE_KEY, path) else None
 
 
 def cut_at(parts: list[tuple[int, States]], begin: int) -> None:
@@ -117,9 +142,15 @@ def keys_and_values(states: States, layers: int) -> tuple[list[Tensor], list[Ten
 
 def _write(states: States, path: Path, done: Future[States]) -> None:
     """Write a file whole or not at all."""
+    if not done.set_running_or_notify_cancel():
+        return
     try:
         with atomic_write(path) as draft:
             save_file(states, draft)
         done.set_result({})
     except Exception as error:
         done.set_exception(error)
+
+
+def _remove(path: Path, done: Future[Any]) -> None:
+    path.unlink(missing_ok=True)

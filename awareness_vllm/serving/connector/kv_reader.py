@@ -20,7 +20,8 @@ from awareness_vllm.serving.connector.kv_layout import PAD_SLOT_ID, KVLayout, la
 from awareness_vllm.serving.connector.scheduler import SaveSpec
 
 CAPTURE_KEY = "awareness_capture"
-"""Our key in a capturing request's `kv_transfer_params`; its value names the file to write."""
+"""Our key in a capturing request's `kv_transfer_params`. Its value is a key that the server has
+announced to the workers, or the path that an offline engine's own process has signed."""
 
 DIGIT = 128
 """Numbers are written as digits of this base: integers that bfloat16 and float16 hold exactly."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from awareness_vllm.errors import AwarenessError, UnsupportedModel
 from awareness_vllm.packages.file import Package, read
 from awareness_vllm.packages.store import Store
 from awareness_vllm.serving.config import ServingConfig
-from awareness_vllm.serving.connector.capture_queue import PENDING
-from awareness_vllm.serving.params import Key, LoadParams, Part
+from awareness_vllm.serving.connector.holders import Holders, is_of
+from awareness_vllm.serving.connector.read_queue import ReadQueue
+from awareness_vllm.serving.params import Key, Part
 from awareness_vllm.serving.served_model import ServedModel
 from awareness_vllm.serving.tenants import stores_of
 from awareness_vllm.serving.tiers import DiskTier, Memory, WarmTier
@@ -30,13 +32,11 @@ from awareness_vllm.wmatrix.file import WMatrix
 GIB = 2**30
 MAX_HEADS = 64
 """Heads that are kept: each chat template has one, and each system prompt."""
-READERS = 4
-"""Files that are read at once: one that hangs holds up no other memory's requests."""
 EMBEDDING_ROWS = 4096
 """Rows of an embedding that are looked up at once."""
-STEP_BUDGET_S, IDLE_BUDGET_S = 0.005, 0.05
-"""Seconds to align in a step that other requests wait for (less than a block takes: it is one
-block, or any number of memories that only had to be read), and in an idle one."""
+STEP_BUDGET_S = 0.005
+"""Seconds to align in a step: one block of tokens, which takes longer, or any number of memories
+that only had to be read. Other requests wait for a step, and may arrive in an idle one."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,14 @@ class LoadedSource:
 @dataclass
 class PendingAlignment:
     """One memory on its way: `source` is read by a thread, `result` is the memory and its
-    temperature. `waiters` counts the requests for it."""
+    temperature. `waiters` counts the requests for it, `tenants` are those that they came from."""
 
     part: Part
     source: Future[LoadedSource]
     result: Future[tuple[Memory, str]] = field(default_factory=Future)
     work: Realignment | None = None
     waiters: int = 1
+    tenants: set[str] = field(default_factory=set)
 
     @property
     def key(self) -> Key:
@@ -78,6 +79,7 @@ class MemoryLoader:
         stores: by tenant.
         dtype: of the target's cache.
         warm, disk: the tiers that keep aligned memories.
+        reads: the files that are read, or were read and are not aligned yet.
     """
 
     def __init__(
@@ -87,12 +89,13 @@ class MemoryLoader:
         dtype: torch.dtype,
         warm: WarmTier,
         disk: DiskTier | None = None,
+        reads: ReadQueue | None = None,
     ) -> None:
         self.model, self.stores, self.dtype = model, stores, dtype
         self.warm, self.disk = warm, disk
-        self.readers = ThreadPoolExecutor(READERS, "awareness-read")
+        self.reads = reads or ReadQueue(max_reads=32, max_bytes=GIB)
+        self.holders = Holders()
         self.pending: dict[Key, PendingAlignment] = {}
-        self.prefetches: dict[str, list[PendingAlignment]] = {}
         self.heads: OrderedDict[str, AlignedMemory] = OrderedDict()
         self.wmatrices: dict[str, WMatrix] = {}
         self.paged: dict[str, PagedMap] = {}
@@ -108,7 +111,8 @@ class MemoryLoader:
             limit = int(config.disk_cache_gib * GIB)
             disk = DiskTier(Path(config.disk_cache), limit, model.geometry.weights, dtype)
         warm = WarmTier(int(config.host_cache_gib * GIB))
-        return cls(model, stores_of(config), dtype, warm, disk)
+        reads = ReadQueue(config.max_loads, config.max_load_bytes)
+        return cls(model, stores_of(config), dtype, warm, disk, reads)
 
     def request(self, part: Part, tenant: str) -> PendingAlignment:
         """A memory, ready or on its way; whoever requests it uses its result or releases it."""
@@ -116,20 +120,36 @@ class MemoryLoader:
             self.heads.move_to_end(part.memory)
             return completed(part, self.heads[part.memory])
         if (memory := self.warm.get(part.key)) is not None:
+            self.holders.add(part.key, [tenant])
             return completed(part, memory)
         if (alignment := self.pending.get(part.key)) is not None:
             alignment.waiters += 1
+            alignment.tenants.add(tenant)
             return alignment
-        alignment = PendingAlignment(part, self.readers.submit(self.read_source, part, tenant))
+        alignment = PendingAlignment(part, self.read(part, tenant), tenants={tenant})
         self.pending[part.key] = alignment
         return alignment
+
+    def read(self, part: Part, tenant: str) -> Future[LoadedSource]:
+        """What `read_source` gives, as soon as its bytes fit; whoever asks releases the read."""
+        try:
+            size = self.source_bytes(part, tenant)
+        except (AwarenessError, OSError) as error:
+            refused = Future[LoadedSource]()
+            refused.set_exception(error)
+            return refused
+        return self.reads.submit(size, functools.partial(self.read_source, part, tenant))
+
+    def source_bytes(self, part: Part, tenant: str) -> int:
+        """Bytes of a package. Raises InvalidMemoryId, MemoryNotFound, PackageTooLarge."""
+        return self.stores[tenant].size(part.memory, limit=self.reads.max_bytes)
 
     def release(self, alignment: PendingAlignment) -> None:
         """Give up a requested memory; without other requests its alignment ends where it is."""
         alignment.waiters -= 1
         if not alignment.waiters and self.pending.get(alignment.key) is alignment:
-            alignment.source.cancel()
             del self.pending[alignment.key]
+            self.reads.release(alignment.source)
 
     def read_source(self, part: Part, tenant: str) -> LoadedSource:
         """A memory from the disk tier, or its package, as far as no model is needed. Runs in a
@@ -153,16 +173,20 @@ class MemoryLoader:
         ids, source = sources(package, manifest, self.model.folder)
         return LoadedSource("cold", None, package, ids, source)
 
-    def advance(self, seconds: float = STEP_BUDGET_S) -> None:
-        """Align memories whose sources are read, in order, for about so long: a block at least."""
+    def advance(self, seconds: float = STEP_BUDGET_S) -> bool:
+        """Align memories whose sources are read, in order, for about so long: a block at least.
+        Whether there was one."""
         until = time.perf_counter() + seconds
-        for alignment in [a for a in self.pending.values() if a.source.done()]:
+        ready = [a for a in self.pending.values() if a.source.done()]
+        for alignment in ready:
             while not self.step(alignment):
                 if time.perf_counter() >= until:
-                    return
+                    return True
             del self.pending[alignment.key]
+            self.reads.release(alignment.source)
             if time.perf_counter() >= until:
-                return
+                break
+        return bool(ready)
 
     def step(self, alignment: PendingAlignment) -> bool:
         """Align a block; whether the memory is complete, or has failed: its result says why."""
@@ -172,6 +196,10 @@ class MemoryLoader:
             if memory is None:
                 return False
             self.warm.put(alignment.key, memory)
+            aligned_anew = source.temperature == "cold"
+            (self.holders.replace if aligned_anew else self.holders.add)(
+                alignment.key, alignment.tenants
+            )
             # A latent is decoded faster than its states are read, and a copy is a file already.
             if self.disk and source.memory is None and isinstance(memory, AlignedMemory):
                 self.disk.put(alignment.key, memory)
@@ -198,26 +226,19 @@ class MemoryLoader:
             )
         return alignment.work.memory if alignment.work.step() else None
 
-    def prefetch(self, ticket: str, params: LoadParams, pin: bool) -> str:
-        """Align memories ahead of their first request, `pin` them in the warm tier.
+    def loaded(self, memories: Iterable[str]) -> list[str]:
+        """Those of these memories whose last load has ended well."""
+        keys = {*self.holders.tenants, *self.warm.memories} - self.pending.keys()
+        return [memory for memory in memories if any(is_of(key, memory) for key in keys)]
 
-        Called again with the same ticket while the answer is PENDING; then "warm" or "cold", or the
-        error's message: an exception would cross the engine as a mere text.
-        """
-        if ticket not in self.prefetches:
-            self.prefetches[ticket] = [self.request(part, params.tenant) for part in params.parts]
-            if pin:
-                self.warm.pinned.update(part.key for part in params.parts)
-        self.advance(IDLE_BUDGET_S)
-        if not all(alignment.result.done() for alignment in self.prefetches[ticket]):
-            return PENDING
-        try:
-            return overall_temperature(a.result.result()[1] for a in self.prefetches.pop(ticket))
-        except (AwarenessError, OSError) as error:
-            return str(error)
-
-    def evict(self, memory: str) -> bool:
-        """Drop a memory from the warm tier, in memory and on disk; whether it was there."""
+    def evict(self, memory: str, tenant: str) -> bool:
+        """Take a tenant's reference to a memory away, and drop it from the warm tier, in host
+        memory and on disk, where no other tenant has loaded it and it is not pinned; whether it
+        was there and is dropped."""
+        keys = {key for key in {*self.holders.tenants, *self.warm.pinned} if is_of(key, memory)}
+        held = [self.holders.remove(key, tenant) for key in keys]
+        if any(held) or keys & self.warm.pinned:
+            return False
         on_disk = self.disk.drop(memory) if self.disk else False
         return self.warm.drop(memory) or on_disk
 

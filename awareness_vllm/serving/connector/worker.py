@@ -28,13 +28,12 @@ from awareness_vllm.serving.connector.kv_layout import (
 )
 from awareness_vllm.serving.connector.kv_reader import read_kv
 from awareness_vllm.serving.connector.loader import (
-    IDLE_BUDGET_S,
-    STEP_BUDGET_S,
     MemoryLoader,
     PendingAlignment,
     embedding_of,
     overall_temperature,
 )
+from awareness_vllm.serving.connector.prefetcher import Prefetcher
 from awareness_vllm.serving.connector.scheduler import LoadSpec, SaveSpec
 from awareness_vllm.serving.params import Part
 from awareness_vllm.serving.served_model import ServedModel
@@ -128,6 +127,7 @@ class ConnectorWorker:
             geometry=model.geometry,
             dtype=dtype,
         )
+        self.prefetcher = Prefetcher(loader)
         self.pending: dict[str, PendingLoad] = {}
         self.canary = Canary(loader, captures)
 
@@ -149,7 +149,7 @@ class ConnectorWorker:
             KVLayout.from_vllm(vllm_config, kv_cache_config),
             dtype,
             MemoryLoader.from_config(config, model, dtype),
-            CaptureQueue(everything=config.capture),
+            CaptureQueue(),
             Registry.read(config.wmatrices),
             load_timeout=config.load_timeout,
             ranks=vllm_config.parallel_config.tensor_parallel_size,
@@ -204,7 +204,8 @@ class ConnectorWorker:
         sources = [alignment.source for entry in pending for alignment in entry.alignments]
         if idle and pending and not any(source.done() for source in sources):
             wait(sources, IDLE_WAIT_S, FIRST_COMPLETED)
-        self.loader.advance(IDLE_BUDGET_S if idle else STEP_BUDGET_S)
+        self.loader.advance()
+        self.prefetcher.stepped = time.perf_counter()
         requests: list[str] = []
         tokens = 0
         for entry in pending:

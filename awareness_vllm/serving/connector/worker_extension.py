@@ -1,26 +1,39 @@
 """vLLM's `--worker-extension-cls`: the front end's calls to a worker's connector.
 
-All of them go by `collective_rpc` under the names below.
+All of them go by `collective_rpc` to one method, which takes only calls that this server signed: a
+server in vLLM's development mode offers `collective_rpc` to everybody.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from awareness_vllm.serving.params import LoadParams, Part
+from awareness_vllm.errors import Unauthorized
+from awareness_vllm.serving.params import LoadParams, Part, is_signed, signature
 
 if TYPE_CHECKING:
     from awareness_vllm.serving.connector.worker import ConnectorWorker
 
-BIND = "awareness_bind_model"
-PREFETCH = "awareness_prefetch"
-EVICT = "awareness_evict"
-ANNOUNCE = "awareness_announce"
-STATE = "awareness_capture_state"
-KEEP_HEAD = "awareness_keep_head"
-FORGET = "awareness_forget"
-CHECK_MEMORY = "awareness_check_memory"
-CHECK_SINK = "awareness_check_sink"
+CALL = "awareness_call"
+"""The method of a worker."""
+BIND = "bind_model"
+PREFETCH = "prefetch"
+POLL = "poll_prefetches"
+CANCEL = "cancel_prefetches"
+LOADED = "loaded"
+EVICT = "evict"
+ANNOUNCE = "announce"
+STATE = "capture_state"
+KEEP_HEAD = "keep_head"
+FORGET = "forget"
+CHECK_MEMORY = "check_memory"
+CHECK_SINK = "check_sink"
+
+
+def signed(name: str, *args: Any) -> tuple[str, list[Any], str]:
+    """The arguments of CALL for a call by name; its own arguments are JSON values."""
+    return name, list(args), signature(name, *args)
 
 
 class AwarenessWorkerExtension:
@@ -28,36 +41,60 @@ class AwarenessWorkerExtension:
 
     model_runner: Any
 
-    @property
-    def awareness(self) -> ConnectorWorker:
+    def awareness_call(self, name: str, args: Sequence[Any], signed_by: str) -> Any:
+        """Raises Unauthorized: a call that this server has not signed."""
+        if not is_signed(signed_by, name, *args):
+            raise Unauthorized(
+                "the memories' workers take calls from their own server only",
+                found="a call without its signature",
+                expected="the routes of docs/serving.md",
+            )
         from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-        return get_kv_transfer_group().worker  # type: ignore[attr-defined]
+        worker = get_kv_transfer_group().worker  # type: ignore[attr-defined]
+        return getattr(WorkerCalls(worker, self.model_runner), name)(*args)
 
-    def awareness_bind_model(self) -> None:
+
+class WorkerCalls:
+    """The calls, by the names above."""
+
+    def __init__(self, worker: ConnectorWorker, model_runner: Any) -> None:
+        self.worker, self.model_runner = worker, model_runner
+
+    def bind_model(self) -> None:
         """Lend the running model's embedding to the connector, which is given layers only."""
-        self.awareness.bind_model(self.model_runner.get_model())
+        self.worker.bind_model(self.model_runner.get_model())
 
-    def awareness_prefetch(self, ticket: str, params: str, pin: bool) -> str:
-        return self.awareness.loader.prefetch(ticket, LoadParams.model_validate_json(params), pin)
+    def prefetch(self, ticket: str, params: str, pin: bool) -> str:
+        plan = LoadParams.model_validate_json(params)
+        return self.worker.prefetcher.begin(ticket, plan, pin)
 
-    def awareness_evict(self, memory: str) -> bool:
-        return self.awareness.loader.evict(memory)
+    def poll_prefetches(self, tickets: list[str]) -> tuple[bool, list[str]]:
+        return self.worker.prefetcher.poll(tickets)
 
-    def awareness_announce(self, name: str, path: str) -> None:
-        self.awareness.captures.announce(name, path)
+    def cancel_prefetches(self, tickets: list[str]) -> None:
+        self.worker.prefetcher.cancel(tickets)
 
-    def awareness_capture_state(self, name: str) -> str:
-        return self.awareness.captures.status(name)
+    def loaded(self, memories: list[str]) -> list[str]:
+        return self.worker.loader.loaded(memories)
 
-    def awareness_keep_head(self, capture: str, name: str, ids: list[int]) -> str:
-        return self.awareness.keep_head(capture, name, ids)
+    def evict(self, memory: str, tenant: str) -> bool:
+        return self.worker.loader.evict(memory, tenant)
 
-    def awareness_forget(self, name: str) -> None:
-        self.awareness.captures.discard(name)
+    def announce(self, name: str, path: str) -> None:
+        self.worker.captures.announce(name, path)
 
-    def awareness_check_memory(self, capture: str, part: str, tenant: str) -> str:
-        return self.awareness.canary.check_memory(capture, Part.model_validate_json(part), tenant)
+    def capture_state(self, name: str) -> str:
+        return self.worker.captures.status(name)
 
-    def awareness_check_sink(self, capture: str, wmatrix: str) -> str:
-        return self.awareness.canary.check_sink(capture, wmatrix)
+    def keep_head(self, capture: str, name: str, ids: list[int]) -> str:
+        return self.worker.keep_head(capture, name, ids)
+
+    def forget(self, name: str) -> None:
+        self.worker.captures.discard(name)
+
+    def check_memory(self, capture: str, part: str, tenant: str) -> str:
+        return self.worker.canary.check_memory(capture, Part.model_validate_json(part), tenant)
+
+    def check_sink(self, capture: str, wmatrix: str) -> str:
+        return self.worker.canary.check_sink(capture, wmatrix)

@@ -1,0 +1,108 @@
+"""Room for captures: each tenant's quota, space that stays free, and a full disk."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from awareness_vllm.errors import StorageFull
+from awareness_vllm.serving.config import ServingConfig
+
+GIB = 2**30
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+OS_ERROR = re.compile(r"os error (\d+)")
+"""How safetensors' writer, which is not Python's, names the system's error."""
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error of a writer says that the disk, or the user's share of it, is full."""
+    if isinstance(error, OSError):
+        return error.errno in FULL
+    match = OS_ERROR.search(str(error))
+    return match is not None and int(match[1]) in FULL
+
+
+@dataclass(frozen=True)
+class CaptureLimits:
+    """Bytes up to which captures may fill a tenant's store, and bytes of the disk that they leave
+    free; none may be captured unless it is `allowed`."""
+
+    allowed: bool = False
+    quota: int = 10 * GIB
+    min_free: int = GIB
+    lock: threading.Lock = field(default_factory=threading.Lock, compare=False)
+
+    @classmethod
+    def from_config(cls, config: ServingConfig) -> CaptureLimits:
+        quota, min_free = int(config.capture_quota_gib * GIB), int(config.min_free_gib * GIB)
+        return cls(config.allow_capture, quota, min_free)
+
+    def check(self, folder: Path, size: int) -> None:
+        """Refuse a capture of `size` bytes into a store that has no room for it.
+
+        Raises:
+            StorageFull
+        """
+        if (used := bytes_in(folder)) + size > self.quota:
+            raise StorageFull(
+                "the tenant's store has no room for this capture",
+                found=f"{used / GIB:.3f} GiB in the store, and {size / GIB:.3f} more",
+                expected=f"{self.quota / GIB:g} GiB at most",
+                remedy="remove packages from the store, or raise --capture-quota-gib",
+            )
+        if (free := free_bytes(folder)) - size < self.min_free:
+            raise StorageFull(
+                "the store's disk has no room for this capture",
+                found=f"{free / GIB:.3f} GiB free, and a capture of {size / GIB:.3f}",
+                expected=f"{self.min_free / GIB:g} GiB that stay free",
+                remedy="free some space, or lower --min-free-gib",
+            )
+
+    def publish(self, folder: Path, size: int, publish: Callable[[], Path]) -> Path:
+        """Publish a capture of `size` bytes if there is still room: others may have come between.
+
+        Raises:
+            StorageFull
+        """
+        with self.lock:
+            self.check(folder, size)
+            try:
+                return publish()
+            except Exception as error:
+                if is_disk_full(error):
+                    raise disk_full() from error
+                raise
+
+
+def disk_full() -> StorageFull:
+    """The error of a capture that the disk had no room for after all."""
+    return StorageFull(
+        "the capture could not be written",
+        found="no space left on the disk",
+        expected="room for the prompt's states, in the store and in the folder for temporary files",
+        remedy="free some space; --min-free-gib says how much captures leave",
+    )
+
+
+def bytes_in(folder: Path) -> int:
+    """Bytes of a folder's files; none where there is no folder yet."""
+    total = 0
+    with suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in entries:
+            with suppress(FileNotFoundError):  # removed meanwhile
+                if entry.is_file(follow_symlinks=False):
+                    total += entry.stat(follow_symlinks=False).st_size
+    return total
+
+
+def free_bytes(folder: Path) -> int:
+    """Free bytes of the disk that a folder is on, or will be on."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free
