@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -103,13 +105,15 @@ class StubLoader:
     """Stands for MemoryLoader: a copy, which a thread reads."""
 
     def __init__(self, memory: AlignedMemory) -> None:
-        from concurrent.futures import ThreadPoolExecutor
-
         self.readers, self.memory = ThreadPoolExecutor(1), memory
+        self.reads = SimpleNamespace(release=lambda source: None)
         self.wmatrices: dict[str, Any] = {}
         self.error: Exception | None = None
 
-    def read_source(self, part: Part, tenant: str) -> LoadedSource:
+    def read(self, part: Part, tenant: str) -> Future[LoadedSource]:
+        return self.readers.submit(self.read_source)
+
+    def read_source(self) -> LoadedSource:
         if self.error:
             raise self.error
         return LoadedSource("cold", self.memory)

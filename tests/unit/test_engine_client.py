@@ -90,8 +90,9 @@ class Chats:
 
     async def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
         inspect.signature(getattr(AwarenessWorkerExtension, method)).bind(None, *args)
-        self.calls.append(method)
-        return self.kept if method == KEEP_HEAD else [None, None]
+        name, *_ = args
+        self.calls.append(name)
+        return self.kept if name == KEEP_HEAD else [None, None]
 
     async def generate(self, prompt: Any, params: Any, request_id: str) -> Any:
         self.prompts.append(prompt)

@@ -18,6 +18,7 @@ from vllm.entrypoints.serve.utils.api_utils import load_aware_call
 from awareness_vllm.errors import AwarenessError, UnsupportedRequest
 from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.models.tokens import Tokens
+from awareness_vllm.serving.admission import Admission, Admitted
 from awareness_vllm.serving.api.capture import Capture
 from awareness_vllm.serving.api.front_end import target_config
 from awareness_vllm.serving.api.report import add_report
@@ -136,7 +137,9 @@ async def asked(
     client.captured_states = AsyncMock(side_effect=states)
     resolver = SimpleNamespace(resolve=lambda *args: PROMPT)
     canary = SimpleNamespace(check=AsyncMock())
-    parts = {"resolver": resolver, "engine_client": client, "canary": canary}
+    admission = Admission({}, AsyncMock(return_value=set()), 1, 1)
+    admits = SimpleNamespace(admit=AsyncMock(return_value=Admitted(admission)))
+    parts = {"resolver": resolver, "engine_client": client, "canary": canary, "admission": admits}
     front = SimpleNamespace(**parts, tenants=Tenants())
     models = SimpleNamespace(is_base_model=lambda name: True)
     state = SimpleNamespace(
@@ -146,7 +149,15 @@ async def asked(
         app=SimpleNamespace(state=state), query_params={}, headers={}, json=AsyncMock()
     )
     raw.json.return_value = body
-    capture = Capture(cast(Any, front), "", "name", "text", Tokens([1], np.zeros((1, 2))), "k")
+    capture = Capture(
+        cast(Any, front),
+        "",
+        "name",
+        "text",
+        Tokens([1], np.zeros((1, 2))),
+        "k",
+        Admitted(admission),
+    )
 
     @load_aware_call
     async def handler(request: Any, raw_request: Any) -> JSONResponse:
