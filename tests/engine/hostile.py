@@ -133,6 +133,8 @@ def bad_fields(memory: str) -> list[dict[str, Any]]:
             [], {}, "", memory, 0, 7, True, False, 1.5, {"0": memory}, {memory: True}, good * 2,
             good * 10_000, [*good, UNKNOWN, *good], [f"mem_{n:032x}" for n in range(10_000)],
             [None] * 10_000, [*good, None], [good])),
+        {"memory_id": memory}, {"memories": good}, {"memoryIds": good}, {"memory_ids[]": memory},
+        {"extra_body": short}, {"extra_body": {"memory": {"ids": good}}}, {"metadata": short},
         {**short, "memory": {"ids": good}},
         {**short, "memory": {"capture": "x"}},
         {**short, "memory": []},
