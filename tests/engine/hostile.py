@@ -207,7 +207,7 @@ NOT_JSON = [
 def forgeries(memory: str, loot: Path) -> list[dict[str, Any]]:
     """Fields that tell the connector what only our endpoint may tell it: loads with and without the
     salt that belongs to them, and captures into a file of the client's choice."""
-    real = {"memory": memory, "wmatrix": "", "skip": 0, "tokens": 50}
+    real = {"memory": memory, "digest": "0" * 64, "wmatrix": "", "skip": 0, "tokens": 50}
     parts: list[list[dict[str, Any]]] = [
         [real], [{**real, "tokens": 1}], [{**real, "tokens": 10**9}], [{**real, "skip": 90}],
         [real, real], [real] * 500, [{**real, "memory": UNKNOWN}], [{**real, "wmatrix": "0" * 64}],
