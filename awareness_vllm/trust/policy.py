@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,9 +87,9 @@ class TrustPolicy:
         if path is None:
             return cls()
         try:
-            document = TrustFile.model_validate(parse_json(_read(path, MAX_TRUST)))
-        except FileRefused as error:
-            raise _unusable(path, error.found, error.expected) from error
+            document = TrustFile.model_validate(parse_json(_read_own(path)))
+        except (FileRefused, OSError) as error:
+            raise _unusable(path, str(error)) from error
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             where = ".".join(map(str, first["loc"]))
@@ -180,13 +181,18 @@ def _read(path: Path, limit: int) -> bytes:
     return document
 
 
+def _read_own(path: Path) -> bytes:
+    """A file of the operator's, whose links are followed. Raises FileRefused, OSError."""
+    return _read(Path(os.path.realpath(path)), MAX_TRUST)
+
+
 def _public_key(trust: Path, name: str, text: str) -> ec.EllipticCurvePublicKey:
     """The key of an entry. Raises BadInput."""
     if text.lstrip().startswith(BEGIN):
         pem = text.encode()
     else:
         try:
-            pem = _read(trust.parent / text, MAX_TRUST)
+            pem = _read_own(trust.parent / text)
         except (OSError, ValueError, FileRefused) as error:
             raise _unusable(trust, f"key {name}: {text[:200]!r} ({error})", "a PEM file") from error
     try:
