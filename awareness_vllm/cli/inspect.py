@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
+
+from awareness_vllm.cli.options import add_what
 
 HELP = "print the manifest of a memory package or a W-Matrix"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", metavar="ID|FILE", help="a memory's ID, or a file")
-    parser.add_argument("--store", type=Path, help="folder in which the ID is looked up")
+    add_what(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import json
+from collections.abc import Mapping
+from typing import Any
 
 from awareness_vllm.errors import QualityUnreachable
 from awareness_vllm.schema import FrozenModel
@@ -102,6 +105,22 @@ class Certificate(FrozenModel):
     measured: datetime.date
     hardware: str
     versions: dict[str, str]
+
+
+def statement(document: Mapping[str, Any], payload: str) -> bytes:
+    """What is signed by who measured a certificate: canonical JSON of it and of the map's payload.
+
+    The signature of the file is another one: whoever publishes a map need not be who measured it.
+    The payload is a digest of the map's tensors and manifest, the certificate included, and each
+    load computes it anew. So a certificate that was copied into another map, or changed in its own,
+    is signed by nobody.
+
+    Args:
+        document: the certificate, as it is in the manifest.
+        payload: the manifest's, in hex.
+    """
+    fields = {"type": "awareness-certificate/1", "payload": payload, "certificate": document}
+    return json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
 
 
 def plans_for(certificate: Certificate, context: int) -> list[Plan]:

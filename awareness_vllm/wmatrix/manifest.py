@@ -21,7 +21,7 @@ from awareness_vllm.tensor_file import (
     read_file,
     read_header,
 )
-from awareness_vllm.wmatrix.certificate import Certificate
+from awareness_vllm.wmatrix.certificate import Certificate, statement
 
 PRODUCTS = ("encode", "decode")
 """The factors of the map's matrix product, which may be of a shorter dtype than the rest."""
@@ -125,6 +125,11 @@ class WMatrixManifest(FrozenModel):
             return Certificate.model_validate(self.certificate)
         except ValidationError:
             return None
+
+    @property
+    def certificate_statement(self) -> bytes | None:
+        """What the certificate's signature is about; None without a certificate."""
+        return None if self.certificate is None else statement(self.certificate, self.payload)
 
     @property
     def standing(self) -> str:
