@@ -18,12 +18,12 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
 from awareness_vllm.errors import SignatureInvalid, escaped
 from awareness_vllm.schema import FrozenModel
-from awareness_vllm.tensor_file import FileRefused, parse_json
+from awareness_vllm.tensor_file import FileRefused, parse_document
 
 MAX_BUNDLE = 32 << 10
 """Bytes of a bundle: twenty times that of one file."""
@@ -38,11 +38,7 @@ HASHES = {
 Hex = Field(pattern=r"^[0-9a-f]{64}$")
 
 
-class _Strict(FrozenModel):
-    model_config = ConfigDict(strict=True)
-
-
-class _Camel(_Strict):
+class _Camel(FrozenModel):
     model_config = ConfigDict(alias_generator=to_camel)
 
 
@@ -72,34 +68,34 @@ class _SigstoreBundle(_Camel):
     dsse_envelope: _Envelope
 
 
-class _Digest(_Strict):
+class _Digest(FrozenModel):
     sha256: str = Hex
 
 
-class _Subject(_Strict):
+class _Subject(FrozenModel):
     name: str
     digest: _Digest
 
 
-class _Resource(_Strict):
+class _Resource(FrozenModel):
     name: str
     algorithm: Literal["sha256"]
     digest: str = Hex
 
 
-class _Serialization(_Strict):
+class _Serialization(FrozenModel):
     method: Literal["files"]
     hash_type: Literal["sha256"]
     allow_symlinks: bool
     ignore_paths: list[str] | None = None
 
 
-class _Predicate(_Strict):
+class _Predicate(FrozenModel):
     serialization: _Serialization
     resources: list[_Resource] = Field(min_length=1, max_length=1)
 
 
-class _Statement(_Strict):
+class _Statement(FrozenModel):
     type: Literal["https://in-toto.io/Statement/v1"] = Field(alias="_type")
     subject: list[_Subject] = Field(min_length=1, max_length=1)
     predicate_type: Literal["https://model_signing/signature/v1.0"] = Field(alias="predicateType")
@@ -202,7 +198,7 @@ def invalid_signature(
 ) -> SignatureInvalid:
     """The error about a signature that proves nothing."""
     return SignatureInvalid(
-        f"{name} cannot be trusted",
+        f"{escaped(name)} cannot be trusted",
         found=found,
         expected=expected,
         remedy="get file and signature anew from where they came, or remove the signature",
@@ -211,13 +207,9 @@ def invalid_signature(
 
 def _parse(document: bytes, model: type[Document], name: str) -> Document:
     try:
-        return model.model_validate(parse_json(document))
+        return parse_document(model, document, "bundle")
     except FileRefused as error:
         raise invalid_signature(name, error.found) from error
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise invalid_signature(name, escaped(f"{where}: {first['msg']}")[:200]) from error
 
 
 def _decode(text: str, name: str) -> bytes:

@@ -11,11 +11,11 @@ from typing import Annotated, Literal
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from awareness_vllm.errors import BadInput, SignatureInvalid, escaped
 from awareness_vllm.schema import FrozenModel
-from awareness_vllm.tensor_file import FileRefused, opened, parse_json
+from awareness_vllm.tensor_file import FileRefused, opened, parse_document
 from awareness_vllm.trust.bundle import (
     HASHES,
     MAX_BUNDLE,
@@ -87,13 +87,9 @@ class TrustPolicy:
         if path is None:
             return cls()
         try:
-            document = TrustFile.model_validate(parse_json(_read_own(path)))
+            document = parse_document(TrustFile, _read_own(path), "trust file")
         except (FileRefused, OSError) as error:
             raise _unusable(path, str(error)) from error
-        except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            where = ".".join(map(str, first["loc"]))
-            raise _unusable(path, escaped(f"{where}: {first['msg']}")[:200]) from error
         keys: dict[str, TrustedKey] = {}
         for name, entry in document.keys.items():
             key = _public_key(path, name, entry.public_key)
@@ -129,7 +125,7 @@ class TrustPolicy:
         signature = self.signature(path, digest, role)
         if signature.signer is None:
             raise SignatureInvalid(
-                f"{path.name} is not signed by a trusted key",
+                f"{escaped(path.name)} is not signed by a trusted key",
                 found=signature.reason,
                 expected=f"a signature of a key with the role {role!r} in {self.path}",
                 remedy="sign it with `awareness sign`, or add the signer's key to the trust file",
@@ -142,7 +138,8 @@ class TrustPolicy:
             return Signature(None, "no trust file")
         file = signature_path(path, role)
         try:
-            document = _read(file, MAX_BUNDLE)
+            # The operator names W-Matrices, and may link to them; packages lie in tenants' stores.
+            document = (_read if role == "package" else _read_own)(file, MAX_BUNDLE)
         except FileNotFoundError:
             return Signature(None, f"no {file.name}")
         except FileRefused as error:
@@ -181,9 +178,9 @@ def _read(path: Path, limit: int) -> bytes:
     return document
 
 
-def _read_own(path: Path) -> bytes:
-    """A file of the operator's, whose links are followed. Raises FileRefused, OSError."""
-    return _read(Path(os.path.realpath(path)), MAX_TRUST)
+def _read_own(path: Path, limit: int = MAX_TRUST) -> bytes:
+    """A file of the operator's, whose links are followed. Raises FileRefused, FileNotFoundError."""
+    return _read(Path(os.path.realpath(path)), limit)
 
 
 def _public_key(trust: Path, name: str, text: str) -> ec.EllipticCurvePublicKey:
