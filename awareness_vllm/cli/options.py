@@ -18,9 +18,11 @@ def add_wmatrices(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_trust(parser: argparse.ArgumentParser, help: str) -> None:
+def add_trust(parser: argparse.ArgumentParser) -> None:
     """Whose signatures count: `args.trust`, None without a trust file."""
-    parser.add_argument("--trust", type=Path, metavar="FILE", help=help)
+    parser.add_argument(
+        "--trust", type=Path, metavar="FILE", help="trust file: say which of its keys signed what"
+    )
 
 
 def add_what(parser: argparse.ArgumentParser) -> None:

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from awareness_vllm.cli.options import add_trust, add_what
+from awareness_vllm.cli.options import add_what
 
 HELP = "check that a memory package or a W-Matrix is whole and unaltered, and who signed it"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_what(parser)
-    add_trust(parser, "trust file; an unsigned file fails")
+    parser.add_argument(
+        "--trust", type=Path, metavar="FILE", help="trust file: an unsigned file fails"
+    )
 
 
 @dataclass(frozen=True)

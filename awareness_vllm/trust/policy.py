@@ -63,6 +63,14 @@ class Signature:
     reason: str = ""
 
 
+class Signers(FrozenModel):
+    """The names of the trusted keys that signed what a memory is made of; None: nobody's."""
+
+    package: str | None = None
+    wmatrix: str | None = None
+    certificate: str | None = None
+
+
 @dataclass(frozen=True)
 class TrustPolicy:
     """The keys that are trusted, by fingerprint. A policy without a `path`, the default, is none:
@@ -108,7 +116,8 @@ class TrustPolicy:
         Args:
             path: the file's; its signature is at `signature_path(path, role)`.
             digest: sha256, in hex, of the bytes that are used: the file's as they were read, or of
-                the statement that stands for it.
+                the statement that stands for it. Its first half, which is a package's ID, tells
+                whose signature the ID has, before anything is read.
 
         Raises:
             SignatureInvalid: the signature cannot be read, or a trusted key did not make it of
