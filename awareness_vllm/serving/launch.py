@@ -14,7 +14,7 @@ from awareness_vllm.files import default_store
 from awareness_vllm.packages.manifest import check_id
 from awareness_vllm.serving.config import WORKER_EXTENSION, ServingConfig, transfer_config
 from awareness_vllm.serving.tenants import Tenants
-from awareness_vllm.trust.policy import TrustPolicy
+from awareness_vllm.serving.trust import trust_of, trusted_maps
 
 PLUGIN = "awareness"
 LOADED_BY_DEFAULT = tuple(
@@ -40,6 +40,7 @@ def serving_config(
         BadInput: a missing W-Matrix file, a tenants or trust file that cannot be used, or an option
             that is out of range.
         InvalidMemoryId: a memory to pin that cannot be one.
+        WMatrixCorrupt, SignatureInvalid: with a trust file, a W-Matrix that cannot be used.
     """
     for path in wmatrices:
         if not path.is_file():
@@ -50,7 +51,6 @@ def serving_config(
                 remedy="`awareness fit`",
             )
     Tenants.read(tenants)
-    TrustPolicy.read(trust)
     for memory in pin:
         check_id(memory)
     fields = {
@@ -63,7 +63,10 @@ def serving_config(
         "pin": tuple(pin),
         **options,
     }
-    return ServingConfig.parse({name: v for name, v in fields.items() if v is not None})
+    config = ServingConfig.parse({name: v for name, v in fields.items() if v is not None})
+    if policy := trust_of(config):
+        trusted_maps(config, policy)  # now, not after a minute of vLLM's start
+    return config
 
 
 def _absolute(path: Path | None) -> str | None:

@@ -102,9 +102,8 @@ class Server:
         )
 
     def set_window(self, tokens: int) -> None:
-        old = self.resolver
-        model = replace(old.model, max_model_len=tokens)
-        self.serve(MemoryResolver(model, old.stores, old.registry, old.tail))
+        model = replace(self.resolver.model, max_model_len=tokens)
+        self.serve(self.resolver.with_model(model))
 
     def call(
         self, route: str, memory: str = "", *, tenant: str | None = "acme", **query: Any
