@@ -69,6 +69,7 @@ class CheckContext:
 
     `tokens` are the memory's as the target's tokenizer counts them, or as the source's does where
     the target's was not asked. `kind` is the kind of the text, None where it is unknown.
+    `refused` is a server's refusal of the package that the verdict cannot know, as for a signature.
     """
 
     memory: MemoryInfo
@@ -78,6 +79,7 @@ class CheckContext:
     tokens: int
     kind: str | None = None
     self_test: SelfTest | None = None
+    refused: AwarenessError | None = None
 
     @functools.cached_property
     def verdict(self) -> Verdict | None:
@@ -103,7 +105,7 @@ class CheckContext:
     @property
     def refusal(self) -> AwarenessError | None:
         """The error with which a server refuses the memory."""
-        return self.verdict.refusal if self.verdict else None
+        return self.refused or (self.verdict.refusal if self.verdict else None)
 
     @property
     def signers(self) -> Signers:

@@ -136,7 +136,7 @@ class TrustPolicy:
             raise SignatureInvalid(
                 f"{escaped(path.name)} is not signed by a trusted key",
                 found=signature.reason,
-                expected=f"a signature of a key with the role {role!r} in {self.path}",
+                expected=f"a signature of a key with the role {role!r} in the trust file",
                 remedy="sign it with `awareness sign`, or add the signer's key to the trust file",
             )
         return signature.signer

@@ -152,12 +152,12 @@ def app() -> FastAPI:
     return made
 
 
-def server_of_tenants(folder: Path, model: Path) -> Server:
-    """A server with a store in `folder`/stores for each tenant."""
+def server_of_tenants(folder: Path, model: Path, **options: Any) -> Server:
+    """A server with a store in `folder`/stores for each tenant, and further `options`."""
     content = {name: {"api_keys": [key], "store": f"stores/{name}"} for name, key in KEYS.items()}
     (folder / "tenants.json").write_text(json.dumps(content))
     tenants, store = str(folder / "tenants.json"), str(folder / "stores" / "default")
-    return Server(ServingConfig(store=store, tenants=tenants), model)
+    return Server(ServingConfig(store=store, tenants=tenants, **options), model)
 
 
 def certificate_with(retention: float) -> dict[str, Any]:

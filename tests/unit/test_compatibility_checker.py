@@ -100,10 +100,12 @@ def test_a_home_without_maps_has_none(tmp_path: Path, monkeypatch: pytest.Monkey
     assert CompatibilityChecker().registry == Registry()
 
 
-def test_the_best_certificate_of_the_pair_is_the_estimate(over: MakeChecker) -> None:
+def test_the_first_map_of_the_pair_is_the_estimate(over: MakeChecker) -> None:
+    """As a server uses it: the operator's order decides, not what a file says of itself."""
     checker = over(
-        ("a", "b", certificate(0.7)),
+        ("b", "c", certificate(0.7)),
         ("a", "b", certificate(0.92, tier=1)),
+        ("a", "b", certificate(1.0, tier=1)),
         ("a", "b", None),
         ("b", "a", certificate(0.99)),
         ("a", "c", certificate(0.98)),

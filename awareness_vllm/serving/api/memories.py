@@ -273,6 +273,7 @@ def _report(front: FrontEnd, tenant: str, memory_id: str) -> CompatibilityReport
         config=front.target,
         registry=resolver.registry,
         tokens=tokens,
+        refused=use if isinstance(use, SignatureInvalid) else None,
     )
     return report(check)
 
