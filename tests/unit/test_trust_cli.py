@@ -149,3 +149,60 @@ def test_people_read_it_too(
     out = capfd.readouterr().out
     for part in ("carol.key", "a.wmatrix.sig", "signed by alice", "claimed"):
         assert part in out
+
+
+def test_list_inspect_and_check_say_who_signed(
+    run: Callable[..., Any],
+    make_package: Callable[..., Package],
+    certified: Path,
+    wmatrix: WMatrix,
+    tmp_path: Path,
+) -> None:
+    paths = [publish(make_package(seed=seed), tmp_path / "store") for seed in range(3)]
+    for path in paths[:2]:
+        run("sign", str(path), "--key", "alice.key")
+    broken = paths[1].with_name(f"{paths[1].name}.sig")
+    broken.write_bytes(broken.read_bytes() + b"}")
+    trust, store = ("--trust", "trust.json"), ("--store", "store")
+    listed = run("list", *store, *trust)["memories"]
+    rows = {row["id"]: (row.get("signed_by"), bool(row["error"])) for row in listed}
+    assert rows == dict(
+        zip((p.stem for p in paths), (("alice", False), (None, True), (None, False)), strict=True)
+    )
+    assert "signed_by" not in run("list", *store)["memories"][0]
+    assert run("inspect", paths[0].stem, *store, *trust)["signed_by"] == "alice"
+    assert "signed_by" not in run("inspect", paths[0].stem, *store)
+    run("sign", "a.wmatrix", "--key", "alice.key")
+    run("sign", "a.wmatrix", "--key", "bob.key", "--certificate")
+    inspected = run("inspect", "a.wmatrix", *trust)
+    assert (inspected["signed_by"], inspected["certificate_signed_by"]) == ("alice", "bob")
+    target = wmatrix.manifest.target.name
+    report = run(
+        "check", paths[0].stem, *store, *trust, "--wmatrix", "a.wmatrix", "--target", target
+    )
+    assert report["signed_by"] == {"package": "alice", "wmatrix": "alice", "certificate": "bob"}
+    assert report["basis"]["kind"] == "measured"
+    Path("a.wmatrix.certificate.sig").unlink()
+    report = run(
+        "check", paths[2].stem, *store, *trust, "--wmatrix", "a.wmatrix", "--target", target
+    )
+    assert report["signed_by"] == {"package": None, "wmatrix": "alice", "certificate": None}
+    assert report["basis"]["kind"] == "claimed"
+
+
+def test_a_package_altered_after_it_was_signed_is_nobody_s(
+    run: Callable[..., Any], make_package: Callable[..., Package], tmp_path: Path
+) -> None:
+    """A listing shows what the file says of itself: a signature beside it must be of these bytes,
+    not of its name."""
+    path, other = (publish(make_package(seed=seed), tmp_path / "store") for seed in range(2))
+    run("sign", str(path), "--key", "alice.key")
+    path.write_bytes(other.read_bytes())
+    rows = {
+        row["id"]: row
+        for row in run("list", "--store", "store", "--trust", "trust.json")["memories"]
+    }
+    assert "signed_by" not in rows[path.stem]
+    assert rows[path.stem]["error"]
+    what = (path.stem, "--store", "store", "--trust", "trust.json")
+    assert run("inspect", *what, status=1)["error"]["type"] == "PackageCorrupt"
