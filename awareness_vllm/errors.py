@@ -116,6 +116,12 @@ class WMatrixCorrupt(AwarenessError):
     status = 422
 
 
+class SignatureInvalid(AwarenessError):
+    """A file without the signature that it needs, or with one that does not prove what it says."""
+
+    status = 422
+
+
 class NoWMatrix(AwarenessError):
     """No W-Matrix from the package's source model to the served model."""
 

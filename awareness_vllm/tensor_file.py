@@ -215,8 +215,11 @@ def parse_json(document: str | bytes) -> Any:
         raise FileRefused(f"no readable JSON ({str(error)[:100]})") from error
 
 
-def parse_document(model: type[T], document: str) -> T:
-    """A manifest's JSON as its model, each value of the exact type.
+def parse_document(model: type[T], document: str | bytes, what: str = "manifest") -> T:
+    """A JSON document as its model, each value of the exact type.
+
+    Args:
+        what: its name in the error.
 
     Raises:
         FileRefused: no such document; what it says is quoted in part only.
@@ -228,7 +231,7 @@ def parse_document(model: type[T], document: str) -> T:
         first = error.errors(include_url=False, include_context=False)[0]
         where = ".".join(map(str, first["loc"]))
         complaint = escaped(f"{where}: {first['msg']}")[:200]
-        raise FileRefused(f"no valid manifest ({complaint})") from error
+        raise FileRefused(f"no valid {what} ({complaint})") from error
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

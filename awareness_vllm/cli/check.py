@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
-from awareness_vllm.cli.options import add_wmatrices
+from awareness_vllm.cli.options import add_trust, add_wmatrices
 from awareness_vllm.compatibility.target import TargetConfig
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", required=True, metavar="MODEL", help="folder or name")
     parser.add_argument("--store", type=Path, help="folder in which the ID is looked up")
     add_wmatrices(parser)
+    add_trust(parser)
     parser.add_argument("--kind", help="kind of the text, as the certificate names kinds")
     parser.add_argument(
         "--measure", action="store_true", help="also measure the memory on its own last quarter"
@@ -45,7 +46,7 @@ def argument_type(annotation: Any) -> type:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from awareness_vllm.compatibility.memory_checker import MemoryCompatibilityChecker
 
-    checker = MemoryCompatibilityChecker(args.wmatrix, store=args.store)
+    checker = MemoryCompatibilityChecker(args.wmatrix, store=args.store, trust=args.trust)
     options = {name: getattr(args, name) for name in TargetConfig.model_fields}
     report = checker.check(
         args.memory or listing(args),
@@ -96,8 +97,10 @@ def lines(result: dict[str, Any]) -> list[str]:
     if result["ci_low"] is not None:
         retention += f" ({result['ci_low']:.3f} … {result['ci_high']:.3f})"
     facts, own = result["facts"], result["on_itself"]
+    signed = [f"{what} by {name}" for what, name in result["signed_by"].items() if name]
     return [
         f"{result['level'] or 'unknown'}: {result['recommendation']}",
+        *([f"  signed                    {', '.join(signed)}"] if signed else []),
         f"  compatibility score       {figure(result['compatibility_score'])}",
         f"  estimated retention       {retention}{basis(result['basis'])}",
         *([f"  on its own last quarter   {interval(own)}"] if own else []),

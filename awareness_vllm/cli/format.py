@@ -15,7 +15,7 @@ def lines(document: dict[str, Any]) -> list[str]:
     return [
         f"certified {certificate.measured}: tier {certificate.tier or 'none'} "
         f"({counts['texts']} texts of {certificate.protocol.context} tokens, "
-        f"{counts['cases']} facts; {certificate.hardware})",
+        f"{counts.get('cases', 0)} facts; {certificate.hardware})",
         interval("retention", certificate.retention),
         *(line for plan in certificate.plans for line in plan_lines(plan)),
         interval("facts, share of native", certificate.facts),

@@ -6,19 +6,24 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from awareness_vllm.cli.options import add_trust
+
 HELP = "list the memory packages of a store"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--store", type=Path, help="folder (default: $AWARENESS_HOME/store)")
+    add_trust(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from awareness_vllm.errors import AwarenessError
     from awareness_vllm.files import default_store
-    from awareness_vllm.packages.manifest import read_manifest
+    from awareness_vllm.packages.manifest import read_manifest, signer_of
     from awareness_vllm.packages.store import Store
+    from awareness_vllm.trust.policy import TrustPolicy
 
+    trust = TrustPolicy.read(args.trust)
     store = Store(args.store or default_store())
     memories: list[dict[str, Any]] = []
     for memory_id in store.ids():
@@ -29,6 +34,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             manifest = read_manifest(path)
             row |= {"name": manifest.name, "tokens": manifest.tokens, "engine": manifest.engine}
             row |= {"source": manifest.geometry.name, "error": None}
+            if trust:
+                row["signed_by"] = signer_of(path, trust)
         except (AwarenessError, OSError) as error:
             row["error"] = str(error)
         memories.append(row)
@@ -38,5 +45,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def show(result: dict[str, Any]) -> None:
     for row in result["memories"]:
         what = row["error"] or f"{row['tokens']} tokens of {row['source']}  {row['name'] or ''}"
-        print(f"{row['id']}  {what}")
+        signed = f"  signed by {row['signed_by']}" if row.get("signed_by") else ""
+        print(f"{row['id']}  {what}{signed}")
     print(f"{len(result['memories'])} memories in {result['store']}")

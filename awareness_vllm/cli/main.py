@@ -16,7 +16,7 @@ from awareness_vllm.errors import AwarenessError, BadInput, escaped
 
 SUBCOMMANDS = (
     *("capture", "fit", "eval", "certify", "path", "heads", "check", "matrix"),
-    *("list", "inspect", "verify", "serve", "doctor"),
+    *("list", "inspect", "verify", "keygen", "sign", "serve", "doctor"),
 )
 
 

@@ -16,3 +16,16 @@ def add_wmatrices(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="files, or folders of them (default: $AWARENESS_HOME/wmatrices)",
     )
+
+
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """Whose signatures count: `args.trust`, None without a trust file."""
+    parser.add_argument(
+        "--trust", type=Path, metavar="FILE", help="trust file: say which of its keys signed what"
+    )
+
+
+def add_what(parser: argparse.ArgumentParser) -> None:
+    """A package or a W-Matrix: `args.what`, looked up in `args.store` where it is an ID."""
+    parser.add_argument("what", metavar="ID|FILE", help="a memory's ID, or a file")
+    parser.add_argument("--store", type=Path, help="folder in which the ID is looked up")

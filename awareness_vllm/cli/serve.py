@@ -25,6 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--wmatrix", "wmatrices", type=Path, metavar="FILE", **several)
     option("--tail", "tail", type=int, metavar="N")
     option("--tenants", "tenants", type=Path, metavar="FILE")
+    option("--trust", "trust", type=Path, metavar="FILE")
+    option("--require-signed", "require_signed", choices=["none", "wmatrix", "all"])
     option("--pin", "pin", metavar="ID", **several)
     option("--host-cache-gib", "host_cache_gib", type=float, metavar="GIB")
     option("--disk-cache", "disk_cache", type=Path, metavar="DIR")
@@ -46,6 +48,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         args.wmatrix,
         tail=args.tail,
         tenants=args.tenants,
+        trust=args.trust,
+        require_signed=args.require_signed,
         pin=args.pin,
         host_cache_gib=args.host_cache_gib,
         disk_cache=args.disk_cache,

@@ -26,6 +26,7 @@ from awareness_vllm.compatibility.report import (
     COPIED,
     LEVELS,
     Basis,
+    BasisKind,
     CompatibilityReport,
     Curve,
     Share,
@@ -50,6 +51,8 @@ def report(check: CheckContext) -> CompatibilityReport:
     certificate = check.certificate
     score = scored(check, interval)
     level, recommendation = level_of(capped(score, facts(check)))
+    if basis is not None and basis.kind == "claimed":
+        recommendation += ", by a certificate that nobody signed whom you trust"
     if basis is not None and basis.kind == "prior":
         recommendation += ", by published figures that were not measured here"
     heads, heads_basis = head_mapping(check, known) or (None, None)
@@ -69,6 +72,7 @@ def report(check: CheckContext) -> CompatibilityReport:
         level=level,
         recommendation=recommendation,
         refusal=None if check.refusal is None else str(check.refusal),
+        signed_by=check.signers,
         facts=facts(check),
         on_itself=check.self_test.retention if check.self_test else None,
         head_mapping_quality=heads,
@@ -101,8 +105,8 @@ def expected(check: CheckContext) -> Known | None:
         return COPIED, Basis(kind="exact", source="the same model: its states are copied")
     if check.certificate is not None and check.entry is not None:
         retention = predict(check.certificate, check.tokens, check.config.tail, check.kind)
-        basis = Basis(kind="measured", source=str(check.entry), digest=check.entry.digest)
-        return retention, basis
+        kind: BasisKind = "claimed" if check.claimed else "measured"
+        return retention, Basis(kind=kind, source=str(check.entry), digest=check.entry.digest)
     if check.self_test is not None and check.memory.manifest is not None:
         digest = check.memory.manifest.payload
         basis = Basis(kind="measured", source="its own last part", digest=digest)

@@ -11,8 +11,9 @@ from awareness_vllm.compatibility.degradation import Degradation, load_for
 from awareness_vllm.compatibility.models import Listing, Model, model
 from awareness_vllm.compatibility.target import TargetConfig
 from awareness_vllm.errors import AwarenessError, BadInput
-from awareness_vllm.packages.manifest import Manifest, read_manifest
+from awareness_vllm.packages.manifest import Manifest, read_manifest, signer_of
 from awareness_vllm.packages.store import locate
+from awareness_vllm.trust.policy import Signers, TrustPolicy
 from awareness_vllm.wmatrix.certificate import Certificate, Interval
 from awareness_vllm.wmatrix.registry import Registry, WMatrixEntry
 from awareness_vllm.wmatrix.verdict import Verdict, verdict
@@ -30,13 +31,15 @@ class MemoryListing(Listing, Protocol):
 
 @dataclass(frozen=True)
 class MemoryInfo:
-    """The memory to check; a listing has neither manifest nor file. `tokens` are the source's."""
+    """The memory to check; a listing has neither manifest nor file. `tokens` are the source's,
+    `signed_by` is the name of the trusted key that signed the package."""
 
     name: str
     source: Model
     tokens: int
     manifest: Manifest | None = None
     path: Path | None = None
+    signed_by: str | None = None
 
     @property
     def bytes(self) -> int | None:
@@ -66,6 +69,7 @@ class CheckContext:
 
     `tokens` are the memory's as the target's tokenizer counts them, or as the source's does where
     the target's was not asked. `kind` is the kind of the text, None where it is unknown.
+    `refused` is a server's refusal of the package that the verdict cannot know, as for a signature.
     """
 
     memory: MemoryInfo
@@ -75,6 +79,7 @@ class CheckContext:
     tokens: int
     kind: str | None = None
     self_test: SelfTest | None = None
+    refused: AwarenessError | None = None
 
     @functools.cached_property
     def verdict(self) -> Verdict | None:
@@ -100,7 +105,18 @@ class CheckContext:
     @property
     def refusal(self) -> AwarenessError | None:
         """The error with which a server refuses the memory."""
-        return self.verdict.refusal if self.verdict else None
+        return self.refused or (self.verdict.refusal if self.verdict else None)
+
+    @property
+    def signers(self) -> Signers:
+        """The trusted keys that signed the package, the W-Matrix and its certificate."""
+        package = self.memory.signed_by
+        return self.entry.signers(package) if self.entry else Signers(package=package)
+
+    @property
+    def claimed(self) -> bool:
+        """Whether the W-Matrix has a certificate that no trusted key signed, where one should."""
+        return self.entry is not None and self.entry.claimed
 
     @property
     def certificate(self) -> Certificate | None:
@@ -113,7 +129,10 @@ class CheckContext:
 
 
 def memory_info(
-    memory: MemoryListing | Package | str | Path, store: Path | None, registry: Registry
+    memory: MemoryListing | Package | str | Path,
+    store: Path | None,
+    registry: Registry,
+    trust: TrustPolicy | None = None,
 ) -> MemoryInfo:
     """The memory of a listing, a package, its file or its ID.
 
@@ -126,7 +145,8 @@ def memory_info(
         return of_manifest(manifest, manifest.name or "a package")
     if isinstance(memory, str | Path):
         path = locate(memory, store)
-        return of_manifest(read_manifest(path), path.stem, path)
+        signed_by = signer_of(path, trust) if trust else None
+        return of_manifest(read_manifest(path), path.stem, path, signed_by)
     source, tokens = (getattr(memory, name, None) for name in ("source_model", "token_count"))
     if not isinstance(source, str) or not isinstance(tokens, int) or tokens < 1:
         raise BadInput(
@@ -138,7 +158,9 @@ def memory_info(
     return MemoryInfo(str(getattr(memory, "id", "a listing")), model(source, registry), tokens)
 
 
-def of_manifest(manifest: Manifest, name: str, path: Path | None = None) -> MemoryInfo:
+def of_manifest(
+    manifest: Manifest, name: str, path: Path | None = None, signed_by: str | None = None
+) -> MemoryInfo:
     """The memory that a package's manifest describes."""
     source = Model(manifest.geometry.name, manifest.geometry)
-    return MemoryInfo(name, source, manifest.tokens, manifest, path)
+    return MemoryInfo(name, source, manifest.tokens, manifest, path, signed_by)

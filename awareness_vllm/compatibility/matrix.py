@@ -8,9 +8,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from awareness_vllm.compatibility.report import Basis, Cell, Matrix
+from awareness_vllm.compatibility.report import Basis, BasisKind, Cell, Matrix
 from awareness_vllm.models.geometry import Geometry
-from awareness_vllm.wmatrix.registry import Registry, WMatrixEntry, best
+from awareness_vllm.wmatrix.registry import Registry, WMatrixEntry
 
 
 def matrix(paths: Sequence[Path] | None = None, *, priors: Iterable[Cell] = ()) -> Matrix:
@@ -33,7 +33,7 @@ def of_registry(registry: Registry, priors: Iterable[Cell] = ()) -> Matrix:
     for entry in registry:
         ends = (entry.manifest.source, entry.manifest.target)
         pairs[names[fingerprint(ends[0])], names[fingerprint(ends[1])]].append(entry)
-    cells = [*(cell(*pair, best(joining)) for pair, joining in pairs.items()), *priors]
+    cells = [*(cell(*pair, shown(joining)) for pair, joining in pairs.items()), *priors]
     # One order for both sides: a model's own cell lies on the diagonal.
     models = dict.fromkeys(name for c in cells for name in (c.source, c.target))
     sources, targets = {c.source for c in cells}, {c.target for c in cells}
@@ -44,13 +44,19 @@ def of_registry(registry: Registry, priors: Iterable[Cell] = ()) -> Matrix:
     )
 
 
+def shown(entries: Iterable[WMatrixEntry]) -> WMatrixEntry:
+    """The map of a pair that the matrix shows: the first that is certified, else the first."""
+    return min(entries, key=lambda entry: entry.certificate is None or entry.claimed)
+
+
 def cell(source: str, target: str, entry: WMatrixEntry) -> Cell:
     """The certified retention of one W-Matrix, of its map alone; empty without a certificate."""
     if (certificate := entry.certificate) is None:
         return Cell(source=source, target=target, retention=None, basis=None)
     protocol = f"{certificate.counts['texts']} texts of {certificate.protocol.context} tokens"
     origin = f"{entry.path.name}: {protocol}, {certificate.measured}"
-    basis = Basis(kind="measured", source=origin, digest=entry.digest)
+    kind: BasisKind = "claimed" if entry.claimed else "measured"
+    basis = Basis(kind=kind, source=origin, digest=entry.digest)
     return Cell(source=source, target=target, retention=certificate.retention, basis=basis)
 
 

@@ -12,6 +12,7 @@ from awareness_vllm.compatibility.models import model
 from awareness_vllm.compatibility.report import CompatibilityReport
 from awareness_vllm.compatibility.target import TargetConfig
 from awareness_vllm.errors import BadInput
+from awareness_vllm.trust.policy import TrustPolicy
 from awareness_vllm.wmatrix.registry import Registry
 
 if TYPE_CHECKING:
@@ -35,6 +36,10 @@ class MemoryCompatibilityChecker:
     Args:
         wmatrices: a registry, or files and folders, by default `$AWARENESS_HOME/wmatrices`.
         store: folder in which IDs of memories are looked up.
+        trust: a trust file; without one nobody's signature counts.
+
+    Raises:
+        BadInput: a trust file that cannot be used.
     """
 
     def __init__(
@@ -42,8 +47,10 @@ class MemoryCompatibilityChecker:
         wmatrices: Registry | Sequence[str | Path] | None = None,
         *,
         store: Path | None = None,
+        trust: Path | None = None,
     ) -> None:
-        self.registry = Registry.read(wmatrices)
+        self.trust = TrustPolicy.read(trust)
+        self.registry = Registry.read(wmatrices, self.trust)
         self.store = store
 
     def check(
@@ -68,7 +75,8 @@ class MemoryCompatibilityChecker:
 
         Raises:
             BadInput: an unknown name, or a configuration that contradicts itself.
-            InvalidMemoryId, MemoryNotFound, PackageCorrupt: no such memory, or a damaged one.
+            InvalidMemoryId, MemoryNotFound, PackageCorrupt, SignatureInvalid: no such memory, or a
+                damaged one.
             UnsupportedModel: the folder of a model that cannot be used.
         """
         if (memory_listing is None) == (package is None) or target_model is None:
@@ -80,7 +88,7 @@ class MemoryCompatibilityChecker:
             )
         memory = package if memory_listing is None else memory_listing
         assert memory is not None
-        info = memory_info(memory, self.store, self.registry)
+        info = memory_info(memory, self.store, self.registry, self.trust)
         check = CheckContext(
             memory=info,
             target=model(target_model, self.registry),

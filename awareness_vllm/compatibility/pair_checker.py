@@ -18,7 +18,7 @@ from awareness_vllm.compatibility.priors import (
     published_retention,
     published_vectors,
 )
-from awareness_vllm.compatibility.report import COPIED, Basis, Estimate, level_of
+from awareness_vllm.compatibility.report import COPIED, Basis, BasisKind, Estimate, level_of
 from awareness_vllm.compatibility.target import TargetConfig
 from awareness_vllm.errors import BadInput
 from awareness_vllm.wmatrix.certificate import TIERS, Certificate, Interval
@@ -58,8 +58,8 @@ class CompatibilityChecker:
         """The estimate for a model, or that of a listing, to another.
 
         Models are given by folder, by their name in the W-Matrices, or by a published name. The
-        pair's best certificate says what the map alone keeps; without one, published figures are
-        returned as a prior: of memories, or of vectors where a listing of one is given.
+        certificate of the pair's first map says what it keeps alone; without one, published figures
+        are returned as a prior: of memories, or of vectors where a listing of one is given.
 
         Args:
             vector_listing: anything with `source_model`, instead of `source_model`.
@@ -112,11 +112,12 @@ def _certified(
     source: Model, target: Model, entry: WMatrixEntry, certificate: Certificate
 ) -> Estimate:
     retention, facts, metrics = certificate.retention, certificate.facts.mean, certificate.metrics
-    risks: dict[int | None, Risk] = {1: "Low", 2: "Medium"}
+    risks: dict[int | None, Risk] = {} if entry.claimed else {1: "Low", 2: "Medium"}
+    kind: BasisKind = "claimed" if entry.claimed else "measured"
     return _estimate(
         source,
         target,
-        (retention, Basis(kind="measured", source=str(entry), digest=entry.digest)),
+        (retention, Basis(kind=kind, source=str(entry), digest=entry.digest)),
         # The mean cosine over layers; of states that point away nothing is left.
         alignment_quality=max(0.0, fmean(metrics.semantic_preservation)) if metrics else None,
         dimensional_loss=_loss(entry),

@@ -11,6 +11,7 @@ from typing import Literal
 from pydantic import Field
 
 from awareness_vllm.schema import FrozenModel
+from awareness_vllm.trust.policy import Signers
 from awareness_vllm.wmatrix.certificate import Interval
 
 Impact = Literal["low", "medium", "high"]
@@ -31,15 +32,19 @@ REMAINDER = "remainder"
 """The share of a loss that is left with all constraints lifted."""
 
 
+BasisKind = Literal["exact", "measured", "claimed", "prior"]
+
+
 class Basis(FrozenModel):
     """The origin of a figure.
 
     "exact": computed, as for a copy of a model's own states, or from a geometry. "measured": by the
     certificate of the W-Matrix file `digest`, here on the package of that digest, or of this
-    machine. "prior": published in `source`, or of another machine; not measured here.
+    machine. "claimed": by such a certificate that no trusted key signed, where there is a trust
+    file. "prior": published in `source`, or of another machine; not measured here.
     """
 
-    kind: Literal["exact", "measured", "prior"]
+    kind: BasisKind
     source: str
     digest: str | None = None
 
@@ -89,7 +94,8 @@ class CompatibilityReport(FrozenModel):
     `target_memory_gb` are 1e9 bytes of KV cache, an upper bound by a published architecture.
     `estimated_load_time_s` is that of a cold load; `load_times_s` has all temperatures, where
     `awareness doctor` measured this machine. `facts` is fact recall as a share of native,
-    `on_itself` the retention measured on the memory's own last quarter.
+    `on_itself` the retention measured on the memory's own last quarter. `signed_by` are the trusted
+    keys that signed package, W-Matrix and certificate.
     """
 
     memory: str
@@ -104,6 +110,7 @@ class CompatibilityReport(FrozenModel):
     level: Level | None
     recommendation: str
     refusal: str | None = None
+    signed_by: Signers = Signers()
     facts: Interval | None = None
     on_itself: Interval | None = None
     head_mapping_quality: float | None
@@ -168,7 +175,7 @@ class Matrix(FrozenModel):
     def cell(self, source: str, target: str) -> Cell | None:
         """The best known cell of a pair: measured before published, published before nothing."""
         cells = [c for c in self.cells if (c.source, c.target) == (source, target)]
-        order = ("exact", "measured", "prior", None)
+        order = ("exact", "measured", "claimed", "prior", None)
         return min(cells, key=lambda c: order.index(c.basis and c.basis.kind), default=None)
 
 

@@ -46,6 +46,13 @@ def unmeasured(check: CheckContext) -> Iterator[tuple[Impact, str]]:
 
 
 @risk
+def claimed(check: CheckContext) -> Iterator[tuple[Impact, str]]:
+    """A certificate that no trusted key signed."""
+    if check.claimed:
+        yield "high", "nobody whom you trust signed the W-Matrix's certificate: figures are claimed"
+
+
+@risk
 def beyond_measured(check: CheckContext) -> Iterator[tuple[Impact, str]]:
     """Lengths and kinds of text that the certificate does not cover."""
     if check.certificate is None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from pydantic import ValidationError
 
 from awareness_vllm.anchors.corpus import Document, digest, sources
+from awareness_vllm.errors import BadInput
 from awareness_vllm.evaluate.bootstrap import mean
 from awareness_vllm.evaluate.conditions import EvalHarness, tail_condition
 from awareness_vllm.evaluate.evaluate import (
@@ -65,6 +68,9 @@ def certify(
         limit: the most texts, and cases, to measure on.
         lengths: tokens of further contexts to measure retention at; short texts are joined for
             them.
+
+    Raises:
+        BadInput: texts that measure nothing.
     """
     harness = EvalHarness(Path(source), Path(target), wmatrix)
     on_texts = {
@@ -93,10 +99,26 @@ def certify(
         continuation=continuation,
         sources=sources(texts),
     )
-    plans = build_plans(harness, wmatrix, on_texts, {context: on_cases})
-    certificate = build_certificate(protocol, on_texts[context], on_cases, metrics, plans)
+    with plausible():
+        plans = build_plans(harness, wmatrix, on_texts, {context: on_cases})
+        certificate = build_certificate(protocol, on_texts[context], on_cases, metrics, plans)
     update = {"certificate": certificate.model_dump(mode="json")}
     return replace(wmatrix, manifest=wmatrix.manifest.model_copy(update=update))
+
+
+@contextlib.contextmanager
+def plausible() -> Iterator[None]:
+    """Turns figures that no certificate may have into BadInput."""
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise BadInput(
+            "nothing was measured",
+            found=f"{'.'.join(map(str, first['loc']))}: {first['msg']}",
+            expected="texts that the target predicts far better after their beginning than without",
+            remedy="give more texts, or other ones",
+        ) from error
 
 
 def build_certificate(

@@ -18,7 +18,15 @@ from pydantic import (
 from awareness_vllm.errors import InvalidMemoryId, PackageCorrupt, UnsupportedRequest
 from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.schema import FrozenModel, PlainName
-from awareness_vllm.tensor_file import FileRefused, Header, Layout, parse_document, read_header
+from awareness_vllm.tensor_file import (
+    FileRefused,
+    Header,
+    Layout,
+    digest_of,
+    parse_document,
+    read_header,
+)
+from awareness_vllm.trust.policy import TrustPolicy
 
 METADATA_KEY = "awareness"
 STATE_DTYPES = ("bfloat16", "float16", "float32")
@@ -92,6 +100,21 @@ def check_id(memory_id: object) -> str:
 def id_of(digest: str) -> str:
     """The ID of a package whose file has this sha256: `mem_` and its first half."""
     return f"mem_{digest[:32]}"
+
+
+def signer_of(path: Path, trust: TrustPolicy) -> str | None:
+    """The name of the trusted key that signed a package, whose whole file is hashed; None for an
+    unsigned one.
+
+    Raises:
+        PackageCorrupt: not readable, or bytes that do not have the ID that the file is named by.
+        SignatureInvalid
+    """
+    with refusing(path):
+        digest = digest_of(path)
+    if MEMORY_ID.fullmatch(path.stem) and id_of(digest) != path.stem:
+        raise corrupt_package(path, f"its bytes are those of {id_of(digest)}", path.stem)
+    return trust.signer(path, digest, "package")
 
 
 def read_manifest(path: Path) -> Manifest:

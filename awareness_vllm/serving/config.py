@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -44,6 +44,16 @@ class ServingConfig(FrozenModel):
     tenants: str | None = Field(
         None, description="JSON file of tenants with API keys and a store each"
     )
+    trust: str | None = Field(
+        None,
+        description="JSON file of the public keys whose signatures count, and for what; with it, "
+        "unsigned W-Matrices are refused",
+    )
+    require_signed: Literal["none", "wmatrix", "all"] | None = Field(
+        None,
+        description="what must be signed by a key of the trust file: nothing, W-Matrices, or "
+        "packages too, but for those captured here (default: wmatrix with a trust file)",
+    )
     pin: tuple[str, ...] = Field((), description="memories to keep warm from the start")
     max_loads: int = Field(
         32, ge=1, description="cold memories that are loaded at once; beyond, 429 with Retry-After"
@@ -70,6 +80,11 @@ class ServingConfig(FrozenModel):
     @property
     def max_load_bytes(self) -> int:
         return int(self.max_load_gib * 2**30)
+
+    @property
+    def signed(self) -> Literal["none", "wmatrix", "all"]:
+        """What must be signed."""
+        return self.require_signed or ("wmatrix" if self.trust else "none")
 
     @classmethod
     def parse(cls, options: Mapping[str, Any]) -> ServingConfig:

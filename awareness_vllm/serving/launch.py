@@ -14,6 +14,7 @@ from awareness_vllm.files import default_store
 from awareness_vllm.packages.manifest import check_id
 from awareness_vllm.serving.config import WORKER_EXTENSION, ServingConfig, transfer_config
 from awareness_vllm.serving.tenants import Tenants
+from awareness_vllm.serving.trust import trust_of, trusted_maps
 
 PLUGIN = "awareness"
 LOADED_BY_DEFAULT = tuple(
@@ -28,16 +29,18 @@ def serving_config(
     wmatrices: Sequence[Path] = (),
     *,
     tenants: Path | None = None,
+    trust: Path | None = None,
     disk_cache: Path | None = None,
     pin: Sequence[str] = (),
-    **options: float | None,
+    **options: float | str | None,
 ) -> ServingConfig:
     """A server's configuration with absolute paths; an option that is None has its default.
 
     Raises:
-        BadInput: a missing W-Matrix file, a tenants file that cannot be used, or an option that is
-            out of range.
+        BadInput: a missing W-Matrix file, a tenants or trust file that cannot be used, or an option
+            that is out of range.
         InvalidMemoryId: a memory to pin that cannot be one.
+        WMatrixCorrupt, SignatureInvalid: with a trust file, a W-Matrix that cannot be used.
     """
     for path in wmatrices:
         if not path.is_file():
@@ -52,13 +55,18 @@ def serving_config(
         check_id(memory)
     fields = {
         "store": _absolute(store or default_store()),
-        "wmatrices": tuple(map(_absolute, wmatrices)),
+        # Not resolved: a signature lies beside the link that the operator names.
+        "wmatrices": tuple(os.path.abspath(path.expanduser()) for path in wmatrices),
         "tenants": _absolute(tenants),
+        "trust": _absolute(trust),
         "disk_cache": _absolute(disk_cache),
         "pin": tuple(pin),
         **options,
     }
-    return ServingConfig.parse({name: v for name, v in fields.items() if v is not None})
+    config = ServingConfig.parse({name: v for name, v in fields.items() if v is not None})
+    if policy := trust_of(config):
+        trusted_maps(config, policy)  # now, not after a minute of vLLM's start
+    return config
 
 
 def _absolute(path: Path | None) -> str | None:

@@ -61,9 +61,8 @@ class OfflineMemories:
 
     def set_window(self, max_model_len: int) -> None:
         """Make prompts for an engine with a context window of so many tokens."""
-        old = self.resolver
-        model = ServedModel.read(old.model.folder, max_model_len)
-        self.resolver = MemoryResolver(model, old.stores, old.registry, old.tail)
+        model = ServedModel.read(self.resolver.model.folder, max_model_len)
+        self.resolver = self.resolver.with_model(model)
 
     def prompt(
         self,

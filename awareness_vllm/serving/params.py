@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError
 
 from awareness_vllm.schema import FrozenModel
 from awareness_vllm.serving.config import PARAMS_KEY
+from awareness_vllm.trust.policy import Signers
 
 SECRET = "AWARENESS_SECRET"
 """An environment variable: vLLM's processes start each other and inherit it."""
@@ -41,13 +42,15 @@ def is_signed(given: object, *what: Any) -> bool:
 
 class Part(FrozenModel):
     """One memory in a prompt, in the file with the sha256 `digest`: `tokens` ids, its own but for
-    the first `skip` (a BOS, a sink, which stand at the prompt's beginning already)."""
+    the first `skip` (a BOS, a sink, which stand at the prompt's beginning already). By `signers`
+    its blocks are not those of before a key was revoked."""
 
     memory: str
     digest: str = Field(min_length=1)
     wmatrix: str = ""
     skip: int = Field(0, ge=0)
     tokens: int = Field(gt=0)
+    signers: Signers = Signers()
 
     @property
     def key(self) -> Key:

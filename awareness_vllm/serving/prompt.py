@@ -12,6 +12,7 @@ from typing import Any
 from awareness_vllm.errors import QualityUnreachable
 from awareness_vllm.packages.origin import Origin
 from awareness_vllm.serving.params import LoadParams, Part
+from awareness_vllm.trust.policy import Signers
 from awareness_vllm.wmatrix.certificate import Plan, cheapest, with_tail
 from awareness_vllm.wmatrix.registry import WMatrixEntry
 
@@ -19,8 +20,8 @@ from awareness_vllm.wmatrix.registry import WMatrixEntry
 @dataclass(frozen=True)
 class ResolvedMemory:
     """A memory that the served model can load: the sha256 of its file, its origin, its W-Matrix
-    (None: an exact copy) and its prompt ids, of which the first `prefix` stand only at the
-    beginning of a prompt."""
+    (None: an exact copy), its prompt ids, of which the first `prefix` stand only at the beginning
+    of a prompt, and the trusted key that signed the package."""
 
     id: str
     digest: str
@@ -28,6 +29,14 @@ class ResolvedMemory:
     wmatrix: WMatrixEntry | None
     ids: list[int]
     prefix: int
+    signed_by: str | None = None
+
+    @property
+    def signers(self) -> Signers:
+        """The trusted keys that signed the package, the W-Matrix and its certificate."""
+        if self.wmatrix is None:
+            return Signers(package=self.signed_by)
+        return self.wmatrix.signers(self.signed_by)
 
     @property
     def tokens(self) -> int:
@@ -61,6 +70,14 @@ class ResolvedMemory:
                 found=self.wmatrix.path.name,
                 expected=f"a measured retention of {quality_target}",
                 remedy="`awareness certify`, or leave quality_target out",
+            )
+        if self.wmatrix.claimed:
+            raise QualityUnreachable(
+                f"the certificate of memory {self.id}'s W-Matrix is only claimed",
+                found=f"{self.wmatrix.path.name}, whose certificate no trusted key signed",
+                expected=f"a retention of {quality_target}, measured by whom this server trusts",
+                remedy="`awareness sign --certificate` by who measured it, or leave quality_target "
+                "out",
             )
         return cheapest(certificate, quality_target, self.tokens, tails=tails)
 
@@ -115,6 +132,7 @@ class Prompt:
                 wmatrix=memory.wmatrix.digest if memory.wmatrix else "",
                 skip=skip,
                 tokens=len(memory.ids) - skip,
+                signers=memory.signers,
             )
             for memory, skip in zip(self.memories, self.skips, strict=True)
         ]
@@ -148,6 +166,7 @@ class Prompt:
             "native_tail": self.tail,
             "retention": self.retention,
             "origin": [memory.origin for memory in self.memories],
+            "signed_by": [memory.signers.model_dump() for memory in self.memories],
         }
 
 

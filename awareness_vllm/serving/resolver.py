@@ -8,8 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from awareness_vllm.align.realign import prompt_ids
-from awareness_vllm.errors import AwarenessError, QualityUnreachable, UnsupportedRequest
-from awareness_vllm.packages.file import read_index
+from awareness_vllm.errors import (
+    AwarenessError,
+    MemoryNotFound,
+    QualityUnreachable,
+    SignatureInvalid,
+    UnsupportedRequest,
+)
+from awareness_vllm.packages.file import PackageIndex, read_index
 from awareness_vllm.packages.manifest import Manifest, corrupt_package
 from awareness_vllm.packages.origin import Origin, is_own
 from awareness_vllm.packages.store import Store, digest_in, version_of
@@ -18,21 +24,26 @@ from awareness_vllm.serving.prompt import Prompt, ResolvedMemory
 from awareness_vllm.serving.request import MemoryRequest
 from awareness_vllm.serving.served_model import ServedModel
 from awareness_vllm.serving.tenants import stores_of
+from awareness_vllm.serving.trust import trust_of, trusted_maps
+from awareness_vllm.trust.policy import TrustPolicy, signature_path
 from awareness_vllm.wmatrix.registry import Registry
 from awareness_vllm.wmatrix.verdict import check_fits, verdict
 
+NO_TRUST = TrustPolicy()
 MAX_RESOLVED = 1024
 """Memories whose prompt ids are cached, so that a hot request does not tokenize them again."""
 
 
 @dataclass(frozen=True)
 class CheckedPackage:
-    """A package of a store whose bytes were read and checked; `use` says what the served model can
-    do with it: a memory, or the error that refuses it."""
+    """A package of a store whose bytes were read and checked; `signed_by` is the trusted key that
+    signed it. `use` says what the served model can do with it: a memory, or the error that refuses
+    it."""
 
     path: Path
     manifest: Manifest
     origin: Origin
+    signed_by: str | None
     use: ResolvedMemory | AwarenessError
 
 
@@ -43,19 +54,38 @@ class MemoryResolver:
         stores: by tenant.
         registry: the W-Matrices at hand.
         tail: last tokens of a realigned memory that the model reads itself.
+        trust: whose signatures count.
+        signed: whether packages must be signed, but for those captured here.
     """
 
     def __init__(
-        self, model: ServedModel, stores: Mapping[str, Store], registry: Registry, tail: int
+        self,
+        model: ServedModel,
+        stores: Mapping[str, Store],
+        registry: Registry,
+        tail: int,
+        trust: TrustPolicy = NO_TRUST,
+        *,
+        signed: bool = False,
     ) -> None:
         self.model, self.stores, self.registry, self.tail = model, stores, registry, tail
+        self.trust, self.signed = trust, signed
         # A file is read again where its version has changed.
         self._check_version = functools.lru_cache(MAX_RESOLVED)(self._check)
 
     @classmethod
     def from_config(cls, config: ServingConfig, model: ServedModel) -> MemoryResolver:
-        """Raises BadInput, WMatrixCorrupt: a tenants file or W-Matrix that cannot be used."""
-        return cls(model, stores_of(config), Registry.read(config.wmatrices), config.tail)
+        """Raises BadInput, WMatrixCorrupt, SignatureInvalid: a tenants file, a trust file or a
+        W-Matrix that cannot be used, or one that is not signed and must be."""
+        trust = trust_of(config)
+        maps, signed = trusted_maps(config, trust), config.signed == "all"
+        return cls(model, stores_of(config), maps, config.tail, trust, signed=signed)
+
+    def with_model(self, model: ServedModel) -> MemoryResolver:
+        """The same stores and maps for another model, or for another context window."""
+        return MemoryResolver(
+            model, self.stores, self.registry, self.tail, self.trust, signed=self.signed
+        )
 
     def resolve(
         self, request: MemoryRequest, tenant: str, caller_salt: str | None = None
@@ -63,8 +93,8 @@ class MemoryResolver:
         """The prompt of a request's memories; everything that can be wrong with them comes up here.
 
         Raises:
-            InvalidMemoryId, MemoryNotFound, PackageCorrupt, NoWMatrix, UnsupportedRequest,
-            QualityUnreachable
+            InvalidMemoryId, MemoryNotFound, PackageCorrupt, SignatureInvalid, NoWMatrix,
+            UnsupportedRequest, QualityUnreachable
         """
         memories = tuple(self.resolve_one(memory_id, tenant) for memory_id in request.ids)
         last = memories[-1]
@@ -94,17 +124,40 @@ class MemoryResolver:
             InvalidMemoryId, MemoryNotFound, PackageCorrupt
         """
         path = self.stores[tenant].path(memory_id)
-        return self._check_version(path, version_of(path))
+        return self._check_version(path, version_of(path), self._signature_version(path))
 
-    def _check(self, path: Path, version: tuple[int, ...]) -> CheckedPackage:
+    def _signature_version(self, path: Path) -> tuple[int, ...]:
+        """The version of a package's signature; empty where there is none to look at."""
+        try:
+            return version_of(signature_path(path, "package")) if self.trust else ()
+        except MemoryNotFound:
+            return ()
+
+    def _check(
+        self, path: Path, version: tuple[int, ...], signature: tuple[int, ...]
+    ) -> CheckedPackage:
+        index = read_index(path, digest=digest_in(path.stem), largest=self.model.largest)
+        own = is_own(index.digest)
+        try:
+            signed_by = self.trust.signer(path, index.digest, "package")
+            if self.signed and not own:
+                self.trust.require(path, index.digest, "package")
+        except SignatureInvalid as error:
+            return CheckedPackage(path, index.manifest, "own" if own else "claimed", None, error)
+        origin: Origin = "own" if own else "signed" if signed_by else "claimed"
+        use = self._use(path, index, origin, signed_by)
+        return CheckedPackage(path, index.manifest, origin, signed_by, use)
+
+    def _use(
+        self, path: Path, index: PackageIndex, origin: Origin, signed_by: str | None
+    ) -> ResolvedMemory | AwarenessError:
+        """What the served model can do with a package. Raises PackageCorrupt."""
         model = self.model
-        index = read_index(path, digest=digest_in(path.stem), largest=model.largest)
-        origin: Origin = "own" if is_own(index.digest) else "claimed"
         decision = verdict(
             path.stem, index.manifest.geometry, model.geometry, self.registry, index.manifest
         )
         if decision.refusal is not None:
-            return CheckedPackage(path, index.manifest, origin, decision.refusal)
+            return decision.refusal
         sink = decision.entry.manifest.sink if decision.entry else model.prefix
         ids = prompt_ids(index.text, sink, model.folder)
         if decision.entry is None and ids != index.tokens:
@@ -113,8 +166,9 @@ class MemoryResolver:
                 "token ids that are not those of its text",
                 "the served model's own ids of the text",
             )
-        memory = ResolvedMemory(path.stem, index.digest, origin, decision.entry, ids, len(sink))
-        return CheckedPackage(path, index.manifest, origin, memory)
+        return ResolvedMemory(
+            path.stem, index.digest, origin, decision.entry, ids, len(sink), signed_by
+        )
 
     def append_question(self, prompt: Prompt, question: list[int]) -> list[int]:
         """The memories' ids, then those of the request's own prompt.

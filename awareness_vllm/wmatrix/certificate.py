@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import datetime
+import json
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
 
-from awareness_vllm.errors import QualityUnreachable
-from awareness_vllm.schema import FrozenModel
+from pydantic import AfterValidator, Field, FiniteFloat, ValidationError
+
+from awareness_vllm.errors import QualityUnreachable, escaped
+from awareness_vllm.schema import MAX_NAME, FrozenModel, PlainName, PlainText
 
 TIERS = ((0.90, 0.85), (0.82, 0.60), (0.75, 0.30), (0.60, 0.0))
 """Minimum retention and fact recall of tiers 1 to 4. The retentions are the lower ends of the
@@ -21,21 +27,48 @@ LENGTH_TEXTS = 16
 class Interval(FrozenModel):
     """A measured figure with its 95 % bootstrap interval over documents."""
 
-    mean: float
-    ci_low: float
-    ci_high: float
+    mean: FiniteFloat
+    ci_low: FiniteFloat
+    ci_high: FiniteFloat
+
+
+def _at_most(most: float) -> Callable[[Interval], Interval]:
+    def check(interval: Interval) -> Interval:
+        figures = (interval.mean, interval.ci_low, interval.ci_high)
+        if interval.ci_low > interval.ci_high:
+            raise ValueError("an interval that ends before it begins")
+        if interval.mean > most or max(map(abs, figures)) > FURTHEST:
+            raise ValueError(f"a figure beyond {most:g}, or further than {FURTHEST:g} from zero")
+        return interval
+
+    return check
+
+
+FURTHEST = 1e4
+"""What no figure exceeds, either way: a share of almost nothing can be far below zero."""
+Retention = Annotated[Interval, AfterValidator(_at_most(1.5))]
+"""Nothing keeps half as much again as there is: on so few or so easy texts nothing was measured."""
+Recall = Annotated[Interval, AfterValidator(_at_most(10.0))]
+"""Facts as a share of those recalled natively, which may be few."""
+Difference = Annotated[Interval, AfterValidator(_at_most(FURTHEST))]
+Count = Annotated[int, Field(ge=0, le=1 << 40)]
+Cosine = Annotated[float, Field(ge=-1.001, le=1.001, allow_inf_nan=False)]
+"""A cosine, or an overlap, with the rounding of its computation."""
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Text = Annotated[PlainText, Field(max_length=MAX_NAME)]
+Figures = dict[PlainName, dict[PlainName, FiniteFloat]]
 
 
 class Protocol(FrozenModel):
     """What was measured on, and how. `texts` and `cases` are digests; `limit` documents of them
     were taken evenly; `context` tokens of memory, `continuation` tokens scored after it."""
 
-    texts: str
-    cases: str
-    limit: int
-    context: int
-    continuation: int
-    sources: tuple[str, ...] = ()
+    texts: Text
+    cases: Text
+    limit: Count
+    context: Count = Field(ge=1)
+    continuation: Count
+    sources: tuple[PlainText, ...] = ()
     """The folders and files that the texts came from; version 0.1 did not record them."""
 
 
@@ -49,14 +82,14 @@ class Plan(FrozenModel):
     measured.
     """
 
-    context: int
-    tail: int
-    cost: float
-    retention: Interval
-    kinds: dict[str, Interval]
-    top1: float
-    tokens_only: Interval
-    facts: Interval | None = None
+    context: Count = Field(ge=1)
+    tail: Count
+    cost: float = Field(ge=0, le=FURTHEST, allow_inf_nan=False)
+    retention: Retention
+    kinds: dict[PlainName, Difference]
+    top1: Share
+    tokens_only: Difference
+    facts: Recall | None = None
 
 
 class Metrics(FrozenModel):
@@ -68,11 +101,27 @@ class Metrics(FrozenModel):
     native, `gradient_stability` whether it is within a factor of ten for every text.
     """
 
-    semantic_preservation: tuple[float, ...]
-    attention_fidelity: tuple[float, ...]
-    gradient_ratio: float
+    semantic_preservation: tuple[Cosine, ...] = Field(min_length=1)
+    attention_fidelity: tuple[Cosine, ...] = Field(min_length=1)
+    gradient_ratio: FiniteFloat
     gradient_stability: bool
-    n: int
+    n: Count
+
+
+def _of_the_map_alone(plans: tuple[Plan, ...]) -> tuple[Plan, ...]:
+    """Check that each length was measured without a tail, too: a server may have none."""
+    tails = defaultdict(set)
+    for plan in plans:
+        tails[plan.context].add(plan.tail)
+    if lacking := [context for context, measured in tails.items() if 0 not in measured]:
+        raise ValueError(f"no plan without a tail for {lacking[:4]} tokens")
+    return plans
+
+
+def _of_texts(counts: dict[str, int]) -> dict[str, int]:
+    if not counts.get("texts") or counts.keys() - {"texts", "cases"}:
+        raise ValueError("counts of no text, or of other things than texts and cases")
+    return counts
 
 
 class Certificate(FrozenModel):
@@ -87,21 +136,54 @@ class Certificate(FrozenModel):
     """
 
     protocol: Protocol
-    texts: dict[str, dict[str, float]]
-    cases: dict[str, dict[str, float]]
+    texts: Figures
+    cases: Figures
     metrics: Metrics | None
-    retention: Interval
-    margin: Interval
-    plans: tuple[Plan, ...]
-    facts: Interval
-    facts_kinds: dict[str, Interval]
-    facts_distances: dict[str, Interval]
-    facts_margin: Interval
-    counts: dict[str, int]
-    tier: int | None
+    retention: Retention
+    margin: Difference
+    plans: Annotated[tuple[Plan, ...], Field(min_length=1), AfterValidator(_of_the_map_alone)]
+    facts: Recall
+    facts_kinds: dict[PlainName, Recall]
+    facts_distances: dict[PlainName, Recall]
+    facts_margin: Difference
+    counts: Annotated[dict[str, Count], AfterValidator(_of_texts)]
+    tier: int | None = Field(ge=1, le=len(TIERS))
     measured: datetime.date
-    hardware: str
-    versions: dict[str, str]
+    hardware: Text
+    versions: dict[PlainName, PlainName]
+
+
+def parse_certificate(document: object) -> Certificate | None:
+    """The certificate in a manifest; None without one, and for an incomplete one (an older
+    version's, or published figures alone), which certifies nothing.
+
+    Raises:
+        ValueError: figures that no measurement gives.
+    """
+    try:
+        return Certificate.model_validate(document)
+    except ValidationError as error:
+        faults = error.errors(include_url=False, include_input=False, include_context=False)
+    if document is None or {"missing", "extra_forbidden"} & {fault["type"] for fault in faults}:
+        return None
+    where = ".".join(map(str, faults[0]["loc"]))
+    raise ValueError(escaped(f"{where}: {faults[0]['msg']}")[:200])
+
+
+def statement(document: Mapping[str, Any], payload: str) -> bytes:
+    """What is signed by who measured a certificate: canonical JSON of it and of the map's payload.
+
+    The signature of the file is another one: whoever publishes a map need not be who measured it.
+    The payload is a digest of the map's tensors and manifest, the certificate included, and each
+    load computes it anew. So a certificate that was copied into another map, or changed in its own,
+    is signed by nobody.
+
+    Args:
+        document: the certificate, as it is in the manifest.
+        payload: the manifest's, in hex.
+    """
+    fields = {"type": "awareness-certificate/1", "payload": payload, "certificate": document}
+    return json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
 
 
 def plans_for(certificate: Certificate, context: int) -> list[Plan]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, Field, ValidationError
+from pydantic import AliasChoices, Field
 
 from awareness_vllm.errors import WMatrixCorrupt, escaped
 from awareness_vllm.models.geometry import MAX_LAYERS, Geometry
@@ -21,7 +21,7 @@ from awareness_vllm.tensor_file import (
     read_file,
     read_header,
 )
-from awareness_vllm.wmatrix.certificate import Certificate
+from awareness_vllm.wmatrix.certificate import Certificate, parse_certificate, statement
 
 PRODUCTS = ("encode", "decode")
 """The factors of the map's matrix product, which may be of a shorter dtype than the rest."""
@@ -119,12 +119,17 @@ class WMatrixManifest(FrozenModel):
 
     @property
     def measured(self) -> Certificate | None:
-        """The certificate, None where the map is not certified: an incomplete certificate (an older
-        version's, or published figures alone) certifies nothing."""
-        try:
-            return Certificate.model_validate(self.certificate)
-        except ValidationError:
-            return None
+        """The certificate, None where the map is not certified.
+
+        Raises:
+            ValueError: figures that no measurement gives; no file that was read has any.
+        """
+        return parse_certificate(self.certificate)
+
+    @property
+    def certificate_statement(self) -> bytes | None:
+        """What the certificate's signature is about; None without a certificate."""
+        return None if self.certificate is None else statement(self.certificate, self.payload)
 
     @property
     def standing(self) -> str:
@@ -184,6 +189,10 @@ def parse_manifest(header: Header) -> WMatrixManifest:
             raise FileRefused(f"{name} of {entry.dtype}", "float32, or bfloat16 where it is large")
     if entries["encode"].dtype != entries["decode"].dtype:
         raise FileRefused("encode and decode of two dtypes", "one dtype")
+    try:
+        parse_certificate(manifest.certificate)
+    except ValueError as error:
+        raise FileRefused(f"a certificate that nobody measured ({error})") from error
     return manifest
 
 

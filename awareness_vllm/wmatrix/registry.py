@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from awareness_vllm.errors import AwarenessError, BadInput, NoWMatrix, escaped
@@ -13,6 +14,7 @@ from awareness_vllm.files import wmatrices_dir
 from awareness_vllm.models.describe import geometry_of
 from awareness_vllm.models.folder import is_model_folder
 from awareness_vllm.models.geometry import Geometry
+from awareness_vllm.trust.policy import Signers, TrustPolicy
 from awareness_vllm.wmatrix.certificate import Certificate
 from awareness_vllm.wmatrix.manifest import WMatrixManifest, read_digest
 
@@ -21,16 +23,37 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class WMatrixEntry:
-    """A W-Matrix file; aligned memories and cache salts are keyed by its `digest`."""
+    """A W-Matrix file; aligned memories and cache salts are keyed by its `digest`.
+
+    `signed_by` and `certificate_signed_by` are the names of the trusted keys that signed the file
+    and its certificate. The certificate is `claimed` where there is a trust policy, and none of its
+    keys signed it: its figures are shown, and decide nothing.
+    """
 
     path: Path
     manifest: WMatrixManifest
     digest: str
+    signed_by: str | None = None
+    certificate_signed_by: str | None = None
+    claimed: bool = False
 
     @classmethod
-    def read(cls, path: Path) -> WMatrixEntry:
-        """Raises WMatrixCorrupt."""
-        return cls(path, *read_digest(path))
+    def read(cls, path: Path, trust: TrustPolicy | None = None) -> WMatrixEntry:
+        """A file, and by a trust policy who signed it. Raises WMatrixCorrupt, SignatureInvalid."""
+        entry = cls(path, *read_digest(path))
+        if not trust:
+            return entry
+        signed_by = trust.signer(path, entry.digest, "wmatrix")
+        if (statement := entry.manifest.certificate_statement) is None:
+            return replace(entry, signed_by=signed_by)
+        digest = hashlib.sha256(statement).hexdigest()
+        measured_by = trust.signer(path, digest, "certificate")
+        return replace(
+            entry,
+            signed_by=signed_by,
+            certificate_signed_by=measured_by,
+            claimed=measured_by is None and entry.certificate is not None,
+        )
 
     @functools.cached_property
     def certificate(self) -> Certificate | None:
@@ -39,6 +62,12 @@ class WMatrixEntry:
         if certificate is None and self.manifest.certificate is not None:
             logger.warning("%s: its certificate is an older version's: certify it again", self)
         return certificate
+
+    def signers(self, package: str | None) -> Signers:
+        """The trusted keys behind a memory of a package that `package` signed, and this map."""
+        return Signers(
+            package=package, wmatrix=self.signed_by, certificate=self.certificate_signed_by
+        )
 
     def leads(self, source: Geometry, target: Geometry) -> bool:
         """Whether the map is one from these exact weights to those."""
@@ -51,20 +80,25 @@ class WMatrixEntry:
 
 @dataclass(frozen=True)
 class Registry:
-    """The W-Matrices that a server, a check or a router chooses from."""
+    """The W-Matrices that a server, a check or a router chooses from, in the operator's order."""
 
     entries: tuple[WMatrixEntry, ...] = ()
 
     @classmethod
-    def read(cls, paths: Registry | Iterable[str | Path] | None = None) -> Registry:
+    def read(
+        cls,
+        paths: Registry | Iterable[str | Path] | None = None,
+        trust: TrustPolicy | None = None,
+    ) -> Registry:
         """The registry of some files and folders; a registry is returned unchanged.
 
         Args:
-            paths: by default `$AWARENESS_HOME/wmatrices`, which need not exist. In a folder, files
-                that this version cannot read are skipped with a warning.
+            paths: by default `$AWARENESS_HOME/wmatrices`, which need not exist. In a folder, which
+                is in the order of names, files that cannot be used are skipped with a warning.
+            trust: whose signatures count.
 
         Raises:
-            WMatrixCorrupt: an unreadable file among `paths` themselves.
+            WMatrixCorrupt, SignatureInvalid: a file among `paths` themselves that cannot be used.
         """
         if isinstance(paths, Registry):
             return paths
@@ -73,11 +107,11 @@ class Registry:
             paths = [wmatrices_dir()] if wmatrices_dir().is_dir() else []
         for path in map(Path, paths):
             if not path.is_dir():
-                entries.append(WMatrixEntry.read(path))
+                entries.append(WMatrixEntry.read(path, trust))
                 continue
             for file in sorted(path.glob("*.wmatrix")):
                 try:
-                    entries.append(WMatrixEntry.read(file))
+                    entries.append(WMatrixEntry.read(file, trust))
                 except AwarenessError as error:
                     logger.warning("skipped %s: %s", escaped(file.name), error)
         return cls(tuple(entries))
@@ -93,19 +127,19 @@ class Registry:
         return Registry(tuple(e for e in self.entries if e.manifest.reads_tokens == has_text))
 
     def certified(self) -> Registry:
-        """The maps that have a certificate."""
-        return Registry(tuple(e for e in self.entries if e.certificate))
+        """The maps with a certificate that is not merely claimed."""
+        return Registry(tuple(e for e in self.entries if e.certificate and not e.claimed))
 
     def find(self, source: Geometry, target: Geometry, has_text: bool) -> WMatrixEntry:
-        """The map that serves memories of one model on another; of several the one with the
-        highest certified retention.
+        """The map that serves memories of one model on another: of several the first, since
+        figures in a file are the word of whoever wrote it, and the order is the operator's.
 
         Raises:
             NoWMatrix: there is none; the error names the maps that there are.
         """
-        matches = [entry for entry in self.usable(has_text) if entry.leads(source, target)]
-        if matches:
-            return best(matches)
+        for entry in self.usable(has_text):
+            if entry.leads(source, target):
+                return entry
         if error := self._only_tokenizers_differ(source, target):
             raise error
         from_source = [e for e in self.entries if e.manifest.source.same_model(source)]
@@ -164,11 +198,6 @@ class Registry:
                 if not any(model.same_model(other) for other in models):
                     models.append(model)
         return models
-
-
-def best(entries: Iterable[WMatrixEntry]) -> WMatrixEntry:
-    """The map with the highest certified retention; any map where none is certified."""
-    return max(entries, key=lambda e: e.certificate.retention.mean if e.certificate else -1.0)
 
 
 def locate(wmatrix: str | Path) -> Path:

@@ -102,9 +102,8 @@ class Server:
         )
 
     def set_window(self, tokens: int) -> None:
-        old = self.resolver
-        model = replace(old.model, max_model_len=tokens)
-        self.serve(MemoryResolver(model, old.stores, old.registry, old.tail))
+        model = replace(self.resolver.model, max_model_len=tokens)
+        self.serve(self.resolver.with_model(model))
 
     def call(
         self, route: str, memory: str = "", *, tenant: str | None = "acme", **query: Any
@@ -153,12 +152,12 @@ def app() -> FastAPI:
     return made
 
 
-def server_of_tenants(folder: Path, model: Path) -> Server:
-    """A server with a store in `folder`/stores for each tenant."""
+def server_of_tenants(folder: Path, model: Path, **options: Any) -> Server:
+    """A server with a store in `folder`/stores for each tenant, and further `options`."""
     content = {name: {"api_keys": [key], "store": f"stores/{name}"} for name, key in KEYS.items()}
     (folder / "tenants.json").write_text(json.dumps(content))
     tenants, store = str(folder / "tenants.json"), str(folder / "stores" / "default")
-    return Server(ServingConfig(store=store, tenants=tenants), model)
+    return Server(ServingConfig(store=store, tenants=tenants, **options), model)
 
 
 def certificate_with(retention: float) -> dict[str, Any]:

@@ -49,6 +49,7 @@ def test_the_list_is_the_tenants_own(server: Server, make_package: Make) -> None
         "name": None,
         "source_model": "tiny",
         "tokens": len("hello wörld".encode()),
+        "signed_by": None,
         "error": None,
     }
     del page["data"]
@@ -149,7 +150,7 @@ def test_a_copy_is_exact_and_not_certified(server: Server, tiny_models: tuple[Pa
     assert (answer["id"], answer["object"], answer["name"]) == (memory, "memory", "notes")
     assert answer["compatibility"] == {
         **{"loadable": True, "wmatrix": None, "prompt_tokens": manifest.tokens},
-        **{"retention": 1.0, "certified": False, "reason": None},
+        **{"retention": 1.0, "certified": False, "reason": None, **UNSIGNED},
     }
 
 
@@ -165,6 +166,7 @@ def test_a_map_is_named_with_what_its_certificate_says(
     assert answer == {
         **{"loadable": True, "wmatrix": "pair.wmatrix", "prompt_tokens": tokens},
         **{"retention": retention, "certified": retention is not None, "reason": None},
+        **UNSIGNED,
     }
     assert tokens > 1
 
@@ -221,6 +223,7 @@ def test_a_check_of_a_memory_without_a_map_is_an_answer(server: Server, make_pac
     assert "no W-Matrix leads" in answer["risk_factors"][0]["description"]
 
 
+UNSIGNED = {"claimed": False, "wmatrix_signed_by": None, "certificate_signed_by": None}
 NOTHING = {"loadable": False, "wmatrix": None, "prompt_tokens": None, "retention": None}
 
 
@@ -228,7 +231,7 @@ def unusable(server: Server, memory: str, status: int) -> str:
     """Why a memory cannot be loaded, which all three routes must say alike."""
     answer = server.get(memory)["compatibility"]
     reason = answer.pop("reason")
-    assert answer == {**NOTHING, "certified": False}
+    assert answer == {**NOTHING, "certified": False, **UNSIGNED}
     response = server.call(LOAD, memory)
     assert response.status_code == status
     assert response.json()["error"]["message"].startswith(reason)

@@ -231,8 +231,10 @@ def test_lengths_and_plans_are_measured(
             result.conditions[f"memory_tail_{tail}"] = result.conditions["native"]
         return result
 
-    # No random model recalls a fact.
+    # No random model recalls a fact, or gains anything by reading.
     monkeypatch.setattr(certify_module, "evaluate_cases", with_tails)
+    kept = {"mean": 0.5, "ci_low": 0.4, "ci_high": 0.6}
+    monkeypatch.setattr(TextFigures, "retention", lambda *args: kept)
     measured = certify(
         load(fitted),
         *tiny_models,

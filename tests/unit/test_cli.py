@@ -260,6 +260,8 @@ def test_unknown_flags_are_refused(name: str, capfd: pytest.CaptureFixture[str])
         "list": [],
         "inspect": ["x"],
         "verify": ["x"],
+        "keygen": ["x"],
+        "sign": ["x", "--key", "k"],
         "doctor": [],
     }
     with pytest.raises(SystemExit) as end:

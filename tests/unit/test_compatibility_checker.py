@@ -21,7 +21,7 @@ from awareness_vllm.compatibility.pair_checker import CompatibilityChecker
 from awareness_vllm.compatibility.prior_tables import tables
 from awareness_vllm.errors import BadInput
 from awareness_vllm.models.geometry import Geometry, LayerGeometry, Positions
-from awareness_vllm.wmatrix.certificate import Certificate, Interval, Metrics, Protocol
+from awareness_vllm.wmatrix.certificate import Certificate, Interval, Metrics, Plan, Protocol
 from awareness_vllm.wmatrix.file import WMatrix
 from awareness_vllm.wmatrix.registry import Registry, WMatrixEntry
 
@@ -33,6 +33,9 @@ MakeChecker = Callable[..., CompatibilityChecker]
 def certificate(kept: float, tier: int | None = 2, metrics: bool = True) -> Certificate:
     interval = Interval(mean=kept, ci_low=kept - 0.03, ci_high=kept + 0.03)
     facts = Interval(mean=0.58, ci_low=0.4, ci_high=0.7)
+    plan = Plan(
+        context=300, tail=0, cost=0.2, retention=interval, kinds={}, top1=0.5, tokens_only=interval
+    )
     return Certificate(
         protocol=Protocol(texts="", cases="", limit=1, context=300, continuation=60),
         texts={},
@@ -48,12 +51,12 @@ def certificate(kept: float, tier: int | None = 2, metrics: bool = True) -> Cert
         else None,
         retention=interval,
         margin=interval,
-        plans=(),
+        plans=(plan,),
         facts=facts,
         facts_kinds={},
         facts_distances={},
         facts_margin=facts,
-        counts={},
+        counts={"texts": 48},
         tier=tier,
         measured=datetime.date(2026, 1, 1),
         hardware="",
@@ -97,10 +100,12 @@ def test_a_home_without_maps_has_none(tmp_path: Path, monkeypatch: pytest.Monkey
     assert CompatibilityChecker().registry == Registry()
 
 
-def test_the_best_certificate_of_the_pair_is_the_estimate(over: MakeChecker) -> None:
+def test_the_first_map_of_the_pair_is_the_estimate(over: MakeChecker) -> None:
+    """As a server uses it: the operator's order decides, not what a file says of itself."""
     checker = over(
-        ("a", "b", certificate(0.7)),
+        ("b", "c", certificate(0.7)),
         ("a", "b", certificate(0.92, tier=1)),
+        ("a", "b", certificate(1.0, tier=1)),
         ("a", "b", None),
         ("b", "a", certificate(0.99)),
         ("a", "c", certificate(0.98)),

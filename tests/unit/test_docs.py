@@ -25,6 +25,7 @@ from awareness_vllm.packages.manifest import Manifest
 from awareness_vllm.serving.config import WORKER_EXTENSION, ServingConfig, transfer_config
 from awareness_vllm.serving.request import parse_memory_request
 from awareness_vllm.serving.tenants import Tenants
+from awareness_vllm.trust.policy import TrustFile
 from awareness_vllm.wmatrix.certificate import Certificate
 from awareness_vllm.wmatrix.manifest import WMatrixManifest
 
@@ -183,6 +184,8 @@ def test_json_is_what_a_server_takes_or_gives(block: Block, tmp_path: Path) -> N
             for i in range(text.count(MEMORY)):
                 text = text.replace(MEMORY, f"mem_{i:032x}", 1)
             assert parse_memory_request(json.loads(text)) is not None
+        elif "keys" in document:
+            assert TrustFile.model_validate(document)
         else:
             (tmp_path / "tenants.json").write_text(json.dumps(document))
             digests = Tenants.read(tmp_path / "tenants.json").digests

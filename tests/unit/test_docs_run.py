@@ -88,6 +88,8 @@ def demo(
     cases = "\n".join(map(json.dumps, fact_cases(3, seed=0)))
     (home / "held-out/facts/cases.jsonl").write_text(cases)
     (home / "report.txt").write_text(texts[0])
+    entry = {"public_key": "alice.pub", "roles": ["package", "wmatrix", "certificate"]}
+    (home / "trust.json").write_text(json.dumps({"keys": {"alice": entry}}))
     publish(capture(models[0], texts[1]), home / "store")
     certificate = load(ROOT / "tests/data/v0.1/pair.wmatrix").manifest.certificate
     assert certificate is not None

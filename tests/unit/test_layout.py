@@ -63,6 +63,7 @@ FLOORS = (
     ("errors",),
     ("schema", "files"),
     ("provenance", "kernels", "tensor_file"),
+    ("trust",),
     ("anchors", "models"),
     ("packages",),
     ("wmatrix",),

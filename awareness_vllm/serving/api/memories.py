@@ -24,14 +24,17 @@ from awareness_vllm.errors import (
     InvalidMemoryId,
     MemoryNotFound,
     PackageCorrupt,
+    SignatureInvalid,
 )
 from awareness_vllm.packages.manifest import Manifest, check_id, read_manifest
-from awareness_vllm.packages.store import Store, memory_not_found
+from awareness_vllm.packages.store import Store, digest_in, memory_not_found
 from awareness_vllm.schema import FrozenModel
 from awareness_vllm.serving.api.prefetch import while_connected
 from awareness_vllm.serving.http import FrontEnd, caller, client_errors
 from awareness_vllm.serving.prompt import Prompt
 from awareness_vllm.serving.request import MemoryRequest
+from awareness_vllm.serving.resolver import MemoryResolver
+from awareness_vllm.trust.policy import TrustPolicy
 from awareness_vllm.wmatrix.verdict import check_fits
 
 
@@ -49,6 +52,9 @@ class Memory(FrozenModel):
     name: str | None = None
     source_model: str | None = None
     tokens: int | None = Field(None, description="Tokens of the source model")
+    signed_by: str | None = Field(
+        None, description="The trusted key that signed the package of this ID"
+    )
     error: str | None = None
 
 
@@ -75,6 +81,11 @@ class Compatibility(FrozenModel):
         description="1 is as good as the model reading the text itself; null: not measured",
     )
     certified: bool = Field(False, description="Whether the W-Matrix has a certificate")
+    claimed: bool = Field(
+        False, description="Whether no trusted key signed that certificate, where one should"
+    )
+    wmatrix_signed_by: str | None = Field(None, description="A key of the server's trust file")
+    certificate_signed_by: str | None = Field(None, description="A key of the same file")
     reason: str | None = Field(None, description="Why it cannot be loaded")
 
 
@@ -122,7 +133,7 @@ def list_memories(
     """The caller's memories, in the order of their IDs."""
     with client_errors("after"):
         front, tenant = caller(raw_request)
-        return _page(front.resolver.stores[tenant], limit, after)
+        return _page(front.resolver, tenant, limit, after)
 
 
 @router.get("/{memory_id}", responses=ONE_MEMORY_ERRORS)
@@ -174,10 +185,11 @@ async def evict_memory(memory_id: str, raw_request: Request) -> MemoryEvicted:
     return MemoryEvicted(id=memory_id, evicted=evicted)
 
 
-def _page(store: Store, limit: int, after: str | None) -> MemoryList:
-    """The first `limit` memories of a store after one, which need not be there any more."""
+def _page(resolver: MemoryResolver, tenant: str, limit: int, after: str | None) -> MemoryList:
+    """A tenant's first `limit` memories after one, which need not be there any more."""
+    store, trust = resolver.stores[tenant], resolver.trust
     begin = "" if after is None else check_id(after)
-    listed = (_listed(store, memory_id) for memory_id in store.ids() if memory_id > begin)
+    listed = (_listed(store, trust, one) for one in store.ids() if one > begin)
     more = list(islice((memory for memory in listed if memory is not None), limit + 1))
     data = more[:limit]
     return MemoryList(
@@ -188,13 +200,14 @@ def _page(store: Store, limit: int, after: str | None) -> MemoryList:
     )
 
 
-def _listed(store: Store, memory_id: str) -> Memory | None:
+def _listed(store: Store, trust: TrustPolicy, memory_id: str) -> Memory | None:
     """A memory's line in the list; None where it went away since its ID was listed."""
     try:
         path = store.path(memory_id)
         try:
-            return Memory(**_facts(path, read_manifest(path)))
-        except PackageCorrupt as error:
+            signed_by = trust.signer(path, digest_in(memory_id), "package")
+            return Memory(**_facts(path, read_manifest(path)), signed_by=signed_by)
+        except (PackageCorrupt, SignatureInvalid) as error:
             return Memory(**_facts(path, None), error=error.what)
     except MemoryNotFound:
         return None
@@ -205,7 +218,12 @@ def _detail(front: FrontEnd, tenant: str, memory_id: str) -> MemoryDetail:
     package = front.resolver.check(memory_id, tenant)
     facts = _facts(package.path, package.manifest)
     compatibility = _compatibility(front, tenant, memory_id)
-    return MemoryDetail(**facts, manifest=package.manifest, compatibility=compatibility)
+    return MemoryDetail(
+        **facts,
+        signed_by=package.signed_by,
+        manifest=package.manifest,
+        compatibility=compatibility,
+    )
 
 
 def _facts(path: Path, manifest: Manifest | None) -> dict[str, Any]:
@@ -236,6 +254,9 @@ def _compatibility(front: FrontEnd, tenant: str, memory_id: str) -> Compatibilit
         prompt_tokens=prompt.memories[0].tokens,
         retention=prompt.retention[0],
         certified=wmatrix is not None and wmatrix.certificate is not None,
+        claimed=wmatrix is not None and wmatrix.claimed,
+        wmatrix_signed_by=wmatrix.signed_by if wmatrix else None,
+        certificate_signed_by=wmatrix.certificate_signed_by if wmatrix else None,
     )
 
 
@@ -247,11 +268,12 @@ def _report(front: FrontEnd, tenant: str, memory_id: str) -> CompatibilityReport
     # Where the memory is refused, the report's verdict says so, too.
     tokens = manifest.tokens if isinstance(use, AwarenessError) else len(use.ids)
     check = CheckContext(
-        memory=of_manifest(manifest, memory_id, package.path),
+        memory=of_manifest(manifest, memory_id, package.path, package.signed_by),
         target=Model(resolver.model.geometry.name, resolver.model.geometry),
         config=front.target,
         registry=resolver.registry,
         tokens=tokens,
+        refused=use if isinstance(use, SignatureInvalid) else None,
     )
     return report(check)
 
