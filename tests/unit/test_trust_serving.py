@@ -280,7 +280,7 @@ def test_a_claimed_certificate_is_shown_and_reaches_no_quality_target(
     (leading,) = server.resolver.registry
     entry = replace(entry, manifest=leading.manifest)
     server.resolver.registry = Registry((entry,))
-    memory = server.publish(make_package())
+    memory = server.publish(make_package("longer than the tail of sixteen tokens " * 3))
     check_quality(server, memory, entry)
 
 
