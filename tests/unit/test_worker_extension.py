@@ -36,7 +36,10 @@ def test_a_signed_call_is_answered(extension: AwarenessWorkerExtension) -> None:
     assert extension.awareness_call(*signed(EVICT, "mem", "acme")) == ["mem", "acme"]
 
 
-@pytest.mark.parametrize("signature", ["", "0" * 64, "é", None, 7, signed(EVICT, "mem", "x")[2]])
+@pytest.mark.parametrize(
+    "signature",
+    ["", "0" * 64, "é", None, 7, pytest.param(signed(EVICT, "mem", "x")[2], id="another call's")],
+)
 def test_a_call_of_anybody_else_is_refused(
     extension: AwarenessWorkerExtension, signature: Any
 ) -> None:
