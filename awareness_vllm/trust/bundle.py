@@ -167,8 +167,6 @@ def verify_bundle(
         bundle.payload,
     )
     try:
-        if bundle.fingerprint != fingerprint(key):
-            raise InvalidSignature
         key.verify(bundle.signature, pae, ec.ECDSA(HASHES[key.curve.name]))
     except InvalidSignature as error:
         raise invalid_signature(

@@ -132,6 +132,14 @@ def test_other_bytes_and_other_keys_are_refused(case: Case) -> None:
         case.verify(claimed)
 
 
+def test_a_digest_may_be_known_by_its_first_half_and_not_by_less(case: Case) -> None:
+    """A package's ID is half of its digest; a few digits are anybody's."""
+    assert case.verify(case.bundle, case.digest[:32]) == "alice"
+    for part in (case.digest[:31], "", case.digest[32:], case.digest + "0"):
+        with pytest.raises(SignatureInvalid):
+            case.verify(case.bundle, part)
+
+
 def test_the_bundle_of_another_file_is_refused(case: Case, tmp_path: Path) -> None:
     (tmp_path / "other").write_bytes(b"other")
     other = json.loads(signed(tmp_path / "other", case.alice))
