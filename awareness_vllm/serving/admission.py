@@ -119,7 +119,8 @@ class Admission:
         return Admitted(self, loads)
 
     def _fits(self, sizes: Mapping[str, int]) -> bool:
-        new = [size for name, size in sizes.items() if name not in {*self.warm, *self.loads}]
+        cold = sizes.keys() - self.warm.keys() - self.loads.keys()
+        new = [sizes[name] for name in cold]
         if not new or not self.loads:
             return True
         total = sum(new) + sum(load.bytes for load in self.loads.values())

@@ -13,10 +13,12 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+import torch
 from harness import NEAR_TIE, Server, awareness, captured, parting, serving
 from openai.types.completion_choice import Logprobs
+from torch import Tensor
 
-from awareness_vllm.wmatrix.file import load
+from awareness_vllm.wmatrix.file import WMatrix, load
 from awareness_vllm.wmatrix.manifest import read_manifest
 
 pytestmark = pytest.mark.engine
@@ -35,15 +37,30 @@ def own(own_memories: dict[str, tuple[Path, str]], store: Path) -> tuple[str, st
     return package.stem, text
 
 
+def from_itself(learned: WMatrix) -> WMatrix:
+    """A map of the same shape from the target itself, which reads nothing of its states."""
+    manifest = learned.manifest
+    layers = tuple(range(len(manifest.layers)))
+    other = manifest.model_copy(update={"source": manifest.target, "layers": layers})
+
+    def blank(rows: Tensor, value: float) -> Tensor:
+        states = rows.new_full((other.source_width, *rows.shape[1:]), value)
+        return torch.cat([states, rows[manifest.source_width :]])
+
+    return replace(
+        learned,
+        manifest=other,
+        mean=blank(learned.mean, 0),
+        scale=blank(learned.scale, 1),
+        encode=blank(learned.encode, 0),
+    )
+
+
 @pytest.fixture(scope="module")
 def server(smollm2: Path, store: Path, wmatrix: Path, own: tuple[str, str]) -> Iterator[Server]:
     """Given a W-Matrix from Gemma-3 that leads to Gemma-3, not to the served model."""
     elsewhere = store.parent / "elsewhere.wmatrix"
-    learned = load(wmatrix)
-    target = learned.manifest.target
-    replace(learned, manifest=learned.manifest.model_copy(update={"source": target})).save(
-        elsewhere
-    )
+    from_itself(load(wmatrix)).save(elsewhere)
     tenants = store.parent / "tenants.json"
     home = {"api_keys": ["none"], "store": str(store)}  # the key that harness's client has
     tenants.write_text(json.dumps({"home": home, "other": {"api_keys": ["x"], "store": "other"}}))

@@ -302,8 +302,9 @@ def test_a_prefetch_that_nobody_waits_for_is_given_up() -> None:
         prefetches = Prefetches(calls)
         request = Request({"type": "http"}, receive)
         assert await while_connected(request, prefetches.run(PLAN)) is None
-        while not calls.count(CANCEL):
-            await asyncio.sleep(0.001)
+        async with asyncio.timeout(30):
+            while not calls.count(CANCEL):
+                await asyncio.sleep(0.001)
         assert prefetches.waiting == {}
 
     asyncio.run(gone())

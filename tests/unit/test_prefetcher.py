@@ -132,8 +132,9 @@ def test_six_prefetches_hold_no_more_bytes_than_they_may(
     for name in "abcdef":
         prefetcher.begin(name, plan(name), False)
     stub.go_on.set()
-    most = 0
+    most, end = 0, time.monotonic() + SECONDS
     while prefetcher.tickets:
+        assert time.monotonic() < end
         most = max(most, loader.reads.bytes)
         prefetcher.poll(list(prefetcher.tickets))
     assert most == 80

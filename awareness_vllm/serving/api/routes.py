@@ -300,6 +300,8 @@ async def answer(
             prompt = await asyncio.to_thread(front.resolver.resolve, memory_request, tenant, salt)
             await front.canary.check(prompt)
             used = await insert(front, prompt)
+            if not (used and used.loads) or isinstance(request, AnthropicCountTokensRequest):
+                load.end()  # nothing is loaded
         response = await handler(request, raw_request)  # where `insert` had no prompt, it says why
         if used and response:  # no response at all: the client has gone
             add_report(response, used)
