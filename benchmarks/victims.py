@@ -129,8 +129,9 @@ class Household:
         tier that keeps one memory, so that the others come from the disk cache."""
         return [
             "--store", self.store, "--tenants", self.tenants,
-            "--wmatrix", *sorted(self.maps.iterdir()), "--disk-cache", self.disk, "--host-cache-gib", 0, "--dtype", "float32",
-            "--enforce-eager", "--kv-cache-memory-bytes", "256M", "--max-model-len", 1024,
+            "--wmatrix", *sorted(self.maps.iterdir()), "--disk-cache", self.disk,
+            "--host-cache-gib", 0, "--dtype", "float32", "--enforce-eager",
+            "--kv-cache-memory-bytes", "256M", "--max-model-len", 1024,
         ]  # fmt: skip
 
     def poison(self) -> list[Poison]:
