@@ -5,8 +5,8 @@
 
 Bytes go through header, manifest and the whole file, as a package and as a W-Matrix. Only typed
 errors may come of them, and finite numbers; anything else stops the run, status 1, and the bytes
-stay in the folder of findings. The corpus begins with the seeds of `fuzz_files.py`, and a quarter of the
-mutations are of its kinds. Prints one JSON document.
+stay in the folder of findings. The corpus begins with the seeds of `fuzz_files.py`, and a quarter
+of the mutations are of its kinds. Prints one JSON document.
 """
 
 from __future__ import annotations

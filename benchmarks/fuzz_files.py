@@ -56,8 +56,7 @@ def work(results: Connection, seed: int, begin: int, end: int) -> None:
             made = mutant(seed, number, files)
             results.send(("begin", describe(made)))
             verdict = oracle.judge(made)
-            served = "served" in verdict.ways.values()
-            cost = {"seconds": verdict.seconds, "bytes": verdict.bytes, "served": served}
+            cost = {"seconds": verdict.seconds, "bytes": verdict.bytes, "served": verdict.served}
             results.send(("end", {**describe(made), **cost, "faults": verdict.faults}))
     results.send(("done", {}))
 

@@ -20,12 +20,14 @@ from fuzz.container import Container, Part, assemble, encode
 from fuzz.seeds import captured, geometry, random_wmatrix
 from torch import Tensor
 
+from awareness_vllm.errors import WMatrixCorrupt
 from awareness_vllm.models.describe import geometry_of
 from awareness_vllm.models.geometry import LayerGeometry, Positions
 from awareness_vllm.models.hf import sink_ids, sink_states
 from awareness_vllm.models.tokens import load_tokenizer, tokenize
 from awareness_vllm.packages.file import Package, publish
 from awareness_vllm.wmatrix.file import WMatrix
+from awareness_vllm.wmatrix.file import load as load_wmatrix
 
 STATES = "layers.3.value"
 GENTLE = 0.02
@@ -57,8 +59,14 @@ def stranger(model: Path, text: str, name: str) -> tuple[Package, WMatrix]:
     source = geometry(name, target.vocab_size, layers)
     sink, keys, values = sink_of(model)
     wmatrix = random_wmatrix(source, target, tuple(sink))
+    # A fit without measured r2: the canary has nothing to hold it against.
+    manifest = wmatrix.manifest.model_copy(update={"r2": {}, "reconstruction_error": None})
     return captured(source, text, tokens, []), replace(
-        wmatrix, encode=GENTLE * wmatrix.encode, sink_keys=keys, sink_values=values
+        wmatrix,
+        manifest=manifest,
+        encode=GENTLE * wmatrix.encode,
+        sink_keys=keys,
+        sink_values=values,
     )
 
 
@@ -159,9 +167,15 @@ def places(copied: bytes, victims: Path, store: Path) -> list[Poison]:
     ]
 
 
-def forged_maps(model: Path, text: str, folder: Path, store: Path) -> list[Poison]:
+def forged_maps(
+    model: Path, text: str, folder: Path, store: Path
+) -> tuple[list[Poison], list[Poison]]:
     """Maps of strangers with a package each: values that are no numbers or far too large, and one
-    that is merely random."""
+    that is merely random.
+
+    Returns:
+        those that a server starts with, and those that it refuses to start with.
+    """
     changes: dict[str, Callable[[WMatrix], WMatrix]] = {
         "NaN": lambda w: replace(w, bias=torch.full_like(w.bias, float("nan"))),
         "3e38": lambda w: replace(w, decode=torch.full_like(w.decode, 3e38)),
@@ -170,13 +184,19 @@ def forged_maps(model: Path, text: str, folder: Path, store: Path) -> list[Poiso
         "a negative scale": lambda w: replace(w, scale=-w.scale),
         "random weights": lambda w: w,
     }
-    found = []
+    usable, refused = [], []
     for number, (kind, change) in enumerate(changes.items()):
         package, wmatrix = stranger(model, text, f"forger-{number}")
-        change(wmatrix).save(folder / f"forged-{number}.wmatrix")
+        change(wmatrix).save(path := folder / f"forged-{number}.wmatrix")
         memory = publish(package, store).stem
-        found.append(Poison(f"a map with {kind}", memory, harmless=kind == "random weights"))
-    return found
+        poison = Poison(f"a map with {kind}", memory, harmless=kind == "random weights")
+        try:
+            load_wmatrix(path)
+            usable.append(poison)
+        except WMatrixCorrupt:
+            path.unlink()
+            refused.append(poison)
+    return usable, refused
 
 
 def overwrite(path: Path) -> None:

@@ -98,6 +98,8 @@ class Household:
     model: Path
     good: list[str] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
+    unusable: list[Poison] = field(default_factory=list)
+    """Forged maps that no server starts with."""
 
     def __post_init__(self) -> None:
         self.store, self.theirs = self.folder / "victims", self.folder / "villain"
@@ -126,9 +128,10 @@ class Household:
         """Flags of a float32 server of few blocks, which are used again and again, and of a warm
         tier that keeps one memory, so that the others come from the disk cache."""
         return [
-            "--store", self.store, "--tenants", self.tenants, "--wmatrix", self.maps,
-            "--disk-cache", self.disk, "--host-cache-gib", 0, "--dtype", "float32",
-            "--enforce-eager", "--kv-cache-memory-bytes", "256M", "--max-model-len", 1024,
+            "--store", self.store, "--tenants", self.tenants,
+            "--wmatrix", *sorted(self.maps.iterdir()), "--disk-cache", self.disk,
+            "--host-cache-gib", 0, "--dtype", "float32", "--enforce-eager",
+            "--kv-cache-memory-bytes", "256M", "--max-model-len", 1024,
         ]  # fmt: skip
 
     def poison(self) -> list[Poison]:
@@ -136,7 +139,8 @@ class Household:
         copied, mapped = (self.store / f"{self.good[i]}.safetensors" for i in (0, 2))
         found = packages(copied.read_bytes(), mapped.read_bytes(), self.theirs)
         found += places(copied.read_bytes(), self.store, self.theirs)
-        return found + forged_maps(self.model, self.texts[3], self.maps, self.theirs)
+        usable, self.unusable = forged_maps(self.model, self.texts[3], self.maps, self.theirs)
+        return found + usable
 
     def replaceable(self) -> Path:
         """A good memory of the villain's own, to be overwritten once it has been checked."""
@@ -272,6 +276,7 @@ def run(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         "ok": ok and not result["unanswered_without_poison"],
         **result,
         "poison": {kind: dict(counts) for kind, counts in villain.statuses.items()},
+        "maps_refused_at_start": [poison.kind for poison in loud.unusable],
         "poison_served": villain.served,
         "slowest_answer_to_poison_s": round(villain.slowest, 2),
         "disk_cache_files_spoilt": villain.spoilt,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from awareness_vllm.errors import AwarenessError, BadInput, PackageCorrupt
 from awareness_vllm.files import atomic_write, wmatrices_dir
-from awareness_vllm.kernels import decode, encode
+from awareness_vllm.kernels import decode, encode, largest
 from awareness_vllm.models.rope import unrotate
 from awareness_vllm.packages.file import check_finite, payload_digest
 from awareness_vllm.packages.manifest import METADATA_KEY
@@ -182,6 +183,7 @@ def load(path: str | Path, *, digest: str | None = None) -> WMatrix:
         check_positions(manifest)
         if not bool((tensors["scale"] > 0).all()):
             raise FileRefused("a scale of a feature that is not positive")
+        check_sinks(tensors)
         payload = payload_digest(file.header.metadata[METADATA_KEY], sorted(tensors.items()))
         if payload != manifest.payload:
             raise FileRefused(f"payload {payload}", manifest.payload)
@@ -197,6 +199,13 @@ def load(path: str | Path, *, digest: str | None = None) -> WMatrix:
             for side in manifest.position_embedding_shapes
         },
     )
+
+
+def check_sinks(tensors: Mapping[str, Tensor]) -> None:
+    """Check the sink's states, which go into a cache as they are. Raises FileRefused."""
+    for name, states in tensors.items():
+        if name.startswith("sink.") and float(states.abs().max()) > largest(states.dtype):
+            raise FileRefused(f"{name} with a state beyond {largest(states.dtype):g}")
 
 
 def check_positions(manifest: WMatrixManifest) -> None:

@@ -27,7 +27,8 @@ VALUES: list[Any] = [
     1e308, 5e-324, Raw("1" + "0" * 400), Raw("1e400"), Raw("-1e400"), Raw("NaN"), Raw("Infinity"),
     Raw("-Infinity"), Raw("1" + "0" * 5000), "", " ", "5", "nan", "x" * 300, "x" * 100_000,
     "\x1b[31mred\n", "a\x00b", "\u202egnp", "\x7f", "a\r\nb", Raw('"\\ud800"'), "../../etc/passwd",
-    "None", [], {}, [[]], [None], {"": {}}, [0] * 50_000, ["x"] * 20_000, nested(100), nested(20_000),
+    "None", [], {}, [[]], [None], {"": {}}, [0] * 50_000, ["x"] * 20_000, nested(100),
+    nested(20_000),
 ]  # fmt: skip
 
 
@@ -182,27 +183,22 @@ def text_padded(rng: Rng, file: Container) -> Container:
     return file
 
 
+ROPE = {"theta": 1e4, "rotary_dim": 4}
+RAMP = {**ROPE, "factor": 2.0, "original": 8, "beta_fast": 32.0, "beta_slow": 1.0}
 POSITIONS: list[dict[str, Any]] = [
-    {"scheme": "rope"}, {"scheme": "rope", "theta": 1e4, "rotary_dim": 64},
-    {"scheme": "rope", "theta": 1e4, "rotary_dim": 3}, {"scheme": "rope", "theta": 0.0, "rotary_dim": 4},
-    {"scheme": "rope", "theta": -1.0, "rotary_dim": 4}, {"scheme": "rope", "theta": 1e-300, "rotary_dim": 4},
-    {"scheme": "rope", "theta": 1e4, "rotary_dim": -4}, {"scheme": "rope", "theta": 1e4, "rotary_dim": 2**40},
-    {"scheme": "linear", "theta": 1e4, "rotary_dim": 4, "factor": 1e-300},
-    {"scheme": "dynamic", "theta": 1e4, "rotary_dim": 2, "factor": 2.0, "original": 8, "length": 16},
-    {"scheme": "dynamic", "theta": 1e4, "rotary_dim": 4, "factor": 1e300, "original": 1, "length": 2**40},
-    {"scheme": "yarn", "theta": 1e4, "rotary_dim": 4, "factor": 2.0, "original": 8, "beta_fast": 32.0,
-     "beta_slow": 1.0, "scale": 1e30},
-    {"scheme": "yarn", "theta": 1.0, "rotary_dim": 4, "factor": 2.0, "original": 8, "beta_fast": 32.0,
-     "beta_slow": 1.0, "scale": 1.0},
-    {"scheme": "yarn", "theta": 1e4, "rotary_dim": 4, "factor": 2.0, "original": 8, "beta_fast": 0.0,
-     "beta_slow": -1.0, "scale": 1e-40},
-    {"scheme": "llama3", "theta": 1e4, "rotary_dim": 4, "factor": 2.0, "original": 8, "beta_fast": 1.0,
-     "beta_slow": 1.0},
-    {"scheme": "longrope", "theta": 1e4, "rotary_dim": 4, "factors": [0.0, 0.0], "scale": 1.0},
-    {"scheme": "longrope", "theta": 1e4, "rotary_dim": 4, "factors": [1.0] * 5000, "scale": 1.0},
-    {"scheme": "longrope", "theta": 1e4, "rotary_dim": 4, "factors": [1e-30, 1e30], "scale": 1e38},
-    {"scheme": "learned"}, {"scheme": "alibi"}, {"scheme": "none", "rotary_dim": 4}, {"scheme": "x" * 999},
-    {"scheme": "__import__('os')"}, {"scheme": ""},
+    {"scheme": "rope"}, {"scheme": "learned"}, {"scheme": "alibi"}, {"scheme": ""},
+    {"scheme": "x" * 999}, {"scheme": "__import__('os')"}, {"scheme": "none", "rotary_dim": 4},
+    *({"scheme": "rope", **ROPE, **change} for change in (
+        {"rotary_dim": 64}, {"rotary_dim": 3}, {"rotary_dim": -4}, {"rotary_dim": 2**40},
+        {"theta": 0.0}, {"theta": -1.0}, {"theta": 1e-300})),
+    {"scheme": "linear", **ROPE, "factor": 1e-300},
+    {"scheme": "dynamic", **ROPE, "rotary_dim": 2, "factor": 2.0, "original": 8, "length": 16},
+    {"scheme": "dynamic", **ROPE, "factor": 1e300, "original": 1, "length": 2**40},
+    {"scheme": "yarn", **RAMP, "scale": 1e30}, {"scheme": "yarn", **RAMP, "theta": 1.0},
+    {"scheme": "yarn", **RAMP, "beta_fast": 0.0, "beta_slow": -1.0, "scale": 1e-40},
+    {"scheme": "llama3", **RAMP, "beta_fast": 1.0},
+    *({"scheme": "longrope", **ROPE, "scale": 1e38, "factors": factors} for factors in (
+        [0.0, 0.0], [1.0] * 5000, [1e-30, 1e30])),
 ]  # fmt: skip
 
 

@@ -85,8 +85,8 @@ def metadata_strange(rng: Rng, file: Header) -> bytes:
     header, data = file
     old = header.get(METADATA, {})
     header[METADATA] = rng.choice(
-        [None, 7, "x", [], {}, {"awareness": None}, {"awareness": 7}, {"awareness": {}}, {**old, "x": 1},
-         {**old, "awareness": list(old.values())}]
+        [None, 7, "x", [], {}, {"awareness": None}, {"awareness": 7}, {"awareness": {}},
+         {**old, "x": 1}, {**old, "awareness": list(old.values())}]
     )  # fmt: skip
     return joined(header, data)
 

@@ -59,7 +59,7 @@ def byte_fallback() -> Tokenizer:
     """BPE with bytes for unknown characters and BOS before every text, as Gemma has it."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<turn>"]
     trainer = trainers.BpeTrainer(
         vocab_size=150, limit_alphabet=40, special_tokens=special, show_progress=False

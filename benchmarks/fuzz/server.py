@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 
-from awareness_vllm.align.paged import PagedMap
+from awareness_vllm.align.paged import Latent, PagedMap, Pages
+from awareness_vllm.align.realign import AlignedMemory
+from awareness_vllm.kernels import largest
 from awareness_vllm.packages import file as package_file
 from awareness_vllm.packages.file import publish
 from awareness_vllm.packages.manifest import read_manifest
@@ -52,7 +54,9 @@ class Server:
         self.good = {k: publish(p, self.store).stem for k, p in seeds.packages.items()}
         self.map = self.folder / "good.wmatrix"
         seeds.wmatrix.save(self.map)
-        self.model = ServedModel(seeds.target, POSITIONS, seeds.geometry, seeds.prefix)
+        self.model = ServedModel(
+            seeds.target, POSITIONS, seeds.geometry, seeds.prefix, largest(torch.bfloat16)
+        )
         self.registry = Registry.read([self.map])
         self.digest = self.registry.entries[0].digest
         self.resolver = self.new_resolver(self.registry)
@@ -86,7 +90,20 @@ class Server:
         while not loader.step(alignment):
             pass
         loader.warm.memories.clear()
-        return alignment.result.result()[0]
+        memory = alignment.result.result()[0]
+        if isinstance(memory, Latent):
+            return self.decoded(memory, loader.paged[part.wmatrix])
+        return memory
+
+    def decoded(self, latent: Latent, paged: PagedMap) -> AlignedMemory:
+        """What a latent puts into pages."""
+        slots = torch.arange(len(latent.ids))
+        pages = []
+        for layer in self.model.geometry.layers:
+            shape = (1, len(slots), layer.heads, layer.head_dim)
+            pages.append(Pages(*(torch.empty(shape, dtype=torch.bfloat16) for _ in range(2))))
+        paged.write(latent, pages, [slots] * len(pages), begin=0)
+        return AlignedMemory(latent.ids, [p.keys[0] for p in pages], [p.values[0] for p in pages])
 
     def resolve(self, memory: str) -> ResolvedMemory:
         return self.new_resolver(self.registry).resolve_one(memory, "")

@@ -205,6 +205,15 @@ def test_a_value_that_is_not_finite_is_refused(
         load(rewrite(saved, tmp_path / "w", tensors={name: tensor}))
 
 
+@pytest.mark.parametrize("name", ["sink.0.key", "sink.2.value"])
+def test_a_sink_of_states_that_no_model_computes_is_refused(
+    saved: Path, wmatrix: WMatrix, tmp_path: Path, name: str
+) -> None:
+    states = torch.full_like(wmatrix.sink_keys[0], -1e6)
+    with pytest.raises(WMatrixCorrupt, match=name):
+        load(rewrite(saved, tmp_path / "w", tensors={name: states}))
+
+
 @pytest.mark.parametrize("scale", [0.0, -1.0])
 def test_a_scale_that_is_not_positive_is_refused(
     saved: Path, wmatrix: WMatrix, tmp_path: Path, scale: float
