@@ -41,7 +41,7 @@ browser:
 	@command -v chromium >/dev/null || { \
 	  echo "[browser] installing chromium with apt-get"; \
 	  if [ "$$(id -u)" != 0 ]; then echo "chromium is not installed: run 'apt-get install chromium' as root"; exit 1; fi; \
-	  install="apt-get -qq install -y --no-install-recommends chromium"; \
+	  install="apt-get -qq install -y --no-install-recommends chromium chromium-sandbox"; \
 	  $$install >/dev/null || { apt-get -qq update && $$install >/dev/null; } || \
 	    { echo "chromium cannot be installed with apt-get: install it by other means and have it on the PATH"; exit 1; }; \
 	}
