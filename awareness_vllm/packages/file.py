@@ -11,7 +11,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from awareness_vllm.files import draft_file
+from awareness_vllm.files import put_in_place, scratch_folder
 from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.models.tokens import Spans
 from awareness_vllm.packages.manifest import (
@@ -151,20 +150,31 @@ def is_boundary(raw: bytes, end: int) -> bool:
 
 
 def publish(package: Package, store: Path) -> Path:
-    """Write a package atomically into a store folder, under its ID; the file's path. A seal tells
-    memories that were captured under this home from a stranger's."""
+    """Write a package atomically into a store folder, under its ID; the file's path. A whole file
+    of that ID that is there already stays.
+
+    A seal tells memories that were captured under this home from a stranger's. It comes first, so
+    that a kill leaves no package of ours without it.
+    """
     store.mkdir(parents=True, exist_ok=True)
     tensors = _tensors(package.text, package.tokens, package.spans, package.keys, package.values)
-    with draft_file(store) as draft:
+    with scratch_folder(store) as scratch:
+        draft = scratch / "package"
         save_file(tensors, draft, {METADATA_KEY: package.manifest.model_dump_json()})
-        with draft.open("rb") as file:
-            os.fsync(file.fileno())
-        draft.chmod(0o644)
         digest = digest_of(draft)
         path = store / f"{id_of(digest)}.safetensors"
-        os.replace(draft, path)
-    seal(digest)
+        seal(digest)
+        if not _is_whole(path, digest):
+            put_in_place(draft, path)
     return path
+
+
+def _is_whole(path: Path, digest: str) -> bool:
+    """Whether a file is there and has this sha256."""
+    try:
+        return digest_of(path) == digest
+    except FileRefused:
+        return False
 
 
 def read(path: Path, *, digest: str | None = None, largest: float = math.inf) -> Package:

@@ -11,12 +11,11 @@ import contextlib
 import functools
 import hmac
 import logging
-import os
 import secrets
 from pathlib import Path
 from typing import Literal
 
-from awareness_vllm.files import atomic_write, draft_file, home
+from awareness_vllm.files import atomic_write, home, write_new
 from awareness_vllm.tensor_file import FileRefused, opened
 
 logger = logging.getLogger(__name__)
@@ -74,12 +73,8 @@ def home_key(folder: Path) -> bytes | None:
 def _make_key(path: Path) -> None:
     """Write a new key, unless another process was faster. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with draft_file(path.parent) as draft:
-        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with open(descriptor, "wb") as file:
-            file.write(secrets.token_bytes(KEY_BYTES))
-        with contextlib.suppress(FileExistsError):
-            os.link(draft, path)
+    with contextlib.suppress(FileExistsError):
+        write_new(path, secrets.token_bytes(KEY_BYTES), 0o600)
 
 
 def signature(text: str) -> str:

@@ -14,11 +14,9 @@ import itertools
 import os
 import pydoc_data.topics
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,7 +29,7 @@ from awareness_vllm.align.realign import Realignment
 from awareness_vllm.compatibility.load_time.cost import map_work, written_bytes
 from awareness_vllm.compatibility.load_time.speed import Calibration, saved
 from awareness_vllm.compatibility.target import TargetConfig
-from awareness_vllm.files import home
+from awareness_vllm.files import home, scratch_folder
 from awareness_vllm.models.geometry import Geometry, LayerGeometry, Positions
 from awareness_vllm.models.tokens import Tokens, align, tokenize
 from awareness_vllm.packages.file import Package, build, publish, read
@@ -86,8 +84,8 @@ def calibrate() -> Calibration:
     writes = medians(*(writing(target, count) for count in (SHORT, LONG)), between=flush_caches)
     reuse_freed_memory()
     home().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=home(), prefix=".doctor-") as folder:
-        paths = [publish(memory.package, Path(folder)) for memory in (short, long)]
+    with scratch_folder(home()) as folder:
+        paths = [publish(memory.package, folder) for memory in (short, long)]
         files = [path.stat().st_size for path in paths]
         reads = medians(*(functools.partial(read, path) for path in paths))
     (text,) = medians(lambda: align(long.tokens.spans, tokenize(tokenizer, long.text).spans))

@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import ConfigDict, Field, ValidationError
 
 from awareness_vllm.errors import BadInput, Unauthorized
-from awareness_vllm.files import read_text_file
+from awareness_vllm.files import read_text_file, sweep
 from awareness_vllm.packages.store import Store
 from awareness_vllm.schema import FrozenModel
 from awareness_vllm.serving.config import ServingConfig
@@ -99,8 +99,10 @@ def store_folders(path: str | Path | None, default: Path) -> dict[str, Path]:
 
 
 def stores_of(config: ServingConfig) -> dict[str, Store]:
-    """Each tenant's store. Raises BadInput."""
+    """Each tenant's store, without what killed captures left there. Raises BadInput."""
     folders = store_folders(config.tenants, Path(config.store))
+    for folder in folders.values():
+        sweep(folder)
     return {tenant: Store(folder) for tenant, folder in folders.items()}
 
 

@@ -18,7 +18,7 @@ from vllm.logger import init_logger
 
 from awareness_vllm.align.paged import Latent
 from awareness_vllm.align.realign import AlignedMemory
-from awareness_vllm.files import draft_file
+from awareness_vllm.files import put_in_place, scratch_folder, sweep
 from awareness_vllm.kernels import largest
 from awareness_vllm.packages.file import check_finite
 from awareness_vllm.packages.origin import signature
@@ -46,6 +46,7 @@ class DiskTier:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             logger.warning("aligned memories are not kept on disk: %s", error)
+        sweep(folder)
         # Files are written beside the engine's steps: no request waits for a disk.
         self.thread = ThreadPoolExecutor(1, "awareness-disk")
 
@@ -98,10 +99,11 @@ class DiskTier:
             for i, state in enumerate(states)
         }
         try:
-            with draft_file(self.folder) as draft:
+            with scratch_folder(self.folder) as scratch:
+                draft = scratch / "memory"
                 save_file(tensors, draft, {"ids": json.dumps(memory.ids)})
                 path = self.path(key, digest_of(draft))
-                os.replace(draft, path)
+                put_in_place(draft, path)
             self._make_room(path)
         except (FileRefused, SafetensorError, OSError) as error:
             logger.warning("%s is not kept on disk: %s", key[0], error)

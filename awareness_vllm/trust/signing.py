@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from awareness_vllm.errors import BadInput, NotAvailable
-from awareness_vllm.files import atomic_write, draft_file
+from awareness_vllm.files import atomic_write, write_new
 from awareness_vllm.trust.bundle import HASHES, fingerprint, verify
 
 INSTALL = "pip install 'awareness-vllm[sign]'"
@@ -108,18 +107,12 @@ def _private_key(path: Path) -> ec.EllipticCurvePrivateKey:
 
 def _write_new(path: Path, content: bytes, mode: int) -> None:
     """Write a whole file that was not there before. Raises BadInput."""
-    with draft_file(path.parent) as draft:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-        with open(os.open(draft, flags, mode), "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            os.link(draft, path)  # unlike a rename, it replaces nothing
-        except FileExistsError as error:
-            raise BadInput(
-                "a key is never overwritten",
-                found=f"{path}, which exists",
-                expected="a new name",
-                remedy="choose another name, or move the old key away",
-            ) from error
+    try:
+        write_new(path, content, mode)
+    except FileExistsError as error:
+        raise BadInput(
+            "a key is never overwritten",
+            found=f"{path}, which exists",
+            expected="a new name",
+            remedy="choose another name, or move the old key away",
+        ) from error

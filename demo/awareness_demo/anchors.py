@@ -12,9 +12,7 @@ import json
 import logging
 import os
 import random
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -25,7 +23,7 @@ from awareness_demo.mathematics import mathematics
 from awareness_demo.sources import ANCHORS, DOMAINS, HELD_OUT, Source
 from awareness_vllm.anchors.corpus import MINIMUM, Document
 from awareness_vllm.errors import BadInput
-from awareness_vllm.files import anchors_dir, atomic_write, home
+from awareness_vllm.files import anchors_dir, atomic_write, home, scratch_folder
 
 logger = logging.getLogger(__name__)
 
@@ -116,28 +114,26 @@ def _install(folder: Path, write: Callable[[Path], dict[str, str]], progress: Pr
         progress(f"{label}: installed already")
         return True
     folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
-        progress(f"{label}: installing")
-        files = write(scratch)
-        if not files:
-            raise BadInput(f"{label} holds no texts", found="no files", expected="text")
-        made = scratch / "made"
-        made.mkdir()
-        for name, text in files.items():
-            (made / name).write_text(text, encoding="utf-8")
-        characters = sum(map(len, files.values()))
-        stamp = {"recipe": RECIPE, "files": len(files), "characters": characters}
-        (made / STAMP).write_text(json.dumps(stamp) + "\n")
-        if folder.exists():
-            os.replace(folder, scratch / "old")
-        os.replace(made, folder)
+        with scratch_folder(folder.parent) as scratch:
+            progress(f"{label}: installing")
+            files = write(scratch)
+            if not files:
+                raise BadInput(f"{label} holds no texts", found="no files", expected="text")
+            made = scratch / "made"
+            made.mkdir()
+            for name, text in files.items():
+                (made / name).write_text(text, encoding="utf-8")
+            characters = sum(map(len, files.values()))
+            stamp = {"recipe": RECIPE, "files": len(files), "characters": characters}
+            (made / STAMP).write_text(json.dumps(stamp) + "\n")
+            if folder.exists():
+                os.replace(folder, scratch / "old")
+            os.replace(made, folder)
         progress(f"{label}: {len(files)} files, {characters / 1e6:.2f} million characters")
     except BadInput as error:
         logger.warning("%s: skipped. %s", label, error)
         return False
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return True
 
 

@@ -11,9 +11,7 @@ import importlib
 import importlib.util
 import json
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +20,7 @@ from typing import Any
 from filelock import FileLock
 
 from awareness_vllm.errors import BadInput
-from awareness_vllm.files import file_digest, models_dir
+from awareness_vllm.files import file_digest, models_dir, scratch_folder
 
 Progress = Callable[[str], None]
 
@@ -112,8 +110,7 @@ def _prepare(model: DemoModel, root: Path, progress: Progress) -> Path:
             if is_prepared(folder, model.gguf_sha256):
                 return folder
             progress(f"{model.name}: changed since it was prepared; preparing it again")
-        scratch = Path(tempfile.mkdtemp(dir=root, prefix=f".{model.name}-"))
-        try:
+        with scratch_folder(root) as scratch:
             gguf = _gguf(model, scratch, progress)
             made = scratch / model.name
             _convert(model, gguf, made, progress)
@@ -123,8 +120,6 @@ def _prepare(model: DemoModel, root: Path, progress: Progress) -> Path:
                 # A folder cannot be replaced in one step; the lock keeps other preparers away.
                 os.replace(folder, scratch / "old")
             os.replace(made, folder)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
     progress(f"{model.name}: ready in {folder}")
     return folder
 
@@ -185,7 +180,7 @@ def _convert(model: DemoModel, gguf: Path, folder: Path, progress: Progress) -> 
         put_before_every_text(tokenizer.backend_tokenizer, model.bos)
     tokenizer.save_pretrained(folder)
     for path in folder.iterdir():
-        path.chmod(0o644)
+        path.chmod(folder.stat().st_mode & 0o666)  # save_pretrained leaves 0600
 
 
 def put_before_every_text(tokenizer: Any, token: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from awareness_vllm.compatibility.html.page import page
 pytestmark = pytest.mark.browser
 
 FLAGS = (
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--headless", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 )
 PAGES = {
@@ -62,7 +63,10 @@ def browser() -> Iterator[Browser]:
     path = shutil.which("chromium")
     assert path, "no chromium: `make browser` installs it"
     with sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=path, args=list(FLAGS))
+        # Chromium has no sandbox for root; Playwright, unless it is asked for one, for nobody.
+        found = playwright.chromium.launch(
+            executable_path=path, args=list(FLAGS), chromium_sandbox=os.geteuid() != 0
+        )
         yield found
         found.close()
 

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from awareness_vllm.errors import InvalidMemoryId, MemoryNotFound
 from awareness_vllm.packages.file import Package, publish
+from awareness_vllm.packages.origin import is_own
 from awareness_vllm.packages.store import Store, version_of
+from awareness_vllm.tensor_file import digest_of
 
 pytestmark = pytest.mark.unit
 
@@ -67,6 +69,47 @@ def test_ids_lists_packages_only(store: Store) -> None:
 
 def test_a_store_that_does_not_exist_is_empty(tmp_path: Path) -> None:
     assert list(Store(tmp_path / "nothing").ids()) == []
+
+
+def test_a_package_that_is_there_stays(make_package: Callable[..., Package], store: Store) -> None:
+    (memory_id,) = store.ids()
+    before = store.path(memory_id).stat()
+    path = publish(make_package(), store.folder)
+    assert path.stem == memory_id
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def test_no_package_of_ours_is_ever_without_its_seal(
+    make_package: Callable[..., Package], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sealed: list[bool] = []
+
+    def killed(draft: Path, path: Path) -> None:
+        sealed.append(is_own(digest_of(draft)))
+        raise OSError("no space left")
+
+    monkeypatch.setattr("awareness_vllm.packages.file.put_in_place", killed)
+    with pytest.raises(OSError, match="space"):
+        publish(make_package("a text of its own"), tmp_path)
+    assert sealed == [True]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", ["altered", "a link", "a dangling link"])
+def test_a_damaged_package_is_published_anew(
+    make_package: Callable[..., Package], store: Store, tmp_path: Path, damage: str
+) -> None:
+    (memory_id,) = store.ids()
+    path = store.path(memory_id)
+    whole = path.read_bytes()
+    if damage == "altered":
+        path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    else:
+        elsewhere = path.rename(tmp_path / "elsewhere")
+        path.symlink_to(elsewhere if damage == "a link" else tmp_path / "nowhere")
+    publish(make_package(), store.folder)
+    assert path.read_bytes() == whole
+    assert not path.is_symlink()
 
 
 def test_the_version_changes_with_every_write(store: Store) -> None:

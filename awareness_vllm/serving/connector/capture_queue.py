@@ -145,7 +145,7 @@ def _write(states: States, path: Path, done: Future[States]) -> None:
     if not done.set_running_or_notify_cancel():
         return
     try:
-        with atomic_write(path) as draft:
+        with atomic_write(path, durable=False) as draft:
             save_file(states, draft)
         done.set_result({})
     except Exception as error:
