@@ -149,11 +149,12 @@ def is_boundary(raw: bytes, end: int) -> bool:
     return end >= len(raw) or raw[end] & 0xC0 != 0x80
 
 
-def publish(package: Package, store: Path) -> Path:
+def publish(package: Package, store: Path, *, sealed: bool = True) -> Path:
     """Write a package atomically into a store folder, under its ID; the file's path. A whole file
     of that ID that is there already stays.
 
-    A seal tells memories that were captured under this home from a stranger's. It comes first, so
+    A seal tells memories that were captured under this home from a stranger's; states that no model
+    has computed are not `sealed`. It comes first, so
     that a kill leaves no package of ours without it.
     """
     store.mkdir(parents=True, exist_ok=True)
@@ -163,7 +164,8 @@ def publish(package: Package, store: Path) -> Path:
         save_file(tensors, draft, {METADATA_KEY: package.manifest.model_dump_json()})
         digest = digest_of(draft)
         path = store / f"{id_of(digest)}.safetensors"
-        seal(digest)
+        if sealed:
+            seal(digest)
         if not _is_whole(path, digest):
             put_in_place(draft, path)
     return path

@@ -55,7 +55,8 @@ def certificate() -> dict[str, Any]:
     ]
     document = {
         "protocol": {"texts": "", "cases": "", "limit": 8, "context": 100, "continuation": 60},
-        **{name: {} for name in ("texts", "cases", "facts_kinds", "facts_distances", "counts")},
+        **{name: {} for name in ("texts", "cases", "facts_kinds", "facts_distances")},
+        "counts": {"texts": 8},
         **{name: interval(0.8) for name in ("retention", "margin", "facts", "facts_margin")},
         **{"metrics": None, "plans": plans, "tier": None, "measured": "2026-11-23"},
         **{"hardware": "", "versions": {}},

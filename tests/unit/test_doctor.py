@@ -168,13 +168,21 @@ def test_w_matrices_are_looked_at_one_by_one(wmatrix: WMatrix) -> None:
 def test_a_certified_w_matrix_says_what_it_keeps(wmatrix: WMatrix) -> None:
     kept = {"mean": 0.9, "ci_low": 0.8, "ci_high": 1.0}
     protocol = {"texts": "", "cases": "", "limit": 8, "context": 300, "continuation": 60}
+    plan = {"context": 300, "tail": 0, "cost": 0.1, "top1": 0.8, "kinds": {}}
+    plan |= {"retention": kept, "tokens_only": kept}
     certificate = Certificate.model_validate(
         {
-            **{"protocol": protocol, "metrics": None, "plans": [], "tier": None, "hardware": ""},
+            **{
+                "protocol": protocol,
+                "metrics": None,
+                "plans": [plan],
+                "tier": None,
+                "hardware": "",
+            },
             **{"measured": "2026-11-23"},
             **{name: kept for name in ("retention", "margin", "facts", "facts_margin")},
             **{name: {} for name in ("texts", "cases", "facts_kinds", "facts_distances")},
-            **{name: {} for name in ("counts", "versions")},
+            **{"counts": {"texts": 8}, "versions": {}},
         }
     )
     update = {"certificate": certificate.model_dump(mode="json")}

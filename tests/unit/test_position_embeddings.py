@@ -123,7 +123,7 @@ def test_a_file_without_a_table_of_its_manifest_is_corrupt(placed: WMatrix, tmp_
     replace(placed, position_embeddings={"source": placed.position_embeddings["source"]}).save(
         tmp_path / "a.wmatrix"
     )
-    with pytest.raises(WMatrixCorrupt, match=r"position_embeddings\.target"):
+    with pytest.raises(WMatrixCorrupt, match="13, the shapes"):
         load(tmp_path / "a.wmatrix")
 
 
