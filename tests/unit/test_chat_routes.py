@@ -1,0 +1,163 @@
+"""Responses, messages and their counts over HTTP: our routes and vLLM's route functions are the
+real ones, its handlers render a chat as plain lines."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+from unittest.mock import AsyncMock
+
+import pytest
+from fastapi import FastAPI
+from starlette.testclient import TestClient
+from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.responses.api_router import router as response_router
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest, ResponsesResponse
+from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
+from vllm.renderers.online_renderer import ResponsesRenderResult
+from vllm.sampling_params import SamplingParams
+
+from awareness_vllm.serving.api.routes import AwarenessEndpoints
+from awareness_vllm.serving.prompt import Prompt, ResolvedMemory
+from awareness_vllm.serving.tenants import Tenants
+
+pytestmark = pytest.mark.unit
+
+ID = "mem_" + "0" * 32
+MEMORY = [2, *range(500, 540)]
+QUESTION = "What is it about?"
+IDS = {"memory_ids": [ID]}
+
+
+def lines(messages: list[Any]) -> str:
+    return "".join(f"{message['role']}: {message['content']}\n" for message in messages)
+
+
+class Messages(AnthropicServingMessages):
+    """vLLM's handler of messages, but for its template and its engine."""
+
+    def __init__(self) -> None:
+        self._merge_inline_system = True
+
+    async def render_chat_request(self, request: ChatCompletionRequest) -> Any:
+        text = lines(cast(Any, request.messages))
+        return [], [{"prompt": text, "prompt_token_ids": list(text.encode())}]
+
+
+class Responses:
+    """Stands for vLLM's handler of responses with a store: it answers with the number of ids."""
+
+    use_harmony, enable_store = False, True
+
+    def __init__(self) -> None:
+        self.response_store: dict[str, ResponsesResponse] = {}
+        self.online_renderer = SimpleNamespace(render_responses=self.render)
+
+    async def render(self, request: ResponsesRequest) -> ResponsesRenderResult:
+        messages: Any = [{"role": "user", "content": request.input}]
+        return ResponsesRenderResult(messages, cast(Any, {"prompt": lines(messages)}))
+
+    async def create_responses(self, request: ResponsesRequest, raw: Any) -> ResponsesResponse:
+        ids = (request.kv_transfer_params or {}).pop("prompt_token_ids", [])
+        response = ResponsesResponse.from_request(
+            request, SamplingParams(), model_name="m", created_time=0, output=[],
+            status="completed", usage=None, kv_transfer_params={"ids": len(ids)},
+        )  # fmt: skip
+        if request.store:
+            self.response_store[response.id] = response
+        return response
+
+    async def retrieve_responses(self, response_id: str, **_: Any) -> ResponsesResponse:
+        return self.response_store[response_id]
+
+
+@pytest.fixture
+def client() -> TestClient:
+    app = FastAPI()
+    app.state.args = SimpleNamespace(log_error_stack=False)
+    app.include_router(response_router)
+    app.router.routes[:] = [r for r in app.routes if getattr(r, "path", "") != "/v1/responses"]
+    AwarenessEndpoints().attach_router(app)
+    init_exception_handler(app)
+    app.state.openai_serving_responses = Responses()
+    app.state.anthropic_serving_messages = Messages()
+    app.state.openai_serving_models = SimpleNamespace(is_base_model=lambda name: True)
+    memory = ResolvedMemory(ID, "d", "own", None, MEMORY, 1)
+
+    def append(prompt: Prompt, question: list[int]) -> list[int]:
+        return [*prompt.ids, *question]
+
+    app.state.awareness = SimpleNamespace(
+        tenants=Tenants(),
+        canary=AsyncMock(),
+        resolver=SimpleNamespace(
+            resolve=lambda *_: Prompt((memory,), tail=0), append_question=append
+        ),
+        engine_client=SimpleNamespace(
+            tokenize=lambda text: list(text.encode()), ensure_head=AsyncMock(return_value="")
+        ),
+    )
+    return TestClient(app)
+
+
+def ask(client: TestClient, path: str, **body: Any) -> Any:
+    return client.post(path, json={"model": "m", **body})
+
+
+def test_a_messages_count_has_its_memories(client: TestClient) -> None:
+    messages = [{"role": "user", "content": QUESTION}]
+    counts = [
+        ask(client, "/v1/messages/count_tokens", messages=messages, **body) for body in ({}, IDS)
+    ]
+    plain, memory = (answer.json()["input_tokens"] for answer in counts)
+    assert memory == plain + len(MEMORY) - 1 + len("\n\n")
+    assert counts[1].headers["x-awareness-tokens"] == str(len(MEMORY) - 1)
+    assert counts[1].json()["memory"]["ids"] == [ID]
+
+
+def test_a_chat_with_more_than_text_takes_no_memories(client: TestClient) -> None:
+    image = {"type": "image", "source": {"type": "url", "url": "data:,"}}
+    content = [image, {"type": "text", "text": QUESTION}]
+    messages = [{"role": "user", "content": content}]
+    refused = ask(client, "/v1/messages/count_tokens", messages=messages, **IDS)
+    assert refused.status_code == 400, refused.text
+    assert (refused.json()["type"], "text" in refused.text) == ("error", True)
+
+
+def test_a_stored_response_names_its_memories(client: TestClient) -> None:
+    said = ask(client, "/v1/responses", input=QUESTION, metadata={"mine": "x"}, **IDS).json()
+    assert said["kv_transfer_params"]["ids"] > len(MEMORY)
+    kept = client.get(f"/v1/responses/{said['id']}").json()
+    assert kept["metadata"] == said["metadata"] == {"mine": "x", "memory_ids": ID}
+    plain = ask(client, "/v1/responses", input=QUESTION).json()
+    assert plain["metadata"] is None
+    for previous, status in ((said, 400), (plain, 200)):
+        more = ask(client, "/v1/responses", input="go on", previous_response_id=previous["id"])
+        assert more.status_code == status, more.text
+    error = ask(client, "/v1/responses", input="x", previous_response_id=said["id"]).json()["error"]
+    assert (error["param"], "memory_ids" in error["message"]) == ("previous_response_id", True)
+
+
+def test_a_response_that_is_not_stored_keeps_its_metadata(client: TestClient) -> None:
+    said = ask(client, "/v1/responses", input=QUESTION, store=False, **IDS).json()
+    assert (said["metadata"], said["memory"]["ids"]) == (None, [ID])
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/responses", {"input": QUESTION, "memory_id": ID}),
+        ("/v1/messages", {"max_tokens": 2, "messages": [{"role": "user", "content": "x"}],
+                          "extra_body": IDS}),
+        ("/v1/completions", {"prompt": "x", "memories": [ID]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}],
+                                  "metadata": IDS}),
+    ],
+)  # fmt: skip
+def test_our_routes_refuse_fields_in_the_wrong_place(
+    client: TestClient, path: str, body: dict[str, Any]
+) -> None:
+    refused = ask(client, path, **body)
+    assert refused.status_code == 400
+    assert "memory_ids" in refused.json()["error"]["message"]
