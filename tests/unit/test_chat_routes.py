@@ -18,6 +18,7 @@ from vllm.entrypoints.serve.exception_handling.register import init_exception_ha
 from vllm.renderers.online_renderer import ResponsesRenderResult
 from vllm.sampling_params import SamplingParams
 
+from awareness_vllm.serving.admission import Admission, Admitted
 from awareness_vllm.serving.api.routes import AwarenessEndpoints
 from awareness_vllm.serving.prompt import Prompt, ResolvedMemory
 from awareness_vllm.serving.tenants import Tenants
@@ -88,8 +89,10 @@ def client() -> TestClient:
     def append(prompt: Prompt, question: list[int]) -> list[int]:
         return [*prompt.ids, *question]
 
+    admission = Admission({}, AsyncMock(return_value=set()), 1, 1)
     app.state.awareness = SimpleNamespace(
         tenants=Tenants(),
+        admission=SimpleNamespace(admit=AsyncMock(return_value=Admitted(admission))),
         canary=AsyncMock(),
         resolver=SimpleNamespace(
             resolve=lambda *_: Prompt((memory,), tail=0), append_question=append
