@@ -210,7 +210,10 @@ class Villain:
         ask = Ask("In short,", (poison.memory,), f"salt{next(self.salts)}")
         began = time.monotonic()
         try:
-            status = str(client.post("/v1/completions", json=ask.body).status_code)
+            response = client.post("/v1/completions", json=ask.body)
+            status = str(response.status_code)
+            if not all(map(math.isfinite, Answer.of(response).logprobs)):
+                status += " of no numbers"
         except httpx.HTTPError as error:
             status = type(error).__name__
         self.slowest = max(self.slowest, time.monotonic() - began)
@@ -231,7 +234,7 @@ class Villain:
         return {
             kind: dict(counts)
             for kind, counts in self.statuses.items()
-            if kind not in harmless and any(not status.startswith("4") for status in counts)
+            if any(s[0] != "4" and not (s == "200" and kind in harmless) for s in counts)
         }
 
 
