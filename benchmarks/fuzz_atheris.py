@@ -16,7 +16,6 @@ import json
 import os
 import random
 import re
-import struct
 import subprocess
 import sys
 import tempfile
@@ -60,20 +59,12 @@ def mutated(data: bytes, most: int, seed: int) -> bytes:
     """libFuzzer's own mutation, or one of ours, with the payload digest of its tensors: without it
     few come past the checks."""
     import atheris
-    from fuzz.mutate import KINDS, apply
+    from fuzz.mutate import KINDS, STRANGE, apply
 
     rng = random.Random(seed)
     try:
         changed = apply(rng, data, [rng.choice(KINDS)], True) if rng.random() < OURS else None
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        IndexError,
-        RuntimeError,
-        struct.error,
-    ):
+    except STRANGE:
         changed = None  # an input that has no such parts any more
     return changed if changed and len(changed) <= most else atheris.Mutate(data, most)
 

@@ -36,8 +36,8 @@ GENTLE = 0.02
 
 @dataclass(frozen=True)
 class Poison:
-    """A poisoned memory and what is wrong with it. `harmless` is one that may be served: nothing
-    in it reaches anybody else."""
+    """A poisoned memory and what is wrong with it. `harmless` is one that may be answered: what is
+    strange about it is its own, or its load fails and its text is read natively."""
 
     kind: str
     memory: str
@@ -189,7 +189,7 @@ def forged_maps(
         package, wmatrix = stranger(model, text, f"forger-{number}")
         change(wmatrix).save(path := folder / f"forged-{number}.wmatrix")
         memory = publish(package, store).stem
-        poison = Poison(f"a map with {kind}", memory, harmless=kind == "random weights")
+        poison = Poison(f"a map with {kind}", memory, harmless=True)
         try:
             load_wmatrix(path)
             usable.append(poison)

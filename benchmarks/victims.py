@@ -47,14 +47,17 @@ SHARES = (0.2, 0.4, 0.2)
 
 @dataclass(frozen=True)
 class Ask:
-    """A request of a victim."""
+    """A request of a victim. With a `salt` of its own it finds no blocks in the prefix cache."""
 
     prompt: str
     memories: tuple[str, ...] = ()
+    salt: str = ""
 
     @property
     def body(self) -> dict[str, Any]:
-        named = {"memory_ids": list(self.memories)} if self.memories else {}
+        named: dict[str, Any] = {"memory_ids": list(self.memories)} if self.memories else {}
+        if self.salt:
+            named["cache_salt"] = self.salt
         return {
             "model": NAME, "prompt": self.prompt, "max_tokens": TOKENS, "temperature": 0,
             "ignore_eos": True, "logprobs": 5, "return_token_ids": True, **named,
@@ -92,12 +95,14 @@ class Answer:
 @dataclass
 class Household:
     """Two tenants' stores, the maps and the disk cache of one server; `good` are the victims'
-    memories: two of the served model and one that a random map realigns."""
+    memories: two of the served model and one that a random map realigns. Once there is `poison`, it
+    is in the villain's store."""
 
     folder: Path
     model: Path
     good: list[str] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
+    poison: list[Poison] = field(default_factory=list)
     unusable: list[Poison] = field(default_factory=list)
     """Forged maps that no server starts with."""
 
@@ -134,13 +139,13 @@ class Household:
             "--kv-cache-memory-bytes", "256M", "--max-model-len", 1024,
         ]  # fmt: skip
 
-    def poison(self) -> list[Poison]:
-        """Poison of every kind, asked for by the villain."""
+    def poison_all(self) -> None:
+        """Put poison of every kind where the villain, and the operator, can have put it."""
         copied, mapped = (self.store / f"{self.good[i]}.safetensors" for i in (0, 2))
-        found = packages(copied.read_bytes(), mapped.read_bytes(), self.theirs)
-        found += places(copied.read_bytes(), self.store, self.theirs)
+        self.poison = packages(copied.read_bytes(), mapped.read_bytes(), self.theirs)
+        self.poison += places(copied.read_bytes(), self.store, self.theirs)
         usable, self.unusable = forged_maps(self.model, self.texts[3], self.maps, self.theirs)
-        return found + usable
+        self.poison += usable
 
     def replaceable(self) -> Path:
         """A good memory of the villain's own, to be overwritten once it has been checked."""
@@ -178,9 +183,9 @@ class Villain:
 
     url: str
     household: Household
-    poison: list[Poison]
     statuses: dict[str, Counter[str]] = field(default_factory=dict)
     spoilt: int = 0
+    rounds: int = 0
     slowest: float = 0.0
 
     def __post_init__(self) -> None:
@@ -194,34 +199,42 @@ class Villain:
             self.ask(client, Poison("replaced: before", self.replaced.stem, harmless=True))
             overwrite(self.replaced)
             replaced = Poison("replaced between check and use", self.replaced.stem)
-            while True:
-                for poison in [*self.poison, replaced]:
+            while not self.stop.wait(0.5):
+                for poison in [*self.household.poison, replaced]:
                     self.ask(client, poison)
                     self.spoilt += spoil_disk_cache(self.household.disk, self.rng)
-                if self.stop.wait(0.5):
-                    return
+                self.rounds += 1
 
     def ask(self, client: httpx.Client, poison: Poison) -> None:
-        """One request. With a salt of its own no block of before is found in the prefix cache."""
-        ask = Ask("In short,", (poison.memory,))
+        """One request, whose memory is loaded each time."""
+        ask = Ask("In short,", (poison.memory,), f"salt{next(self.salts)}")
         began = time.monotonic()
-        body = {**ask.body, "cache_salt": f"salt{next(self.salts)}"}
         try:
-            status = str(client.post("/v1/completions", json=body).status_code)
+            response = client.post("/v1/completions", json=ask.body)
+            status = str(response.status_code)
+            if not all(map(math.isfinite, Answer.of(response).logprobs)):
+                status += " of no numbers"
         except httpx.HTTPError as error:
             status = type(error).__name__
         self.slowest = max(self.slowest, time.monotonic() - began)
         self.statuses.setdefault(poison.kind, Counter())[status] += 1
 
+    def leave(self) -> None:
+        """Stop, after a round at least."""
+        while not self.rounds and self.thread.is_alive():
+            time.sleep(0.1)
+        self.stop.set()
+        self.thread.join()
+
     @property
     def served(self) -> dict[str, dict[str, int]]:
         """Kinds of poison that were not refused each time."""
-        harmless = {poison.kind for poison in self.poison if poison.harmless}
+        harmless = {poison.kind for poison in self.household.poison if poison.harmless}
         harmless.add("replaced: before")
         return {
             kind: dict(counts)
             for kind, counts in self.statuses.items()
-            if kind not in harmless and any(not status.startswith("4") for status in counts)
+            if any(s[0] != "4" and not (s == "200" and kind in harmless) for s in counts)
         }
 
 
@@ -233,8 +246,7 @@ def asked(url: str, requests: list[Ask], villain: Villain | None = None) -> Iter
             if villain and number == begin:
                 villain.thread.start()
             if villain and number == end:
-                villain.stop.set()
-                villain.thread.join()
+                villain.leave()
             yield answered(client, ask)
 
 
@@ -265,9 +277,9 @@ def run(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         seconds = time.monotonic() - began
     loud = Household(scratch / "loud", model)
     assert loud.good == quiet.good
-    poison = loud.poison()
+    loud.poison_all()
     with running(AWARENESS, model, loud.flags, log) as server:
-        villain = Villain(server.url, loud, poison)
+        villain = Villain(server.url, loud)
         answers = list(asked(server.url, requests, villain))
         alive = httpx.get(f"{server.url}/health", timeout=SECONDS).status_code == 200
     result = compared(control, answers)
@@ -279,6 +291,7 @@ def run(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         "maps_refused_at_start": [poison.kind for poison in loud.unusable],
         "poison_served": villain.served,
         "slowest_answer_to_poison_s": round(villain.slowest, 2),
+        "rounds_of_poison": villain.rounds,
         "disk_cache_files_spoilt": villain.spoilt,
         "alive": alive,
         "seconds_without_poison": round(seconds, 1),

@@ -71,7 +71,7 @@ class Container:
         Raises:
             ValueError, KeyError, TypeError: not well-formed.
         """
-        (length,) = struct.unpack("<Q", raw[:8])
+        length = int.from_bytes(raw[:8], "little")
         if length > len(raw) - 8:
             raise ValueError("the header ends behind the file")
         header, data = json.loads(raw[8 : 8 + length]), raw[8 + length :]

@@ -87,29 +87,33 @@ def mutant(seed: int, number: int, files: dict[str, bytes]) -> Mutant:
             return Mutant(number, name, file, names, signed, place, refuse, raw)
 
 
+STRANGE = (ValueError, LookupError, TypeError, AttributeError, RuntimeError)
+"""What a mutation raises on a file that another one has taken parts away from."""
+
+
 def apply(rng: Rng, raw: bytes, kinds: list[Kind], signed: bool) -> bytes | None:
     """A seed after some kinds of mutation, sorted by level; None where one does not apply."""
+    try:
+        return _apply(rng, raw, kinds, signed)
+    except STRANGE:
+        if len(kinds) == 1:
+            raise
+        return None
+
+
+def _apply(rng: Rng, raw: bytes, kinds: list[Kind], signed: bool) -> bytes | None:
     file = copy.deepcopy(Container.parse(raw))
     early = [kind for kind in kinds if kind.level in (DOCUMENT, PARTS)]
     for kind in early:
-        try:
-            changed = kind.apply(rng, file)
-        except (ValueError, KeyError, TypeError, IndexError, RuntimeError, AttributeError):
-            if kind is kinds[0]:
-                raise
-            changed = None  # an earlier kind has taken away what this one changes
-        if changed is None:
+        if kind.apply(rng, file) is None:
             return None
     if early:
         if signed:
             file.sign()
         raw = assemble(encode(file.header()), file.data())
     for kind in kinds[len(early) :]:
-        try:
-            parsed = Container.parse(raw)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            return None
         if kind.level == HEADER:
+            parsed = Container.parse(raw)
             raw = kind.apply(rng, (json.loads(json.dumps(parsed.header())), parsed.data()))
         else:
             raw = kind.apply(rng, raw)
