@@ -59,10 +59,18 @@ class ResolvedMemory:
         """The cheapest certified way to load that reaches the target; None for a copy.
 
         Raises:
-            QualityUnreachable: no way reaches it, or none was measured.
+            QualityUnreachable: no way reaches it, none was measured, or a stranger claims a copy.
         """
         if self.wmatrix is None:
-            return None
+            if self.origin != "claimed":
+                return None
+            raise QualityUnreachable(
+                f"nobody vouches for the states of memory {self.id}",
+                found="a package that was neither captured here nor signed by a trusted key",
+                expected=f"a measured retention of {quality_target}",
+                remedy="capture it here, start the server with --trust and its author's key, or "
+                "leave quality_target out",
+            )
         certificate = self.wmatrix.certificate
         if certificate is None:
             raise QualityUnreachable(

@@ -328,6 +328,10 @@ def test_a_copy_from_elsewhere_promises_nothing(
     assert prompt.report()["origin"] == ["claimed"]
     assert prompt.retention == [None]
     assert prompt.recomputed().retention == [1.0]
+    wanted = MemoryRequest(ids=(memory,), quality_target=0.1)
+    assert resolver.resolve(wanted, "").tail is None
+    with pytest.raises(QualityUnreachable, match="vouches"):
+        resolver.resolve(wanted.model_copy(update={"on_low_quality": "fail"}), "")
     # Captured here, the same bytes are the server's own.
     publish(package, tmp_path / "store")
     own = copies_of(tiny_models[0], tmp_path / "store").resolve(MemoryRequest(ids=(memory,)), "")
