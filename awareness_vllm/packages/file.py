@@ -258,7 +258,7 @@ def check_finite(entry: TensorEntry, chunk: Bytes, *, largest: float = math.inf)
     if not dtype.is_floating_point or not len(chunk):
         return
     # Without its sign, a number's bits grow with its magnitude, and infinity and what is no number
-    # come after all others. Two maxima of integers take no threads, which would wait for each other.
+    # come after all others. Maxima of integers take no threads, which would wait for each other.
     sign = 1 << (8 * dtype.itemsize - 1)
     positive = int(chunk.view(f"i{dtype.itemsize}").max())
     negative = int(chunk.view(f"u{dtype.itemsize}").max()) - sign
