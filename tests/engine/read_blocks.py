@@ -15,7 +15,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # a process more would cost 
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
-from awareness_vllm.packages.file import read_tokens
+from awareness_vllm.packages.manifest import read_manifest
 from awareness_vllm.serving.connector.capture_queue import capture_to
 from awareness_vllm.serving.offline import OfflineMemories
 
@@ -23,7 +23,7 @@ QUESTION = " In a few words, the text above says that there was a"
 
 
 def read_back(model: str, package: Path, out: str) -> None:
-    room = len(read_tokens(package)) + 64
+    room = read_manifest(package).tokens + 64
     memories = OfflineMemories(model, package.parent)
     engine = LLM(
         model=model,

@@ -12,7 +12,8 @@ import torch
 from harness import awareness
 from safetensors.torch import load_file
 
-from awareness_vllm.packages.file import read, read_tokens
+from awareness_vllm.packages.file import read
+from awareness_vllm.packages.manifest import read_manifest
 
 pytestmark = pytest.mark.engine
 
@@ -37,7 +38,7 @@ def blocks(
     def held(name: str) -> dict[str, torch.Tensor]:
         out, package = folder / f"{name}.safetensors", own_memories[name][0]
         assert out.is_file(), said[-4000:]
-        assert f"loaded {package.stem}: {len(read_tokens(package))} tokens" in said
+        assert f"loaded {package.stem}: {read_manifest(package).tokens} tokens" in said
         return load_file(out)
 
     return held
