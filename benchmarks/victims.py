@@ -39,6 +39,8 @@ from awareness_vllm.provenance import hardware, versions
 from awareness_vllm.serving.plugin import vllm_version
 
 TOKENS, SECONDS = 8, 30.0
+DEAD = 3
+"""Requests without an answer after which no more are sent."""
 ROUNDING = 1e-3
 """Nats. In float32 a prompt whose blocks were kept and one that is computed anew differ by less."""
 SHARES = (0.2, 0.4, 0.2)
@@ -122,7 +124,7 @@ class Household:
         self.tenants.write_text(
             json.dumps(
                 {
-                    "victims": {"api_keys": ["victim"], "store": str(self.store)},
+                    "victims": {"api_keys": ["victim", "none"], "store": str(self.store)},
                     "villain": {"api_keys": ["villain"], "store": str(self.theirs)},
                 }
             )
@@ -201,6 +203,8 @@ class Villain:
             replaced = Poison("replaced between check and use", self.replaced.stem)
             while not self.stop.wait(0.5):
                 for poison in [*self.household.poison, replaced]:
+                    if self.stop.is_set():
+                        return
                     self.ask(client, poison)
                     self.spoilt += spoil_disk_cache(self.household.disk, self.rng)
                 self.rounds += 1
@@ -221,7 +225,8 @@ class Villain:
 
     def leave(self) -> None:
         """Stop, after a round at least."""
-        while not self.rounds and self.thread.is_alive():
+        deadline = time.monotonic() + 10 * SECONDS
+        while not self.rounds and self.thread.is_alive() and time.monotonic() < deadline:
             time.sleep(0.1)
         self.stop.set()
         self.thread.join()
@@ -242,12 +247,20 @@ def asked(url: str, requests: list[Ask], villain: Villain | None = None) -> Iter
     """The victims' answers, one after another; the villain is there for the middle half."""
     begin, end = len(requests) // 4, 3 * len(requests) // 4
     with client_of(url, "victim") as client:
+        failed = 0
         for number, ask in enumerate(requests):
+            if failed >= DEAD:
+                yield Answer(error="not asked: the server does not answer any more")
+                continue
             if villain and number == begin:
                 villain.thread.start()
             if villain and number == end:
                 villain.leave()
-            yield answered(client, ask)
+            answer = answered(client, ask)
+            failed = failed + 1 if answer.error else 0
+            yield answer
+        if villain and not villain.stop.is_set():
+            villain.leave()
 
 
 def compared(control: list[Answer], poisoned: list[Answer]) -> dict[str, Any]:
@@ -281,7 +294,7 @@ def run(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     with running(AWARENESS, model, loud.flags, log) as server:
         villain = Villain(server.url, loud)
         answers = list(asked(server.url, requests, villain))
-        alive = httpx.get(f"{server.url}/health", timeout=SECONDS).status_code == 200
+        alive = not answers[-1].error
     result = compared(control, answers)
     ok = result["identical"] == len(requests) and not villain.served and alive
     return {

@@ -170,6 +170,8 @@ def parse_manifest(header: Header) -> WMatrixManifest:
     source, target = manifest.source, manifest.target
     if not set(manifest.layers) <= set(range(len(source.layers))):
         raise FileRefused(f"source layers {manifest.layers}"[:200], f"below {len(source.layers)}")
+    if len(set(manifest.layers)) < len(manifest.layers):
+        raise FileRefused(f"source layers {manifest.layers}"[:200], "each layer once")
     if manifest.residual and manifest.source_width != target.width:
         found = f"a residual map of {manifest.source_width} states"
         raise FileRefused(found, f"{target.width}")

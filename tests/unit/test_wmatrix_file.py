@@ -233,6 +233,7 @@ def test_a_scale_that_is_not_positive_is_refused(
         {"layers": []},
         {"layers": [99]},
         {"layers": [-1]},
+        {"layers": [0, 0]},
         {"rank": 0},
         {"predecessors": 1000},
         {"versions": {"a\n": ""}},
