@@ -35,7 +35,6 @@ ODD = {
     "code": "def f(x):\n    return {k: v for k, v in x.items() if v is not None}\n\n" * 25,
     "han and kana": "日本語の文章と中文句子。" * 15,
     "other scripts": "Ελληνικά и русский; עברית. " * 15,
-    * 15,
     "digits": " ".join(str(n * 7919 % 100_003) for n in range(300)),
     "one sentence": "the cat sat. " * 120,
     "blanks": "\n\n\t  {}[]();;" * 100,
