@@ -194,7 +194,7 @@ class Villain:
         self.rng, self.stop = random.Random(1), threading.Event()
         self.salts = itertools.count()
         self.replaced = self.household.replaceable()
-        self.thread = threading.Thread(target=self.work)
+        self.thread = threading.Thread(target=self.work, daemon=True)
 
     def work(self) -> None:
         with client_of(self.url, "villain") as client:
