@@ -54,6 +54,7 @@ class Ask:
     prompt: str
     memories: tuple[str, ...] = ()
     salt: str = ""
+    tokens: int = TOKENS
 
     @property
     def body(self) -> dict[str, Any]:
@@ -61,7 +62,7 @@ class Ask:
         if self.salt:
             named["cache_salt"] = self.salt
         return {
-            "model": NAME, "prompt": self.prompt, "max_tokens": TOKENS, "temperature": 0,
+            "model": NAME, "prompt": self.prompt, "max_tokens": self.tokens, "temperature": 0,
             "ignore_eos": True, "logprobs": 5, "return_token_ids": True, **named,
         }  # fmt: skip
 

@@ -16,7 +16,7 @@ from victims import Answer, Ask, Household, Villain, answered, client_of, victim
 
 pytestmark = pytest.mark.engine
 
-REQUESTS = 20
+REQUESTS, TOKENS = 20, 3
 PHASES = ("before", "during", "after")
 
 
@@ -50,7 +50,8 @@ def siege(server: Server, household: Household) -> Siege:
             if phase == "during":
                 villain.thread.start()
             # Computed anew each time, into whatever blocks are free.
-            answers[phase] = [answered(client, replace(ask, salt=phase)) for ask in asks]
+            anew = [replace(ask, salt=phase, tokens=TOKENS) for ask in asks]
+            answers[phase] = [answered(client, ask) for ask in anew]
             if phase == "during":
                 villain.leave()
     return Siege(answers, villain)
