@@ -125,14 +125,15 @@ def tokenizer_fingerprint(folder: Path) -> str:
     Raises:
         UnsupportedModel: no such file, or one that stands for it.
     """
-    path = folder / "tokenizer.json"
+    path, expected = folder / "tokenizer.json", "a fast tokenizer (tokenizer.json)"
     try:
         with path.open("rb") as file:
-            if file.read(len(LFS_POINTER)) not in (b"", LFS_POINTER):
-                return file_digest(path)
-    except OSError:
-        pass
-    raise unreadable(path, "no tokenizer", "a fast tokenizer (tokenizer.json)")
+            head = file.read(len(LFS_POINTER))
+    except OSError as error:
+        raise unreadable(path, error, expected) from error
+    if head in (b"", LFS_POINTER):
+        raise unreadable(path, "no tokenizer", expected)
+    return file_digest(path)
 
 
 def weights_fingerprint(folder: Path) -> str:
