@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from awareness_vllm.files import atomic_write
+from awareness_vllm.tensor_file import FileRefused, read_file
 
 KEY = "key"
 NOTE = "awareness"
@@ -44,10 +44,9 @@ class Checkpoint:
     def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The tensors and the note of a name; None where missing or unreadable."""
         try:
-            with safe_open(self._path(name), framework="pt") as file:
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-                return tensors, json.loads((file.metadata() or {})[NOTE])
-        except (SafetensorError, OSError, KeyError, ValueError):
+            file = read_file(self._path(name), lambda header: None)
+            return file.tensors(), json.loads(file.header.metadata[NOTE])
+        except (FileRefused, KeyError, ValueError):
             return None
 
     def remove(self) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from awareness_vllm.align.realign import AlignedMemory
-from awareness_vllm.errors import PackageCorrupt
+from awareness_vllm.errors import PackageCorrupt, UnsupportedModel
 from awareness_vllm.packages.origin import Origin
 from awareness_vllm.serving.api.canary import Canary
 from awareness_vllm.serving.connector.canary import Canary as WorkerCanary
@@ -159,6 +159,25 @@ def test_a_worker_reports_every_failure_as_a_message() -> None:
     while (answer := canary.check_memory("capture", PART, "")) == PENDING:
         pass
     assert answer
+
+
+def test_a_cache_that_cannot_be_read_back_is_no_complaint(wmatrix: Any) -> None:
+    def read() -> Any:
+        raise UnsupportedModel("a quantised KV cache")
+
+    def queue() -> CaptureQueue:
+        captures = CaptureQueue()
+        captures.announce("capture", "")
+        captures.capture("capture", read)
+        return captures
+
+    loader = StubLoader(AlignedMemory(list(range(30)), states(0), states(5)))
+    loader.wmatrices["map"] = wmatrix
+    canary = WorkerCanary(loader, queue())
+    while (answer := canary.check_memory("capture", PART, "")) == PENDING:
+        pass
+    assert answer == ""
+    assert WorkerCanary(loader, queue()).check_sink("capture", "map") == ""
 
 
 @pytest.mark.parametrize(("seed", "complains"), [(0, False), (1, True)])
