@@ -38,7 +38,7 @@ from awareness_vllm.packages.file import publish
 from awareness_vllm.provenance import hardware, versions
 from awareness_vllm.serving.plugin import vllm_version
 
-TOKENS, SECONDS = 8, 30.0
+TOKENS, SECONDS = 4, 30.0
 DEAD = 3
 """Requests without an answer after which no more are sent."""
 ROUNDING = 1e-3
