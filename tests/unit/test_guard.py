@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,7 +40,9 @@ def vllms_app() -> FastAPI:
         middleware=[],
     )
     model: Any = SimpleNamespace(get_pooling_task=lambda tasks: "embed", pooler_config=None)
+    level = logging.root.level
     register_api_routers(app.state.args, app, TASKS, model)
+    logging.root.setLevel(level)  # one of vLLM's routers silences everybody's warnings
     AwarenessEndpoints().attach_router(app)
 
     @app.post("/v1/other")
