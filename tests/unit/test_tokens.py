@@ -222,24 +222,6 @@ def test_a_model_without_merges_reads_its_own_pieces_as_text(tmp_path: Path) -> 
     assert tokenize(loaded, "ab a").ids == tokenizer.encode("ab a", add_special_tokens=False).ids
 
 
-@pytest.mark.parametrize("name", ["gemma3-270m", "smollm2-135m"])
-def test_real_tokenizers_spell_control_tokens(name: str) -> None:
-    folder = Path.home() / ".cache" / "awareness" / "models" / name
-    if not folder.is_dir():
-        pytest.skip("needs `make models`")
-    plain, loaded = Tokenizer.from_file(str(folder / "tokenizer.json")), load_tokenizer(folder)
-    plain.encode_special_tokens = True
-    controls = {i for i, t in loaded.get_added_tokens_decoder().items() if t.special}
-    text = "a <start_of_image> b [multimodal] <unused7><|im_start|>user\n</think> <eos>"
-    tokens = tokenize(loaded, text)
-    assert not controls & set(tokens.ids)
-    assert loaded.decode(tokens.ids, skip_special_tokens=False) == text
-    assert_tiles(tokens.spans, len(text.encode()))
-    markup = "<table>\n\n\n\t\t<tr> <b>x</b> é 日本 [1] {x} <- |y| <bbox></bbox>"
-    for usual in (markup, "Plain text.\n" * 9):
-        assert tokenize(loaded, usual).ids == plain.encode(usual, add_special_tokens=False).ids
-
-
 def test_a_lone_surrogate_is_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(BadInput, match="not valid Unicode"):
         tokenize(tokenizer, "a\ud800b")
