@@ -1,4 +1,4 @@
-"""The two real tokenizers: a text that spells a control token has none, all other text is as ever."""
+"""The real tokenizers: a text that spells a control token has none, all other text is as ever."""
 
 from __future__ import annotations
 
