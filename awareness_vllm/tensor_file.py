@@ -15,10 +15,11 @@ import math
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -175,24 +176,68 @@ def read_file(
     with opened(path) as (file, size):
         header = _header(file, size)
         check(header)
-        sha = hashlib.sha256(header.raw)
-        buffers = {}
-        scratch = np.empty(CHUNK, np.uint8)
-        for name, entry in header.tensors.items():
-            length = entry.end - entry.begin
-            kept = np.empty(length, np.uint8) if keep(name) else None
-            for begin in range(0, length, CHUNK):
-                end = min(begin + CHUNK, length)
-                chunk = scratch[: end - begin] if kept is None else kept[begin:end]
+        buffers = {
+            name: np.empty(entry.end - entry.begin, np.uint8)
+            for name, entry in header.tensors.items()
+            if keep(name)
+        }
+        with _Hash(header.raw) as sha:
+            for entry, chunk in _chunks(header, buffers, sha):
                 _fill(file, chunk)
-                sha.update(chunk.data)
+                sha.update(chunk)
                 visit(entry, chunk)
-            if kept is not None:
-                buffers[name] = kept
-    actual = sha.hexdigest()
+            actual = sha.hexdigest()
     if digest is not None and not actual.startswith(digest):
         raise FileRefused(f"sha256 {actual}", f"sha256 {digest}")
     return TensorFile(header, actual, buffers)
+
+
+class _Hash:
+    """A sha256 of chunks, computed in a thread: it takes longer than reading and checking them."""
+
+    def __init__(self, first: bytes) -> None:
+        self.sha = hashlib.sha256(first)
+        self.thread = ThreadPoolExecutor(1, "awareness-hash")
+        self.last: Future[None] = self.thread.submit(lambda: None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.thread.shutdown(cancel_futures=True)
+
+    def update(self, chunk: Bytes) -> None:
+        """Hash a chunk, soon: it must not change until `wait` was called."""
+        self.last = self.thread.submit(self.sha.update, chunk.data)
+
+    def wait(self) -> None:
+        """Wait until all chunks are hashed."""
+        self.last.result()
+
+    def hexdigest(self) -> str:
+        self.wait()
+        return self.sha.hexdigest()
+
+
+def _chunks(
+    header: Header, buffers: Mapping[str, Bytes], sha: _Hash
+) -> Iterator[tuple[TensorEntry, Bytes]]:
+    """The buffer of each chunk to read, in the file's order: a kept tensor's own, or else one of
+    two that take turns, each once its last bytes are hashed."""
+    scratch, used = [np.empty(0, np.uint8)] * 2, 0
+    for name, entry in header.tensors.items():
+        length = entry.end - entry.begin
+        for begin in range(0, length, CHUNK):
+            end = min(begin + CHUNK, length)
+            if (kept := buffers.get(name)) is not None:
+                yield entry, kept[begin:end]
+                continue
+            if not len(scratch[0]):
+                scratch = [np.empty(CHUNK, np.uint8) for _ in range(2)]
+            before, this = sha.last, scratch[used % 2][: end - begin]
+            yield entry, this
+            before.result()
+            used += 1
 
 
 def digest_of(path: Path) -> str:
