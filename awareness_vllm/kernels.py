@@ -2,6 +2,7 @@
 
 from awareness_kernels import ops
 from awareness_kernels.reference import (
+    LARGEST,
     decode,
     encode,
     largest,
@@ -12,6 +13,7 @@ from awareness_kernels.reference import (
 )
 
 __all__ = [
+    "LARGEST",
     "decode",
     "encode",
     "largest",

@@ -94,11 +94,21 @@ class Header:
 
 @dataclass(frozen=True)
 class TensorFile:
-    """A file's tensors in memory; `digest` is the sha256, in hex, of the whole file."""
+    """A file's tensors in memory, whose bytes are hashed meanwhile."""
 
     header: Header
-    digest: str
+    hashed: Future[str]
     buffers: Mapping[str, Bytes]
+
+    @property
+    def digest(self) -> str:
+        """sha256, in hex, of the whole file; waits for it."""
+        return self.hashed.result()
+
+    def check_digest(self, digest: str) -> None:
+        """Raises FileRefused where the file's sha256 does not begin so."""
+        if not self.digest.startswith(digest):
+            raise FileRefused(f"sha256 {self.digest}", f"sha256 {digest}")
 
     def tensor(self, name: str) -> Tensor:
         """A tensor over the bytes in memory."""
@@ -186,10 +196,10 @@ def read_file(
                 _fill(file, chunk)
                 sha.update(chunk)
                 visit(entry, chunk)
-            actual = sha.hexdigest()
-    if digest is not None and not actual.startswith(digest):
-        raise FileRefused(f"sha256 {actual}", f"sha256 {digest}")
-    return TensorFile(header, actual, buffers)
+            read = TensorFile(header, sha.hexdigest(), buffers)
+    if digest is not None:
+        read.check_digest(digest)
+    return read
 
 
 class _Hash:
@@ -203,20 +213,15 @@ class _Hash:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.thread.shutdown(cancel_futures=True)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.thread.shutdown(wait=False, cancel_futures=kind is not None)
 
     def update(self, chunk: Bytes) -> None:
-        """Hash a chunk, soon: it must not change until `wait` was called."""
+        """Hash a chunk, soon: it must not change until the last update is done."""
         self.last = self.thread.submit(self.sha.update, chunk.data)
 
-    def wait(self) -> None:
-        """Wait until all chunks are hashed."""
-        self.last.result()
-
-    def hexdigest(self) -> str:
-        self.wait()
-        return self.sha.hexdigest()
+    def hexdigest(self) -> Future[str]:
+        return self.thread.submit(self.sha.hexdigest)
 
 
 def _chunks(

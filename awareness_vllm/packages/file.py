@@ -193,6 +193,21 @@ def read(path: Path, *, digest: str | None = None, largest: float = math.inf) ->
     return _read(path, digest, largest)[1]
 
 
+def read_ahead(path: Path, digest: str, largest: float) -> tuple[Package, Callable[[], None]]:
+    """A whole package before its bytes are hashed, and the function that waits for that: whatever
+    is made of the package must not be used before.
+
+    Args and errors as of `read`; the function, too, raises PackageCorrupt.
+    """
+    file, package = _read(path, None, largest)
+
+    def check() -> None:
+        with refusing(path):
+            file.check_digest(digest)
+
+    return package, check
+
+
 def read_index(path: Path, *, digest: str | None = None, largest: float = math.inf) -> PackageIndex:
     """A package without its states, which are hashed and checked, but not kept.
 
@@ -200,7 +215,7 @@ def read_index(path: Path, *, digest: str | None = None, largest: float = math.i
     """
     with refusing(path):
         manifest, file = _read_file(path, digest, largest, keep=lambda name: name in INDEX)
-        return _index(manifest, file)
+        return PackageIndex(manifest, file.digest, *_index(manifest, file))
 
 
 def verify(path: Path) -> Package:
@@ -222,12 +237,12 @@ def verify(path: Path) -> Package:
 def _read(path: Path, digest: str | None, largest: float) -> tuple[TensorFile, Package]:
     with refusing(path):
         manifest, file = _read_file(path, digest, largest, keep=lambda name: True)
-        index = _index(manifest, file)
+        text, tokens, spans = _index(manifest, file)
     keys, values = (
         [file.tensor(tensor_name(i, part)) for i in range(len(manifest.geometry.layers))]
         for part in ("key", "value")
     )
-    return file, Package(manifest, index.text, index.tokens, index.spans, keys, values)
+    return file, Package(manifest, text, tokens, spans, keys, values)
 
 
 def _read_file(
@@ -283,7 +298,7 @@ def read_states(path: Path) -> dict[str, Tensor]:
         return read_file(path, lambda header: None, visit=check_finite).tensors()
 
 
-def _index(manifest: Manifest, file: TensorFile) -> PackageIndex:
+def _index(manifest: Manifest, file: TensorFile) -> tuple[str, list[int], Spans]:
     """The text, its tokens and their spans, which must belong together. Raises FileRefused."""
     tokens, spans, raw = (file.tensor(name) for name in INDEX)
     try:
@@ -300,7 +315,7 @@ def _index(manifest: Manifest, file: TensorFile) -> PackageIndex:
     ends = ends[ends > 0]  # special tokens span (0, 0)
     if bool((ends.diff() < 0).any()):
         raise FileRefused("spans out of order", "tokens in the order of the text")
-    return PackageIndex(manifest, file.digest, text, tokens.tolist(), spans.numpy())
+    return text, tokens.tolist(), spans.numpy()
 
 
 def _tensors(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from awareness_vllm.errors import AwarenessError, BadInput, PackageCorrupt
 from awareness_vllm.files import atomic_write, wmatrices_dir
-from awareness_vllm.kernels import decode, encode, largest
+from awareness_vllm.kernels import LARGEST, decode, encode, largest
 from awareness_vllm.models.rope import unrotate
 from awareness_vllm.packages.file import check_finite, payload_digest
 from awareness_vllm.packages.manifest import METADATA_KEY
@@ -28,6 +28,8 @@ from awareness_vllm.wmatrix.manifest import (
 
 MAX_STANDARDISED = 100.0
 """Standard deviations by which a feature may lie off its mean: genuine ones stay below 13."""
+MAX_STATE = LARGEST / 4
+"""Magnitude of a mapped state: rotated and scaled by positions it stays within LARGEST."""
 REGISTERED = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -89,7 +91,8 @@ class WMatrix:
             keys and values per target layer, [T, H, D] float32.
 
         Raises:
-            PackageCorrupt: states that no model computes, further than MAX_STANDARDISED off.
+            PackageCorrupt: states that no model computes, further than MAX_STANDARDISED off, or
+                that become such.
         """
         width = self.manifest.source_width
         features = torch.zeros(len(embeddings), len(self.mean), dtype=self.encode.dtype)
@@ -103,6 +106,7 @@ class WMatrix:
         flat = decode(encode(features, self.encode), self.decode, self.bias)
         if self.manifest.residual:
             flat += self.base_states(source, masked, len(flat))
+        check_states(flat)
         return split_states(self.manifest.target, flat)
 
     def base_states(self, source: Tensor | None, masked: Tensor | None, rows: int) -> Tensor:
@@ -144,6 +148,24 @@ class WMatrix:
         return tensors | {
             f"position_embeddings.{side}": table for side, table in self.position_embeddings.items()
         }
+
+
+def check_states(states: Tensor) -> None:
+    """Check mapped states [T, O], which attention, and another request's masked tokens, will meet.
+
+    Raises:
+        PackageCorrupt: a value that is not finite, or that no model computes.
+    """
+    if not states.numel():
+        return
+    found = max(map(abs, map(float, states.aminmax())))
+    if not found <= MAX_STATE:  # an undefined value compares false
+        raise PackageCorrupt(
+            "the memory's aligned states are not plausible",
+            found=f"a value of {found:.3g}",
+            expected=f"at most {MAX_STATE:g}",
+            remedy="capture the memory again, or use another W-Matrix",
+        )
 
 
 def check_plausible(features: Tensor) -> None:

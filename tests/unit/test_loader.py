@@ -232,3 +232,18 @@ def test_several_ranks_look_their_embedding_up_together_and_once() -> None:
     assert sum(calls) == 5003
     assert torch.equal(together(ids), alone)
     assert sum(calls) == 5003
+
+
+def test_a_package_of_another_digest_is_never_used(
+    loader: MemoryLoader, make_package: Callable[..., Package], wmatrix: WMatrix, tmp_path: Path
+) -> None:
+    # It is hashed while it is aligned: the alignment is complete before it is refused.
+    loader.wmatrices["map"] = wmatrix
+    loader.embed = lambda ids: torch.randn(1000, 6, generator=torch.manual_seed(3))[ids]
+    memory = publish(make_package("the quick brown fox"), tmp_path).stem
+    for wmatrix_name in ("map", ""):
+        forged = part(memory, wmatrix_name).model_copy(update={"digest": "0" * 64})
+        alignment = loader.request(forged, "")
+        with pytest.raises(PackageCorrupt, match="sha256"):
+            result_of(loader, alignment)
+        assert loader.warm.get(forged.key) is None

@@ -45,6 +45,7 @@ class Canary:
         if (own := self.own_states(capture)) is None:
             return
         own_keys, _ = own
+        source.check()
         wmatrix = self.loader.wmatrices.get(part.wmatrix)
         manifest = wmatrix.manifest if wmatrix else None
         skip = len(manifest.sink) if manifest else 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor
 from awareness_vllm.align.paged import PagedMap
 from awareness_vllm.align.realign import AlignedMemory, Realignment, copy, sources
 from awareness_vllm.errors import AwarenessError, UnsupportedModel
-from awareness_vllm.packages.file import Package, read
+from awareness_vllm.packages.file import Package, read_ahead
 from awareness_vllm.packages.store import Store
 from awareness_vllm.serving.config import ServingConfig
 from awareness_vllm.serving.connector.holders import Holders, is_of
@@ -42,13 +42,15 @@ that only had to be read. Other requests wait for a step, and may arrive in an i
 @dataclass(frozen=True)
 class LoadedSource:
     """A memory that was aligned before, or a package with the target's ids and the source tokens
-    [T] to align it from; `temperature` is "warm" or "cold"."""
+    [T] to align it from; `temperature` is "warm" or "cold". The package is hashed while it is
+    aligned: what was made of it counts once `check` has not raised PackageCorrupt."""
 
     temperature: str
     memory: Memory | None = None
     package: Package | None = None
     ids: list[int] = field(default_factory=list)
     source: Tensor | None = None
+    check: Callable[[], None] = lambda: None
 
 
 @dataclass
@@ -164,14 +166,15 @@ class MemoryLoader:
         if self.disk and (memory := self.disk.get(part.key)) is not None:
             return LoadedSource("warm", memory)
         path = self.stores[tenant].path(part.memory)
-        package = read(path, digest=part.digest, largest=self.model.largest)
+        package, check = read_ahead(path, part.digest, self.model.largest)
         if not part.wmatrix:
+            check()
             return LoadedSource("cold", copy(package))
         if part.wmatrix not in self.wmatrices:
             raise UnsupportedModel("the request was resolved with another W-Matrix")
         manifest = self.wmatrices[part.wmatrix].manifest
         ids, source = sources(package, manifest, self.model.folder)
-        return LoadedSource("cold", None, package, ids, source)
+        return LoadedSource("cold", None, package, ids, source, check)
 
     def advance(self, seconds: float = STEP_BUDGET_S) -> bool:
         """Align memories whose sources are read, in order, for about so long: a block at least.
@@ -195,6 +198,7 @@ class MemoryLoader:
             memory = source.memory or self.align_block(alignment, source)
             if memory is None:
                 return False
+            source.check()
             self.warm.put(alignment.key, memory)
             aligned_anew = source.temperature == "cold"
             (self.holders.replace if aligned_anew else self.holders.add)(
