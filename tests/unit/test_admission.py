@@ -181,6 +181,7 @@ def test_a_load_ends_with_its_error(admission: Admission) -> None:
     assert (dict(admission.loads), dict(admission.warm)) == ({}, {})
 
 
+@pytest.mark.slow
 def test_a_streams_load_ends_with_its_last_chunk_or_its_client(admission: Admission) -> None:
     async def streams() -> None:
         admitted = await admission.admit("", [memory(0)])

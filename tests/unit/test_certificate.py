@@ -219,6 +219,7 @@ def fitted(
     return path
 
 
+@pytest.mark.slow
 def test_lengths_and_plans_are_measured(
     tiny_models: tuple[Path, Path],
     fitted: Path,

@@ -282,6 +282,7 @@ def unlike(hop: Hop, embed: Callable[[Tensor], Tensor], composed_map: WMatrix, t
     return ((result - own).norm() / (own - own.mean(0)).norm()).item()
 
 
+@pytest.mark.slow
 def test_a_bridge_ignores_noise_in_the_first_maps_outputs(
     hops: tuple[Hop, Hop, Callable[[Tensor], Tensor]], anchors: list[Document]
 ) -> None:

@@ -102,6 +102,7 @@ def test_a_killed_fit_resumes(
         torch.testing.assert_close(getattr(again, part), getattr(whole, part))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_finished_steps_are_not_repeated(
     tiny_models: tuple[Path, Path], anchors: list[Document], tmp_path: Path
@@ -233,6 +234,7 @@ def perturbed(folder: Path, into: Path, noise: float) -> Path:
     return into
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_a_variants_map_adds_to_the_sources_states(
     tiny_models: tuple[Path, Path], anchors: list[Document], tmp_path: Path

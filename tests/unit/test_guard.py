@@ -11,14 +11,13 @@ import pytest
 from fastapi import FastAPI, Request, WebSocket
 from fastapi.routing import APIRoute
 from starlette.testclient import TestClient, WebSocketDenialResponse
-from vllm.entrypoints.launchers.api_server.routers import register_api_routers
 from vllm.entrypoints.serve.middleware.register import init_entrypoints_middleware
 
 from awareness_vllm.serving.api.guard import OPEN_PATHS
 from awareness_vllm.serving.api.routes import AwarenessEndpoints, router
 from awareness_vllm.serving.tenants import Tenants
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.slow]
 
 ID = "mem_" + "0" * 32
 OURS = {route.path for route in router.routes if isinstance(route, APIRoute)}
@@ -40,6 +39,9 @@ def vllms_app() -> FastAPI:
         middleware=[],
     )
     model: Any = SimpleNamespace(get_pooling_task=lambda tasks: "embed", pooler_config=None)
+    # Late: it imports all of vLLM's server.
+    from vllm.entrypoints.launchers.api_server.routers import register_api_routers
+
     level = logging.root.level
     register_api_routers(app.state.args, app, TASKS, model)
     logging.root.setLevel(level)  # one of vLLM's routers silences everybody's warnings

@@ -87,6 +87,7 @@ def test_a_package_that_cannot_be_had_names_the_remedy(
         debian.unpack("no-such-package", tmp_path)
 
 
+@pytest.mark.slow
 def test_a_wheel_that_cannot_be_had_names_the_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,6 +117,7 @@ def test_an_article_becomes_what_a_reader_reads(tmp_path: Path) -> None:
     assert only == Document("A-b-", long.strip())
 
 
+@pytest.mark.slow
 def test_exercises_are_solved_correctly() -> None:
     documents = list(mathematics(400, seed=3))
     assert documents == list(mathematics(400, seed=3)) != list(mathematics(400, seed=4))

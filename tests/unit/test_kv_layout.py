@@ -49,6 +49,7 @@ def requests(draw: st.DrawFn) -> tuple[list[int], list[list[int]], int, int]:
     return sizes, ids, draw(st.integers(0, end)), end
 
 
+@pytest.mark.slow
 @given(request=requests())
 def test_every_position_has_its_slot(request: tuple[list[int], list[list[int]], int, int]) -> None:
     sizes, ids, begin, end = request

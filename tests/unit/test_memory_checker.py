@@ -374,6 +374,7 @@ def test_the_command(
     assert "lacks" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_command_loads_no_model_library_for_a_config_that_was_read_before(
     certify: Any,
     memory: Package,

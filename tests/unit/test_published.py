@@ -282,6 +282,7 @@ def test_on_local_models(
         path.unlink()
 
 
+@pytest.mark.slow
 def test_a_published_path_is_neither_loaded_over_nor_composed(world: World) -> None:
     aligner = awareness_vllm.MultiHopMemoryAligner()
     path = aligner.find_optimal_path("gpt-4", "mistral-large")

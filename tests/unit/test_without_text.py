@@ -17,7 +17,7 @@ from awareness_vllm.cli.main import main
 from awareness_vllm.errors import BadInput, UnsupportedRequest
 from awareness_vllm.evaluate import certify as certify_module
 from awareness_vllm.evaluate.certify import certify
-from awareness_vllm.evaluate.evaluate import CaseFigures
+from awareness_vllm.evaluate.evaluate import CaseFigures, TextFigures
 from awareness_vllm.fit import fit, gather
 from awareness_vllm.fit.config import FitConfig
 from awareness_vllm.fit.reader import Reader
@@ -164,6 +164,9 @@ def test_it_is_fitted_and_certified_like_any_other(
         return CaseFigures({arm: ones for arm in conditions}, ["fact"] * 2, [0, 0])
 
     monkeypatch.setattr(certify_module, "evaluate_cases", recalled)  # no random model recalls
+    # Nor does it read: what it keeps of almost nothing can be any number.
+    kept = {"mean": 0.5, "ci_low": 0.4, "ci_high": 0.6}
+    monkeypatch.setattr(TextFigures, "retention", lambda *args: kept)
     measured = certify(wmatrix, *tiny_models, anchors, [], limit=3, context=90, continuation=8)
     result = Certificate.model_validate(measured.manifest.certificate)
     assert [plan.tail for plan in result.plans] == [0]
