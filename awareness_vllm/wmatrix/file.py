@@ -211,7 +211,7 @@ def load(path: str | Path, *, digest: str | None = None) -> WMatrix:
             raise FileRefused(f"payload {payload}", manifest.payload)
     tensors = {current_name(name): tensor for name, tensor in tensors.items()}
     count = len(manifest.target.layers)
-    return WMatrix(
+    wmatrix = WMatrix(
         manifest,
         **{name: tensors[name] for name in ("mean", "scale", "encode", "decode", "bias")},
         sink_keys=[tensors[f"sink.{i}.key"] for i in range(count)],
@@ -221,6 +221,21 @@ def load(path: str | Path, *, digest: str | None = None) -> WMatrix:
             for side in manifest.position_embedding_shapes
         },
     )
+    with refusing(path):
+        check_map(wmatrix)
+    return wmatrix
+
+
+def check_map(wmatrix: WMatrix) -> None:
+    """Check that a map makes plausible states of a token whose source is masked.
+
+    Raises:
+        FileRefused
+    """
+    try:
+        wmatrix.map(None, torch.zeros(1, wmatrix.manifest.embedding_width))
+    except PackageCorrupt as error:
+        raise FileRefused(f"weights that give {error.found}") from error
 
 
 def check_sinks(tensors: Mapping[str, Tensor]) -> None:

@@ -214,6 +214,15 @@ def test_a_sink_of_states_that_no_model_computes_is_refused(
         load(rewrite(saved, tmp_path / "w", tensors={name: states}))
 
 
+@pytest.mark.parametrize("name", ["bias", "decode"])
+def test_weights_that_no_fit_gives_are_refused(saved: Path, tmp_path: Path, name: str) -> None:
+    with safe_open(saved, framework="pt") as file:
+        tensor = file.get_tensor(name).clone()
+    tensor.view(-1)[0] = 1e30
+    with pytest.raises(WMatrixCorrupt, match="weights"):
+        load(rewrite(saved, tmp_path / "w", tensors={name: tensor}))
+
+
 @pytest.mark.parametrize("scale", [0.0, -1.0])
 def test_a_scale_that_is_not_positive_is_refused(
     saved: Path, wmatrix: WMatrix, tmp_path: Path, scale: float
