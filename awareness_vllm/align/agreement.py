@@ -25,7 +25,7 @@ COPY = 0.9
 """Least agreement of a copy: two engines' bfloat16 states agree to 0.99."""
 MAPPED = 0.45
 """Least agreement of a mapped memory, as a share of what the map reaches on held-out texts. Genuine
-states of any kind of text keep 0.6 of it, random or shuffled ones at most 0.4 (fidelity-log.md)."""
+states of any kind of text keep 0.6 of it, random ones at most 0.37 (docs/fidelity-log.md)."""
 
 
 def agreement(states: Sequence[Tensor], own: Sequence[Tensor]) -> float:
