@@ -44,8 +44,10 @@ ODD = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    for name in ("source", "target", "wmatrix", "texts"):
-        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--source", type=Path, required=True)
+    parser.add_argument("--target", type=Path, required=True)
+    parser.add_argument("--wmatrix", type=Path, required=True)
+    parser.add_argument("--texts", type=Path, required=True)
     parser.add_argument("--limit", type=int, default=12, help="texts of the folder")
     args = parser.parse_args()
     documents = load_texts([args.texts])

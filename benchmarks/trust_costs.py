@@ -28,8 +28,9 @@ WARM_UP = 2
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--before", type=Path, required=True, help="a checkout to compare with")
-    for name in ("source", "target", "wmatrix"):
-        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--source", type=Path, required=True)
+    parser.add_argument("--target", type=Path, required=True)
+    parser.add_argument("--wmatrix", type=Path, required=True)
     parser.add_argument("--text", type=Path, help="at least 2,000 tokens (default: pydoc's topics)")
     parser.add_argument("--rounds", type=int, default=12, help="turns of each version")
     parser.add_argument("--loads", type=int, default=4, help="loads in one turn, besides the first")
