@@ -194,7 +194,7 @@ def _save(folder: Path, rng: random.Random) -> None:
 
 
 def _map(seed: int) -> WMatrix:
-    return replace(Material.wmatrix, bias=Material.wmatrix.bias + seed)
+    return replace(Material.wmatrix, bias=Material.wmatrix.bias + seed % 4093)  # plausible
 
 
 def _load_and_save(folder: Path) -> None:
