@@ -154,8 +154,8 @@ def publish(package: Package, store: Path, *, sealed: bool = True) -> Path:
     of that ID that is there already stays.
 
     A seal tells memories that were captured under this home from a stranger's; states that no model
-    has computed are not `sealed`. It comes first, so
-    that a kill leaves no package of ours without it.
+    has computed are not `sealed`. It comes first, so that a kill leaves no package of ours without
+    it.
     """
     store.mkdir(parents=True, exist_ok=True)
     tensors = _tensors(package.text, package.tokens, package.spans, package.keys, package.values)

@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
+from awareness_vllm.packages.store import digest_in
 from awareness_vllm.schema import FrozenModel
 from awareness_vllm.serving.config import PARAMS_KEY
 from awareness_vllm.trust.policy import Signers
@@ -21,6 +22,11 @@ SECRET = "AWARENESS_SECRET"
 Key = tuple[str, str]
 """The sha256 digests of a package's file and of its W-Matrix's, or "" for a copy: they name bytes,
 so that tenants can share what was made of them."""
+
+
+def is_of(key: Key, memory: str) -> bool:
+    """Whether a key of the tiers is one of a memory's, through whichever map."""
+    return digest_in(key[0]).startswith(digest_in(memory))
 
 
 def secret() -> bytes:

@@ -23,7 +23,7 @@ from awareness_vllm.kernels import largest
 from awareness_vllm.packages.file import check_finite
 from awareness_vllm.packages.origin import signature
 from awareness_vllm.packages.store import digest_in
-from awareness_vllm.serving.params import Key
+from awareness_vllm.serving.params import Key, is_of
 from awareness_vllm.tensor_file import FileRefused, TensorFile, digest_of, parse_json, read_file
 
 logger = init_logger("vllm.awareness.tiers")
@@ -163,7 +163,7 @@ class WarmTier:
 
     def drop(self, memory: str) -> bool:
         """Remove a memory, through whichever map; whether it was there."""
-        keys = [key for key in self.memories if key[0].startswith(digest_in(memory))]
+        keys = [key for key in self.memories if is_of(key, memory)]
         for key in keys:
             del self.memories[key]
             self.pinned.discard(key)

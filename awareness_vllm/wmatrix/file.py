@@ -150,15 +150,18 @@ class WMatrix:
         }
 
 
+def magnitude(x: Tensor) -> float:
+    """The largest absolute value; 0 of nothing, not a number where one of them is none."""
+    return max(map(abs, map(float, x.aminmax()))) if x.numel() else 0.0
+
+
 def check_states(states: Tensor) -> None:
     """Check mapped states [T, O], which attention, and another request's masked tokens, will meet.
 
     Raises:
         PackageCorrupt: a value that is not finite, or that no model computes.
     """
-    if not states.numel():
-        return
-    found = max(map(abs, map(float, states.aminmax())))
+    found = magnitude(states)
     if not found <= MAX_STATE:  # an undefined value compares false
         raise PackageCorrupt(
             "the memory's aligned states are not plausible",
@@ -170,9 +173,7 @@ def check_states(states: Tensor) -> None:
 
 def check_plausible(features: Tensor) -> None:
     """Check standardised features [T, F]. Raises PackageCorrupt."""
-    if not features.numel():
-        return
-    furthest = max(map(abs, map(float, features.aminmax())))
+    furthest = magnitude(features)
     if not furthest <= MAX_STANDARDISED:  # an undefined value compares false
         raise PackageCorrupt(
             "the memory's states are not plausible",

@@ -11,11 +11,6 @@ MAX_HELD = 4096
 """Memories whose holders are known; beyond, those of the one loaded longest ago are forgotten."""
 
 
-def is_of(key: Key, memory: str) -> bool:
-    """Whether a key of the tiers is one of a memory's, through whichever map."""
-    return key[0].removeprefix("mem_").startswith(memory.removeprefix("mem_"))
-
-
 class Holders:
     """The tenants that have loaded each memory since it was last aligned."""
 

@@ -20,9 +20,9 @@ from awareness_vllm.errors import AwarenessError, UnsupportedModel
 from awareness_vllm.packages.file import Package, read_ahead
 from awareness_vllm.packages.store import Store
 from awareness_vllm.serving.config import ServingConfig
-from awareness_vllm.serving.connector.holders import Holders, is_of
+from awareness_vllm.serving.connector.holders import Holders
 from awareness_vllm.serving.connector.read_queue import ReadQueue
-from awareness_vllm.serving.params import Key, Part
+from awareness_vllm.serving.params import Key, Part, is_of
 from awareness_vllm.serving.served_model import ServedModel
 from awareness_vllm.serving.tenants import stores_of
 from awareness_vllm.serving.tiers import DiskTier, Memory, WarmTier
