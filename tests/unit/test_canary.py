@@ -31,6 +31,7 @@ class StubClient:
     def __init__(self, *complaints: str) -> None:
         self.complaints, self.read_ids = list(complaints), []
         self.error: Exception | None = None
+        self.failure, self.discarded = "", []
 
     async def read(self, ids: list[int]) -> str:
         await asyncio.sleep(0)
@@ -39,10 +40,13 @@ class StubClient:
         self.read_ids.append(ids)
         return "capture"
 
-    async def poll(self, method: str, *args: Any) -> list[str]:
+    async def poll(self, method: str, *args: Any) -> list[list[str]]:
         assert (method, args[0]) == (CHECK_MEMORY, "capture")
         Part.model_validate_json(args[1])
-        return self.complaints
+        return [[complaint, self.failure] for complaint in self.complaints]
+
+    async def discard(self, capture: str) -> None:
+        self.discarded.append(capture)
 
 
 def prompt_of(origin: Origin = "claimed", digest: str = "d" * 64) -> Prompt:
@@ -101,6 +105,22 @@ def test_a_check_that_came_to_nothing_is_made_again() -> None:
     assert len(client.read_ids) == 1
 
 
+def test_a_file_that_cannot_be_read_refuses_nobody_elses_memory_and_not_for_good() -> None:
+    client = StubClient("")
+    canary = Canary(client)
+
+    async def one_tenant_after_another() -> None:
+        client.failure = "its file was replaced"
+        with pytest.raises(PackageCorrupt, match="its file was replaced"):
+            await canary.check(replace(prompt_of(), tenant="attacker"))
+        client.failure = ""
+        await canary.check(replace(prompt_of(), tenant="victim"))
+        await canary.check(replace(prompt_of(), tenant="attacker"))
+
+    asyncio.run(one_tenant_after_another())
+    assert len(client.discarded) == len(client.read_ids) == 3
+
+
 class StubLoader:
     """Stands for MemoryLoader: a copy, which a thread reads."""
 
@@ -142,7 +162,8 @@ def test_a_worker_compares_the_first_keys(seed: int, complains: bool) -> None:
     canary = WorkerCanary(StubLoader(memory), captured(states(seed)))
     while (answer := canary.check_memory("capture", PART, "")) == PENDING:
         pass
-    assert bool(answer) is complains
+    complaint, error = answer
+    assert (bool(complaint), error) == (complains, "")
     assert canary.sources == {}
 
 
@@ -153,12 +174,13 @@ def test_a_worker_reports_every_failure_as_a_message() -> None:
     canary = WorkerCanary(loader, captured(states(0)))
     while (answer := canary.check_memory("capture", PART, "")) == PENDING:
         pass
-    assert "no such bytes" in answer
+    assert answer[0] == ""
+    assert "no such bytes" in answer[1]
     # Nothing was captured under that name.
     canary = WorkerCanary(StubLoader(replace(memory)), CaptureQueue())
     while (answer := canary.check_memory("capture", PART, "")) == PENDING:
         pass
-    assert answer
+    assert answer[1]
 
 
 def test_a_cache_that_cannot_be_read_back_is_no_complaint(wmatrix: Any) -> None:
@@ -176,7 +198,7 @@ def test_a_cache_that_cannot_be_read_back_is_no_complaint(wmatrix: Any) -> None:
     canary = WorkerCanary(loader, queue())
     while (answer := canary.check_memory("capture", PART, "")) == PENDING:
         pass
-    assert answer == ""
+    assert answer == ["", ""]
     assert WorkerCanary(loader, queue()).check_sink("capture", "map") == ""
 
 

@@ -35,7 +35,8 @@ class Canary:
 
     def __init__(self, engine_client: MemoryEngineClient) -> None:
         self.engine_client = engine_client
-        self.checks: OrderedDict[Key, asyncio.Task[str]] = OrderedDict()
+        # By tenant, too: a file that one cannot read is no reason to refuse another one's.
+        self.checks: OrderedDict[tuple[str, Key], asyncio.Task[str]] = OrderedDict()
 
     async def check(self, prompt: Prompt) -> None:
         """Check the claimed memories of a prompt that loads them.
@@ -59,25 +60,31 @@ class Canary:
             wmatrix=memory.wmatrix.digest if memory.wmatrix else "",
             tokens=len(memory.ids),
         )
-        if part.key not in self.checks:
+        key = prompt.tenant, part.key
+        if key not in self.checks:
             ids = memory.ids[: memory.prefix + TOKENS]
             task = asyncio.create_task(self._compare(part, ids, prompt.tenant))
-            task.add_done_callback(functools.partial(self._forget_failure, part.key))
-            self.checks[part.key] = task
+            task.add_done_callback(functools.partial(self._forget_failure, key))
+            self.checks[key] = task
             while len(self.checks) > MAX_CHECKED:
                 self.checks.popitem(last=False)
-        self.checks.move_to_end(part.key)
+        self.checks.move_to_end(key)
         # A request that is given up does not take the check from the others.
-        return await asyncio.shield(self.checks[part.key])
+        return await asyncio.shield(self.checks[key])
 
     async def _compare(self, part: Part, ids: list[int], tenant: str) -> str:
         engine_client = self.engine_client
         capture = await engine_client.read(ids)
         arguments = (CHECK_MEMORY, capture, part.model_dump_json(), tenant)
-        complaints = await engine_client.poll(*arguments)
+        try:
+            complaints, errors = zip(*await engine_client.poll(*arguments), strict=True)
+        finally:
+            await engine_client.discard(capture)  # of a check that came to nothing
+        if error := next(filter(None, errors), ""):
+            raise PackageCorrupt(f"memory {part.memory} cannot be checked", found=error)
         return next(filter(None, complaints), "")
 
-    def _forget_failure(self, key: Key, task: asyncio.Task[str]) -> None:
+    def _forget_failure(self, key: tuple[str, Key], task: asyncio.Task[str]) -> None:
         if (task.cancelled() or task.exception() is not None) and self.checks.get(key) is task:
             del self.checks[key]
 

@@ -29,9 +29,10 @@ class Canary:
         self.loader, self.captures = loader, captures
         self.sources: dict[str, Future[LoadedSource]] = {}
 
-    def check_memory(self, capture: str, part: Part, tenant: str) -> str:
+    def check_memory(self, capture: str, part: Part, tenant: str) -> str | list[str]:
         """Compare a memory's first tokens with captured ones: PENDING while its file is read, then
-        "" or the error's message, as an exception would cross the engine as a mere text."""
+        the complaint about its states and the error that kept them from being compared, "" for
+        none: an exception would cross the engine as a mere text."""
         source = self.sources.get(capture)
         if source is None:
             source = self.sources[capture] = self.loader.read(part, tenant)
@@ -39,11 +40,14 @@ class Canary:
             return PENDING
         del self.sources[capture]
         self.loader.reads.release(source)
-        return _message(lambda: self._check_memory(capture, part, source.result()))
+        complaint: list[str] = []
+        error = _message(lambda: complaint.append(self._complaint(capture, part, source.result())))
+        return ["".join(complaint), error]
 
-    def _check_memory(self, capture: str, part: Part, source: LoadedSource) -> None:
+    def _complaint(self, capture: str, part: Part, source: LoadedSource) -> str:
+        """What is wrong with a memory's first keys; "" where nothing is, or can be said."""
         if (own := self.own_states(capture)) is None:
-            return
+            return ""
         own_keys, _ = own
         source.check()
         wmatrix = self.loader.wmatrices.get(part.wmatrix)
@@ -51,7 +55,8 @@ class Canary:
         skip = len(manifest.sink) if manifest else 0
         keys = self.first_keys(part, source, len(own_keys[0]))
         least = least_agreement(manifest)
-        check_agreement(part.memory, [k[skip:] for k in keys], [k[skip:] for k in own_keys], least)
+        first, own_first = ([key[skip:] for key in side] for side in (keys, own_keys))
+        return _message(lambda: check_agreement(part.memory, first, own_first, least))
 
     def first_keys(self, part: Part, source: LoadedSource, tokens: int) -> list[Tensor]:
         """The keys of a memory's first tokens in the target's cache, per layer [T, H, D]."""

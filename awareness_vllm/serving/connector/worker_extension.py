@@ -93,7 +93,7 @@ class WorkerCalls:
     def forget(self, name: str) -> None:
         self.worker.captures.discard(name)
 
-    def check_memory(self, capture: str, part: str, tenant: str) -> str:
+    def check_memory(self, capture: str, part: str, tenant: str) -> str | list[str]:
         return self.worker.canary.check_memory(capture, Part.model_validate_json(part), tenant)
 
     def check_sink(self, capture: str, wmatrix: str) -> str:
