@@ -145,6 +145,36 @@ def test_a_preempted_capture_starts_its_blocks_anew() -> None:
     assert half.take_step().saves == [SaveSpec("p", 0, 5, 5, ([6, 7],))]
 
 
+def test_a_capture_with_a_beginning_leaves_out_what_comes_before() -> None:
+    half = scheduler()
+    asked = {KEY: {"name": "p", "begin": 3}}
+    half.plan_saves(scheduled(asked, step=2), KEY)
+    assert half.take_step() == ConnectorMetadata()
+    half.plan_saves(later(2, "r", computed=2), KEY)
+    half.plan_saves(later(1, "r", computed=4), KEY)
+    assert [(save.begin, save.end) for save in half.take_step().saves] == [(3, 4), (4, 5)]
+    half.plan_saves(scheduled(asked, step=4), KEY)
+    half.plan_saves(later(5, "r", ids=([6, 7],), resumed=("r",)), KEY)
+    assert half.take_step().saves[-1] == SaveSpec("p", 3, 5, 5, ([6, 7],))
+
+
+@pytest.mark.parametrize("asked", [7, {"name": 7}, {"begin": 3}, {"name": "p", "begin": -1}])
+def test_what_names_no_capture_captures_nothing(asked: object) -> None:
+    half = scheduler()
+    half.plan_saves(scheduled({KEY: asked}), KEY)
+    assert half.take_step() == ConnectorMetadata()
+
+
+def test_of_a_passage_a_layer_holds_the_window_before_it() -> None:
+    half = scheduler(None, 3)
+    output: Any = scheduled(
+        {KEY: {"name": "p", "begin": 4}}, computed=4, step=1, ids=([2, 3], [4, 5])
+    )
+    half.plan_saves(output, KEY)
+    (save,) = half.take_step().saves
+    assert (save.begin, save.block_ids) == (4, ([2, 3], [4, 5]))
+
+
 def test_a_finished_request_is_captured_no_more() -> None:
     half = scheduler()
     half.plan_saves(scheduled({KEY: "p"}, step=4, ids=([2],)), KEY)

@@ -21,7 +21,8 @@ from awareness_vllm.serving.connector.scheduler import SaveSpec
 
 CAPTURE_KEY = "awareness_capture"
 """Our key in a capturing request's `kv_transfer_params`. Its value is a key that the server has
-announced to the workers, or the path that an offline engine's own process has signed."""
+announced to the workers, or the path that an offline engine's own process has signed; or
+`{"name": KEY, "begin": POSITION}`, which leaves out the states before that position."""
 
 DIGIT = 128
 """Numbers are written as digits of this base: integers that bfloat16 and float16 hold exactly."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -55,12 +55,17 @@ class SaveSpec:
 
 @dataclass
 class PendingCapture:
-    """A prompt of `tokens` tokens that is captured step by step: its first `read` are planned."""
+    """A prompt of `tokens` tokens that is captured step by step from position `first` on: those
+    before `read` are planned."""
 
     name: str
     tokens: int
     block_ids: BlockIds
-    read: int = 0
+    first: int = 0
+    read: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.read = self.first
 
 
 @dataclass
@@ -138,9 +143,10 @@ class ConnectorScheduler:
             if new.sampling_params is None or new.prompt_token_ids is None:
                 continue  # pooling, or a prompt of embeddings: never a capture
             params = (new.sampling_params.extra_args or {}).get("kv_transfer_params") or {}
-            if isinstance(name := params.get(key), str):
+            if (asked := capture_of(params.get(key))) is not None:
+                name, first = asked
                 block_ids = tuple(list(ids) for ids in new.block_ids)
-                capture = PendingCapture(name, len(new.prompt_token_ids), block_ids)
+                capture = PendingCapture(name, len(new.prompt_token_ids), block_ids, first)
                 self.captures[new.req_id] = capture
                 self.plan_save(new.req_id, new.num_computed_tokens, output)
         if not self.captures:
@@ -166,8 +172,10 @@ class ConnectorScheduler:
         """
         capture = self.captures[request]
         # A preempted request is computed again, from wherever the prefix cache leaves off.
-        begin = min(computed, capture.read)
+        begin = max(capture.first, min(computed, capture.read))
         end = min(computed + output.num_scheduled_tokens[request], capture.tokens)
+        if begin >= end:
+            return  # this step stays before what is captured
         block_ids = tuple(
             [NULL_BLOCK] * len(group) if window and begin < computed - window + 1 else list(group)
             for group, window in zip(capture.block_ids, self.windows, strict=True)
@@ -187,6 +195,19 @@ class ConnectorScheduler:
         """The step's work, handed over once."""
         step, self.step = self.step, ConnectorMetadata()
         return step
+
+
+def capture_of(asked: object) -> tuple[str, int] | None:
+    """The name of a capture and the position from which its prompt is read back: of a value that is
+    the name alone, or `{"name": …, "begin": …}`; None where there is none."""
+    if isinstance(asked, str):
+        return asked, 0
+    if not isinstance(asked, Mapping):
+        return None
+    name, begin = asked.get("name"), asked.get("begin", 0)
+    if not isinstance(name, str) or not isinstance(begin, int) or begin < 0:
+        return None
+    return name, begin
 
 
 def loadable(plan: LoadParams, request: Request) -> int:
