@@ -65,7 +65,7 @@ FLOORS = (
     ("schema", "files"),
     ("provenance", "kernels", "tensor_file"),
     ("trust",),
-    ("anchors", "models"),
+    ("anchors", "models", "passages"),
     ("packages",),
     ("wmatrix",),
     ("align",),
