@@ -15,8 +15,8 @@ from typing import Any
 from awareness_vllm.errors import AwarenessError, BadInput, escaped
 
 SUBCOMMANDS = (
-    *("capture", "fit", "eval", "certify", "path", "heads", "check", "matrix"),
-    *("list", "inspect", "verify", "keygen", "sign", "serve", "doctor"),
+    *("capture", "fit", "quantize", "eval", "certify", "path", "heads", "check"),
+    *("matrix", "list", "inspect", "verify", "keygen", "sign", "serve", "doctor"),
 )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from awareness_vllm.packages.file import check_finite, payload_digest
 from awareness_vllm.packages.manifest import METADATA_KEY
 from awareness_vllm.tensor_file import FileRefused, read_file
 from awareness_vllm.wmatrix.features import split_states
+from awareness_vllm.wmatrix.int8 import dequantized, quantized
 from awareness_vllm.wmatrix.manifest import (
     WMatrixManifest,
     current_name,
@@ -126,6 +127,18 @@ class WMatrix:
             latents[side] = rows.to(self.encode.dtype) @ self.encode[part]
         return latents
 
+    def to_int8(self) -> WMatrix:
+        """The map with `encode` and `decode` rounded to int8, which its file stores.
+
+        It is not certified: a certificate states what other weights were measured to keep.
+        """
+        update = {"quantization": "int8", "certificate": None, "payload": ""}
+        return replace(
+            self,
+            manifest=self.manifest.model_copy(update=update),
+            **dequantized(quantized({"encode": self.encode, "decode": self.decode})),
+        )
+
     def save(self, path: str | Path) -> None:
         """Write the file atomically, with the payload digest in its manifest."""
         path = Path(path)
@@ -135,13 +148,11 @@ class WMatrix:
             save_file(self._tensors(), draft, {METADATA_KEY: manifest.model_dump_json()})
 
     def _tensors(self) -> dict[str, Tensor]:
-        tensors = {
-            "mean": self.mean,
-            "scale": self.scale,
-            "encode": self.encode.contiguous(),
-            "decode": self.decode.contiguous(),
-            "bias": self.bias,
-        }
+        """The file's tensors by name."""
+        products = {"encode": self.encode.contiguous(), "decode": self.decode.contiguous()}
+        if self.manifest.quantization:
+            products = quantized(products)
+        tensors = {"mean": self.mean, "scale": self.scale, "bias": self.bias, **products}
         for i, (key, value) in enumerate(zip(self.sink_keys, self.sink_values, strict=True)):
             tensors[f"sink.{i}.key"] = key.contiguous()
             tensors[f"sink.{i}.value"] = value.contiguous()
@@ -210,6 +221,8 @@ def load(path: str | Path, *, digest: str | None = None) -> WMatrix:
         payload = payload_digest(file.header.metadata[METADATA_KEY], sorted(tensors.items()))
         if payload != manifest.payload:
             raise FileRefused(f"payload {payload}", manifest.payload)
+        if manifest.quantization:
+            tensors |= dequantized(tensors)
     tensors = {current_name(name): tensor for name, tensor in tensors.items()}
     count = len(manifest.target.layers)
     wmatrix = WMatrix(

@@ -48,7 +48,8 @@ class WMatrixManifest(FrozenModel):
     the features' variance that the latent loses (None where not measured); without `certificate`
     the map is not certified. `fit` is the configuration of the fit; `payload` is the sha256 over
     the other fields and the tensors; `composed` are the payloads of the maps that this one was
-    composed of, in order.
+    composed of, in order; `quantization` is how the file stores `encode` and `decode`, where not in
+    a dtype of PRODUCT_DTYPES.
     """
 
     format: Literal["awareness-wmatrix/1"] = "awareness-wmatrix/1"
@@ -69,6 +70,7 @@ class WMatrixManifest(FrozenModel):
     composed: tuple[PlainName, ...] = Field((), max_length=64)
     versions: dict[PlainName, PlainName] = Field(max_length=16)
     certificate: dict[str, Any] | None = None
+    quantization: Literal["int8"] | None = None
     payload: str = ""
 
     @property
@@ -114,6 +116,8 @@ class WMatrixManifest(FrozenModel):
         for i, layer in enumerate(self.target.layers):
             shape = (len(self.sink), layer.heads, layer.head_dim)
             shapes |= {f"sink.{i}.key": shape, f"sink.{i}.value": shape}
+        if self.quantization:
+            shapes |= {"encode_scale": (features,), "decode_scale": (outputs,)}
         tables = self.position_embedding_shapes
         return shapes | {f"position_embeddings.{side}": tables[side] for side in tables}
 
@@ -186,9 +190,11 @@ def parse_manifest(header: Header) -> WMatrixManifest:
     shapes = {name: entry.shape for name, entry in entries.items()}
     if wrong := sorted(set(shapes.items()) ^ set(manifest.tensor_shapes.items())):
         raise FileRefused(f"tensors {wrong[:4]}"[:300], "the shapes of its geometries")
+    products = (manifest.quantization,) if manifest.quantization else PRODUCT_DTYPES
     for name, entry in entries.items():
-        if entry.dtype not in (PRODUCT_DTYPES if name in PRODUCTS else ("float32",)):
-            raise FileRefused(f"{name} of {entry.dtype}", "float32, or bfloat16 where it is large")
+        dtypes = products if name in PRODUCTS else ("float32",)
+        if entry.dtype not in dtypes:
+            raise FileRefused(f"{name} of {entry.dtype}", " or ".join(dtypes))
     if entries["encode"].dtype != entries["decode"].dtype:
         raise FileRefused("encode and decode of two dtypes", "one dtype")
     try:

@@ -76,6 +76,10 @@ def test_list_inspect_and_verify(
     inspected = document(["inspect", str(tmp_path / "a.wmatrix")], capfd)
     assert (inspected["kind"], inspected["certified"]) == ("wmatrix", False)
     assert document(["verify", str(tmp_path / "a.wmatrix")], capfd)["ok"] is True
+    small = tmp_path / "small.wmatrix"
+    made = document(["quantize", str(tmp_path / "a.wmatrix"), "--out", str(small)], capfd)
+    assert made["bytes"] == small.stat().st_size
+    assert document(["inspect", str(small)], capfd)["quantization"] == "int8"
     for argv in (["list", *store], ["inspect", published.stem, *store]):
         assert main(argv) == 0
     assert published.stem in capfd.readouterr().out

@@ -310,3 +310,59 @@ def test_states_that_no_model_computes_are_refused(wmatrix: WMatrix, state: floa
         wmatrix.map(source, embeddings)
     # A masked row's states are not looked at.
     wmatrix.map(source, embeddings, torch.tensor([False, True]))
+
+
+def test_int8_rounds_each_weight_by_at_most_half_a_level(wmatrix: WMatrix) -> None:
+    small = wmatrix.to_int8()
+    for name, dim in (("encode", 1), ("decode", 0)):
+        weights, rounded = getattr(wmatrix, name).float(), getattr(small, name)
+        largest = weights.abs().amax(dim, keepdim=True)
+        assert rounded.dtype == torch.bfloat16
+        # Half a level, and bfloat16's own rounding before and after.
+        assert ((rounded.float() - weights).abs() <= largest * (0.5 / 127 + 2**-7)).all()
+        assert (rounded.float() != weights).any()
+
+
+def test_an_int8_file_round_trips_to_the_same_bytes(wmatrix: WMatrix, tmp_path: Path) -> None:
+    encode = wmatrix.encode.clone()
+    encode[3], encode[4] = 0, 1e-38  # rows without a level
+    small = replace(wmatrix, encode=encode).to_int8()
+    small.save(tmp_path / "w")
+    with safe_open(tmp_path / "w", framework="pt") as file:
+        assert file.get_slice("encode").get_dtype() == "I8"
+        assert file.get_slice("decode_scale").get_shape() == [wmatrix.manifest.target.width]
+    result = load(tmp_path / "w")
+    assert same(result, small)
+    assert result.payload == result.manifest.payload == small.payload
+    result.save(tmp_path / "again")
+    assert file_digest(tmp_path / "again") == file_digest(tmp_path / "w")
+
+
+def test_a_quantized_map_has_no_certificate(wmatrix: WMatrix) -> None:
+    certified = wmatrix.manifest.model_copy(update={"certificate": {"tier": 1}})
+    assert replace(wmatrix, manifest=certified).to_int8().manifest.certificate is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("encode", -128), ("encode_scale", -1.0), ("decode_scale", 1e38)]
+)
+def test_int8_that_no_rounding_gives_is_refused(
+    wmatrix: WMatrix, tmp_path: Path, name: str, value: float
+) -> None:
+    wmatrix.to_int8().save(tmp_path / "w")
+    with safe_open(tmp_path / "w", framework="pt") as file:
+        tensor = file.get_tensor(name).clone()
+    tensor.view(-1)[0] = value
+    with pytest.raises(WMatrixCorrupt, match="no rounding"):
+        load(rewrite(tmp_path / "w", tmp_path / "v", tensors={name: tensor}))
+
+
+@pytest.mark.parametrize("change", [{"quantization": None}, {"quantization": "int4"}])
+def test_another_quantization_is_refused(
+    wmatrix: WMatrix, saved: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    wmatrix.to_int8().save(tmp_path / "w")
+    with pytest.raises(WMatrixCorrupt):
+        load(rewrite(tmp_path / "w", tmp_path / "v", change))
+    with pytest.raises(WMatrixCorrupt, match="tensors"):
+        load(rewrite(saved, tmp_path / "v", {"quantization": "int8"}))
