@@ -255,6 +255,7 @@ def test_unknown_flags_are_refused(name: str, capfd: pytest.CaptureFixture[str])
     needed = {
         "capture": ["--model", "m", "--text", "t"],
         "fit": ["--source", "a", "--target", "b", "--anchors", "x", "--out", "o"],
+        "quantize": ["w", "--out", "o"],
         "eval": ["--source", "a", "--target", "b", "--texts", "x"],
         "certify": ["w", "--source", "a", "--target", "b", "--texts", "x", "--cases", "y"],
         "path": ["--from", "a", "--to", "b"],
