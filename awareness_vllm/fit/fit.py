@@ -15,7 +15,7 @@ from awareness_vllm.fit.calibrate import calibrate
 from awareness_vllm.fit.checkpoint import Checkpoint, open_checkpoint
 from awareness_vllm.fit.config import FitConfig
 from awareness_vllm.fit.distributed import join
-from awareness_vllm.fit.examples import CalibrationExamples
+from awareness_vllm.fit.examples import CalibrationExamples, PairLessons
 from awareness_vllm.fit.gather import held_out_rows
 from awareness_vllm.fit.layers import full_layers
 from awareness_vllm.fit.progress import phase, say
@@ -50,10 +50,15 @@ def fit(
     Raises:
         BadInput: too few anchor tokens for the features.
     """
+    config = config.resolved()
     train, held_out = split(list(anchors), config.held_out, config.seed)
     with phase("structural analysis", progress):
         reader = Reader(
-            resolve_folder(source), resolve_folder(target), config.predecessors, config.layers
+            resolve_folder(source),
+            resolve_folder(target),
+            config.predecessors,
+            config.layers,
+            config.device,
         )
     rank, processes = join()
     if folder is not None and processes > 1:
@@ -88,18 +93,31 @@ def calibrate_map(
     """The map after calibration on the (training, held-out) documents."""
     train, held_out = documents
     pairs = calibration_texts(train, config.calibration, config.seed)
-    held_out_pairs = calibration_texts(held_out, HELD_OUT_TEXTS, config.seed + HELD_OUT_SEED)
-    wmatrix, scores = calibrate(
-        wmatrix,
-        CalibrationExamples(reader, wmatrix, pairs, checkpoint, "example"),
-        # A single epoch is never ended early: it needs no scores.
+    # A single epoch is never ended early: it needs no scores, and none of its texts again.
+    several = config.epochs > 1
+    scored = HELD_OUT_TEXTS if several else 0
+    held_out_pairs = calibration_texts(held_out, scored, config.seed + HELD_OUT_SEED)
+    kept = checkpoint if several and config.device == "cpu" else None
+    examples, held_out_examples = (
         CalibrationExamples(
-            reader, wmatrix, held_out_pairs if config.epochs > 1 else [], checkpoint, "held-out"
-        ),
-        config,
-        checkpoint,
-        progress=progress,
+            reader,
+            wmatrix,
+            PairLessons(tuple(texts)),
+            len(texts),
+            config.batch,
+            workers=workers,
+            checkpoint=kept,
+            name=name,
+        )
+        for name, texts, workers in (
+            ("example", pairs, config.workers),
+            ("held-out", held_out_pairs, 0),
+        )
     )
+    wmatrix, scores = calibrate(
+        wmatrix, examples, held_out_examples, config, checkpoint, progress=progress
+    )
+    examples.workers.close()
     logger.info("KL divergence on held-out texts, by epoch: %s", scores)
     return wmatrix
 
@@ -111,7 +129,7 @@ def r2_by_part(
     if not documents:
         return {}
     width, half = reader.width, reader.target_geometry.key_width
-    x, y = held_out_rows(reader, documents, seed)
+    x, y = (rows.cpu() for rows in held_out_rows(reader, documents, seed))
     keys, values = wmatrix.map(x[:, :width], x[:, width:])
     predicted = torch.cat([s.flatten(1) for s in (*keys, *values)], dim=1)
     if reader.residual:
