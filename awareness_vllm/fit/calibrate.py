@@ -152,6 +152,7 @@ def calibrate(
         and the scores: mean KL divergences before the first epoch and after each.
     """
     reader = examples.reader
+    stds = [getattr(wmatrix, name).float().std().item() for name in PARTS]
     wmatrix = wmatrix.to(reader.device)
     training = Training.start(wmatrix)
     training.resume(checkpoint)
@@ -159,7 +160,6 @@ def calibrate(
         training.record(mean_kl(wmatrix, reader, training.parts, held_out))
     total = config.epochs * len(examples)
     bar = tqdm(total=total, initial=training.step, desc="calibration", disable=not progress)
-    stds = [getattr(wmatrix, name).float().std().item() for name in PARTS]
     losses: list[Tensor] = []
     clock = Clock(training.seconds)
     for epoch, batch in _batches(examples, config, training.step):
@@ -247,11 +247,12 @@ def kl_divergence(
     native = batch.native.float()
     if batch.taken is not None:
         logits, native = (x.masked_fill(~batch.taken, UNLIKELY) for x in (logits, native))
-    counts = torch.tensor([len(ids) for ids in batch.ids], device=logits.device)
+    counts = torch.tensor([len(ids) for ids in batch.ids])
+    weights = (1 / counts.repeat_interleave(counts) / len(counts)).to(logits.device)
     per_token = torch.nn.functional.kl_div(
         logits.log_softmax(-1), native.log_softmax(-1), log_target=True, reduction="none"
     ).sum(-1)
-    return (per_token / counts.repeat_interleave(counts)).sum() / len(counts)
+    return (per_token * weights).sum()
 
 
 def mapped_logits(
