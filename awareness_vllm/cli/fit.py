@@ -20,7 +20,7 @@ CONFIGURATION = {
     "seed": "seed of all random choices",
 }
 """The fields of FitConfig that are options of whole numbers, with their help."""
-OTHERS = ("choice", "minutes", "device")
+OTHERS = ("choice", "minutes", "lessons", "device")
 """Its other options."""
 
 
@@ -35,7 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--minutes",
         type=float,
-        help="time of the calibration, over as many of its texts, again and again, as it holds",
+        help="time of the calibration, with as many texts as it holds",
+    )
+    parser.add_argument(
+        "--lessons",
+        choices=("short", "long"),
+        help="calibration texts: short ones, or facts hidden in 300 to 2,000 tokens of prose",
     )
     parser.add_argument(
         "--device", choices=("cpu", "cuda", "auto"), help="where models and sums are"

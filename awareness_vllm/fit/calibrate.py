@@ -35,6 +35,8 @@ WARM_UP = 10
 """Steps over which the rate rises."""
 SAVE_EVERY = 50
 """Steps between two checkpoints on a CPU."""
+Snapshot = Callable[[WMatrix], None]
+"""What is done with a map in between."""
 UNLIKELY = -1e30
 """The logit of a token that a lesson is not judged by."""
 
@@ -137,7 +139,7 @@ def calibrate(
     checkpoint: Checkpoint,
     *,
     progress: bool = True,
-    snapshot: Callable[[WMatrix], None] | None = None,
+    snapshot: Snapshot | None = None,
 ) -> tuple[WMatrix, list[float]]:
     """Train encoder, decoder and bias by Adam; a killed training resumes from the checkpoint.
 

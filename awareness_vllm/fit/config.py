@@ -16,7 +16,8 @@ class FitConfig:
     documents); the `predecessors` of a token whose embeddings are features too (None: no
     embeddings at all, for packages without text); calibration on `calibration` texts in steps of
     `batch`, for `epochs` with a relative `rate`, ended by `patience` epochs without a better score
-    on the `held_out` share of documents, or for as many `minutes`, on as many texts as they hold.
+    on the `held_out` share of documents, or for as many `minutes`. `lessons` are "short" texts, or
+    "long" ones with facts hidden in them, of which minutes have as many as they hold.
     Models and sums are on the `device` ("cpu", "cuda", or "auto": CUDA where there is one), beside
     `workers` processes that tokenise."""
 
@@ -33,6 +34,7 @@ class FitConfig:
     patience: int = 3
     held_out: float = 0.05
     minutes: float | None = None
+    lessons: Literal["short", "long"] = "short"
     seed: int = 0
     device: Literal["cpu", "cuda", "auto"] = "cpu"
     workers: int = 0

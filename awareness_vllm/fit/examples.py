@@ -15,6 +15,7 @@ from torch import Tensor
 from awareness_vllm.fit.checkpoint import Checkpoint
 from awareness_vllm.fit.memories import Reread, narrowed, ragged_rows
 from awareness_vllm.fit.reader import Reader, at
+from awareness_vllm.fit.texts import Lesson
 from awareness_vllm.fit.tokens import Indices, TextTokens, Tokeniser, Workers, pieces
 from awareness_vllm.models.hf import cache_repeats, new_cache, pad_right, padded_cache_states
 from awareness_vllm.wmatrix.file import WMatrix
@@ -27,16 +28,6 @@ LIKELY = 256
 vocabulary of 262k would cost more than the rest of a step. A GPU takes all of them."""
 BUCKET = 16
 """Steps on a GPU whose lessons are sorted by length, so that little is padded."""
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """A context, a continuation that is predicted after it, and the ranges of the context's
-    characters that are read natively, as passages that a question points at are."""
-
-    context: str
-    continuation: str
-    reread: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -128,6 +119,7 @@ class CalibrationExamples:
         total: how many there are; None for any number of them.
         size: B, the lessons of a batch.
         workers: processes that tokenise ahead; 0 for none.
+        whole: whether all tokens of the native predictions count, as they do on a GPU.
     """
 
     def __init__(
@@ -141,11 +133,13 @@ class CalibrationExamples:
         workers: int = 0,
         checkpoint: Checkpoint | None = None,
         name: str = "example",
+        whole: bool = False,
     ) -> None:
         self.reader, self.size, self.total = reader, size, total
         self.wmatrix = wmatrix.to(reader.device)
         self.checkpoint, self.name = checkpoint, name
         self.on_gpu = torch.device(reader.device).type != "cpu"
+        self.whole = whole or self.on_gpu
         self.workers = Workers(workers, (reader.tokeniser, lessons))
 
     def __len__(self) -> int:
@@ -208,7 +202,7 @@ class CalibrationExamples:
         with narrowed(model, None, rows):
             native = model(padded, past_key_values=cache, use_cache=True).logits[0]
         tokens = taken = None
-        if not self.on_gpu:
+        if not self.whole:
             tokens, taken = likely_tokens(native, counts)
             native = native[:, tokens]
         return Batch(

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from awareness_vllm.anchors.corpus import Document, digest, split
-from awareness_vllm.fit.calibrate import calibrate
+from awareness_vllm.fit.calibrate import Snapshot, calibrate
 from awareness_vllm.fit.checkpoint import Checkpoint, open_checkpoint
 from awareness_vllm.fit.config import FitConfig
 from awareness_vllm.fit.distributed import join
@@ -21,7 +21,7 @@ from awareness_vllm.fit.layers import full_layers
 from awareness_vllm.fit.progress import phase, say
 from awareness_vllm.fit.reader import Reader
 from awareness_vllm.fit.regress import choose_layers, regress
-from awareness_vllm.fit.texts import calibration_texts
+from awareness_vllm.fit.texts import LongLessons, calibration_texts
 from awareness_vllm.models.folder import resolve_folder
 from awareness_vllm.wmatrix.file import WMatrix
 from awareness_vllm.wmatrix.heads import main_layers
@@ -41,11 +41,13 @@ def fit(
     *,
     folder: Path | None = None,
     progress: bool = True,
+    snapshot: Snapshot | None = None,
 ) -> WMatrix:
     """The map from one model's states to another's, learned from anchors.
 
     Args:
         folder: for checkpoints, from which a killed fit resumes.
+        snapshot: is given the map before its calibration, and about once a minute of that.
 
     Raises:
         BadInput: too few anchor tokens for the features.
@@ -72,10 +74,18 @@ def fit(
             wmatrix = regress(reader, (train, held_out), config, checkpoint, progress=progress)
         with phase("component mapping", progress):
             say(f"main source layer of each target layer: {main_layers(wmatrix)}", progress)
+        if snapshot is not None:
+            snapshot(wmatrix)
         if config.calibration:
             with phase("calibration", progress):
                 wmatrix = calibrate_map(
-                    reader, wmatrix, (train, held_out), config, checkpoint, progress=progress
+                    reader,
+                    wmatrix,
+                    (train, held_out),
+                    config,
+                    checkpoint,
+                    progress=progress,
+                    snapshot=snapshot,
                 )
         r2 = r2_by_part(reader, wmatrix, held_out, config.seed)
     return replace(wmatrix, manifest=wmatrix.manifest.model_copy(update={"r2": r2}))
@@ -89,37 +99,54 @@ def calibrate_map(
     checkpoint: Checkpoint,
     *,
     progress: bool,
+    snapshot: Snapshot | None = None,
 ) -> WMatrix:
     """The map after calibration on the (training, held-out) documents."""
     train, held_out = documents
-    pairs = calibration_texts(train, config.calibration, config.seed)
     # A single epoch is never ended early: it needs no scores, and none of its texts again.
-    several = config.epochs > 1
+    several = config.epochs > 1 and config.minutes is None
     scored = HELD_OUT_TEXTS if several else 0
-    held_out_pairs = calibration_texts(held_out, scored, config.seed + HELD_OUT_SEED)
     kept = checkpoint if several and config.device == "cpu" else None
+    endless = config.lessons == "long" and config.minutes is not None
     examples, held_out_examples = (
         CalibrationExamples(
             reader,
             wmatrix,
-            PairLessons(tuple(texts)),
-            len(texts),
+            lessons_of(texts, count, seed, config),
+            count if not endless or name == "held-out" else None,
             config.batch,
             workers=workers,
             checkpoint=kept,
             name=name,
         )
-        for name, texts, workers in (
-            ("example", pairs, config.workers),
-            ("held-out", held_out_pairs, 0),
+        for name, texts, count, seed, workers in (
+            ("example", train, config.calibration, config.seed, config.workers),
+            ("held-out", held_out, scored, config.seed + HELD_OUT_SEED, 0),
         )
     )
-    wmatrix, scores = calibrate(
-        wmatrix, examples, held_out_examples, config, checkpoint, progress=progress
-    )
-    examples.workers.close()
+    try:
+        wmatrix, scores = calibrate(
+            wmatrix,
+            examples,
+            held_out_examples,
+            config,
+            checkpoint,
+            progress=progress,
+            snapshot=snapshot,
+        )
+    finally:
+        examples.workers.close()
     logger.info("KL divergence on held-out texts, by epoch: %s", scores)
     return wmatrix
+
+
+def lessons_of(
+    documents: Sequence[Document], count: int, seed: int, config: FitConfig
+) -> PairLessons | LongLessons:
+    """The lessons of the configuration's kind over documents."""
+    if config.lessons == "long" and documents:
+        return LongLessons.of(documents, seed)
+    return PairLessons(tuple(calibration_texts(documents, count, seed)))
 
 
 def r2_by_part(

@@ -14,12 +14,12 @@ from awareness_vllm.fit.calibrate import PARTS, kl_divergence, mapped_logits
 from awareness_vllm.fit.examples import (
     Batch,
     CalibrationExamples,
-    Lesson,
     LessonTokens,
     lesson_tokens,
     likely_tokens,
 )
 from awareness_vllm.fit.reader import Reader
+from awareness_vllm.fit.texts import Lesson
 from awareness_vllm.fit.tokens import Workers, by_length, pieces
 from awareness_vllm.models.hf import states
 from awareness_vllm.wmatrix.file import WMatrix
