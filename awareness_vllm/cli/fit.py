@@ -16,9 +16,12 @@ CONFIGURATION = {
     "calibration": "calibration texts; 0 for none",
     "batch": "calibration texts of a step",
     "epochs": "passes over the calibration texts",
+    "workers": "processes that tokenise beside a GPU",
     "seed": "seed of all random choices",
 }
-"""The fields of FitConfig that are options, with their help."""
+"""The fields of FitConfig that are options of whole numbers, with their help."""
+OTHERS = ("choice", "minutes", "lessons", "device")
+"""Its other options."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +32,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     # No defaults here: FitConfig has them.
     for name, help_text in CONFIGURATION.items():
         parser.add_argument(f"--{name}", type=int, help=help_text)
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        help="time of the calibration, with as many texts as it holds",
+    )
+    parser.add_argument(
+        "--lessons",
+        choices=("short", "long"),
+        help="calibration texts: short ones, or facts hidden in 300 to 2,000 tokens of prose",
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda", "auto"), help="where models and sums are"
+    )
     parser.add_argument(
         "--choice",
         choices=("spread", "best", "full"),
@@ -48,7 +64,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from awareness_vllm.fit.distributed import join
     from awareness_vllm.fit.fit import fit
 
-    options = {name: getattr(args, name) for name in (*CONFIGURATION, "choice")}
+    options = {name: getattr(args, name) for name in (*CONFIGURATION, *OTHERS)}
     config = FitConfig(**{name: value for name, value in options.items() if value is not None})
     if args.without_text:
         config = replace(config, predecessors=None)

@@ -7,11 +7,12 @@ target's native predictions of the texts' continuations.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -19,12 +20,10 @@ from tqdm import tqdm
 
 from awareness_vllm.fit.checkpoint import Checkpoint
 from awareness_vllm.fit.config import FitConfig
-from awareness_vllm.fit.examples import CalibrationExample, CalibrationExamples
+from awareness_vllm.fit.examples import Batch, CalibrationExamples
+from awareness_vllm.fit.memories import logits_after
 from awareness_vllm.fit.reader import Reader
 from awareness_vllm.wmatrix.file import WMatrix
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 PARTS = ("encode", "decode", "bias")
 SHARES = (0.2, 1.0, 1.0)
@@ -33,9 +32,30 @@ BETAS = (0.9, 0.98)
 
 
 WARM_UP = 10
-"""Examples over which the rate rises."""
+"""Steps over which the rate rises."""
 SAVE_EVERY = 50
-"""Examples between two checkpoints."""
+"""Steps between two checkpoints on a CPU."""
+Snapshot = Callable[[WMatrix], None]
+"""What is done with a map in between."""
+UNLIKELY = -1e30
+"""The logit of a token that a lesson is not judged by."""
+
+
+class Clock:
+    """Seconds of a training, those of a killed run included."""
+
+    def __init__(self, before: float) -> None:
+        self.before, self.begun = before, time.monotonic()
+        self.minutes = int(before // 60)
+
+    @property
+    def seconds(self) -> float:
+        return self.before + time.monotonic() - self.begun
+
+    def minute_is_over(self) -> bool:
+        """Whether a further minute is full since this was asked."""
+        before, self.minutes = self.minutes, int(self.seconds // 60)
+        return self.minutes > before
 
 
 @dataclass
@@ -51,7 +71,8 @@ class Training:
     best: dict[str, Tensor]
     scores: list[float]
     step: int = 0
-    """Examples seen."""
+    seconds: float = 0.0
+    """Steps done, and the time that they took."""
 
     @classmethod
     def start(cls, wmatrix: WMatrix) -> Training:
@@ -74,7 +95,12 @@ class Training:
                 if part in self.optimizer.state:
                     tensors[f"{moment}.{name}"] = self.optimizer.state[part][moment]
         updates = [int(state["step"]) for state in self.optimizer.state.values()]
-        note = {"step": self.step, "updates": max(updates, default=0), "scores": self.scores}
+        note = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "updates": max(updates, default=0),
+            "scores": self.scores,
+        }
         checkpoint.save("calibration", tensors, note)
 
     def resume(self, checkpoint: Checkpoint) -> None:
@@ -82,15 +108,15 @@ class Training:
         if (saved := checkpoint.load("calibration")) is None:
             return
         tensors, note = saved
-        self.step, self.scores = note["step"], note["scores"]
+        self.step, self.seconds, self.scores = note["step"], note["seconds"], note["scores"]
         for name, part in self.parts.items():
-            self.best[name] = tensors[f"best.{name}"]
+            self.best[name] = tensors[f"best.{name}"].to(part.device)
             part.data.copy_(tensors[f"part.{name}"])
             if f"exp_avg.{name}" in tensors:
                 self.optimizer.state[part] = {
                     "step": torch.tensor(float(note["updates"])),
-                    "exp_avg": tensors[f"exp_avg.{name}"],
-                    "exp_avg_sq": tensors[f"exp_avg_sq.{name}"],
+                    "exp_avg": tensors[f"exp_avg.{name}"].to(part.device),
+                    "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(part.device),
                 }
 
     def record(self, score: float) -> None:
@@ -113,39 +139,47 @@ def calibrate(
     checkpoint: Checkpoint,
     *,
     progress: bool = True,
+    snapshot: Snapshot | None = None,
 ) -> tuple[WMatrix, list[float]]:
     """Train encoder, decoder and bias by Adam; a killed training resumes from the checkpoint.
 
     After each epoch the map is scored on the held-out examples; training ends after
-    `config.patience` epochs without a better score.
+    `config.patience` epochs without a better score, or after `config.minutes`.
+
+    Args:
+        snapshot: is given the map about once a minute.
 
     Returns:
         the map with the best score on the held-out examples (the last one where there are none),
         and the scores: mean KL divergences before the first epoch and after each.
     """
+    reader = examples.reader
+    stds = [getattr(wmatrix, name).float().std().item() for name in PARTS]
+    wmatrix = wmatrix.to(reader.device)
     training = Training.start(wmatrix)
     training.resume(checkpoint)
-    reader, total = examples.reader, config.epochs * len(examples)
-    stds = [getattr(wmatrix, name).float().std().item() for name in PARTS]
     if len(held_out) and not training.scores:
         training.record(mean_kl(wmatrix, reader, training.parts, held_out))
-    losses: list[float] = []
+    total = config.epochs * len(examples)
     bar = tqdm(total=total, initial=training.step, desc="calibration", disable=not progress)
-    while training.step < total:
-        rate = config.rate * schedule(training.step, total)
-        for group, std, share in zip(training.optimizer.param_groups, stds, SHARES, strict=True):
-            group["lr"] = rate * std * share
-        epoch, begin = divmod(training.step, len(examples))
-        batch = _order(len(examples), epoch, config.seed)[begin : begin + config.batch]
+    losses: list[Tensor] = []
+    clock = Clock(training.seconds)
+    for epoch, batch in _batches(examples, config, training.step):
+        training.seconds = clock.seconds
+        if (share := progress_share(training, total, config.minutes)) >= 1:
+            break
+        rate = config.rate * schedule(training.step, share)
+        for group, std, part in zip(training.optimizer.param_groups, stds, SHARES, strict=True):
+            group["lr"] = rate * std * part
         training.optimizer.zero_grad()
-        for index in batch:
-            loss = kl_divergence(wmatrix, reader, training.parts, examples[index])
-            (loss / len(batch)).backward()
-            losses.append(loss.item())
+        loss = kl_divergence(wmatrix, reader, training.parts, batch)
+        loss.backward()
         training.optimizer.step()
-        training.step += len(batch)
-        bar.update(len(batch))
-        bar.set_postfix(kl=f"{sum(losses[-20:]) / len(losses[-20:]):.3f}")
+        training.step += 1
+        losses = [*losses[-19:], loss.detach()]
+        bar.update()
+        if not examples.on_gpu or training.step % SAVE_EVERY == 0:  # a figure waits for the GPU
+            bar.set_postfix(kl=f"{torch.stack(losses).mean().item():.3f}")
         if len(held_out) and training.step % len(examples) == 0:
             training.record(mean_kl(wmatrix, reader, training.parts, held_out))
             bar.write(
@@ -153,21 +187,45 @@ def calibrate(
             )
             if training.is_stalled(config.patience):
                 break
-        if training.step % SAVE_EVERY < len(batch):
+        minute = clock.minute_is_over()
+        if (not examples.on_gpu and training.step % SAVE_EVERY == 0) or minute:
             training.save(checkpoint)
+        if minute and snapshot is not None:
+            snapshot(_trained(wmatrix, training.parts))
     bar.close()
     parts = training.best if training.scores else training.parts
+    return _trained(wmatrix, parts), training.scores
+
+
+def _batches(
+    examples: CalibrationExamples, config: FitConfig, step: int
+) -> Iterator[tuple[int, Batch]]:
+    """The epoch and the batch of each step from `step` on; without end in a time's budget."""
+    begin, epoch = divmod(step, len(examples) or sys.maxsize)[::-1]
+    while epoch < config.epochs or config.minutes is not None:
+        numbers = islice(examples.numbers(epoch, config.seed), begin, None)
+        yield from ((epoch, batch) for batch in examples.batches(numbers))
+        epoch, begin = epoch + 1, 0
+
+
+def _trained(wmatrix: WMatrix, parts: dict[str, Tensor]) -> WMatrix:
+    """The map with trained parts, on the CPU."""
     return replace(
         wmatrix,
         encode=parts["encode"].detach().bfloat16(),
         decode=parts["decode"].detach().bfloat16(),
-        bias=parts["bias"].detach(),
-    ), training.scores
+        bias=parts["bias"].detach().clone(),
+    ).to("cpu")
 
 
-def schedule(step: int, total: int) -> float:
+def progress_share(training: Training, total: int, minutes: float | None) -> float:
+    """The share of a training that is done: of its steps, or of its time."""
+    return training.step / total if minutes is None else training.seconds / (60 * minutes)
+
+
+def schedule(step: int, share: float) -> float:
     """The share of the full rate at a step: a linear warm-up, then cosine decay."""
-    return min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / total))
+    return min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * share))
 
 
 @torch.no_grad()
@@ -175,28 +233,41 @@ def mean_kl(
     wmatrix: WMatrix, reader: Reader, parts: dict[str, Tensor], examples: CalibrationExamples
 ) -> float:
     """The mean KL divergence over examples."""
+    batches = examples.batches(examples.numbers(0, 0))
     scores = [
-        kl_divergence(wmatrix, reader, parts, examples[i]).item() for i in range(len(examples))
+        (len(batch.ids), kl_divergence(wmatrix, reader, parts, batch).item()) for batch in batches
     ]
-    return sum(scores) / len(scores)
+    return sum(n * score for n, score in scores) / sum(n for n, _ in scores)
 
 
 def kl_divergence(
-    wmatrix: WMatrix, reader: Reader, parts: dict[str, Tensor], example: CalibrationExample
+    wmatrix: WMatrix, reader: Reader, parts: dict[str, Tensor], batch: Batch
 ) -> Tensor:
-    """KL divergence of the prediction after the memory from the native one, in nats per token."""
-    encode, decode, bias = (parts[name].bfloat16() for name in PARTS)
-    flat = (example.features @ encode) @ decode + bias
+    """KL divergence of the predictions after memories from the native ones, in nats per token, the
+    mean over a batch's lessons."""
+    logits = mapped_logits(wmatrix, reader, parts, batch).float()
+    native = batch.native.float()
+    if batch.taken is not None:
+        logits, native = (x.masked_fill(~batch.taken, UNLIKELY) for x in (logits, native))
+    counts = torch.tensor([len(ids) for ids in batch.ids])
+    weights = (1 / counts.repeat_interleave(counts) / len(counts)).to(logits.device)
+    per_token = torch.nn.functional.kl_div(
+        logits.log_softmax(-1), native.log_softmax(-1), log_target=True, reduction="none"
+    ).sum(-1)
+    return (per_token * weights).sum()
+
+
+def mapped_logits(
+    wmatrix: WMatrix, reader: Reader, parts: dict[str, Tensor], batch: Batch
+) -> Tensor:
+    """The logits [sum of the continuations' tokens, V] after the mapped memories of a batch."""
+    encode, decode, bias = (parts[name].to(batch.features.dtype) for name in PARTS)
+    flat = (batch.features @ encode) @ decode + bias
     if wmatrix.manifest.residual:
-        flat = flat + source_states(wmatrix, example.features)
+        flat = flat + source_states(wmatrix, batch.features)
     sinks = wmatrix.sink_keys, wmatrix.sink_values
-    with only_tokens(reader.target_model, example.likely):
-        logits = reader.logits_after(sinks, flat, example.ids)
-    return torch.nn.functional.kl_div(
-        logits.float().log_softmax(-1),
-        example.native.float().log_softmax(-1),
-        log_target=True,
-        reduction="batchmean",
+    return logits_after(
+        reader, sinks, flat, batch.lengths, batch.ids, reread=batch.reread, tokens=batch.tokens
     )
 
 
@@ -204,26 +275,3 @@ def source_states(wmatrix: WMatrix, features: Tensor) -> Tensor:
     """The source's states [T, source_width] of standardised features [T, F]."""
     width = wmatrix.manifest.source_width
     return features[:, :width] / wmatrix.scale[:width] + wmatrix.mean[:width]
-
-
-@contextlib.contextmanager
-def only_tokens(model: PreTrainedModel, tokens: Tensor) -> Iterator[None]:
-    """A context in which the model's head has only these output tokens [N]."""
-    head = model.get_output_embeddings()
-    narrow = torch.nn.Linear(1, 1, bias=False)
-    narrow.weight = torch.nn.Parameter(head.weight[tokens], requires_grad=False)
-    if head.bias is not None:
-        narrow.bias = torch.nn.Parameter(head.bias[tokens], requires_grad=False)
-    model.set_output_embeddings(narrow)
-    try:
-        yield
-    finally:
-        model.set_output_embeddings(head)
-
-
-def _order(count: int, epoch: int, seed: int) -> list[int]:
-    """The order of the examples in an epoch; in the first one unshuffled."""
-    if epoch == 0:
-        return list(range(count))
-    generator = torch.Generator().manual_seed(seed + epoch)
-    return torch.randperm(count, generator=generator).tolist()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
+
+from awareness_vllm.errors import BadInput
 
 
 @dataclass(frozen=True)
@@ -14,7 +16,10 @@ class FitConfig:
     documents); the `predecessors` of a token whose embeddings are features too (None: no
     embeddings at all, for packages without text); calibration on `calibration` texts in steps of
     `batch`, for `epochs` with a relative `rate`, ended by `patience` epochs without a better score
-    on the `held_out` share of documents."""
+    on the `held_out` share of documents, or for as many `minutes`. `lessons` are "short" texts, or
+    "long" ones with facts hidden in them, of which minutes have as many as they hold.
+    Models and sums are on the `device` ("cpu", "cuda", or "auto": CUDA where there is one), beside
+    `workers` processes that tokenise."""
 
     tokens: int = 45_000
     layers: int | None = None
@@ -28,4 +33,23 @@ class FitConfig:
     rate: float = 3e-3
     patience: int = 3
     held_out: float = 0.05
+    minutes: float | None = None
+    lessons: Literal["short", "long"] = "short"
     seed: int = 0
+    device: Literal["cpu", "cuda", "auto"] = "cpu"
+    workers: int = 0
+
+    def resolved(self) -> FitConfig:
+        """The configuration with its device chosen. Raises BadInput for one that is not there."""
+        import torch
+
+        found = torch.cuda.is_available()
+        if self.device == "cuda" and not found:
+            raise BadInput(
+                "no CUDA device",
+                found="none that torch sees",
+                expected="a GPU, and torch with CUDA",
+                remedy="fit with --device cpu",
+            )
+        auto: Literal["cpu", "cuda"] = "cuda" if found else "cpu"
+        return replace(self, device=auto if self.device == "auto" else self.device)

@@ -11,17 +11,17 @@ from pathlib import Path
 import torch
 
 from awareness_vllm.anchors.corpus import Document, digest, split
-from awareness_vllm.fit.calibrate import calibrate
+from awareness_vllm.fit.calibrate import Snapshot, calibrate
 from awareness_vllm.fit.checkpoint import Checkpoint, open_checkpoint
 from awareness_vllm.fit.config import FitConfig
 from awareness_vllm.fit.distributed import join
-from awareness_vllm.fit.examples import CalibrationExamples
+from awareness_vllm.fit.examples import CalibrationExamples, PairLessons
 from awareness_vllm.fit.gather import held_out_rows
 from awareness_vllm.fit.layers import full_layers
 from awareness_vllm.fit.progress import phase, say
 from awareness_vllm.fit.reader import Reader
 from awareness_vllm.fit.regress import choose_layers, regress
-from awareness_vllm.fit.texts import calibration_texts
+from awareness_vllm.fit.texts import LongLessons, calibration_texts
 from awareness_vllm.models.folder import resolve_folder
 from awareness_vllm.wmatrix.file import WMatrix
 from awareness_vllm.wmatrix.heads import main_layers
@@ -41,19 +41,26 @@ def fit(
     *,
     folder: Path | None = None,
     progress: bool = True,
+    snapshot: Snapshot | None = None,
 ) -> WMatrix:
     """The map from one model's states to another's, learned from anchors.
 
     Args:
         folder: for checkpoints, from which a killed fit resumes.
+        snapshot: is given the map before its calibration, and about once a minute of that.
 
     Raises:
         BadInput: too few anchor tokens for the features.
     """
+    config = config.resolved()
     train, held_out = split(list(anchors), config.held_out, config.seed)
     with phase("structural analysis", progress):
         reader = Reader(
-            resolve_folder(source), resolve_folder(target), config.predecessors, config.layers
+            resolve_folder(source),
+            resolve_folder(target),
+            config.predecessors,
+            config.layers,
+            config.device,
         )
     rank, processes = join()
     if folder is not None and processes > 1:
@@ -67,10 +74,18 @@ def fit(
             wmatrix = regress(reader, (train, held_out), config, checkpoint, progress=progress)
         with phase("component mapping", progress):
             say(f"main source layer of each target layer: {main_layers(wmatrix)}", progress)
+        if snapshot is not None:
+            snapshot(wmatrix)
         if config.calibration:
             with phase("calibration", progress):
                 wmatrix = calibrate_map(
-                    reader, wmatrix, (train, held_out), config, checkpoint, progress=progress
+                    reader,
+                    wmatrix,
+                    (train, held_out),
+                    config,
+                    checkpoint,
+                    progress=progress,
+                    snapshot=snapshot,
                 )
         r2 = r2_by_part(reader, wmatrix, held_out, config.seed)
     return replace(wmatrix, manifest=wmatrix.manifest.model_copy(update={"r2": r2}))
@@ -84,24 +99,54 @@ def calibrate_map(
     checkpoint: Checkpoint,
     *,
     progress: bool,
+    snapshot: Snapshot | None = None,
 ) -> WMatrix:
     """The map after calibration on the (training, held-out) documents."""
     train, held_out = documents
-    pairs = calibration_texts(train, config.calibration, config.seed)
-    held_out_pairs = calibration_texts(held_out, HELD_OUT_TEXTS, config.seed + HELD_OUT_SEED)
-    wmatrix, scores = calibrate(
-        wmatrix,
-        CalibrationExamples(reader, wmatrix, pairs, checkpoint, "example"),
-        # A single epoch is never ended early: it needs no scores.
+    # A single epoch is never ended early: it needs no scores, and none of its texts again.
+    several = config.epochs > 1 and config.minutes is None
+    scored = HELD_OUT_TEXTS if several else 0
+    kept = checkpoint if several and config.device == "cpu" else None
+    endless = config.lessons == "long" and config.minutes is not None
+    examples, held_out_examples = (
         CalibrationExamples(
-            reader, wmatrix, held_out_pairs if config.epochs > 1 else [], checkpoint, "held-out"
-        ),
-        config,
-        checkpoint,
-        progress=progress,
+            reader,
+            wmatrix,
+            lessons_of(texts, count, seed, config),
+            count if not endless or name == "held-out" else None,
+            config.batch,
+            workers=workers,
+            checkpoint=kept,
+            name=name,
+        )
+        for name, texts, count, seed, workers in (
+            ("example", train, config.calibration, config.seed, config.workers),
+            ("held-out", held_out, scored, config.seed + HELD_OUT_SEED, 0),
+        )
     )
+    try:
+        wmatrix, scores = calibrate(
+            wmatrix,
+            examples,
+            held_out_examples,
+            config,
+            checkpoint,
+            progress=progress,
+            snapshot=snapshot,
+        )
+    finally:
+        examples.workers.close()
     logger.info("KL divergence on held-out texts, by epoch: %s", scores)
     return wmatrix
+
+
+def lessons_of(
+    documents: Sequence[Document], count: int, seed: int, config: FitConfig
+) -> PairLessons | LongLessons:
+    """The lessons of the configuration's kind over documents."""
+    if config.lessons == "long" and documents:
+        return LongLessons.of(documents, seed)
+    return PairLessons(tuple(calibration_texts(documents, count, seed)))
 
 
 def r2_by_part(
@@ -111,7 +156,7 @@ def r2_by_part(
     if not documents:
         return {}
     width, half = reader.width, reader.target_geometry.key_width
-    x, y = held_out_rows(reader, documents, seed)
+    x, y = (rows.cpu() for rows in held_out_rows(reader, documents, seed))
     keys, values = wmatrix.map(x[:, :width], x[:, width:])
     predicted = torch.cat([s.flatten(1) for s in (*keys, *values)], dim=1)
     if reader.residual:

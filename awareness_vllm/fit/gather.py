@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -16,9 +16,12 @@ from awareness_vllm.fit.distributed import join
 from awareness_vllm.fit.reader import Reader
 from awareness_vllm.fit.statistics import Statistics
 from awareness_vllm.fit.texts import shuffled_windows
+from awareness_vllm.fit.tokens import TextTokens, Tokeniser, Workers, by_length, pieces
 
 CHUNK_ROWS = 4096
 """Rows after which the sums are saved: a kill loses at most as many."""
+GPU_TEXTS, GPU_TOKENS = 64, 32_768
+"""Texts that a GPU's process tokenises at once, and padded tokens that a GPU reads at once."""
 
 
 def gather(
@@ -36,18 +39,20 @@ def gather(
     Raises:
         BadInput: fewer rows than one chunk.
     """
-    statistics, first = _resume(checkpoint)
+    statistics, first = _resume(checkpoint, reader.device)
+    on_gpu = torch.device(reader.device).type != "cpu"
     chunk: list[tuple[Tensor, Tensor]] = []
     pending = 0
     rank, processes = join()
     texts = shuffled_windows(documents, config.seed)[rank::processes]
     total = config.tokens // processes
-    done = statistics.rows if statistics else 0
+    done, number = statistics.rows if statistics else 0, first
     with tqdm(total=total, initial=done, unit="tok", desc="anchors", disable=not progress) as bar:
-        for number, text in enumerate(texts[first:], first + 1):
+        for batch in batches(reader, texts[first:], config.workers if on_gpu else 0):
             if done + pending >= total:
                 break
-            x, y = reader.pairs(text)
+            number += len(batch)
+            x, y = reader.pairs(batch)
             chunk.append((x, y))
             pending += len(x)
             bar.update(len(x))
@@ -59,7 +64,8 @@ def gather(
             if statistics is not None:
                 statistics.add(xs, ys)
                 chunk, done, pending = [], statistics.rows, 0
-                checkpoint.save("sums", statistics.tensors(), {"texts": number, "rows": done})
+                if not on_gpu:  # which reads faster than it saves
+                    checkpoint.save("sums", statistics.tensors(), {"texts": number, "rows": done})
     if statistics is None:
         raise BadInput(
             "too few anchor tokens",
@@ -70,12 +76,31 @@ def gather(
     return statistics.all_reduce() if processes > 1 else statistics
 
 
-def _resume(checkpoint: Checkpoint) -> tuple[Statistics | None, int]:
+def batches(reader: Reader, texts: Sequence[str], workers: int) -> Iterator[list[TextTokens]]:
+    """The texts' tokens, as many at once as the reader's device takes: on a CPU one by one, on a
+    GPU many, with `workers` that tokenise beside it."""
+    if torch.device(reader.device).type == "cpu":
+        yield from ([reader.tokeniser.text(text)] for text in texts)
+        return
+    pool = Workers(workers, reader.tokeniser)
+    try:
+        for piece in pool.map(_tokenise, pieces(texts, GPU_TEXTS)):
+            yield from by_length(piece, GPU_TOKENS)
+    finally:
+        pool.close()
+
+
+def _tokenise(tokeniser: Tokeniser, texts: Sequence[str]) -> list[TextTokens]:
+    return [tokeniser.text(text) for text in texts]
+
+
+def _resume(checkpoint: Checkpoint, device: torch.device | str) -> tuple[Statistics | None, int]:
     """The sums of a killed run, and the number of texts in them."""
     if (saved := checkpoint.load("sums")) is None:
         return None, 0
     tensors, note = saved
-    return Statistics(**tensors, rows=note["rows"]), note["texts"]
+    sums = {name: tensor.to(device) for name, tensor in tensors.items()}
+    return Statistics(**sums, rows=note["rows"]), note["texts"]
 
 
 def held_out_rows(
@@ -83,5 +108,5 @@ def held_out_rows(
 ) -> tuple[Tensor, Tensor]:
     """Features [N, F] and target states [N, O] of eight texts of documents."""
     texts = shuffled_windows(documents, seed)[:8]
-    x, y = zip(*(reader.pairs(text) for text in texts), strict=True)
+    x, y = zip(*(reader.pairs([reader.tokeniser.text(text)]) for text in texts), strict=True)
     return torch.cat(x), torch.cat(y)

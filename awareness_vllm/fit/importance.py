@@ -9,6 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from awareness_vllm.align.realign import prompt_ids
+from awareness_vllm.fit.memories import logits_after
 from awareness_vllm.fit.reader import Reader
 from awareness_vllm.models.hf import states
 from awareness_vllm.models.tokens import load_tokenizer, tokenize
@@ -32,7 +33,7 @@ def importance(
     """
     tokenizer = load_tokenizer(str(reader.target))
     generator = torch.Generator().manual_seed(seed)
-    total = torch.zeros(reader.target_geometry.width)
+    total = torch.zeros(reader.target_geometry.width, device=reader.device)
     sink = len(reader.sink)
     for context, continuation in tqdm(pairs, desc="importance", disable=not progress):
         ids = tokenize(tokenizer, continuation).ids
@@ -40,9 +41,12 @@ def importance(
         keys, values = states(reader.target_model, read)
         flat = flat_states(reader.target_geometry, keys, values)[sink:].requires_grad_()
         sinks = [state[:sink] for state in keys], [state[:sink] for state in values]
-        logprobs = reader.logits_after(sinks, flat, ids).float().log_softmax(-1)
-        sample = torch.multinomial(logprobs.detach().exp(), 1, generator=generator)
-        (gradient,) = torch.autograd.grad(logprobs.gather(1, sample).sum(), flat)
+        logits = logits_after(reader, sinks, flat, [len(flat)], [ids])
+        logprobs = logits.float().log_softmax(-1)
+        sample = torch.multinomial(logprobs.detach().exp().cpu(), 1, generator=generator)
+        (gradient,) = torch.autograd.grad(
+            logprobs.gather(1, sample.to(logprobs.device)).sum(), flat
+        )
         total += gradient.square().sum(0) / len(ids)
     return total
 

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from awareness_vllm.fit.layers import spread_layers
+from awareness_vllm.fit.tokens import TextTokens, Tokeniser
+from awareness_vllm.kernels import rms_normalise
 from awareness_vllm.models.describe import geometry_of
-from awareness_vllm.models.hf import inputs_after, last_logits, load_model, sink_ids, states
+from awareness_vllm.models.hf import load_model, padded_states, sink_ids
 from awareness_vllm.models.position_embeddings import position_embeddings
-from awareness_vllm.models.rope import rotate
-from awareness_vllm.models.tokens import align, load_tokenizer, tokenize
-from awareness_vllm.packages.capture import read_tokens
-from awareness_vllm.wmatrix.features import (
-    embedding_features,
-    flat_states,
-    masked_rows,
-    split_states,
-    with_position_embeddings,
-)
+from awareness_vllm.models.rope import Rotations
+from awareness_vllm.wmatrix.features import flat_rows, masked_rows, with_position_embeddings
 
 logger = logging.getLogger(__name__)
 
@@ -46,20 +42,24 @@ class Reader:
     Of the source, `count` layers are read, as `spread_layers` says; of a variant of the target all
     of them, since the map is then `residual`: it adds to them. Without `predecessors` there is a
     row for each source token but the first, otherwise for each target token. Learned positions
-    are features too, `position_embeddings` by side.
+    are features too, `position_embeddings` by side. Models and rows are on the `device`.
     """
 
     source: Path
     target: Path
     predecessors: int | None
     count: int | None = None
+    device: torch.device | str = "cpu"
 
     def __post_init__(self) -> None:
-        self.source_model = load_model(self.source, torch.bfloat16).requires_grad_(False)
-        self.target_model = load_model(self.target, torch.bfloat16).requires_grad_(False)
+        self.source_model, self.target_model = (
+            load_model(folder, torch.bfloat16).requires_grad_(False).to(self.device)
+            for folder in (self.source, self.target)
+        )
         self.source_geometry = geometry_of(self.source)
         self.target_geometry = geometry_of(self.target)
         self.sink = sink_ids(self.target)
+        self.tokeniser = Tokeniser(self.source, self.target, tuple(self.sink), self.predecessors)
         self.residual = self.source_geometry.same_shape(self.target_geometry)
         total = len(self.source_geometry.layers)
         self.choose(spread_layers(total if self.residual else self.count, total))
@@ -78,65 +78,80 @@ class Reader:
         self.layers = layers
         self.width = self.source_geometry.width_of(layers)
 
-    @torch.no_grad()
     def read(self, text: str) -> Row:
         """The rows of one text."""
-        source = read_tokens(self.source, text)
-        target = tokenize(load_tokenizer(str(self.target)), text)
-        ids = [*self.sink, *target.ids]
-        keys, values = states(self.source_model, source.ids)
-        flat = flat_states(self.source_geometry, keys, values, layers=self.layers)
-        if self.predecessors is None:
-            positions = torch.from_numpy(align(target.spans, source.spans[1:]))
-            index = torch.arange(1, len(flat))
-            features = with_position_embeddings(
-                flat[1:], self.position_embeddings, index, positions + len(self.sink)
-            )
-            return Row(ids, features, torch.zeros(len(positions), dtype=torch.bool), positions)
-        index = torch.from_numpy(align(source.spans, target.spans))
-        embed = self.target_model.get_input_embeddings()
-        e = embedding_features(embed, ids, len(self.sink), self.predecessors)
-        positions = torch.arange(len(index))
-        features = torch.cat((flat[index], e), dim=1)
-        features = with_position_embeddings(
-            features, self.position_embeddings, index, positions + len(self.sink)
-        )
-        return Row(ids, features, masked_rows(index), positions)
+        tokens = self.tokeniser.text(text)
+        features, masked = self.features([tokens])
+        return Row(tokens.ids, features, masked, torch.from_numpy(tokens.positions))
 
     @torch.no_grad()
-    def pairs(self, text: str) -> tuple[Tensor, Tensor]:
-        """Features [T, F] and position-free target states [T, O] of a text's usable tokens; of a
-        variant, the difference of the target's states to the source's."""
-        row = self.read(text)
-        truth = flat_states(self.target_geometry, *states(self.target_model, row.ids))
-        y = truth[len(self.sink) :][row.positions]
-        finite = row.features.isfinite().all(1) & y.isfinite().all(1)
+    def features(self, texts: Sequence[TextTokens]) -> tuple[Tensor, Tensor]:
+        """Features [M, F] float32 of the rows of several texts, read at once, one text after the
+        other; and which rows' source states are masked, [M] bool."""
+        index = torch.from_numpy(np.concatenate([text.index for text in texts]))
+        keys, values = padded_states(self.source_model, [text.source for text in texts])
+        own = at(index, [len(text) for text in texts], keys[0].shape[1]).to(self.device)
+        parts = [[part[i].flatten(0, 1)[own] for i in self.layers] for part in (keys, values)]
+        schemes = [self.source_geometry.layers[i].positions for i in self.layers]
+        flat = flat_rows(schemes, *parts, Rotations(index, self.device))
+        masked = torch.zeros(len(index), dtype=torch.bool)
+        if self.predecessors is not None:
+            flat = torch.cat((flat, self.embeddings(texts)), dim=1)
+            masked = masked_rows(index)
+        if self.position_embeddings:
+            tables = {side: t.to(self.device) for side, t in self.position_embeddings.items()}
+            positions = np.concatenate([text.positions for text in texts])
+            where = torch.from_numpy(positions) + len(self.sink)
+            sides = index.to(self.device), where.to(self.device)
+            flat = with_position_embeddings(flat, tables, *sides)
+        return flat, masked.to(self.device)
+
+    def embeddings(self, texts: Sequence[TextTokens]) -> Tensor:
+        """Normalised embeddings of each token and its predecessors, [M, (1 + predecessors) * E]:
+        `embedding_features` of several texts."""
+        assert self.predecessors is not None
+        ids = torch.tensor([id for text in texts for id in text.ids], device=self.device)
+        rows = rms_normalise(self.target_model.get_input_embeddings()(ids))
+        rows = torch.cat((rows, torch.zeros_like(rows[:1])))  # before a text's first token: zeros
+        sink, nothing, begin, columns = len(self.sink), len(ids), 0, []
+        for text in texts:
+            own = np.arange(sink, len(text.ids))[:, None] - np.arange(1 + self.predecessors)
+            columns.append(np.where(own >= 0, own + begin, nothing))
+            begin += len(text.ids)
+        return rows[torch.from_numpy(np.concatenate(columns)).to(self.device)].flatten(1)
+
+    @torch.no_grad()
+    def pairs(self, texts: Sequence[TextTokens]) -> tuple[Tensor, Tensor]:
+        """Features [M, F] and position-free target states [M, O] of the usable tokens of texts; of
+        a variant, the difference of the target's states to the source's."""
+        x, masked = self.features(texts)
+        keys, values = padded_states(self.target_model, [text.ids for text in texts])
+        positions = torch.from_numpy(np.concatenate([text.positions for text in texts]))
+        positions = positions + len(self.sink)
+        own = at(positions, [len(text) for text in texts], keys[0].shape[1]).to(self.device)
+        parts = [[state.flatten(0, 1)[own] for state in part] for part in (keys, values)]
+        schemes = [layer.positions for layer in self.target_geometry.layers]
+        y = flat_rows(schemes, *parts, Rotations(positions, self.device))
+        finite = x.isfinite().all(1) & y.isfinite().all(1)
         if not finite.all():
-            logger.warning(
-                "%d tokens with NaN or infinite states are left out, of the text that begins %r",
-                int((~finite).sum()),
-                text[:60],
-            )
-        usable = ~row.masked & finite
-        x, y = row.features[usable], y[usable]
+            _warn(texts, ~finite)
+        usable = ~masked & finite
+        x, y = x[usable], y[usable]
         return x, y - x[:, : self.width] if self.residual else y
 
-    def logits_after(
-        self, sinks: tuple[list[Tensor], list[Tensor]], flat: Tensor, ids: list[int]
-    ) -> Tensor:
-        """The target's logits at ids that follow a memory, [len(ids), V], differentiable in it.
 
-        Args:
-            sinks: keys and values of the sink, per layer [S, H, D] as cached.
-            flat: [T, O], the memory's states after it, keys position-free.
-        """
-        free, values = split_states(self.target_geometry, flat)
-        positions = torch.arange(len(self.sink), len(self.sink) + len(flat))
-        layers = zip(free, self.target_geometry.layers, strict=True)
-        rotated = [rotate(key, positions, layer.positions) for key, layer in layers]
-        keys, values = (
-            [torch.cat((sink.float(), state.float())) for sink, state in zip(*part, strict=True)]
-            for part in zip(sinks, (rotated, values), strict=True)
-        )
-        inputs = inputs_after(keys, values, ids, torch.bfloat16)
-        return last_logits(self.target_model, ids, len(ids), **inputs)
+def at(index: Tensor, lengths: Sequence[int], columns: int) -> Tensor:
+    """The flat indices [M] of rows in a batch [B, columns], of their `index` [M] in each text, of
+    which the first `lengths[0]` rows are in the first text, and so on."""
+    texts = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    return texts * columns + index
+
+
+def _warn(texts: Sequence[TextTokens], unusable: Tensor) -> None:
+    for text, rows in zip(texts, unusable.split([len(text) for text in texts]), strict=True):
+        if rows.any():
+            logger.warning(
+                "%d tokens with NaN or infinite states are left out, of the text that begins %r",
+                int(rows.sum()),
+                text.text[:60],
+            )

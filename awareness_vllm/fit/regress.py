@@ -81,7 +81,7 @@ def weighting(
 ) -> tuple[Tensor, float]:
     """The parameters of the regression: the weight of each standardised target [O], the ridge."""
     if (saved := checkpoint.load("weighting")) is not None:
-        return saved[0]["weight"], saved[1]["ridge"]
+        return saved[0]["weight"].to(reader.device), saved[1]["ridge"]
     train, held_out = documents
     weight = fisher_weight(reader, train, statistics, config, progress=progress)
     ridge = config.ridge
@@ -149,4 +149,4 @@ def solve_map(
         sink_keys=sink_keys,
         sink_values=sink_values,
         position_embeddings=dict(reader.position_embeddings),
-    )
+    ).to("cpu")

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from awareness_vllm.fit.statistics import Statistics
+from awareness_vllm.fit.statistics import Statistics, symmetric
 
 RIDGES = (0.002, 0.007, 0.02, 0.07)
 """Candidate ridges, rising: shares of the features' unit variance."""
@@ -61,9 +61,9 @@ def choose_ridge(
     rows = statistics.rows
     some = torch.randperm(len(weight), generator=torch.Generator().manual_seed(seed))[
         :RIDGE_TARGETS
-    ]
+    ].to(weight.device)
     x_mean, y_mean = statistics.x_sum / rows, statistics.y_sum[some] / rows
-    gram = (statistics.gram / rows).addr_(x_mean, x_mean, alpha=-1)
+    gram = symmetric((statistics.gram / rows).addr_(x_mean, x_mean, alpha=-1))
     cross = (statistics.cross[:, some] / rows).addr_(x_mean, y_mean, alpha=-1)
     x = (x - statistics.x_mean) / statistics.x_std - x_mean
     y = (y[:, some] - statistics.y_mean[some]) / statistics.y_std[some] - y_mean
@@ -101,7 +101,8 @@ def leading_right_vectors(matrix: Tensor, rank: int, seed: int, iterations: int 
     """
     width = min(rank + OVERSAMPLING, *matrix.shape)
     generator = torch.Generator().manual_seed(seed)
-    basis = _orthonormal(torch.randn(matrix.shape[1], width, generator=generator))
+    start = torch.randn(matrix.shape[1], width, generator=generator)
+    basis = _orthonormal(start.to(matrix.device))
     for _ in range(iterations):
         basis = _orthonormal(matrix.T @ _orthonormal(matrix @ basis))
     projected = matrix @ basis

@@ -42,16 +42,16 @@ class Statistics:
     @classmethod
     def empty(cls, x_mean: Tensor, x_std: Tensor, y_mean: Tensor, y_std: Tensor) -> Statistics:
         """Statistics of no rows."""
-        features, outputs = len(x_mean), len(y_mean)
+        features, outputs, device = len(x_mean), len(y_mean), x_mean.device
         return cls(
             x_mean=x_mean,
             x_std=x_std,
             y_mean=y_mean,
             y_std=y_std,
-            gram=torch.zeros(features, features),
-            cross=torch.zeros(features, outputs),
-            x_sum=torch.zeros(features),
-            y_sum=torch.zeros(outputs),
+            gram=torch.zeros(features, features, device=device),
+            cross=torch.zeros(features, outputs, device=device),
+            x_sum=torch.zeros(features, device=device),
+            y_sum=torch.zeros(outputs, device=device),
         )
 
     def add(self, x: Tensor, y: Tensor) -> None:
@@ -114,4 +114,10 @@ class Statistics:
         x_mean, y_mean = self.x_sum / self.rows, self.y_sum / self.rows
         self.gram.div_(self.rows).addr_(x_mean, x_mean, alpha=-1)
         self.cross.div_(self.rows).addr_(x_mean, y_mean, alpha=-1)
-        return self.gram, self.cross
+        return symmetric(self.gram), self.cross
+
+
+def symmetric(gram: Tensor) -> Tensor:
+    """A matrix of which the upper triangle is right, as a solver needs it: on a CPU it reads that
+    alone, on CUDA either."""
+    return gram.triu() + gram.triu(1).T if gram.is_cuda else gram

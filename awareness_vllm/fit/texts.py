@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
 
 from awareness_vllm.anchors.corpus import Document, windows
+from awareness_vllm.anchors.hidden import hidden_facts
 from awareness_vllm.anchors.recall import recall_texts
 
 WINDOW_CHARACTERS = 2400
@@ -16,6 +19,25 @@ CONTINUATION_CHARACTERS = 400
 LONG = 4
 """Factor of the windows of every other long document, and of the contexts split from them: a map
 learned on short texts alone is worse on long ones."""
+
+LESSON_CHARACTERS = (1200, 8000)
+"""Characters of a long lesson's prose: 300 to 2,000 tokens, as many lessons of 300 to 600 as of
+1,000 to 2,000."""
+PASSAGE_CHARACTERS = 100
+REREAD = 1 / 3
+"""Characters of a passage of prose that is re-read, and the share of lessons with such."""
+FACTS = "facts"
+"""The folder of the anchors' generated facts."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A context, a continuation that is predicted after it, and the ranges of the context's
+    characters that are read natively, as passages that a question points at are."""
+
+    context: str
+    continuation: str
+    reread: tuple[tuple[int, int], ...] = ()
 
 
 def shuffled_windows(documents: Sequence[Document], seed: int) -> list[str]:
@@ -58,3 +80,52 @@ def split_context(text: str) -> tuple[str, str] | None:
     end = text.rfind(" ", 0, characters + CONTINUATION_CHARACTERS)
     long_enough = middle > characters // 2 and end > middle + CONTINUATION_CHARACTERS // 2
     return (text[:middle], text[middle:end]) if long_enough else None
+
+
+@dataclass(frozen=True)
+class LongLessons:
+    """Lessons without end over documents: facts hidden in 300 to 2,000 tokens of prose, and every
+    third one the continuation of prose as long. In a third of each, passages are re-read: what some
+    of the questions point at, or any sentences.
+
+    Args:
+        prose: the documents' texts, by the folder that they come from.
+    """
+
+    prose: dict[str, str]
+    seed: int
+
+    @classmethod
+    def of(cls, documents: Sequence[Document], seed: int) -> LongLessons:
+        """Lessons over documents; generated facts among them are no prose."""
+        folders: dict[str, list[str]] = {}
+        for document in documents:
+            folders.setdefault(document.name.split("/")[0], []).append(document.text)
+        some = {name: texts for name, texts in folders.items() if name != FACTS} or folders
+        return cls({name: "\n\n".join(texts) for name, texts in some.items()}, seed)
+
+    def __call__(self, number: int) -> Lesson:
+        rng = random.Random(f"lesson {self.seed} {number}")
+        low, high = LESSON_CHARACTERS
+        characters = round(low * (high / low) ** rng.random())
+        again = rng.random() < REREAD
+        if number % 3 == 2:
+            text = self.piece(rng, characters + CONTINUATION_CHARACTERS)
+            middle = text.rfind(" ", 0, max(2, len(text) - CONTINUATION_CHARACTERS))
+            middle = middle if middle > 0 else len(text) // 2
+            context, continuation = text[:middle], text[middle:]
+            spots = [rng.randrange(len(context)) for _ in range(rng.randrange(1, 3))] * again
+            passages = tuple((spot, spot + PASSAGE_CHARACTERS) for spot in spots)
+            return Lesson(context, continuation, passages)
+        prose = self.piece(rng, characters)
+        context, continuation, about = hidden_facts(rng, prose)
+        chosen = rng.sample(about, rng.randrange(1, len(about) + 1)) if again else []
+        return Lesson(context, continuation, tuple(sorted({r for ask in chosen for r in ask})))
+
+    def piece(self, rng: random.Random, characters: int) -> str:
+        """A piece of about so many characters, cut at blanks; of each folder as often."""
+        text = self.prose[rng.choice(sorted(self.prose))]
+        begin = rng.randrange(max(1, len(text) - characters))
+        begin = text.find(" ", begin, begin + 200) + 1 or begin
+        end = text.rfind(" ", begin + characters // 2, begin + characters)
+        return text[begin : end if end > 0 else begin + characters].strip()

@@ -77,25 +77,53 @@ def cannot_load(
     return UnsupportedModel(f"{name} cannot be loaded", found=why, expected=expected, remedy=remedy)
 
 
-@torch.no_grad()
-def states(model: PreTrainedModel, ids: list[int]) -> tuple[list[Tensor], list[Tensor]]:
-    """Keys and values of all layers as cached, [T, H, D] each."""
-    # A plain cache: transformers' default keeps only the window of sliding layers.
+def pad_right(texts: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> Tensor:
+    """Ids of several texts, [B, T] for the longest's T; zeros after the others' ends."""
+    longest = max(map(len, texts))
+    rows = [[*ids, *[0] * (longest - len(ids))] for ids in texts]
+    return torch.tensor(rows, dtype=torch.int64).to(device)
+
+
+def new_cache() -> DynamicCache:
+    """An empty cache that keeps all tokens: transformers' default keeps only the window of sliding
+    layers."""
     from transformers import DynamicCache
 
-    cache = DynamicCache()
-    model.base_model(torch.tensor([ids]), past_key_values=cache, use_cache=True)
-    return cache_states(cache, cache_repeats(model.config))
+    return DynamicCache()
 
 
-def cache_states(cache: DynamicCache, repeats: int = 1) -> tuple[list[Tensor], list[Tensor]]:
-    """Keys and values of all layers of a cache after a prefill, [T, H, D] each; of the `repeats`
+@torch.no_grad()
+def padded_states(
+    model: PreTrainedModel, texts: Sequence[Sequence[int]]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Keys and values of all layers of several texts as cached, [B, T, H, D] each for the longest's
+    T tokens. What stands after a shorter text's end is of no use: attention is causal, so it
+    changes nothing before it."""
+    cache = new_cache()
+    model.base_model(pad_right(texts, model.device), past_key_values=cache, use_cache=True)
+    return padded_cache_states(cache, cache_repeats(model.config))
+
+
+def padded_cache_states(cache: DynamicCache, repeats: int = 1) -> tuple[list[Tensor], list[Tensor]]:
+    """Keys and values of all layers of a cache after a prefill, [B, T, H, D] each; of the `repeats`
     copies of each head, one."""
     # Typed as layers that may be empty; after a prefill none is.
     layers: list[Any] = cache.layers
-    keys = [layer.keys[0, ::repeats].transpose(0, 1) for layer in layers]
-    values = [layer.values[0, ::repeats].transpose(0, 1) for layer in layers]
+    keys = [layer.keys[:, ::repeats].transpose(1, 2) for layer in layers]
+    values = [layer.values[:, ::repeats].transpose(1, 2) for layer in layers]
     return keys, values
+
+
+def states(model: PreTrainedModel, ids: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
+    """Keys and values of all layers of one text as cached, [T, H, D] each."""
+    keys, values = padded_states(model, [ids])
+    return [key[0] for key in keys], [value[0] for value in values]
+
+
+def cache_states(cache: DynamicCache, repeats: int = 1) -> tuple[list[Tensor], list[Tensor]]:
+    """`padded_cache_states` of one text, [T, H, D] each."""
+    keys, values = padded_cache_states(cache, repeats)
+    return [key[0] for key in keys], [value[0] for value in values]
 
 
 def inputs_after(
@@ -106,16 +134,14 @@ def inputs_after(
 ) -> dict[str, Any]:
     """The inputs of a model that reads ids after states, per layer [T, H, D]: a cache in `dtype`,
     differentiable in the states, and the ids' positions."""
-    from transformers import DynamicCache
-
-    cache = DynamicCache()
+    cache = new_cache()
     for i, layer in enumerate(zip(keys, values, strict=True)):
         key, value = (state.to(dtype).transpose(0, 1)[None] for state in layer)
         cache.update(key, value, i)
     begin = len(keys[0])
     return {
         "past_key_values": cache,
-        "position_ids": torch.arange(begin, begin + len(ids))[None],
+        "position_ids": torch.arange(begin, begin + len(ids), device=keys[0].device)[None],
     }
 
 
@@ -130,8 +156,9 @@ def cache_repeats(config: Any) -> int:
 def last_logits(model: PreTrainedModel, ids: list[int], last: int, **inputs: object) -> Tensor:
     """Logits at the last `last` ids, [last, V]; `inputs` as in the model's forward."""
     # Indices, not a slice: of that torch makes a batched product, which copies the whole head.
-    keep = torch.arange(len(ids) - last, len(ids))
-    return model(torch.tensor([ids]), logits_to_keep=keep, **inputs).logits[0]
+    device = model.device
+    keep = torch.arange(len(ids) - last, len(ids), device=device)
+    return model(torch.tensor([ids], device=device), logits_to_keep=keep, **inputs).logits[0]
 
 
 def sink_ids(target: Path) -> list[int]:

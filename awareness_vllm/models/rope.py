@@ -155,14 +155,39 @@ def cos_sin(
 
 
 def cos_sin_table(positions: Tensor, descriptor: Positions) -> tuple[Tensor, Tensor]:
-    """cos and sin [T, C] float32 of positions [T] int64.
+    """cos and sin [T, C] float32 of positions [T] int64, on their device.
 
     Raises:
         UnsupportedModel: an unknown scheme, or a descriptor without a field that its scheme needs.
     """
     last = int(positions.max()) if len(positions) else 0
     cos, sin = _rows(descriptor, 1 << max(last.bit_length(), MIN_BITS))
-    return cos[positions], sin[positions]
+    where = positions.device
+    return cos.to(where)[positions], sin.to(where)[positions]
+
+
+class Rotations:
+    """The rotations of some positions [T] int64, each descriptor's table made once, for layers that
+    share it."""
+
+    def __init__(self, positions: Tensor, device: torch.device | str | None = None) -> None:
+        self.positions, self.device = positions, device
+        self.tables: dict[Positions, tuple[Tensor, Tensor]] = {}
+
+    def table(self, descriptor: Positions) -> tuple[Tensor, Tensor]:
+        """cos and sin [T, C] of a descriptor, on the device. Raises as `cos_sin_table`."""
+        if descriptor not in self.tables:
+            cos, sin = cos_sin_table(self.positions, descriptor)
+            self.tables[descriptor] = cos.to(self.device), sin.to(self.device)
+        return self.tables[descriptor]
+
+    def rotate(self, keys: Tensor, descriptor: Positions) -> Tensor:
+        """Keys [T, H, D] as cached at the positions, of position-free keys."""
+        return kernels.rotate(keys, *self.table(descriptor), descriptor.interleaved)
+
+    def unrotate(self, keys: Tensor, descriptor: Positions) -> Tensor:
+        """Position-free keys [T, H, D] of keys as cached at the positions."""
+        return kernels.unrotate(keys, *self.table(descriptor), descriptor.interleaved)
 
 
 @functools.lru_cache

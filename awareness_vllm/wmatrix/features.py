@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from awareness_vllm.kernels import rms_normalise, with_predecessors
-from awareness_vllm.models.geometry import Geometry
-from awareness_vllm.models.rope import unrotate
+from awareness_vllm.models.geometry import Geometry, Positions
+from awareness_vllm.models.rope import Rotations
 
 Embed = Callable[[Tensor], Tensor]
 """A model's embedding: ids [T] int64 to rows [T, E]; they are normalised, whatever their norm."""
@@ -38,10 +38,23 @@ def flat_states(
         tokens = torch.arange(len(keys[0]))
     if layers is None:
         layers = range(len(geometry.layers))
-    free = [
-        unrotate(keys[i][tokens], tokens, geometry.layers[i].positions).flatten(1) for i in layers
-    ]
-    return torch.cat([*free, *(values[i][tokens].float().flatten(1) for i in layers)], dim=1)
+    rotations = Rotations(tokens, keys[0].device)
+    tokens = tokens.to(keys[0].device)
+    rows = [[part[i][tokens] for i in layers] for part in (keys, values)]
+    return flat_rows([geometry.layers[i].positions for i in layers], *rows, rotations)
+
+
+def flat_rows(
+    positions: Sequence[Positions],
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    rotations: Rotations,
+) -> Tensor:
+    """Position-free keys, then values [N, width] float32, of layers' cached states [N, H, D] with
+    these schemes of `positions`, by the rotations of the rows' own positions."""
+    layers = zip(positions, keys, strict=True)
+    free = [rotations.unrotate(key, scheme).flatten(1) for scheme, key in layers]
+    return torch.cat([*free, *(value.float().flatten(1) for value in values)], dim=1)
 
 
 def split_states(geometry: Geometry, flat: Tensor) -> tuple[list[Tensor], list[Tensor]]:

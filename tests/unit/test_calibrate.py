@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from awareness_vllm.fit.calibrate import only_tokens
 from awareness_vllm.fit.layers import spread_layers
+from awareness_vllm.fit.memories import narrowed
 from awareness_vllm.models.hf import last_logits
 
 pytestmark = pytest.mark.unit
@@ -34,15 +34,22 @@ def model() -> torch.nn.Module:
 def test_the_narrowed_head_gives_the_same_logits(model: torch.nn.Module) -> None:
     ids, tokens = [3, 1, 4, 1, 5], torch.tensor([7, 0, 49])
     whole = last_logits(model, ids, 2)
-    with only_tokens(model, tokens):
+    with narrowed(model, tokens):
         narrow = last_logits(model, ids, 2)
     torch.testing.assert_close(narrow, whole[:, tokens])
     assert torch.equal(last_logits(model, ids, 2), whole)
 
 
+def test_the_narrowed_head_gives_some_rows_of_a_batch(model: torch.nn.Module) -> None:
+    ids, rows = torch.tensor([[3, 1, 4], [1, 5, 9]]), torch.tensor([5, 0, 1])
+    whole = model(ids).logits.flatten(0, 1)
+    with narrowed(model, None, rows):
+        torch.testing.assert_close(model(ids).logits[0], whole[rows])
+
+
 def test_the_head_comes_back_after_an_error(model: torch.nn.Module) -> None:
     head = model.get_output_embeddings()
-    with pytest.raises(ZeroDivisionError), only_tokens(model, torch.tensor([1])):
+    with pytest.raises(ZeroDivisionError), narrowed(model, torch.tensor([1])):
         raise ZeroDivisionError
     assert model.get_output_embeddings() is head
 

@@ -125,7 +125,7 @@ def test_a_row_stands_where_the_source_token_ends(tiny_models: tuple[Path, Path]
     for place, end in zip(row.positions.tolist(), source[1:], strict=True):
         assert target[place] >= end
         assert place == 0 or target[place - 1] < end
-    x, y = reader.pairs(text)
+    x, y = reader.pairs([reader.tokeniser.text(text)])
     assert torch.equal(x, row.features)
     truth = flat_states(reader.target_geometry, *states(reader.target_model, row.ids))
     torch.testing.assert_close(y, truth[len(reader.sink) :][row.positions])
