@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from awareness_vllm.errors import UnsupportedRequest
-from awareness_vllm.serving.api.chat_template import SEPARATOR, insert_mark, split_at_mark
+from awareness_vllm.models.chat import SEPARATOR, split_at_mark
+from awareness_vllm.serving.api.chat_template import insert_mark
 
 pytestmark = pytest.mark.unit
 

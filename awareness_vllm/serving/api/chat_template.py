@@ -15,6 +15,7 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.renderers.chat_utils import has_non_text_content
 
 from awareness_vllm.errors import UnsupportedRequest
+from awareness_vllm.models.chat import split_at_mark
 from awareness_vllm.serving.http import FrontEnd
 from awareness_vllm.serving.prompt import Prompt
 
@@ -27,8 +28,6 @@ Render = Callable[[str], Awaitable[Any]]
 the engine input."""
 
 TEXT_PARTS = ("text", "input_text")
-SEPARATOR = "\n\n"
-"""Between a memory and the user's words."""
 
 
 def insert_mark(messages: str | list[Any], mark: str) -> str | list[Any]:
@@ -62,23 +61,6 @@ def _marked_content(content: object, mark: str) -> str | list[Any] | None:
             marked = {**part, "text": mark + str(part.get("text", ""))}
             return [*content[:i], marked, *content[i + 1 :]]  # type: ignore[index]
     return None
-
-
-def split_at_mark(rendered: str, mark: str) -> tuple[str, str]:
-    """The parts of a rendered template before and after the mark.
-
-    Raises:
-        UnsupportedRequest: the template leaves the mark out, or repeats it.
-    """
-    parts = rendered.split(mark)
-    if len(parts) != 2:
-        raise UnsupportedRequest(
-            "there is no place for a memory in this chat template",
-            found=f"the first user's message {len(parts) - 1} times",
-            expected="once",
-            remedy="use /v1/completions, or another --chat-template",
-        )
-    return parts[0], SEPARATOR + parts[1]
 
 
 async def rendered_chat(
