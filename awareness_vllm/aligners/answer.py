@@ -93,9 +93,7 @@ class OfflineTarget:
         WMatrixCorrupt: a file that is no W-Matrix.
     """
 
-    def __init__(
-        self, model: str | Path, wmatrices: Sequence[str | Path] | None = None
-    ) -> None:
+    def __init__(self, model: str | Path, wmatrices: Sequence[str | Path] | None = None) -> None:
         self.folder = resolve_folder(model)
         self.geometry = geometry_of(self.folder)
         self.registry = Registry.read(wmatrices)
@@ -254,9 +252,7 @@ class OfflineMemory:
             values.append(torch.cat((value, memory.values[i][self.first :].to(value.dtype))))
         return AlignedMemory([*head, *memory.ids[self.first :]], keys, values)
 
-    def decoded(
-        self, tokens: Iterator[int], room: int, one_line: bool, stream: Stream
-    ) -> str:
+    def decoded(self, tokens: Iterator[int], room: int, one_line: bool, stream: Stream) -> str:
         """The text of at most `room` tokens, given to `stream` as far as whole characters go."""
         ids: list[int] = []
         text = ""

@@ -253,6 +253,7 @@ sys.exit(main.main(["list", "--json"]))
 @pytest.mark.parametrize("name", [name for name in SUBCOMMANDS if name != "serve"])
 def test_unknown_flags_are_refused(name: str, capfd: pytest.CaptureFixture[str]) -> None:
     needed = {
+        "ask": ["x", "q", "--target", "t"],
         "capture": ["--model", "m", "--text", "t"],
         "fit": ["--source", "a", "--target", "b", "--anchors", "x", "--out", "o"],
         "quantize": ["w", "--out", "o"],
