@@ -35,7 +35,7 @@ from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 from vllm.exceptions import GracefulHTTPError, VLLMClientError
 from vllm.logger import init_logger
 
-from awareness_vllm.errors import UnsupportedRequest
+from awareness_vllm.errors import PassageMissing, UnsupportedRequest
 from awareness_vllm.serving.api import memories as memory_routes
 from awareness_vllm.serving.api.canary import check_sinks
 from awareness_vllm.serving.api.capture import announce_capture
@@ -118,6 +118,7 @@ class AwarenessEndpoints:
         config = ServingConfig.parse(transfer.kv_connector_extra_config)
         front = await asyncio.to_thread(build_front_end, config, engine_client)
         await front.engine_client.call(BIND)
+        await front.engine_client.check_read_back()
         await check_sinks(front.engine_client, front.resolver)
         await front.engine_client.pin(front.resolver, config.pin)
         state.awareness = front
@@ -140,12 +141,15 @@ async def create_completion(request: CompletionRequest, raw_request: Request) ->
         if isinstance(rendered, ErrorResponse):
             return None
         resolver = front.resolver
-        questions = [one["prompt_token_ids"] for one in cast("list[TokensInput]", rendered)]
         # The tokenizer's prefix stands before the memory already.
-        request.prompt = [
-            resolver.append_question(prompt, resolver.model.without_prefix(ids))
-            for ids in questions
+        questions = [
+            resolver.model.without_prefix(one["prompt_token_ids"])
+            for one in cast("list[TokensInput]", rendered)
         ]
+        request.prompt = [resolver.append_question(prompt, ids) for ids in questions]
+        # All prompts of a request share its salt, and so what is laid over.
+        asked = "\n".join(map(front.engine_client.detokenize, questions))
+        prompt = await front.engine_client.passages.ensure(prompt, asked)
         request.add_special_tokens = False
         attach_params(request, prompt)
         return prompt
@@ -227,8 +231,8 @@ async def count_tokens(request: AnthropicCountTokensRequest, raw_request: Reques
         placed = await placed_in_chat(front, prompt, message_render(request, raw_request))
         if placed is None:
             return None
-        prompt, ids[:] = placed
-        return prompt
+        ids[:] = placed.ids
+        return placed.prompt
 
     async def count(request: AnthropicCountTokensRequest, raw_request: Request) -> Any:
         if not ids:
@@ -304,7 +308,10 @@ async def answer(
                 load.end()  # nothing is loaded
         response = await handler(request, raw_request)  # where `insert` had no prompt, it says why
         if used and response:  # no response at all: the client has gone
-            add_report(response, used)
+            report = add_report(response, used)
+            if report.get("reason") == PassageMissing.__name__:
+                for memory in used.memories:
+                    front.engine_client.passages.forget(memory.id)
         return response
 
     return await load.until_answered(load_and_answer())
@@ -317,12 +324,14 @@ def chat_insert(request: AnyRequest, render: Render) -> Insert:
         placed = await placed_in_chat(front, prompt, render)
         if placed is None:
             return None
-        prompt, ids = placed
-        if prompt.head and prompt.loads:
-            reason = await front.engine_client.ensure_head(prompt.head)
-            if reason:
-                prompt = prompt.recomputed(reason)
-        attach_params(request, prompt)["prompt_token_ids"] = ids
+        client, prompt = front.engine_client, placed.prompt
+        if prompt.loads:
+            no_head, prompt = await asyncio.gather(
+                client.ensure_head(prompt.head), client.passages.ensure(prompt, placed.question)
+            )
+            if no_head:
+                prompt = prompt.recomputed(no_head)
+        attach_params(request, prompt)["prompt_token_ids"] = placed.ids
         return prompt
 
     return insert
