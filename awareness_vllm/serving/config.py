@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from awareness_vllm.errors import BadInput
-from awareness_vllm.passages import BUDGET
+from awareness_vllm.passages.index import BUDGET
 from awareness_vllm.schema import FrozenModel
 from awareness_vllm.wmatrix.certificate import TAIL
 
@@ -42,8 +42,8 @@ class ServingConfig(FrozenModel):
     reread: int = Field(
         BUDGET,
         ge=0,
-        description="tokens of each memory, those that the question points at, that the model reads "
-        "itself in place; 0 for none, unless a request asks for some",
+        description="tokens of each memory, those that the question points at, which the model "
+        "reads itself, in place; 0 for none, unless a request asks for some",
     )
     reread_timeout: float = Field(
         5.0, gt=0, description="seconds; passages that are not re-read by then stay aligned"

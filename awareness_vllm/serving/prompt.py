@@ -11,9 +11,9 @@ from typing import Any
 
 from awareness_vllm.align.reread import Span
 from awareness_vllm.errors import QualityUnreachable
-from awareness_vllm.packages.origin import Origin
 from awareness_vllm.models.tokens import Spans
-from awareness_vllm.passages import PassageIndex
+from awareness_vllm.packages.origin import Origin
+from awareness_vllm.passages.index import PassageIndex
 from awareness_vllm.serving.params import LoadParams, Part
 from awareness_vllm.trust.policy import Signers
 from awareness_vllm.wmatrix.certificate import Plan, cheapest, with_tail
@@ -214,7 +214,6 @@ class Prompt:
             "origin": [memory.origin for memory in self.memories],
             "signed_by": [memory.signers.model_dump() for memory in self.memories],
         }
-
 
     def reread_report(self) -> dict[str, Any]:
         """The report on what was re-read: tokens, the characters of each memory's text, and why

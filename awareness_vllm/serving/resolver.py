@@ -83,9 +83,7 @@ class MemoryResolver:
         trust = trust_of(config)
         maps, signed = trusted_maps(config, trust), config.signed == "all"
         stores = stores_of(config)
-        return cls(
-            model, stores, maps, config.tail, trust, signed=signed, reread=config.reread
-        )
+        return cls(model, stores, maps, config.tail, trust, signed=signed, reread=config.reread)
 
     def with_model(self, model: ServedModel) -> MemoryResolver:
         """The same stores and maps for another model, or for another context window."""

@@ -98,7 +98,9 @@ def client() -> TestClient:
             resolve=lambda *_: Prompt((memory,), tail=0), append_question=append
         ),
         engine_client=SimpleNamespace(
-            tokenize=lambda text: list(text.encode()), ensure_head=AsyncMock(return_value="")
+            tokenize=lambda text: list(text.encode()),
+            ensure_head=AsyncMock(return_value=""),
+            ensure_passages=AsyncMock(side_effect=lambda prompt, question: prompt),
         ),
     )
     return TestClient(app)

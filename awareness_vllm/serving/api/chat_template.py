@@ -102,9 +102,7 @@ def last_words(messages: Sequence[Any]) -> str:
     return ""
 
 
-async def placed_in_chat(
-    front: FrontEnd, prompt: Prompt, render: Render
-) -> PlacedChat | None:
+async def placed_in_chat(front: FrontEnd, prompt: Prompt, render: Render) -> PlacedChat | None:
     """Memories in their place in a chat; None where vLLM refuses it.
 
     Raises:

@@ -34,7 +34,7 @@ from awareness_vllm.serving.connector.worker_extension import (
     STATE,
     signed,
 )
-from awareness_vllm.serving.prompt import head_name
+from awareness_vllm.serving.prompt import Prompt, head_name
 from awareness_vllm.serving.request import MemoryRequest
 from awareness_vllm.serving.resolver import MemoryResolver
 from awareness_vllm.serving.storage import disk_full
@@ -113,6 +113,11 @@ class MemoryEngineClient:
             assert prompt.params is not None  # only a quality target can ask for native reading
             await self.prefetches.run(prompt.params, pin=True)
             logger.info("pinned %s", memory)
+
+    async def ensure_passages(self, prompt: Prompt, question: str) -> Prompt:
+        """The prompt with what its question points at re-read in place, as far as it is there in
+        time."""
+        return await self.passages.ensure(prompt, question)
 
     async def ensure_head(self, ids: tuple[int, ...]) -> str:
         """Have the workers keep the states of a prompt's first tokens, computed once by a request

@@ -66,7 +66,8 @@ class Passages:
         if not prompt.budget or prompt.params is None:
             return prompt
         if self.disabled:
-            return prompt.without_rereads(self.disabled)
+            may = any(memory.text is not None for memory in prompt.memories)
+            return prompt.with_rereads((), self.disabled) if may else prompt
         chosen = await asyncio.to_thread(prompt.passages, question)
         if not any(chosen):
             return prompt
@@ -81,8 +82,7 @@ class Passages:
         outcomes = {name: outcome(reading.task) for name, reading in readings.items()}
         reasons = [*filter(None, outcomes.values())]
         kept = tuple(
-            tuple(span for span in spans if not outcomes[i, span])
-            for i, spans in enumerate(chosen)
+            tuple(span for span in spans if not outcomes[i, span]) for i, spans in enumerate(chosen)
         )
         return prompt.with_rereads(kept, reasons[0] if reasons else "")
 

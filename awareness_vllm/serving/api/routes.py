@@ -149,7 +149,7 @@ async def create_completion(request: CompletionRequest, raw_request: Request) ->
         request.prompt = [resolver.append_question(prompt, ids) for ids in questions]
         # All prompts of a request share its salt, and so what is laid over.
         asked = "\n".join(map(front.engine_client.detokenize, questions))
-        prompt = await front.engine_client.passages.ensure(prompt, asked)
+        prompt = await front.engine_client.ensure_passages(prompt, asked)
         request.add_special_tokens = False
         attach_params(request, prompt)
         return prompt
@@ -327,7 +327,7 @@ def chat_insert(request: AnyRequest, render: Render) -> Insert:
         client, prompt = front.engine_client, placed.prompt
         if prompt.loads:
             no_head, prompt = await asyncio.gather(
-                client.ensure_head(prompt.head), client.passages.ensure(prompt, placed.question)
+                client.ensure_head(prompt.head), client.ensure_passages(prompt, placed.question)
             )
             if no_head:
                 prompt = prompt.recomputed(no_head)

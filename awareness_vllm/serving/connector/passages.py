@@ -1,4 +1,4 @@
-"""A worker's re-read passages: the rows that the model itself has computed, kept for later loads."""
+"""A worker's re-read passages: the rows that the model itself has computed, for later loads."""
 
 from __future__ import annotations
 
