@@ -14,7 +14,7 @@ from awareness_vllm.errors import QualityUnreachable
 from awareness_vllm.models.tokens import Spans
 from awareness_vllm.packages.origin import Origin
 from awareness_vllm.passages.index import PassageIndex
-from awareness_vllm.serving.params import LoadParams, Part
+from awareness_vllm.serving.params import LoadParams, Part, passage_params
 from awareness_vllm.trust.policy import Signers
 from awareness_vllm.wmatrix.certificate import Plan, cheapest, with_tail
 from awareness_vllm.wmatrix.registry import WMatrixEntry
@@ -102,6 +102,17 @@ class ResolvedMemory:
 
 
 @dataclass(frozen=True)
+class PassageRequest:
+    """A request of the server's own that computes a passage of a prompt's memory number `memory`:
+    its ids and its load plan."""
+
+    memory: int
+    span: Span
+    ids: list[int]
+    plan: LoadParams
+
+
+@dataclass(frozen=True)
 class Prompt:
     """One memory after another, loaded but for the last `tail` tokens; with a `tail` of None the
     target reads all of them. In a chat, the ids of the template's `head` stand before them.
@@ -131,6 +142,31 @@ class Prompt:
             else ()
             for memory, end in zip(self.memories, ends, strict=True)
         ]
+
+    def passage_requests(self, question: str) -> list[PassageRequest]:
+        """The requests for the passages that a question points at, if it may re-read any."""
+        if not self.budget or self.params is None:
+            return []
+        parts = self.params.parts[-len(self.memories) :]
+        return [
+            PassageRequest(
+                i, span, memory.ids[: span[1]], passage_params(parts[i], span, self.tenant)
+            )
+            for i, (memory, spans) in enumerate(
+                zip(self.memories, self.passages(question), strict=True)
+            )
+            for span in spans
+        ]
+
+    def with_passages(self, outcomes: Sequence[tuple[PassageRequest, str]]) -> Prompt:
+        """The same memories with the passages of these requests laid over, but for those whose
+        outcome is a reason against it."""
+        spans: list[list[Span]] = [[] for _ in self.memories]
+        for request, reason in outcomes:
+            if not reason:
+                spans[request.memory].append(request.span)
+        reasons = [reason for _, reason in outcomes if reason]
+        return self.with_rereads([tuple(own) for own in spans], reasons[0] if reasons else "")
 
     def with_rereads(self, rereads: Sequence[tuple[Span, ...]], reason: str = "") -> Prompt:
         """The same memories with these spans laid over; `reason` says why others are not."""

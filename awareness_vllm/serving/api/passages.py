@@ -19,14 +19,8 @@ from vllm.logger import init_logger
 
 from awareness_vllm.serving.config import PARAMS_KEY
 from awareness_vllm.serving.connector.metrics import RECOMPUTED
-from awareness_vllm.serving.params import (
-    Part,
-    Passage,
-    is_of,
-    kv_transfer_params,
-    passage_params,
-)
-from awareness_vllm.serving.prompt import Prompt
+from awareness_vllm.serving.params import Passage, is_of, kv_transfer_params
+from awareness_vllm.serving.prompt import PassageRequest, Prompt
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
@@ -68,35 +62,27 @@ class Passages:
         if self.disabled:
             may = any(memory.text is not None for memory in prompt.memories)
             return prompt.with_rereads((), self.disabled) if may else prompt
-        chosen = await asyncio.to_thread(prompt.passages, question)
-        if not any(chosen):
+        requests = await asyncio.to_thread(prompt.passage_requests, question)
+        if not requests:
             return prompt
-        parts = prompt.params.parts[-len(prompt.memories) :]
-        ids = [memory.ids for memory in prompt.memories]
-        readings = {
-            (i, span): self._reading(part, span, ids[i][: span[1]], prompt.tenant)
-            for i, (part, spans) in enumerate(zip(parts, chosen, strict=True))
-            for span in spans
-        }
-        await self._wait(list(readings.values()))
-        outcomes = {name: outcome(reading.task) for name, reading in readings.items()}
-        reasons = [*filter(None, outcomes.values())]
-        kept = tuple(
-            tuple(span for span in spans if not outcomes[i, span]) for i, spans in enumerate(chosen)
-        )
-        return prompt.with_rereads(kept, reasons[0] if reasons else "")
+        readings = [self._reading(request) for request in requests]
+        await self._wait(readings)
+        outcomes = [outcome(reading.task) for reading in readings]
+        return prompt.with_passages([*zip(requests, outcomes, strict=True)])
 
     def forget(self, memory: str) -> None:
         """Count a memory's passages as unread: the workers have dropped them."""
         for name in [name for name in self.readings if is_of(name[0], memory)]:
             del self.readings[name]
 
-    def _reading(self, part: Part, span: tuple[int, int], ids: list[int], tenant: str) -> Reading:
+    def _reading(self, request: PassageRequest) -> Reading:
         """The reading of a passage, which begins with the first question for it."""
-        name = part.key, span
+        name = request.plan.passage_name
+        assert name is not None
         if (reading := self.readings.get(name)) is None:
-            task = asyncio.create_task(self._read(part, span, ids, tenant))
-            reading = self.readings[name] = Reading(span[1] - span[0], task)
+            begin, end = request.span
+            task = asyncio.create_task(self._read(request))
+            reading = self.readings[name] = Reading(end - begin, task)
             self.running.add(task)
             task.add_done_callback(lambda task: self._ended(name, reading))
             self._make_room()
@@ -122,22 +108,14 @@ class Passages:
             for reading in readings:
                 reading.waiting -= 1
 
-    async def _read(self, part: Part, span: tuple[int, int], ids: list[int], tenant: str) -> str:
+    async def _read(self, request: PassageRequest) -> str:
         """Have the model read a passage after the aligned states before it; "" or why the workers
         do not keep it."""
-        plan = passage_params(part, span, tenant)
-        params = SamplingParams(
-            max_tokens=1, extra_args={"kv_transfer_params": kv_transfer_params(plan)}
-        )
-        prompt = tokens_input(ids, cache_salt=plan.cache_salt)
-        report: Mapping[str, Any] = {}
-        async for output in self.engine.generate(
-            prompt, params, f"awareness-passage-{secrets.token_hex(8)}"
-        ):
-            report = (output.kv_transfer_params or {}).get(PARAMS_KEY) or report
-        if report.get("temperature") == RECOMPUTED:
-            return str(report["reason"])
-        return ""
+        prompt = tokens_input(request.ids, cache_salt=request.plan.cache_salt)
+        name, report = f"awareness-passage-{secrets.token_hex(8)}", None
+        async for output in self.engine.generate(prompt, sampling_params(request), name):
+            report = output.kv_transfer_params or report
+        return failure(report)
 
     def _ended(self, name: Passage, reading: Reading) -> None:
         """Forget a passage that is not kept: the next question tries again."""
@@ -167,3 +145,15 @@ def outcome(task: asyncio.Task[str]) -> str:
     if (error := task.exception()) is not None:
         return type(error).__name__
     return task.result()
+
+
+def sampling_params(request: PassageRequest) -> SamplingParams:
+    """A passage's request computes its states; of its answer, one token, nothing is used."""
+    plan = kv_transfer_params(request.plan)
+    return SamplingParams(max_tokens=1, extra_args={"kv_transfer_params": plan})
+
+
+def failure(kv_params: Mapping[str, Any] | None) -> str:
+    """Why a passage's request has not computed it, by its output's `kv_transfer_params`."""
+    report = (kv_params or {}).get(PARAMS_KEY) or {}
+    return str(report["reason"]) if report.get("temperature") == RECOMPUTED else ""
