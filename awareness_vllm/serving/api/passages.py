@@ -9,17 +9,15 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from vllm import SamplingParams
 from vllm.inputs.engine import tokens_input
 from vllm.logger import init_logger
 
-from awareness_vllm.serving.config import PARAMS_KEY
-from awareness_vllm.serving.connector.metrics import RECOMPUTED
-from awareness_vllm.serving.params import Passage, is_of, kv_transfer_params
+from awareness_vllm.serving.params import Passage, is_of
+from awareness_vllm.serving.passages import failure, sampling_params
 from awareness_vllm.serving.prompt import PassageRequest, Prompt
 
 if TYPE_CHECKING:
@@ -145,15 +143,3 @@ def outcome(task: asyncio.Task[str]) -> str:
     if (error := task.exception()) is not None:
         return type(error).__name__
     return task.result()
-
-
-def sampling_params(request: PassageRequest) -> SamplingParams:
-    """A passage's request computes its states; of its answer, one token, nothing is used."""
-    plan = kv_transfer_params(request.plan)
-    return SamplingParams(max_tokens=1, extra_args={"kv_transfer_params": plan})
-
-
-def failure(kv_params: Mapping[str, Any] | None) -> str:
-    """Why a passage's request has not computed it, by its output's `kv_transfer_params`."""
-    report = (kv_params or {}).get(PARAMS_KEY) or {}
-    return str(report["reason"]) if report.get("temperature") == RECOMPUTED else ""
