@@ -73,9 +73,9 @@ def read_slots(layer: Any, slot_mapping: Tensor) -> tuple[Tensor, Tensor]:
     layouts = [block_layout(layer, part) for part in ("key", "value")]
     blocks, inverse = torch.unique(slot_mapping // size, return_inverse=True)
     raw = cache[blocks.to(cache.device)].flatten(1).cpu()
+    begins = (inverse * raw.shape[1])[:, None, None]
     key, value = (
-        raw[:, order].view(len(blocks), size, heads, -1)[inverse, slot_mapping % size]
-        for order in layouts
+        raw.take(begins + order.view(size, heads, -1)[slot_mapping % size]) for order in layouts
     )
     return key, value
 
