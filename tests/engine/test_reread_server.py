@@ -17,7 +17,7 @@ from awareness_vllm.align.reread import reread
 from awareness_vllm.evaluate.conditions import EvalHarness
 from awareness_vllm.models.tokens import load_tokenizer, tokenize
 from awareness_vllm.packages.file import read
-from awareness_vllm.passages.index import PassageIndex
+from awareness_vllm.passages.index import BUDGET, PassageIndex
 from awareness_vllm.serving.api.passages import LATE
 from awareness_vllm.wmatrix.file import load as load_wmatrix
 
@@ -85,7 +85,7 @@ def test_facts_that_the_map_has_lost_are_read_where_the_question_points(
             right[arm] += answer_of(response)[0].startswith(case["answer"])
         assert "reread" not in arms["aligned"].json()["memory"]
         report = arms["reread"].json()["memory"]["reread"]
-        assert 8 <= report["tokens"] <= 24
+        assert 8 <= report["tokens"] <= BUDGET
         assert arms["reread"].headers["X-Awareness-Reread"] == str(report["tokens"])
         assert "X-Awareness-Reread" not in arms["aligned"].headers
         ((ranges),) = report["characters"]
@@ -201,7 +201,7 @@ def test_streams_several_answers_and_several_prompts(server: Server, memories: l
     assert {choice["text"] for choice in two["choices"]} == {whole}
     prompts = [case["question"], CASES[5]["question"]]
     many = ask(server, prompts, memory_ids=[memory]).json()
-    assert [len(many["choices"]), 8 <= many["memory"]["reread"]["tokens"] <= 24] == [2, True]
+    assert [len(many["choices"]), 8 <= many["memory"]["reread"]["tokens"] <= BUDGET] == [2, True]
 
 
 def test_a_late_passage_stays_aligned_and_nobody_elses_answer_changes(

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, get_args
 
-import numpy as np
-
 from awareness_vllm.compatibility.target import QUANTIZATIONS, CacheDtype, TargetConfig
-from awareness_vllm.passages.index import PassageIndex
 from awareness_vllm.serving.admission import Admission
 from awareness_vllm.serving.api.canary import Canary
 from awareness_vllm.serving.api.engine_client import MemoryEngineClient
@@ -29,7 +26,6 @@ def build_front_end(config: ServingConfig, engine: EngineClient) -> FrontEnd:
     """The front end's parts from the configuration. Raises BadInput, WMatrixCorrupt."""
     model = ServedModel.of(engine.vllm_config)
     resolver = MemoryResolver.from_config(config, model)
-    warm_up()
     client = MemoryEngineClient(engine, passages_of(config, engine, model))
     return FrontEnd(
         resolver=resolver,
@@ -42,13 +38,6 @@ def build_front_end(config: ServingConfig, engine: EngineClient) -> FrontEnd:
         ),
         capture_limits=CaptureLimits.from_config(config),
     )
-
-
-def warm_up() -> None:
-    """Choose a passage once: the libraries that do it take a second to import."""
-    text = "word " * 16
-    spans = np.array([(i, i + 5) for i in range(0, len(text), 5)])
-    PassageIndex.of(text, spans, 0).choose("word")
 
 
 def passages_of(config: ServingConfig, engine: EngineClient, model: ServedModel) -> Passages:
