@@ -42,7 +42,7 @@ class ServingConfig(FrozenModel):
     reread: int = Field(
         BUDGET,
         ge=0,
-        description="most tokens of each memory, those that the question points at, which the model "
+        description="tokens of each memory, of those that the question points at, which the model "
         "reads itself, in place; 0 for none, unless a request asks for some",
     )
     reread_timeout: float = Field(
