@@ -13,8 +13,9 @@ from awareness_vllm.schema import FrozenModel, PlainName
 MEMORY_IDS, MEMORY = "memory_ids", "memory"
 MAX_MEMORIES = 32
 """Memories in one request: far more than fit into any context, few enough to look up at once."""
-MAX_REREAD = 1024
-"""Tokens of each memory that one request may have re-read."""
+MAX_REREAD = 256
+"""Tokens of each memory that one request may have re-read: each passage is a request to the engine,
+whose blocks hold the memory up to there."""
 
 Reread = Annotated[int, Field(ge=0, le=MAX_REREAD, strict=True)] | Literal["auto"]
 

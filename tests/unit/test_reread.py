@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from awareness_vllm.serving.api import passages as passages_module
 from awareness_vllm.serving.api.chat_template import last_words
 from awareness_vllm.serving.api.passages import LATE, Passages
 from awareness_vllm.serving.api.report import headers_of
@@ -144,6 +145,22 @@ def test_passages_of_one_question_are_read_at_once() -> None:
         asked = asyncio.create_task(passages.ensure(prompt(memory("a"), memory("b")), LANTERN))
         await asyncio.sleep(0.05)
         assert {plan.parts[0].memory for plan in engine.plans} == {"mem_a", "mem_b"}
+        engine.gate.set()
+        assert (await asked).rereads == ((span_of(1),), (span_of(1),))
+
+    run(ask)
+
+
+def test_a_question_has_no_more_passages_read_at_once_than_that(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(passages_module, "MAX_READING", 1)
+
+    async def ask(engine: Engine, passages: Passages) -> None:
+        engine.gate.clear()
+        asked = asyncio.create_task(passages.ensure(prompt(memory("a"), memory("b")), LANTERN))
+        await asyncio.sleep(0.05)
+        assert len(engine.plans) == 1
         engine.gate.set()
         assert (await asked).rereads == ((span_of(1),), (span_of(1),))
 

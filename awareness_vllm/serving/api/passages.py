@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.awareness.passages")
 
 LATE = "not re-read in time"
+MAX_READING = 16
+"""Passages that are read at once: each holds the blocks of its memory up to there."""
 
 
 @dataclass(eq=False)
@@ -51,6 +53,7 @@ class Passages:
         self.engine, self.limit, self.timeout = engine, limit, timeout
         self.readings: OrderedDict[Passage, Reading] = OrderedDict()
         self.disabled = ""
+        self.slots = asyncio.Semaphore(MAX_READING)
         self.running: set[asyncio.Task[str]] = set()  # asyncio itself keeps weak references only
 
     async def ensure(self, prompt: Prompt, question: str) -> Prompt:
@@ -111,8 +114,9 @@ class Passages:
         do not keep it."""
         prompt = tokens_input(request.ids, cache_salt=request.plan.cache_salt)
         name, report = f"awareness-passage-{secrets.token_hex(8)}", None
-        async for output in self.engine.generate(prompt, sampling_params(request), name):
-            report = output.kv_transfer_params or report
+        async with self.slots:
+            async for output in self.engine.generate(prompt, sampling_params(request), name):
+                report = output.kv_transfer_params or report
         return failure(report)
 
     def _ended(self, name: Passage, reading: Reading) -> None:

@@ -50,6 +50,7 @@ from awareness_vllm.serving.api.chat_template import (
 from awareness_vllm.serving.api.fields import check_fields
 from awareness_vllm.serving.api.front_end import build_front_end
 from awareness_vllm.serving.api.guard import Guard
+from awareness_vllm.serving.api.prefetch import while_connected
 from awareness_vllm.serving.api.report import add_report
 from awareness_vllm.serving.api.validation import (
     check_extras,
@@ -149,7 +150,7 @@ async def create_completion(request: CompletionRequest, raw_request: Request) ->
         request.prompt = [resolver.append_question(prompt, ids) for ids in questions]
         # All prompts of a request share its salt, and so what is laid over.
         asked = "\n".join(map(front.engine_client.detokenize, questions))
-        prompt = await front.engine_client.ensure_passages(prompt, asked)
+        prompt = await reread(front, prompt, asked, raw_request)
         request.add_special_tokens = False
         attach_params(request, prompt)
         return prompt
@@ -166,7 +167,7 @@ async def create_chat_completion(request: ChatCompletionRequest, raw_request: Re
     async def render(mark: str) -> Any:
         return await rendered_chat(chat_routes.chat(raw_request), request, mark)
 
-    insert = chat_insert(request, render)
+    insert = chat_insert(request, raw_request, render)
     return await answer(request, raw_request, insert, chat_routes.create_chat_completion)
 
 
@@ -187,7 +188,7 @@ async def create_responses(request: ResponsesRequest, raw_request: Request) -> A
         return rendered.messages, rendered.engine_input
 
     async def insert(front: FrontEnd, prompt: Prompt) -> Prompt | None:
-        used = await chat_insert(request, render)(front, prompt)
+        used = await chat_insert(request, raw_request, render)(front, prompt)
         if used and request.store and handler.enable_store:
             ids = ",".join(memory.id for memory in used.memories)
             request.metadata = {**(request.metadata or {}), MEMORY_IDS: ids}
@@ -217,7 +218,7 @@ def check_previous(response: ResponsesResponse | None) -> None:
 async def create_messages(request: AnthropicMessagesRequest, raw_request: Request) -> Any:
     """vLLM's Anthropic messages; the memories stand in the first user turn."""
 
-    insert = chat_insert(request, message_render(request, raw_request))
+    insert = chat_insert(request, raw_request, message_render(request, raw_request))
     asked = answer(request, raw_request, insert, message_routes.create_messages)
     return await in_anthropics_form(asked)
 
@@ -317,7 +318,14 @@ async def answer(
     return await load.until_answered(load_and_answer())
 
 
-def chat_insert(request: AnyRequest, render: Render) -> Insert:
+async def reread(front: FrontEnd, prompt: Prompt, question: str, raw_request: Request) -> Prompt:
+    """The prompt with what a question points at re-read; as it was for a client that has gone,
+    which vLLM's handler then finds out."""
+    ensuring = front.engine_client.ensure_passages(prompt, question)
+    return await while_connected(raw_request, ensuring) or prompt
+
+
+def chat_insert(request: AnyRequest, raw_request: Request, render: Render) -> Insert:
     """The insertion of memories into a chat: after the template's head, before the user's words."""
 
     async def insert(front: FrontEnd, prompt: Prompt) -> Prompt | None:
@@ -327,7 +335,8 @@ def chat_insert(request: AnyRequest, render: Render) -> Insert:
         client, prompt = front.engine_client, placed.prompt
         if prompt.loads:
             no_head, prompt = await asyncio.gather(
-                client.ensure_head(prompt.head), client.ensure_passages(prompt, placed.question)
+                client.ensure_head(prompt.head),
+                reread(front, prompt, placed.question, raw_request),
             )
             if no_head:
                 prompt = prompt.recomputed(no_head)
