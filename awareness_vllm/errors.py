@@ -138,6 +138,10 @@ class LoadTimeout(AwarenessError):
     """A memory that was not aligned in time; the request falls back to reading the text."""
 
 
+class PassageMissing(AwarenessError):
+    """A re-read passage that is no longer kept; the request falls back to reading the text."""
+
+
 class QualityUnreachable(AwarenessError):
     """A quality target above every measured plan; `best` is the highest measured retention, None
     without a measurement."""

@@ -12,6 +12,9 @@ from torch import Tensor
 from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.models.rope import rerotate
 
+Layers = Sequence[Tensor] | Mapping[int, Tensor]
+"""Keys or values [T, H, D] by the layer's index."""
+
 
 @dataclass(frozen=True)
 class KVWriter:
@@ -26,8 +29,8 @@ class KVWriter:
 
     def place(
         self,
-        keys: Sequence[Tensor],
-        values: Sequence[Tensor],
+        keys: Layers,
+        values: Layers,
         begin: int,
         offset: int,
         slot_mapping: Sequence[Tensor],
@@ -35,7 +38,7 @@ class KVWriter:
         """Write a memory's tokens from `begin` on, one for each slot, moved by `offset` positions.
 
         Args:
-            keys, values: per layer [T, H, D], of the whole memory.
+            keys, values: per layer [T, H, D], of the whole memory, or of a passage.
             slot_mapping: per KV cache group [N] int64, negative where a token has no slot.
         """
         end, mapped = begin + len(slot_mapping[0]), [mapped_tokens(g) for g in slot_mapping]

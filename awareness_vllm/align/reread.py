@@ -25,9 +25,9 @@ def passage_rows(
     """A passage's own keys and values per layer, [end - begin, H, D] as cached at its positions:
     read by the model after the memory's rows before it."""
     begin, end = span
-    before = [[state[:begin] for state in part] for part in (memory.keys, memory.values)]
+    keys, values = ([state[:begin] for state in part] for part in (memory.keys, memory.values))
     ids = memory.ids[begin:end]
-    inputs = inputs_after(*before, ids, model.dtype)
+    inputs = inputs_after(keys, values, ids, model.dtype)
     model.base_model(torch.tensor([ids], device=model.device), use_cache=True, **inputs)
     keys, values = cache_states(inputs["past_key_values"], cache_repeats(model.config))
     return [key[begin:] for key in keys], [value[begin:] for value in values]

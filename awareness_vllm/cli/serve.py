@@ -30,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--pin", "pin", metavar="ID", **several)
     option("--host-cache-gib", "host_cache_gib", type=float, metavar="GIB")
     option("--disk-cache", "disk_cache", type=Path, metavar="DIR")
+    option("--reread", "reread", type=int, metavar="N")
+    option("--reread-timeout", "reread_timeout", type=float, metavar="SECONDS")
+    option("--reread-cache-gib", "reread_cache_gib", type=float, metavar="GIB")
     option("--load-timeout", "load_timeout", type=float, metavar="SECONDS")
     option("--max-loads", "max_loads", type=int, metavar="N")
     option("--max-load-gib", "max_load_gib", type=float, metavar="GIB")
@@ -53,6 +56,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         pin=args.pin,
         host_cache_gib=args.host_cache_gib,
         disk_cache=args.disk_cache,
+        reread=args.reread,
+        reread_timeout=args.reread_timeout,
+        reread_cache_gib=args.reread_cache_gib,
         load_timeout=args.load_timeout,
         max_loads=args.max_loads,
         max_load_gib=args.max_load_gib,

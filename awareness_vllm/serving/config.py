@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from awareness_vllm.errors import BadInput
+from awareness_vllm.passages.index import BUDGET
 from awareness_vllm.schema import FrozenModel
 from awareness_vllm.wmatrix.certificate import TAIL
 
@@ -37,6 +38,18 @@ class ServingConfig(FrozenModel):
     )
     disk_cache_gib: float = Field(
         10.0, ge=0, allow_inf_nan=False, description="GiB of aligned memories in disk_cache"
+    )
+    reread: int = Field(
+        BUDGET,
+        ge=0,
+        description="tokens of each memory, of those that the question points at, which the model "
+        "reads itself, in place; 0 for none, unless a request asks for some",
+    )
+    reread_timeout: float = Field(
+        5.0, gt=0, description="seconds; passages that are not re-read by then stay aligned"
+    )
+    reread_cache_gib: float = Field(
+        0.5, gt=0, allow_inf_nan=False, description="GiB of host memory for re-read passages"
     )
     load_timeout: float = Field(
         60.0, gt=0, description="seconds; a memory that is not aligned by then is read natively"

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from awareness_vllm.models.tokens import load_tokenizer, tokenize
 from awareness_vllm.serving.config import WORKER_EXTENSION, ServingConfig, transfer_config
-from awareness_vllm.serving.connector.worker_extension import BIND, CALL, signed
+from awareness_vllm.serving.connector.worker_extension import BIND, CALL, CHECK_READ_BACK, signed
 from awareness_vllm.serving.params import kv_transfer_params
-from awareness_vllm.serving.request import MemoryRequest
+from awareness_vllm.serving.passages import failure, sampling_params
+from awareness_vllm.serving.prompt import Prompt
+from awareness_vllm.serving.request import MemoryRequest, Reread
 from awareness_vllm.serving.resolver import MemoryResolver
 from awareness_vllm.serving.served_model import ServedModel
 
@@ -43,6 +45,7 @@ class OfflineMemories:
         self.resolver = MemoryResolver.from_config(
             self.config, ServedModel.read(model, max_model_len=0)
         )
+        self.llm: LLM | None = None
 
     @property
     def engine_args(self) -> dict[str, Any]:
@@ -56,6 +59,8 @@ class OfflineMemories:
         """Lend the engine's embedding to the connector, and its context window to the prompts, once
         before the first of them; the same `llm`."""
         llm.collective_rpc(CALL, args=signed(BIND))
+        if not any(llm.collective_rpc(CALL, args=signed(CHECK_READ_BACK))):
+            self.llm = llm
         self.set_window(llm.llm_engine.model_config.max_model_len)
         return llm
 
@@ -71,23 +76,45 @@ class OfflineMemories:
         *,
         quality_target: float | None = None,
         on_low_quality: Literal["recompute", "fail", "use"] = "recompute",
+        reread: Reread = "auto",
         caller_salt: str | None = None,
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """A text, or its ids, after memories: a prompt for `LLM.generate`, and `extra_args` for its
-        parameters.
+        parameters. The attached engine reads now what the text points at, as a server would, up to
+        `reread` tokens of each memory.
 
         Raises:
             AwarenessError: what a server answers with a 4xx.
         """
         request = MemoryRequest(
-            ids=tuple(memory_ids), quality_target=quality_target, on_low_quality=on_low_quality
+            ids=tuple(memory_ids),
+            quality_target=quality_target,
+            on_low_quality=on_low_quality,
+            reread=reread,
         )
         memories = self.resolver.resolve(request, "", caller_salt)
+        tokenizer = load_tokenizer(str(self.resolver.model.folder))
+        question = text if isinstance(text, str) else tokenizer.decode(list(text))
         if isinstance(text, str):
-            text = tokenize(load_tokenizer(str(self.resolver.model.folder)), text).ids
+            text = tokenize(tokenizer, text).ids
+        memories = self.with_passages(memories, question)
         prompt = {"prompt_token_ids": self.resolver.append_question(memories, list(text))}
         params = memories.params
         if params is None:
             return prompt, {}
         salted = {**prompt, "cache_salt": params.cache_salt}
         return salted, {"kv_transfer_params": kv_transfer_params(params)}
+
+    def with_passages(self, prompt: Prompt, question: str) -> Prompt:
+        """The prompt with the passages laid over that a question points at; as it is without an
+        engine that can read them."""
+        if self.llm is None or not (requests := prompt.passage_requests(question)):
+            return prompt
+        prompts: Any = [
+            {"prompt_token_ids": request.ids, "cache_salt": request.plan.cache_salt}
+            for request in requests
+        ]
+        params = [sampling_params(request) for request in requests]
+        outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        outcomes = [failure(output.kv_transfer_params) for output in outputs]
+        return prompt.with_passages([*zip(requests, outcomes, strict=True)])

@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
+from awareness_vllm.align.reread import Span
 from awareness_vllm.packages.store import digest_in
 from awareness_vllm.schema import FrozenModel
 from awareness_vllm.serving.config import PARAMS_KEY
@@ -22,6 +23,9 @@ SECRET = "AWARENESS_SECRET"
 Key = tuple[str, str]
 """The sha256 digests of a package's file and of its W-Matrix's, or "" for a copy: they name bytes,
 so that tenants can share what was made of them."""
+
+Passage = tuple[Key, Span]
+"""The name of a passage's own rows: of which memory, through which map, which of its positions."""
 
 
 def is_of(key: Key, memory: str) -> bool:
@@ -48,14 +52,16 @@ def is_signed(given: object, *what: Any) -> bool:
 
 class Part(FrozenModel):
     """One memory in a prompt, in the file with the sha256 `digest`: `tokens` ids, its own but for
-    the first `skip` (a BOS, a sink, which stand at the prompt's beginning already). By `signers`
-    its blocks are not those of before a key was revoked."""
+    the first `skip` (a BOS, a sink, which stand at the prompt's beginning already). `rereads` are
+    laid over: passages that the model has read itself, by their positions among the memory's ids.
+    By `signers` its blocks are not those of before a key was revoked."""
 
     memory: str
     digest: str = Field(min_length=1)
     wmatrix: str = ""
     skip: int = Field(0, ge=0)
     tokens: int = Field(gt=0)
+    rereads: tuple[Span, ...] = ()
     signers: Signers = Signers()
 
     @property
@@ -66,12 +72,22 @@ class Part(FrozenModel):
 
 class LoadParams(FrozenModel):
     """The load plan under `kv_transfer_params["awareness"]`: the prompt begins with these memories,
-    in this order; of their ids all but the last `tail` are loaded, from the store of `tenant`."""
+    in this order; of their ids all but the last `tail` are loaded, from the store of `tenant`.
+
+    A request of the server's own may compute this tail to be kept as a `passage`. Its blocks, in
+    which native states follow aligned ones, are its own: no other request has the same salt."""
 
     parts: tuple[Part, ...] = Field(min_length=1)
     tail: int = Field(0, ge=0)
     tenant: str = ""
     caller_salt: str = ""
+    passage: bool = False
+
+    @property
+    def passage_name(self) -> Passage | None:
+        """The passage that the request computes; None for a user's request."""
+        (part, *_) = self.parts
+        return (part.key, (self.tokens - self.tail, self.tokens)) if self.passage else None
 
     @property
     def tokens(self) -> int:
@@ -108,3 +124,11 @@ class LoadParams(FrozenModel):
 def kv_transfer_params(params: LoadParams, extra: dict[str, Any] | None = None) -> dict[str, Any]:
     """The request field that carries the plan to the connector, beside the client's own `extra`."""
     return {**(extra or {}), PARAMS_KEY: params.model_dump(mode="json")}
+
+
+def passage_params(part: Part, span: Span, tenant: str) -> LoadParams:
+    """The plan of the request that computes a passage of a memory, read after the aligned states
+    before it."""
+    begin, end = span
+    whole = part.model_copy(update={"skip": 0, "tokens": end, "rereads": ()})
+    return LoadParams(parts=(whole,), tail=end - begin, tenant=tenant, passage=True)

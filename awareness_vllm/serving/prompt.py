@@ -9,9 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from awareness_vllm.align.reread import Span
 from awareness_vllm.errors import QualityUnreachable
+from awareness_vllm.models.tokens import Spans
 from awareness_vllm.packages.origin import Origin
-from awareness_vllm.serving.params import LoadParams, Part
+from awareness_vllm.passages.index import PassageIndex
+from awareness_vllm.serving.params import LoadParams, Part, passage_params
 from awareness_vllm.trust.policy import Signers
 from awareness_vllm.wmatrix.certificate import Plan, cheapest, with_tail
 from awareness_vllm.wmatrix.registry import WMatrixEntry
@@ -21,7 +24,8 @@ from awareness_vllm.wmatrix.registry import WMatrixEntry
 class ResolvedMemory:
     """A memory that the served model can load: the sha256 of its file, its origin, its W-Matrix
     (None: an exact copy), its prompt ids, of which the first `prefix` stand only at the beginning
-    of a prompt, and the trusted key that signed the package."""
+    of a prompt, the trusted key that signed the package, and its text with the bytes [T, 2] of the
+    tokens after the prefix: None where nothing of it can be re-read."""
 
     id: str
     digest: str
@@ -30,6 +34,13 @@ class ResolvedMemory:
     ids: list[int]
     prefix: int
     signed_by: str | None = None
+    text: tuple[str, Spans] | None = None
+
+    @functools.cached_property
+    def index(self) -> PassageIndex | None:
+        """The passages that a question may point at, indexed with the first question; None for a
+        copy, whose states are exact, and for a map without the memory's tokens."""
+        return None if self.text is None else PassageIndex.of(*self.text, self.prefix)
 
     @property
     def signers(self) -> Signers:
@@ -91,9 +102,24 @@ class ResolvedMemory:
 
 
 @dataclass(frozen=True)
+class PassageRequest:
+    """A request of the server's own that computes a passage of a prompt's memory number `memory`:
+    its ids and its load plan."""
+
+    memory: int
+    span: Span
+    ids: list[int]
+    plan: LoadParams
+
+
+@dataclass(frozen=True)
 class Prompt:
     """One memory after another, loaded but for the last `tail` tokens; with a `tail` of None the
-    target reads all of them. In a chat, the ids of the template's `head` stand before them."""
+    target reads all of them. In a chat, the ids of the template's `head` stand before them.
+
+    A question may have `budget` tokens of each memory re-read in place: `rereads` are the spans
+    that are laid over each, with `reread_reason` why some are not.
+    """
 
     memories: tuple[ResolvedMemory, ...]
     tail: int | None
@@ -101,6 +127,50 @@ class Prompt:
     caller_salt: str = ""
     head: tuple[int, ...] = ()
     reason: str = ""
+    budget: int = 0
+    rereads: tuple[tuple[Span, ...], ...] = ()
+    reread_reason: str = ""
+
+    def passages(self, question: str) -> list[tuple[Span, ...]]:
+        """The spans of each memory that a question points at, but for those which are read natively
+        with the last memory's tail. Takes milliseconds."""
+        ends = [len(memory.ids) for memory in self.memories]
+        ends[-1] -= self.tail or 0
+        return [
+            tuple(span for span in memory.index.choose(question, self.budget) if span[0] < end)
+            if memory.index is not None and memory.prefix < end
+            else ()
+            for memory, end in zip(self.memories, ends, strict=True)
+        ]
+
+    def passage_requests(self, question: str) -> list[PassageRequest]:
+        """The requests for the passages that a question points at, if it may re-read any."""
+        if not self.budget or self.params is None:
+            return []
+        parts = self.params.parts[-len(self.memories) :]
+        return [
+            PassageRequest(
+                i, span, memory.ids[: span[1]], passage_params(parts[i], span, self.tenant)
+            )
+            for i, (memory, spans) in enumerate(
+                zip(self.memories, self.passages(question), strict=True)
+            )
+            for span in spans
+        ]
+
+    def with_passages(self, outcomes: Sequence[tuple[PassageRequest, str]]) -> Prompt:
+        """The same memories with the passages of these requests laid over, but for those whose
+        outcome is a reason against it."""
+        spans: list[list[Span]] = [[] for _ in self.memories]
+        for request, reason in outcomes:
+            if not reason:
+                spans[request.memory].append(request.span)
+        reasons = [reason for _, reason in outcomes if reason]
+        return self.with_rereads([tuple(own) for own in spans], reasons[0] if reasons else "")
+
+    def with_rereads(self, rereads: Sequence[tuple[Span, ...]], reason: str = "") -> Prompt:
+        """The same memories with these spans laid over; `reason` says why others are not."""
+        return replace(self, rereads=tuple(rereads), reread_reason=reason)
 
     def with_head(self, head: Sequence[int]) -> Prompt:
         """The same memories after a chat template's head."""
@@ -108,7 +178,7 @@ class Prompt:
 
     def recomputed(self, reason: str = "") -> Prompt:
         """The same memories, read by the target itself; the response says for what `reason`."""
-        return replace(self, tail=None, reason=reason)
+        return replace(self, tail=None, reason=reason, rereads=())
 
     @property
     def loads(self) -> bool:
@@ -140,9 +210,12 @@ class Prompt:
                 wmatrix=memory.wmatrix.digest if memory.wmatrix else "",
                 skip=skip,
                 tokens=len(memory.ids) - skip,
+                rereads=rereads,
                 signers=memory.signers,
             )
-            for memory, skip in zip(self.memories, self.skips, strict=True)
+            for memory, skip, rereads in zip(
+                self.memories, self.skips, self.rereads or [()] * len(self.memories), strict=True
+            )
         ]
         return LoadParams(
             parts=(*head, *parts),
@@ -172,10 +245,32 @@ class Prompt:
             "tokens": sum(memory.tokens for memory in self.memories),
             **({"reason": self.reason} if self.reason else {}),
             "native_tail": self.tail,
+            **({"reread": self.reread_report()} if self.budget and self.loads else {}),
             "retention": self.retention,
             "origin": [memory.origin for memory in self.memories],
             "signed_by": [memory.signers.model_dump() for memory in self.memories],
         }
+
+    def reread_report(self) -> dict[str, Any]:
+        """The report on what was re-read: tokens, the characters of each memory's text, and why
+        something was not."""
+        spans = self.rereads or ((),) * len(self.memories)
+        characters = [
+            [memory.index.characters(span) for span in own] if memory.index is not None else []
+            for memory, own in zip(self.memories, spans, strict=True)
+        ]
+        tokens = sum(end - begin for own in spans for begin, end in own)
+        reason = self.reread_reason or self._no_passages()
+        return {
+            "tokens": tokens,
+            "characters": characters,
+            **({"reason": reason} if reason else {}),
+        }
+
+    def _no_passages(self) -> str:
+        """Why nothing of some memory can be re-read; "" where something can, or is exact."""
+        mapped = [memory for memory in self.memories if memory.wmatrix is not None]
+        return "a map without the memory's tokens" if any(m.text is None for m in mapped) else ""
 
 
 def head_name(ids: Sequence[int]) -> str:

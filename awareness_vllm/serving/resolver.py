@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from awareness_vllm.align.realign import prompt_ids
 from awareness_vllm.errors import (
     AwarenessError,
     MemoryNotFound,
@@ -15,6 +14,7 @@ from awareness_vllm.errors import (
     SignatureInvalid,
     UnsupportedRequest,
 )
+from awareness_vllm.models.tokens import load_tokenizer, tokenize
 from awareness_vllm.packages.file import PackageIndex, read_index
 from awareness_vllm.packages.manifest import Manifest, corrupt_package
 from awareness_vllm.packages.origin import Origin, is_own
@@ -56,6 +56,7 @@ class MemoryResolver:
         tail: last tokens of a realigned memory that the model reads itself.
         trust: whose signatures count.
         signed: whether packages must be signed, but for those captured here.
+        reread: tokens of each memory that a question has re-read, unless its request says how many.
     """
 
     def __init__(
@@ -67,7 +68,9 @@ class MemoryResolver:
         trust: TrustPolicy = NO_TRUST,
         *,
         signed: bool = False,
+        reread: int = 0,
     ) -> None:
+        self.reread = reread
         self.model, self.stores, self.registry, self.tail = model, stores, registry, tail
         self.trust, self.signed = trust, signed
         # A file is read again where its version has changed.
@@ -79,12 +82,19 @@ class MemoryResolver:
         W-Matrix that cannot be used, or one that is not signed and must be."""
         trust = trust_of(config)
         maps, signed = trusted_maps(config, trust), config.signed == "all"
-        return cls(model, stores_of(config), maps, config.tail, trust, signed=signed)
+        stores = stores_of(config)
+        return cls(model, stores, maps, config.tail, trust, signed=signed, reread=config.reread)
 
     def with_model(self, model: ServedModel) -> MemoryResolver:
         """The same stores and maps for another model, or for another context window."""
         return MemoryResolver(
-            model, self.stores, self.registry, self.tail, self.trust, signed=self.signed
+            model,
+            self.stores,
+            self.registry,
+            self.tail,
+            self.trust,
+            signed=self.signed,
+            reread=self.reread,
         )
 
     def resolve(
@@ -108,7 +118,8 @@ class MemoryResolver:
                 if request.on_low_quality == "recompute":
                     natively = Prompt(memories, None, tenant, caller_salt or "")
                     return natively.recomputed(str(error))
-        return Prompt(memories, tail, tenant, caller_salt or "")
+        budget = self.reread if request.reread == "auto" else request.reread
+        return Prompt(memories, tail, tenant, caller_salt or "", budget=budget)
 
     def resolve_one(self, memory_id: object, tenant: str) -> ResolvedMemory:
         """One memory of a tenant. Raises as `resolve` does."""
@@ -158,8 +169,12 @@ class MemoryResolver:
         )
         if decision.refusal is not None:
             return decision.refusal
-        sink = decision.entry.manifest.sink if decision.entry else model.prefix
-        ids = prompt_ids(index.text, sink, model.folder)
+        manifest = decision.entry.manifest if decision.entry else None
+        sink = manifest.sink if manifest else model.prefix
+        tokens = tokenize(load_tokenizer(str(model.folder)), index.text)
+        ids = [*sink, *tokens.ids]
+        may_reread = manifest is not None and manifest.predecessors is not None
+        text = (index.text, tokens.spans) if may_reread else None
         if decision.entry is None and ids != index.tokens:
             raise corrupt_package(
                 path,
@@ -167,7 +182,7 @@ class MemoryResolver:
                 "the served model's own ids of the text",
             )
         return ResolvedMemory(
-            path.stem, index.digest, origin, decision.entry, ids, len(sink), signed_by
+            path.stem, index.digest, origin, decision.entry, ids, len(sink), signed_by, text
         )
 
     def append_question(self, prompt: Prompt, question: list[int]) -> list[int]:

@@ -98,7 +98,7 @@ def test_it_says_what_transformers_says(
     memory, case = foreign
     answer = server.client.completions.create(
         model="served", prompt=case["question"], max_tokens=1, temperature=0, logprobs=5,
-        extra_body={"memory_ids": [memory]},
+        extra_body={"memory": {"ids": [memory], "reread": 0}},
     )  # fmt: skip
     (served,) = answer.choices[0].logprobs.top_logprobs
     tokenizer = load_tokenizer(str(gemma3))

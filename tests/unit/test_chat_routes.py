@@ -98,7 +98,9 @@ def client() -> TestClient:
             resolve=lambda *_: Prompt((memory,), tail=0), append_question=append
         ),
         engine_client=SimpleNamespace(
-            tokenize=lambda text: list(text.encode()), ensure_head=AsyncMock(return_value="")
+            tokenize=lambda text: list(text.encode()),
+            ensure_head=AsyncMock(return_value=""),
+            ensure_passages=AsyncMock(side_effect=lambda prompt, question: prompt),
         ),
     )
     return TestClient(app)
@@ -131,6 +133,9 @@ def test_a_chat_with_more_than_text_takes_no_memories(client: TestClient) -> Non
 def test_a_stored_response_names_its_memories(client: TestClient) -> None:
     said = ask(client, "/v1/responses", input=QUESTION, metadata={"mine": "x"}, **IDS).json()
     assert said["kv_transfer_params"]["ids"] > len(MEMORY)
+    # Its passages are those that the user's words point at, without what the template adds.
+    engine_client = client.app.state.awareness.engine_client  # type: ignore[attr-defined]
+    assert engine_client.ensure_passages.await_args.args[1] == QUESTION
     kept = client.get(f"/v1/responses/{said['id']}").json()
     assert kept["metadata"] == said["metadata"] == {"mine": "x", "memory_ids": ID}
     plain = ask(client, "/v1/responses", input=QUESTION).json()

@@ -6,7 +6,15 @@ import json
 from typing import Any
 
 import pytest
-from connector_stubs import blocks, connector, later, plain_request, request, step
+from connector_stubs import (
+    blocks,
+    connector,
+    later,
+    plain_request,
+    plan_with,
+    request,
+    step,
+)
 from vllm.v1.outputs import KVConnectorOutput
 
 from awareness_vllm.errors import PackageCorrupt
@@ -19,6 +27,7 @@ from awareness_vllm.serving.connector.metrics import (
 )
 from awareness_vllm.serving.connector.scheduler import LoadSpec
 from awareness_vllm.serving.connector.worker import Loaded
+from awareness_vllm.serving.params import kv_transfer_params, passage_params
 
 pytestmark = pytest.mark.unit
 
@@ -171,6 +180,23 @@ def test_requests_without_a_memory_get_no_report() -> None:
         made.update_connector_output(schedule(made, one))
         assert finish(made, one) is None
     assert stats(made) == {}
+
+
+@pytest.mark.parametrize("aborted", [False, True])
+def test_a_passages_request_reports_its_load_and_counts_nowhere(aborted: bool) -> None:
+    made, one = connector(lambda load: WARM), request(30)
+    plan = passage_params(plan_with(tokens=40).parts[0], (20, 30), "")
+    one.kv_transfer_params, one.cache_salt = kv_transfer_params(plan), plan.cache_salt
+    output = schedule(made, one)
+    if aborted:
+        assert finish(made, one) is None
+    made.update_connector_output(output)
+    if not aborted:
+        report = finish(made, one)
+        assert report is not None
+        assert report["temperature"] == "warm"
+    assert stats(made) == {}
+    assert made.tracker.uncounted == set()
 
 
 def test_requests_are_told_apart() -> None:

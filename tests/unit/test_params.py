@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from vllm.entrypoints.generate.base.protocol import validate_cache_salt
 
 from awareness_vllm.serving.config import PARAMS_KEY
-from awareness_vllm.serving.params import LoadParams, Part, kv_transfer_params
+from awareness_vllm.serving.params import LoadParams, Part, kv_transfer_params, passage_params
 
 pytestmark = pytest.mark.unit
 
@@ -89,3 +89,28 @@ def test_the_salt_tells_order_tenant_and_skipped_tokens() -> None:
         for tenant in ("", "acme")
     }
     assert len(salts) == 8
+
+
+def test_the_salt_names_what_is_laid_over() -> None:
+    (part,) = plan_with(tokens=40).parts
+    salts = {
+        LoadParams(parts=(part.model_copy(update={"rereads": spans}),)).cache_salt
+        for spans in ((), ((5, 9),), ((5, 10),), ((5, 9), (12, 20)))
+    }
+    assert len(salts) == 4
+
+
+def test_a_passages_request_shares_its_blocks_with_no_other() -> None:
+    (part,) = plan_with(tokens=40, wmatrix="map").parts
+    part = part.model_copy(update={"skip": 2, "rereads": ((5, 9),)})
+    plans = [passage_params(part, span, "acme") for span in ((20, 30), (21, 30), (20, 31))]
+    assert len({plan.cache_salt for plan in plans}) == 3
+    for plan, span in zip(plans, ((20, 30), (21, 30), (20, 31)), strict=True):
+        assert LoadParams.of(kv_transfer_params(plan), plan.cache_salt) == plan
+        assert plan.passage_name == (part.key, span)
+        # The memory's own first ids, of which those before the passage are loaded.
+        assert (plan.parts[0].skip, plan.tokens, plan.tokens - plan.tail) == (0, span[1], span[0])
+        assert plan.parts[0].rereads == ()
+        users = plan.model_copy(update={"passage": False})
+        assert users.cache_salt != plan.cache_salt
+        assert users.passage_name is None

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from connector_stubs import blocks, later, plain_request, request, scheduled
+from connector_stubs import blocks, later, plain_request, plan_with, request, scheduled
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,7 +18,7 @@ from awareness_vllm.serving.connector.scheduler import (
     ConnectorScheduler,
     SaveSpec,
 )
-from awareness_vllm.serving.params import LoadParams
+from awareness_vllm.serving.params import LoadParams, kv_transfer_params, passage_params
 
 pytestmark = pytest.mark.unit
 
@@ -205,3 +205,47 @@ def test_a_window_does_not_lose_what_an_earlier_step_has_read() -> None:
         ([2], [4]),
         ([2, 3], [4, 5]),
     ]
+
+
+# Passages
+
+
+def passage_request(half: ConnectorScheduler, *, begin: int = 20, end: int = 30) -> Any:
+    """The server's own request for a passage, as the scheduler half has seen it."""
+    one = request(end)
+    plan = passage_params(plan_with(tokens=40).parts[0], (begin, end), "")
+    one.kv_transfer_params, one.cache_salt = kv_transfer_params(plan), plan.cache_salt
+    assert half.tokens_to_load(one, 0) == begin
+    return one
+
+
+def test_a_passage_is_read_back_after_the_aligned_states_before_it() -> None:
+    half = scheduler(None, 8)
+    plan = half.plan_of(passage_request(half))
+    assert plan is not None
+    half.plan_saves(scheduled(None, computed=20, step=6, tokens=30, ids=([1, 2], [3, 4])), KEY)
+    half.plan_saves(later(4, "r", ids=([], []), computed=26), KEY)
+    blocks_ = ([1, 2], [3, 4])
+    assert half.take_step().saves == [
+        SaveSpec("r", 20, 26, 30, blocks_, plan.passage_name),
+        SaveSpec("r", 26, 30, 30, blocks_, plan.passage_name),
+    ]
+
+
+@pytest.mark.parametrize("computed", [0, 16])
+def test_a_passage_whose_load_has_failed_is_not_kept(computed: int) -> None:
+    half = scheduler()
+    passage_request(half)
+    half.plan_saves(scheduled(None, computed=computed, step=30 - computed, tokens=30), KEY)
+    assert half.take_step() == ConnectorMetadata()
+    assert half.captures == {}
+
+
+def test_a_passage_is_read_back_again_after_a_preemption() -> None:
+    half = scheduler()
+    passage_request(half)
+    half.plan_saves(scheduled(None, computed=20, step=6, tokens=30), KEY)
+    half.take_step()
+    half.plan_saves(later(10, "r", ids=([6, 7],), computed=20, resumed=("r",)), KEY)
+    (save,) = half.take_step().saves
+    assert (save.begin, save.end, save.block_ids) == (20, 30, ([6, 7],))

@@ -8,7 +8,8 @@ of other places are in docs/fidelity-log.md.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
@@ -79,10 +80,30 @@ def render_copy(request: Any, **update: Any) -> Any:
     return request.model_copy(update={**update, "kv_transfer_params": None})
 
 
-async def placed_in_chat(
-    front: FrontEnd, prompt: Prompt, render: Render
-) -> tuple[Prompt, list[int]] | None:
-    """Memories after a chat's head, and the ids of the whole prompt; None where vLLM refuses it.
+@dataclass(frozen=True)
+class PlacedChat:
+    """Memories after a chat's head, the ids of the whole prompt, and the last user's words."""
+
+    prompt: Prompt
+    ids: list[int]
+    question: str
+
+
+def last_words(messages: Sequence[Any]) -> str:
+    """The text of the last user's message."""
+    for message in reversed(messages):
+        if isinstance(message, dict) and message.get("role") == "user":
+            content = message.get("content")
+            if isinstance(content, str):
+                return content
+            parts = content if isinstance(content, list) else []
+            texts = [part.get("text") for part in parts if isinstance(part, dict)]
+            return " ".join(text for text in texts if isinstance(text, str))
+    return ""
+
+
+async def placed_in_chat(front: FrontEnd, prompt: Prompt, render: Render) -> PlacedChat | None:
+    """Memories in their place in a chat; None where vLLM refuses it.
 
     Raises:
         UnsupportedRequest: a chat without a place for memories, or with more than text;
@@ -98,7 +119,8 @@ async def placed_in_chat(
     head, rest = split_at_mark(engine_input.get("prompt") or "", mark)
     prompt = prompt.with_head(front.engine_client.tokenize(head))
     question = front.engine_client.tokenize(rest)
-    return prompt, front.resolver.append_question(prompt, question)
+    ids = front.resolver.append_question(prompt, question)
+    return PlacedChat(prompt, ids, last_words(messages).replace(mark, ""))
 
 
 def not_a_chat(found: str) -> UnsupportedRequest:

@@ -18,6 +18,7 @@ from vllm.logger import init_logger
 from awareness_vllm.errors import AwarenessError
 from awareness_vllm.packages.file import read_states
 from awareness_vllm.packages.store import memory_not_found
+from awareness_vllm.serving.api.passages import Passages
 from awareness_vllm.serving.api.prefetch import POLL_S, Prefetches
 from awareness_vllm.serving.api.scratch import ScratchFolder
 from awareness_vllm.serving.connector.capture_queue import DISK_FULL, PENDING
@@ -25,6 +26,7 @@ from awareness_vllm.serving.connector.kv_reader import CAPTURE_KEY
 from awareness_vllm.serving.connector.worker_extension import (
     ANNOUNCE,
     CALL,
+    CHECK_READ_BACK,
     EVICT,
     FORGET,
     KEEP_HEAD,
@@ -32,7 +34,7 @@ from awareness_vllm.serving.connector.worker_extension import (
     STATE,
     signed,
 )
-from awareness_vllm.serving.prompt import head_name
+from awareness_vllm.serving.prompt import Prompt, head_name
 from awareness_vllm.serving.request import MemoryRequest
 from awareness_vllm.serving.resolver import MemoryResolver
 from awareness_vllm.serving.storage import disk_full
@@ -55,8 +57,9 @@ WRITE_TIMEOUT_S = 120.0
 class MemoryEngineClient:
     """Calls the workers of an engine through the worker extension."""
 
-    def __init__(self, engine: EngineClient) -> None:
+    def __init__(self, engine: EngineClient, passages: Passages | None = None) -> None:
         self.engine = engine
+        self.passages = passages or Passages(engine)
         self.heads: OrderedDict[str, asyncio.Task[str]] = OrderedDict()
         self.prefetches = Prefetches(self.call)
         self.scratch = ScratchFolder()
@@ -64,6 +67,10 @@ class MemoryEngineClient:
     def tokenize(self, text: str) -> list[int]:
         """The model's ids of a rendered template, its special tokens among them."""
         return self.engine.renderer.get_tokenizer().encode(text, add_special_tokens=False)
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """The text of some ids, without special tokens."""
+        return self.engine.renderer.get_tokenizer().decode(ids, skip_special_tokens=True)
 
     async def call(self, name: str, *args: Any) -> list[Any]:
         """The workers' answers to a call of theirs, by name."""
@@ -75,12 +82,23 @@ class MemoryEngineClient:
             await asyncio.sleep(POLL_S)
         return answers
 
+    async def check_read_back(self) -> None:
+        """Re-read no passages where a worker cannot read its cache back, or where an answer may be
+        given by another engine than the one that has read its passages."""
+        reasons = await self.call(CHECK_READ_BACK)
+        if self.engine.vllm_config.parallel_config.data_parallel_size > 1:
+            reasons.append("data parallelism")
+        self.passages.disabled = next(filter(None, reasons), "")
+        if self.passages.disabled:
+            logger.warning("passages are not re-read: %s", self.passages.disabled)
+
     async def loaded(self, memories: Sequence[str]) -> set[str]:
         """Those of these memories that all workers have loaded."""
         return set.intersection(*map(set, await self.call(LOADED, list(memories))))
 
     async def evict(self, memory: str, tenant: str) -> bool:
         """Give up a tenant's use of a memory; whether that dropped it from the warm tier."""
+        self.passages.forget(memory)
         return any(await self.call(EVICT, memory, tenant))
 
     async def pin(self, resolver: MemoryResolver, ids: Sequence[str]) -> None:
@@ -99,6 +117,11 @@ class MemoryEngineClient:
             await self.prefetches.run(prompt.params, pin=True)
             logger.info("pinned %s", memory)
 
+    async def ensure_passages(self, prompt: Prompt, question: str) -> Prompt:
+        """The prompt with what its question points at re-read in place, as far as it is there in
+        time."""
+        return await self.passages.ensure(prompt, question)
+
     async def ensure_head(self, ids: tuple[int, ...]) -> str:
         """Have the workers keep the states of a prompt's first tokens, computed once by a request
         of their own, however many chats ask for them; no chat waits for another one's head.
@@ -106,6 +129,8 @@ class MemoryEngineClient:
         Returns:
             "", or why they are not kept: the prompt is then read natively.
         """
+        if not ids:
+            return ""
         name = head_name(ids)
         if name not in self.heads:
             self.heads[name] = task = asyncio.create_task(self._compute_head(name, list(ids)))

@@ -8,8 +8,10 @@ from awareness_vllm.compatibility.target import QUANTIZATIONS, CacheDtype, Targe
 from awareness_vllm.serving.admission import Admission
 from awareness_vllm.serving.api.canary import Canary
 from awareness_vllm.serving.api.engine_client import MemoryEngineClient
+from awareness_vllm.serving.api.passages import Passages
 from awareness_vllm.serving.config import ServingConfig
 from awareness_vllm.serving.http import FrontEnd
+from awareness_vllm.serving.offline_capture import state_bytes
 from awareness_vllm.serving.resolver import MemoryResolver
 from awareness_vllm.serving.served_model import ServedModel
 from awareness_vllm.serving.storage import CaptureLimits
@@ -23,7 +25,8 @@ if TYPE_CHECKING:
 def build_front_end(config: ServingConfig, engine: EngineClient) -> FrontEnd:
     """The front end's parts from the configuration. Raises BadInput, WMatrixCorrupt."""
     model = ServedModel.of(engine.vllm_config)
-    resolver, client = MemoryResolver.from_config(config, model), MemoryEngineClient(engine)
+    resolver = MemoryResolver.from_config(config, model)
+    client = MemoryEngineClient(engine, passages_of(config, engine, model))
     return FrontEnd(
         resolver=resolver,
         tenants=Tenants.read(config.tenants),
@@ -35,6 +38,14 @@ def build_front_end(config: ServingConfig, engine: EngineClient) -> FrontEnd:
         ),
         capture_limits=CaptureLimits.from_config(config),
     )
+
+
+def passages_of(config: ServingConfig, engine: EngineClient, model: ServedModel) -> Passages:
+    """The passages that the workers keep within their bound: half of them are counted on, so that
+    none is dropped there first."""
+    size = 2 * state_bytes(model.geometry, 1)
+    limit = int(config.reread_cache_gib * 2**30) // size
+    return Passages(engine, limit, min(config.reread_timeout, config.load_timeout))
 
 
 def target_config(vllm_config: VllmConfig, model: ServedModel, tail: int) -> TargetConfig:

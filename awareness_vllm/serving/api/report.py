@@ -14,9 +14,13 @@ from awareness_vllm.serving.prompt import Prompt
 from awareness_vllm.serving.request import MEMORY
 
 
-def add_report(response: Response, prompt: Prompt) -> None:
+def add_report(response: Response, prompt: Prompt) -> dict[str, Any]:
     """Report on a response's memories: in its headers and, unless it is a stream, in its body, with
-    the engine's own report on the load (temperature, tokens, seconds)."""
+    the engine's own report on the load (temperature, tokens, seconds).
+
+    Returns:
+        the report.
+    """
     report = prompt.report()
     if isinstance(response, JSONResponse) and response.status_code == 200:
         body = json.loads(bytes(response.body))
@@ -24,11 +28,13 @@ def add_report(response: Response, prompt: Prompt) -> None:
         report |= params.pop(PARAMS_KEY, {})
         if report.get("temperature") == RECOMPUTED and not report.get("cached_tokens"):
             report["retention"] = prompt.recomputed().retention
+            report.pop("reread", None)
         body[MEMORY] = report
         if "kv_transfer_params" in body:
             body["kv_transfer_params"] = params or None
         replace_body(response, body)
     set_headers(response, headers_of(report))
+    return report
 
 
 def headers_of(report: dict[str, Any]) -> dict[str, str]:
@@ -40,6 +46,8 @@ def headers_of(report: dict[str, Any]) -> dict[str, str]:
     }
     if "reason" in report:
         headers["Reason"] = report["reason"]
+    if "reread" in report:
+        headers["Reread"] = str(report["reread"]["tokens"])
     if None not in report["retention"]:
         headers["Retention"] = f"{min(report['retention']):.3f}"
     return headers

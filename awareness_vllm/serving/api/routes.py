@@ -35,7 +35,7 @@ from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 from vllm.exceptions import GracefulHTTPError, VLLMClientError
 from vllm.logger import init_logger
 
-from awareness_vllm.errors import UnsupportedRequest
+from awareness_vllm.errors import PassageMissing, UnsupportedRequest
 from awareness_vllm.serving.api import memories as memory_routes
 from awareness_vllm.serving.api.canary import check_sinks
 from awareness_vllm.serving.api.capture import announce_capture
@@ -50,6 +50,7 @@ from awareness_vllm.serving.api.chat_template import (
 from awareness_vllm.serving.api.fields import check_fields
 from awareness_vllm.serving.api.front_end import build_front_end
 from awareness_vllm.serving.api.guard import Guard
+from awareness_vllm.serving.api.prefetch import while_connected
 from awareness_vllm.serving.api.report import add_report
 from awareness_vllm.serving.api.validation import (
     check_extras,
@@ -118,6 +119,7 @@ class AwarenessEndpoints:
         config = ServingConfig.parse(transfer.kv_connector_extra_config)
         front = await asyncio.to_thread(build_front_end, config, engine_client)
         await front.engine_client.call(BIND)
+        await front.engine_client.check_read_back()
         await check_sinks(front.engine_client, front.resolver)
         await front.engine_client.pin(front.resolver, config.pin)
         state.awareness = front
@@ -140,12 +142,15 @@ async def create_completion(request: CompletionRequest, raw_request: Request) ->
         if isinstance(rendered, ErrorResponse):
             return None
         resolver = front.resolver
-        questions = [one["prompt_token_ids"] for one in cast("list[TokensInput]", rendered)]
         # The tokenizer's prefix stands before the memory already.
-        request.prompt = [
-            resolver.append_question(prompt, resolver.model.without_prefix(ids))
-            for ids in questions
+        questions = [
+            resolver.model.without_prefix(one["prompt_token_ids"])
+            for one in cast("list[TokensInput]", rendered)
         ]
+        request.prompt = [resolver.append_question(prompt, ids) for ids in questions]
+        # All prompts of a request share its salt, and so what is laid over.
+        asked = "\n".join(map(front.engine_client.detokenize, questions))
+        prompt = await reread(front, prompt, asked, raw_request)
         request.add_special_tokens = False
         attach_params(request, prompt)
         return prompt
@@ -162,7 +167,7 @@ async def create_chat_completion(request: ChatCompletionRequest, raw_request: Re
     async def render(mark: str) -> Any:
         return await rendered_chat(chat_routes.chat(raw_request), request, mark)
 
-    insert = chat_insert(request, render)
+    insert = chat_insert(request, raw_request, render)
     return await answer(request, raw_request, insert, chat_routes.create_chat_completion)
 
 
@@ -183,7 +188,7 @@ async def create_responses(request: ResponsesRequest, raw_request: Request) -> A
         return rendered.messages, rendered.engine_input
 
     async def insert(front: FrontEnd, prompt: Prompt) -> Prompt | None:
-        used = await chat_insert(request, render)(front, prompt)
+        used = await chat_insert(request, raw_request, render)(front, prompt)
         if used and request.store and handler.enable_store:
             ids = ",".join(memory.id for memory in used.memories)
             request.metadata = {**(request.metadata or {}), MEMORY_IDS: ids}
@@ -213,7 +218,7 @@ def check_previous(response: ResponsesResponse | None) -> None:
 async def create_messages(request: AnthropicMessagesRequest, raw_request: Request) -> Any:
     """vLLM's Anthropic messages; the memories stand in the first user turn."""
 
-    insert = chat_insert(request, message_render(request, raw_request))
+    insert = chat_insert(request, raw_request, message_render(request, raw_request))
     asked = answer(request, raw_request, insert, message_routes.create_messages)
     return await in_anthropics_form(asked)
 
@@ -227,8 +232,8 @@ async def count_tokens(request: AnthropicCountTokensRequest, raw_request: Reques
         placed = await placed_in_chat(front, prompt, message_render(request, raw_request))
         if placed is None:
             return None
-        prompt, ids[:] = placed
-        return prompt
+        ids[:] = placed.ids
+        return placed.prompt
 
     async def count(request: AnthropicCountTokensRequest, raw_request: Request) -> Any:
         if not ids:
@@ -304,25 +309,38 @@ async def answer(
                 load.end()  # nothing is loaded
         response = await handler(request, raw_request)  # where `insert` had no prompt, it says why
         if used and response:  # no response at all: the client has gone
-            add_report(response, used)
+            report = add_report(response, used)
+            if report.get("reason") == PassageMissing.__name__:
+                for memory in used.memories:
+                    front.engine_client.passages.forget(memory.id)
         return response
 
     return await load.until_answered(load_and_answer())
 
 
-def chat_insert(request: AnyRequest, render: Render) -> Insert:
+async def reread(front: FrontEnd, prompt: Prompt, question: str, raw_request: Request) -> Prompt:
+    """The prompt with what a question points at re-read; as it was for a client that has gone,
+    which vLLM's handler then finds out."""
+    ensuring = front.engine_client.ensure_passages(prompt, question)
+    return await while_connected(raw_request, ensuring) or prompt
+
+
+def chat_insert(request: AnyRequest, raw_request: Request, render: Render) -> Insert:
     """The insertion of memories into a chat: after the template's head, before the user's words."""
 
     async def insert(front: FrontEnd, prompt: Prompt) -> Prompt | None:
         placed = await placed_in_chat(front, prompt, render)
         if placed is None:
             return None
-        prompt, ids = placed
-        if prompt.head and prompt.loads:
-            reason = await front.engine_client.ensure_head(prompt.head)
-            if reason:
-                prompt = prompt.recomputed(reason)
-        attach_params(request, prompt)["prompt_token_ids"] = ids
+        client, prompt = front.engine_client, placed.prompt
+        if prompt.loads:
+            no_head, prompt = await asyncio.gather(
+                client.ensure_head(prompt.head),
+                reread(front, prompt, placed.question, raw_request),
+            )
+            if no_head:
+                prompt = prompt.recomputed(no_head)
+        attach_params(request, prompt)["prompt_token_ids"] = placed.ids
         return prompt
 
     return insert

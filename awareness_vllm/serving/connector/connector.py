@@ -155,7 +155,9 @@ class AwarenessConnector(KVConnectorBase_V1, SupportsHMA):
             self.tracker.record_failure(request.request_id, error)
         else:
             if num_external_tokens:
-                self.tracker.start(request.request_id, cached)
+                plan = self.scheduler.plan_of(request)
+                counted = plan is None or not plan.passage
+                self.tracker.start(request.request_id, cached, counted=counted)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         try:

@@ -28,8 +28,13 @@ DIGIT = 128
 """Numbers are written as digits of this base: integers that bfloat16 and float16 hold exactly."""
 
 
-def read_kv(layout: KVLayout, geometry: Geometry, save: SaveSpec) -> dict[str, Tensor]:
+def read_kv(
+    layout: KVLayout, geometry: Geometry, save: SaveSpec, *, whole: bool = True
+) -> dict[str, Tensor]:
     """`layers.i.key` and `layers.i.value` [T, H, D] of what one step computed, on the host.
+
+    Args:
+        whole: whether all heads are wanted, not only those of this rank.
 
     Raises:
         UnsupportedModel: a layer has given back blocks outside of its window, or a rank holds only
@@ -50,7 +55,7 @@ def read_kv(layout: KVLayout, geometry: Geometry, save: SaveSpec) -> dict[str, T
         key, value = read_slots(layer, slot_mapping)
         index = layer_index(name)
         heads = geometry.layers[index].heads
-        if key.shape[1] != heads:
+        if whole and key.shape[1] != heads:
             raise UnsupportedModel(
                 f"layer {name} has not all heads here",
                 found=f"{key.shape[1]} of {heads} KV heads",
@@ -68,27 +73,38 @@ def read_slots(layer: Any, slot_mapping: Tensor) -> tuple[Tensor, Tensor]:
     layouts = [block_layout(layer, part) for part in ("key", "value")]
     blocks, inverse = torch.unique(slot_mapping // size, return_inverse=True)
     raw = cache[blocks.to(cache.device)].flatten(1).cpu()
+    begins = (inverse * raw.shape[1])[:, None, None]
     key, value = (
-        raw[:, order].view(len(blocks), size, heads, -1)[inverse, slot_mapping % size]
-        for order in layouts
+        raw.take(begins + order.view(size, heads, -1)[slot_mapping % size]) for order in layouts
     )
     return key, value
 
 
 def block_layout(layer: Any, part: str) -> Tensor:
-    """The flat position in one block of each element of its `part` ("key" or "value"): [N * H * D].
+    """The flat position in one block of each element of its `part` ("key" or "value"): [N * H * D],
+    learned once from each writer.
 
     Raises:
         UnsupportedModel: a quantised cache.
     """
-    scratch = torch.empty_like(layer.kv_cache[:1])
-    if not scratch.dtype.is_floating_point:
+    cache = layer.kv_cache
+    if not cache.dtype.is_floating_point:
         raise UnsupportedModel(
             "cannot capture from a quantised KV cache",
-            found=str(scratch.dtype),
+            found=str(cache.dtype),
             expected="a cache in the model's own dtype",
             remedy="start without --kv-cache-dtype",
         )
+    known: dict[Any, Tensor] = vars(layer.impl).setdefault("awareness_layouts", {})
+    about = part, layer.num_kv_heads, cache.shape[1:], cache.stride()[1:], cache.dtype
+    if about not in known:
+        known[about] = _learned_layout(layer, part)
+    return known[about]
+
+
+def _learned_layout(layer: Any, part: str) -> Tensor:
+    """`block_layout`, from what the layer's writer does to a scratch block."""
+    scratch = torch.empty_like(layer.kv_cache[:1])
     size, heads = block_tokens(scratch), layer.num_kv_heads
     count = scratch.numel() // 2
     elements = torch.arange(count, device=scratch.device).view(size, heads, -1)

@@ -21,6 +21,7 @@ from awareness_vllm.packages.file import Package, read_ahead
 from awareness_vllm.packages.store import Store
 from awareness_vllm.serving.config import ServingConfig
 from awareness_vllm.serving.connector.holders import Holders
+from awareness_vllm.serving.connector.passages import PassageTier
 from awareness_vllm.serving.connector.read_queue import ReadQueue
 from awareness_vllm.serving.params import Key, Part, is_of
 from awareness_vllm.serving.served_model import ServedModel
@@ -82,6 +83,7 @@ class MemoryLoader:
         dtype: of the target's cache.
         warm, disk: the tiers that keep aligned memories.
         reads: the files that are read, or were read and are not aligned yet.
+        passages: what the model has re-read.
     """
 
     def __init__(
@@ -92,10 +94,12 @@ class MemoryLoader:
         warm: WarmTier,
         disk: DiskTier | None = None,
         reads: ReadQueue | None = None,
+        passages: PassageTier | None = None,
     ) -> None:
         self.model, self.stores, self.dtype = model, stores, dtype
         self.warm, self.disk = warm, disk
         self.reads = reads or ReadQueue(max_reads=32, max_bytes=GIB)
+        self.passages = passages or PassageTier(GIB)
         self.holders = Holders()
         self.pending: dict[Key, PendingAlignment] = {}
         self.heads: OrderedDict[str, AlignedMemory] = OrderedDict()
@@ -114,7 +118,8 @@ class MemoryLoader:
             disk = DiskTier(Path(config.disk_cache), limit, model.geometry.weights, dtype)
         warm = WarmTier(int(config.host_cache_gib * GIB))
         reads = ReadQueue(config.max_loads, config.max_load_bytes)
-        return cls(model, stores_of(config), dtype, warm, disk, reads)
+        passages = PassageTier(int(config.reread_cache_gib * GIB))
+        return cls(model, stores_of(config), dtype, warm, disk, reads, passages)
 
     def request(self, part: Part, tenant: str) -> PendingAlignment:
         """A memory, ready or on its way; whoever requests it uses its result or releases it."""
@@ -243,6 +248,7 @@ class MemoryLoader:
         held = [self.holders.remove(key, tenant) for key in keys]
         if any(held) or keys & self.warm.pinned:
             return False
+        self.passages.drop(memory)
         on_disk = self.disk.drop(memory) if self.disk else False
         return self.warm.drop(memory) or on_disk
 

@@ -183,7 +183,8 @@ class LoadTracker:
     lives, None while its load is under way.
 
     A request that is preempted loads again. Its last load counts, for its states are the ones that
-    the answer was made with; after a failed one there is no other.
+    the answer was made with; after a failed one there is no other. The server's own requests, for
+    passages, are in no statistics.
     """
 
     def __init__(self) -> None:
@@ -191,9 +192,12 @@ class LoadTracker:
         self.outcomes: dict[str, Outcome | None] = {}
         self.by_rank: dict[str, Outcome] = {}
         self.cached: dict[str, int] = {}
+        self.uncounted: set[str] = set()
 
-    def start(self, request_id: str, cached: int = 0) -> None:
+    def start(self, request_id: str, cached: int = 0, *, counted: bool = True) -> None:
         """A load is under way, after so many tokens that the prefix cache had."""
+        if not counted:
+            self.uncounted.add(request_id)
         self.outcomes.setdefault(request_id, None)
         self.cached[request_id] = cached
 
@@ -207,9 +211,12 @@ class LoadTracker:
             self.by_rank[request_id] = outcome if other is None else merge_ranks(other, outcome)
         for request_id in ended:
             if (merged := self.by_rank.pop(request_id, None)) is not None:
-                self.stats.record(merged)
+                if request_id not in self.uncounted:
+                    self.stats.record(merged)
                 if request_id in self.outcomes:
                     self.outcomes[request_id] = merged
+                else:
+                    self.uncounted.discard(request_id)
 
     def record_failure(self, request_id: str, error: Exception) -> None:
         """Record a load that never began. The scheduler may try many times: it counts once."""
@@ -225,12 +232,14 @@ class LoadTracker:
         if outcome is None or plan is None:
             return None
         report = load_report(outcome, self.cached.get(request.request_id, 0))
-        self.stats.data["requests"].append(report["temperature"])
+        if not plan.passage:
+            self.stats.data["requests"].append(report["temperature"])
         return {PARAMS_KEY: report}
 
     def finish(self, request_id: str) -> None:
         """Forget a request."""
-        self.outcomes.pop(request_id, None)
+        if self.outcomes.pop(request_id, None) is not None:
+            self.uncounted.discard(request_id)  # else its load is still under way
         self.cached.pop(request_id, None)
 
     def take_stats(self) -> LoadStats | None:

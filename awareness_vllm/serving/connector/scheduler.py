@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
 
 from awareness_vllm.serving.connector.kv_layout import NULL_BLOCK
-from awareness_vllm.serving.params import LoadParams
+from awareness_vllm.serving.params import LoadParams, Passage
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -44,24 +44,26 @@ class LoadSpec:
 @dataclass(frozen=True)
 class SaveSpec:
     """The read-back of positions begin … end-1 of a captured prompt of `tokens` tokens, under its
-    name: what one step has computed of it."""
+    name: what one step has computed of it. The rows of a `passage` stay in the worker."""
 
     name: str
     begin: int
     end: int
     tokens: int
     block_ids: BlockIds
+    passage: Passage | None = None
 
 
 @dataclass
 class PendingCapture:
     """A prompt of `tokens` tokens that is captured step by step from position `first` on: those
-    before `read` are planned."""
+    before `read` are planned. What comes before a `passage` must be aligned, never computed."""
 
     name: str
     tokens: int
     block_ids: BlockIds
     first: int = 0
+    passage: Passage | None = None
     read: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -143,12 +145,17 @@ class ConnectorScheduler:
             if new.sampling_params is None or new.prompt_token_ids is None:
                 continue  # pooling, or a prompt of embeddings: never a capture
             params = (new.sampling_params.extra_args or {}).get("kv_transfer_params") or {}
-            if (asked := capture_of(params.get(key))) is not None:
-                name, first = asked
-                block_ids = tuple(list(ids) for ids in new.block_ids)
-                capture = PendingCapture(name, len(new.prompt_token_ids), block_ids, first)
-                self.captures[new.req_id] = capture
-                self.plan_save(new.req_id, new.num_computed_tokens, output)
+            plan = self.plans.get(new.req_id)
+            if plan is not None and (passage := plan.passage_name) is not None:
+                name, first = new.req_id, passage[1][0]
+            elif (asked := capture_of(params.get(key))) is not None:
+                (name, first), passage = asked, None
+            else:
+                continue
+            block_ids = tuple(list(ids) for ids in new.block_ids)
+            tokens = len(new.prompt_token_ids)
+            self.captures[new.req_id] = PendingCapture(name, tokens, block_ids, first, passage)
+            self.plan_save(new.req_id, new.num_computed_tokens, output)
         if not self.captures:
             return
         later = output.scheduled_cached_reqs
@@ -171,6 +178,10 @@ class ConnectorScheduler:
         that the prefix cache brought it may hold less: those blocks may be another request's.
         """
         capture = self.captures[request]
+        if capture.passage and computed < capture.first:
+            # Its load has failed: what it computes now follows other states than the aligned ones.
+            del self.captures[request]
+            return
         # A preempted request is computed again, from wherever the prefix cache leaves off.
         begin = max(capture.first, min(computed, capture.read))
         end = min(computed + output.num_scheduled_tokens[request], capture.tokens)
@@ -180,7 +191,9 @@ class ConnectorScheduler:
             [NULL_BLOCK] * len(group) if window and begin < computed - window + 1 else list(group)
             for group, window in zip(capture.block_ids, self.windows, strict=True)
         )
-        self.step.saves.append(SaveSpec(capture.name, begin, end, capture.tokens, block_ids))
+        self.step.saves.append(
+            SaveSpec(capture.name, begin, end, capture.tokens, block_ids, capture.passage)
+        )
         capture.read = end
         if end == capture.tokens:
             del self.captures[request]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import Iterator
@@ -26,13 +27,14 @@ from awareness_vllm.serving.connector.kv_layout import (
     layer_index,
     slice_of_rank,
 )
-from awareness_vllm.serving.connector.kv_reader import read_kv
+from awareness_vllm.serving.connector.kv_reader import block_layout, read_kv
 from awareness_vllm.serving.connector.loader import (
     MemoryLoader,
     PendingAlignment,
     embedding_of,
     overall_temperature,
 )
+from awareness_vllm.serving.connector.passages import PassageRows
 from awareness_vllm.serving.connector.prefetcher import Prefetcher
 from awareness_vllm.serving.connector.scheduler import LoadSpec, SaveSpec
 from awareness_vllm.serving.params import Part
@@ -127,6 +129,10 @@ class ConnectorWorker:
             geometry=model.geometry,
             dtype=dtype,
         )
+        # Rows that this rank has read back are its own heads' already.
+        self.own_writer = dataclasses.replace(
+            self.writer, heads=dict.fromkeys(by_index, slice(None))
+        )
         self.prefetcher = Prefetcher(loader)
         self.pending: dict[str, PendingLoad] = {}
         self.canary = Canary(loader, captures)
@@ -219,7 +225,9 @@ class ConnectorWorker:
         return requests
 
     def cancel(self, request: str) -> bool:
-        """Forget the load of a request that has ended; whether there was one."""
+        """Forget the load of a request that has ended, and what was read back of its passage;
+        whether there was a load."""
+        self.captures.discard(request)
         if (entry := self.pending.pop(request, None)) is None:
             return False
         for alignment in entry.alignments:
@@ -231,8 +239,9 @@ class ConnectorWorker:
         """Write memories' tokens into a request's blocks.
 
         Raises:
-            AwarenessError: a memory cannot be read, is not what the prompt says, or was not aligned
-                in time (which goes on: the next request finds it warm).
+            AwarenessError: a memory cannot be read, is not what the prompt says, lacks a passage
+                to lay over, or was not aligned in time (which goes on: the next request finds it
+                warm).
         """
         entry = self.pending.pop(request)
         load = entry.load
@@ -248,7 +257,9 @@ class ConnectorWorker:
         for span, (memory, _) in zip(token_spans(load), results, strict=True):
             check_ids(memory, span, load)
             part = slice(span.begin - load.begin, span.end - load.begin)
-            self.write(memory, span, [group[part] for group in slot_mappings])
+            slots = [group[part] for group in slot_mappings]
+            self.write(memory, span, slots)
+            self.lay_over(span, slots)
         temperature = "hot" if load.begin else overall_temperature(t for _, t in results)
         tokens, seconds = load.end - load.begin, time.perf_counter() - entry.since
         logger.info(
@@ -272,11 +283,47 @@ class ConnectorWorker:
             return
         self.writer.place(memory.keys, memory.values, begin, offset, slot_mappings)
 
+    def lay_over(self, span: TokenSpan, slot_mappings: list[Tensor]) -> None:
+        """Write the rows of the passages that a span's memory has re-read into the span's slots.
+
+        Raises:
+            PassageMissing
+        """
+        offset = span.first - span.part.skip
+        for reread in span.part.rereads:
+            first = reread[0] + offset
+            begin, end = max(first, span.begin), min(reread[1] + offset, span.end)
+            if begin < end:
+                rows = self.loader.passages.get((span.part.key, reread))
+                part = slice(begin - span.begin, end - span.begin)
+                slots = [group[part] for group in slot_mappings]
+                self.own_writer.place(rows.keys, rows.values, begin - first, offset, slots)
+
     def save(self, save: SaveSpec) -> None:
-        """Read back what a step computed of a request, where that was announced."""
+        """Read back what a step computed of a request, where that was announced, or of a passage.
+
+        Raises:
+            AwarenessError: a passage's rows cannot be read back.
+        """
+        passage, last = save.passage, save.end == save.tokens
+        if passage is not None:
+            self.captures.announced[save.name] = None
         if self.captures.expects(save.name):
-            read = functools.partial(read_kv, self.layout, self.model.geometry, save)
-            self.captures.capture(save.name, read, save.begin, last=save.end == save.tokens)
+            whole = passage is None
+            read = functools.partial(read_kv, self.layout, self.model.geometry, save, whole=whole)
+            self.captures.capture(save.name, read, save.begin, last=last)
+        if passage is not None and last:
+            rows = PassageRows.of(self.captures.collect(save.name))
+            self.loader.passages.put(passage, rows)
+
+    def check_read_back(self) -> str:
+        """ "", or why this worker cannot read its cache back, so that nothing can be re-read."""
+        try:
+            for layer in self.layout.layers.values():
+                block_layout(layer, "key"), block_layout(layer, "value")
+        except Exception as error:
+            return str(error) or type(error).__name__
+        return ""
 
     def keep_head(self, capture: str, name: str, ids: list[int]) -> str:
         """Keep captured states as the head that prompts begin with; the error's message, or ""."""
@@ -295,7 +342,8 @@ def check_ids(memory: Memory, span: TokenSpan, load: LoadSpec) -> None:
         PackageCorrupt
     """
     part, first = span.part, span.first
-    if memory.ids[part.skip :] != load.ids[first : first + part.tokens]:
+    # A passage's request takes a memory's beginning.
+    if memory.ids[part.skip : part.skip + part.tokens] != load.ids[first : first + part.tokens]:
         raise PackageCorrupt(
             f"the prompt of request {load.request_id} is not its memory's",
             found=f"{len(load.ids) - first} ids from {first} on",

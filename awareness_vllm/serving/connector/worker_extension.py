@@ -27,6 +27,7 @@ ANNOUNCE = "announce"
 STATE = "capture_state"
 KEEP_HEAD = "keep_head"
 FORGET = "forget"
+CHECK_READ_BACK = "check_read_back"
 CHECK_MEMORY = "check_memory"
 CHECK_SINK = "check_sink"
 
@@ -89,6 +90,9 @@ class WorkerCalls:
 
     def keep_head(self, capture: str, name: str, ids: list[int]) -> str:
         return self.worker.keep_head(capture, name, ids)
+
+    def check_read_back(self) -> str:
+        return self.worker.check_read_back()
 
     def forget(self, name: str) -> None:
         self.worker.captures.discard(name)
