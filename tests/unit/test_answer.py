@@ -103,7 +103,7 @@ def test_an_answer_says_what_was_read_again(memory: OfflineMemory) -> None:
     assert (nothing.passages, nothing.note) == ((), "none asked for")
 
 
-def test_everything_read_again_answers_as_the_text_does(
+def test_tokens_go_on_from_the_cache_as_without_one(
     target: OfflineTarget, memory: OfflineMemory
 ) -> None:
     ids = memory.aligned.ids
