@@ -26,14 +26,15 @@ $(STAMP): requirements.lock pyproject.toml demo/pyproject.toml
 install: $(STAMP)
 
 models: $(STAMP)
-	@echo "[models] about 90 s the first time"
+	@echo "[models] both models, and the maps between them: about a minute the first time"
 	@$(BIN)/python -m awareness_demo.models
+	@$(BIN)/python -m awareness_demo.wmatrices
 
 anchors: $(STAMP)
 	@echo "[anchors] about 30 s the first time"
 	@$(BIN)/python -m awareness_demo.anchors
 
-demo: $(STAMP) models anchors
+demo: $(STAMP) models
 	@$(BIN)/python examples/quickstart.py
 
 # Debian's own browser, which the tests of the page look through.
