@@ -18,7 +18,8 @@ $(STAMP): requirements.lock pyproject.toml demo/pyproject.toml
 	@echo "[install 1/3] virtual environment in $(VENV)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "[install 2/3] torch, vLLM for CPU, transformers, test tools, by their hashes (some minutes)"
-	@$(PIP) install --no-deps --require-hashes -r requirements.lock
+	@# Python compiles what it imports; all of it would take a minute more, on two cores.
+	@$(PIP) install --no-deps --no-compile --require-hashes -r requirements.lock
 	@echo "[install 3/3] this project"
 	@$(PIP) install --no-deps --no-build-isolation -e . -e demo
 	@touch $@
@@ -26,14 +27,15 @@ $(STAMP): requirements.lock pyproject.toml demo/pyproject.toml
 install: $(STAMP)
 
 models: $(STAMP)
-	@echo "[models] about 90 s the first time"
+	@echo "[models] both models, and the maps between them: about a minute the first time"
 	@$(BIN)/python -m awareness_demo.models
+	@$(BIN)/python -m awareness_demo.wmatrices
 
 anchors: $(STAMP)
 	@echo "[anchors] about 30 s the first time"
 	@$(BIN)/python -m awareness_demo.anchors
 
-demo: $(STAMP) models anchors
+demo: $(STAMP) models
 	@$(BIN)/python examples/quickstart.py
 
 # Debian's own browser, which the tests of the page look through.

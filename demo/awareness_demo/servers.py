@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,9 +33,13 @@ class Running:
 
 @contextlib.contextmanager
 def running(
-    prefix: Sequence[str], model: Path, flags: Sequence[object], log: Path
+    prefix: Sequence[str],
+    model: Path,
+    flags: Sequence[object],
+    log: Path,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> Iterator[Running]:
-    """A server, started and ready, that is stopped afterwards.
+    """A server, started and ready, that is stopped afterwards; `meanwhile` runs while it starts.
 
     Raises:
         RuntimeError: it does not start.
@@ -51,6 +55,7 @@ def running(
         process = subprocess.Popen(list(map(str, command)), stdout=out, stderr=out, env=environ)
     url = f"http://127.0.0.1:{port}"
     try:
+        meanwhile()
         _wait(url, process, log)
         yield Running(url, log, process)
     finally:

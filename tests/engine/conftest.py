@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from awareness_demo.anchors import held_out_dir, install
 from awareness_demo.models import prepare
-from awareness_demo.wmatrices import is_readable
+from awareness_demo.wmatrices import is_readable, shipped
 from harness import CLI, captured
 
 from awareness_vllm.anchors.corpus import load
-from awareness_vllm.files import anchors_dir, home, wmatrices_dir
+from awareness_vllm.files import anchors_dir, home
 from awareness_vllm.models.tokens import load_tokenizer, tokenize
 
 SMALL = ("--tokens", 8000, "--layers", 6, "--rank", 256, "--calibration", 32)
@@ -38,15 +38,25 @@ def gemma3(models: dict[str, Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def wmatrix(smollm2: Path, gemma3: Path) -> Path:
+    """SmolLM2 → Gemma-3 as it is shipped; where none is for these models, by a small fit."""
+    return shipped(smollm2, gemma3) or small(smollm2, gemma3)
+
+
+@pytest.fixture(scope="session")
+def small_wmatrix(smollm2: Path, gemma3: Path) -> Path:
     """SmolLM2 → Gemma-3 by a small fit, kept for the next run."""
-    recipe = "".join(str(word).replace("--", "-") for word in SMALL)
-    return fitted(smollm2, gemma3, home() / "tests" / f"small{recipe}.wmatrix", SMALL)
+    return small(smollm2, gemma3)
 
 
 @pytest.fixture(scope="session")
 def full_wmatrix(smollm2: Path, gemma3: Path) -> Path:
-    """SmolLM2 → Gemma-3 as `make demo` fits it, unless it has done so."""
-    return fitted(smollm2, gemma3, wmatrices_dir() / "smollm2-135m--gemma3-270m.wmatrix")
+    """SmolLM2 → Gemma-3 by the default fit, kept for the next run."""
+    return fitted(smollm2, gemma3, home() / "tests" / "default.wmatrix")
+
+
+def small(source: Path, target: Path) -> Path:
+    recipe = "".join(str(word).replace("--", "-") for word in SMALL)
+    return fitted(source, target, home() / "tests" / f"small{recipe}.wmatrix", SMALL)
 
 
 def fitted(source: Path, target: Path, path: Path, flags: tuple[object, ...] = ()) -> Path:
