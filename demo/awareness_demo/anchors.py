@@ -1,7 +1,8 @@
 """The default anchors and the held-out texts, installed under `$AWARENESS_HOME`.
 
 `python -m awareness_demo.anchors` writes plain text files to `anchors/<source>/` (to fit on) and,
-from other sources, to `held-out/<source>/` (to measure on), and `held-out/facts/cases.jsonl`.
+from other sources, to `held-out/<source>/` (to measure on), and the cases of `held-out/facts/` and
+`held-out/needles/` to `cases.jsonl`.
 Installed sources are left alone; one that cannot be downloaded is skipped with a warning.
 """
 
@@ -20,6 +21,7 @@ from filelock import FileLock
 
 from awareness_demo.facts import fact_cases, fact_texts
 from awareness_demo.mathematics import mathematics
+from awareness_demo.needles import CHARACTERS, needles
 from awareness_demo.sources import ANCHORS, DOMAINS, HELD_OUT, Source
 from awareness_vllm.anchors.corpus import MINIMUM, Document
 from awareness_vllm.errors import BadInput
@@ -66,6 +68,8 @@ def install(progress: Progress = print) -> dict[str, Path]:
                 lambda _: _plain(mathematics(EXERCISES, SEED), LIMIT),
             ),
             (held_out_dir() / "facts", lambda _: {"cases.jsonl": _cases()}),
+            # After the sources: their prose is what the facts are hidden in.
+            (held_out_dir() / "needles", lambda _: {"cases.jsonl": _needles()}),
         )
         for folder, write in made:
             if _install(folder, write, progress):
@@ -169,6 +173,16 @@ def _facts() -> Iterator[Document]:
 
 def _cases() -> str:
     return "".join(json.dumps(case) + "\n" for case in fact_cases(FACT_CASES, SEED))
+
+
+def _needles() -> str:
+    prose = {
+        source: [
+            path.read_text("utf-8") for path in sorted((held_out_dir() / source).glob("*.txt"))
+        ]
+        for source in CHARACTERS
+    }
+    return "".join(json.dumps(case) + "\n" for case in needles(prose, SEED))
 
 
 if __name__ == "__main__":
