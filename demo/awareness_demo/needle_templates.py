@@ -1,4 +1,4 @@
-"""The words and sentences of `needles.py`. People, cities, jobs and codes are those of `facts.py`."""
+"""The words and sentences of `needles.py`; people, cities and jobs are those of `facts.py`."""
 
 from awareness_vllm.anchors.words import words_of
 

@@ -20,8 +20,9 @@ pytestmark = pytest.mark.unit
 
 PROSE = {
     source: [
-        f"Text {n} of {source} tells little.\nNobody could say when the wall was built. "
-        "Most of it fell in a storm! What was left is grass.\n\n" * 90
+        # Some answers stand in the prose as well: no case may ask for them.
+        f"Text {n} of {source} tells little.\nNobody in Oslo could say when the wall was built. "
+        "A potter kept soap in the attic! What was left is a harp.\n\n" * 90
         for n in range(3)
     ]
     for source in CHARACTERS
