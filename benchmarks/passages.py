@@ -19,35 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from awareness_demo.anchors import held_out_dir
 from awareness_demo.needles import KINDS, LENGTHS
-from safetensors import safe_open
-from tokenizers import Tokenizer
 
 from awareness_vllm.models.folder import resolve_folder
 from awareness_vllm.models.tokens import load_tokenizer, tokenize
 from awareness_vllm.passages.index import PassageIndex
 from awareness_vllm.passages.strategies import STRATEGIES
-from awareness_vllm.passages.words import WordVectors
+from awareness_vllm.passages.vectors import word_vectors
 from awareness_vllm.provenance import hardware, versions
 
 BUDGETS = (24, 48, 96)
 Case = dict[str, Any]
-
-
-def word_vectors(folder: Path, tokenizer: Tokenizer) -> WordVectors:
-    """Means of the target's token embeddings of a word [W, E]."""
-    with safe_open(folder / "model.safetensors", "pt") as file:
-        (name,) = [key for key in file.keys() if key.endswith("embed_tokens.weight")]  # noqa: SIM118
-        table = file.get_tensor(name)
-
-    def vectors(words: Sequence[str]) -> np.ndarray:
-        encoded = tokenizer.encode_batch([f" {word}" for word in words], add_special_tokens=False)
-        rows = [table[torch.tensor(encoding.ids)].float().mean(0) for encoding in encoded]
-        return torch.stack(rows).numpy()
-
-    return vectors
 
 
 def is_hit(index: PassageIndex, spans: Sequence[tuple[int, int]], case: Case) -> bool:
@@ -60,7 +43,10 @@ def measure(cases: Sequence[Case], indexes: Sequence[PassageIndex], name: str) -
     """Hits [N, budgets] of a strategy."""
     return np.array(
         [
-            [is_hit(index, index.choose(case["question"], budget, name), case) for budget in BUDGETS]
+            [
+                is_hit(index, index.choose(case["question"], budget, name), case)
+                for budget in BUDGETS
+            ]
             for case, index in zip(cases, indexes, strict=True)
         ]
     )
@@ -81,7 +67,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Hits of every strategy, kind and length at every budget, and its time."""
     target = resolve_folder(args.target)
     tokenizer = load_tokenizer(str(target))
-    vectors = word_vectors(target, tokenizer)
+    vectors = word_vectors(target)
     cases = [json.loads(line) for line in args.cases.read_text().splitlines()]
     spans = [tokenize(tokenizer, case["context"]).spans for case in cases]
     start = time.perf_counter()

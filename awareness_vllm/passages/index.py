@@ -14,8 +14,8 @@ from awareness_vllm.passages.words import WordTable, WordVectors, located_words,
 Span = tuple[int, int]
 """Positions begin … end-1 among a memory's ids, the sink's counted."""
 
-BUDGET = 24
-"""The tokens that are re-read by default: more of them help no question (docs/fidelity-log.md)."""
+BUDGET = 48
+"""The tokens that are re-read by default at most; a question needs about half of them."""
 MIN = 8
 """The tokens of a chosen span at least: vLLM computes no fewer in a request of its own."""
 LONGEST_QUESTION = 8000
@@ -53,7 +53,7 @@ class PassageIndex:
             spans: [T, 2] byte spans of the text's target tokens.
             first: The number of ids before the text's, the sink's.
             limit: The tokens of a passage at most.
-            vectors: Vectors [W, E] of words, for the strategies with embeddings.
+            vectors: The lookup of words' embeddings; without one, "embeddings" is "bm25".
 
         Raises:
             BadInput: spans that do not belong to the text, or text that is not Unicode.

@@ -5,12 +5,17 @@ from __future__ import annotations
 import base64
 import itertools
 import random
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from awareness_vllm.errors import BadInput
@@ -18,6 +23,7 @@ from awareness_vllm.models.tokens import tokenize
 from awareness_vllm.passages.cut import LIMIT, TextTokens, cut
 from awareness_vllm.passages.index import BUDGET, MIN, PassageIndex
 from awareness_vllm.passages.strategies import STRATEGIES
+from awareness_vllm.passages.vectors import word_vectors
 from awareness_vllm.passages.words import words
 
 pytestmark = pytest.mark.unit
@@ -200,7 +206,14 @@ def test_the_second_hop_follows_the_pronoun_and_the_shared_name(bpe: Tokenizer) 
         return " ".join(text[slice(*index.characters(span))] for span in found)
 
     assert "Oslo" not in chosen("bm25")
-    assert "Her flat is in Oslo." in chosen("bm25+neighbours")
+    assert "Her flat is in Oslo." in chosen("bm25+following")
+
+    text = f"{filler}Nora Reed came. Tea was served. Her flat is in Oslo. {filler}"
+    index = PassageIndex.of(text, tokenize(bpe, text).spans, 0)
+    assert "Her flat is in Oslo." in chosen("bm25+following", 60)
+    text = f"{filler}\nThe list of Nora Reed:\n- rope\n- soap\n- nails\n- yeast\n{filler}"
+    index = PassageIndex.of(text, tokenize(bpe, text).spans, 0)
+    assert "- yeast" in chosen("bm25+following", 60)
 
     text = f"{filler}Nora Reed works for Otto Quinn. {filler}Otto Quinn is a weaver. {filler}"
     index = PassageIndex.of(text, tokenize(bpe, text).spans, 0)
@@ -221,6 +234,49 @@ def test_embeddings_find_what_is_worded_otherwise(bpe: Tokenizer) -> None:
     assert index.choose("Which job?", 24, "bm25") == ()
     (span,) = index.choose("Which job?", 24, "embeddings")
     assert "occupation" in text[slice(*index.characters(span))]
+
+
+def test_bm25_is_that_of_the_library() -> None:
+    # In a process of its own: bm25s imports numba, and vLLM's CPU worker fails beside it.
+    code = """
+import bm25s, numpy as np
+from awareness_vllm.passages.words import WordTable, words
+from awareness_vllm.passages.strategies import bm25
+texts = ["one red harp and a red drum", "the drum of Oslo", "", "Oslo, Oslo, harp", "nothing more"]
+table = WordTable(texts)
+library = bm25s.BM25()
+library.index([words(text) for text in texts], show_progress=False)
+for question in (["red"], ["oslo", "harp"], ["drum", "red", "lost"]):
+    theirs = library.get_scores([word for word in question if word in table.where])
+    np.testing.assert_allclose(bm25(table, question), theirs, rtol=1e-5)
+    assert theirs.any()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_importing_passages_leaves_numba_out() -> None:
+    code = "import sys, awareness_vllm.passages.vectors, awareness_vllm.passages.index as index; "
+    code += "print({'numba', 'llvmlite', 'bm25s', 'vllm'} & set(sys.modules))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    )
+    assert result.stdout.strip() == "set()"
+
+
+def test_embeddings_are_read_from_a_model_folder(tmp_path: Path, bpe: Tokenizer) -> None:
+    assert word_vectors(tmp_path) is None
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    table = torch.randn(bpe.get_vocab_size(), 8).bfloat16()
+    save_file({"model.embed_tokens.weight": table}, tmp_path / "model.safetensors")
+    vectors = word_vectors(tmp_path)
+    assert vectors is not None
+    ids = [bpe.encode(f" {word}").ids for word in ("Oslo", "canoe")]
+    expected = torch.stack([table[i].float().mean(0) for i in ids])
+    np.testing.assert_allclose(vectors(["Oslo", "canoe"]), expected, rtol=1e-5)
+    # Of a table that no rows can be read from, quantized say, there are none.
+    (tmp_path / "model.safetensors").unlink()
+    save_file({"embed_tokens.weight": table.to(torch.int8)}, tmp_path / "model.safetensors")
+    assert word_vectors(tmp_path) is None
 
 
 @pytest.mark.parametrize(
