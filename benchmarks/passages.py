@@ -39,17 +39,16 @@ def is_hit(index: PassageIndex, spans: Sequence[tuple[int, int]], case: Case) ->
     return all(any(a <= b and e <= z for a, z in ranges) for b, e in case["sentences"])
 
 
-def measure(cases: Sequence[Case], indexes: Sequence[PassageIndex], name: str) -> np.ndarray:
-    """Hits [N, budgets] of a strategy."""
-    return np.array(
-        [
-            [
-                is_hit(index, index.choose(case["question"], budget, name), case)
-                for budget in BUDGETS
-            ]
-            for case, index in zip(cases, indexes, strict=True)
-        ]
-    )
+def measure(
+    cases: Sequence[Case], indexes: Sequence[PassageIndex], name: str
+) -> tuple[np.ndarray, list[float]]:
+    """Hits [N, budgets] of a strategy, and the mean tokens that it chooses at each budget."""
+    hits, tokens = [], []
+    for case, index in zip(cases, indexes, strict=True):
+        chosen = [index.choose(case["question"], budget, name) for budget in BUDGETS]
+        hits.append([is_hit(index, spans, case) for spans in chosen])
+        tokens.append([sum(end - begin for begin, end in spans) for spans in chosen])
+    return np.array(hits), np.mean(tokens, axis=0).round(1).tolist()
 
 
 def milliseconds(cases: Sequence[Case], indexes: Sequence[PassageIndex], name: str) -> float:
@@ -81,10 +80,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     at_2000 = [i for i in range(len(cases)) if lengths[i] == 2000]
     strategies = {}
     for name in args.strategies or STRATEGIES:
-        hits = measure(cases, indexes, name)
+        hits, tokens = measure(cases, indexes, name)
         strategies[name] = {
             "development": hits[chosen_on].mean(0).round(4).tolist(),
             "hits": hits[~chosen_on].mean(0).round(4).tolist(),
+            "tokens": tokens,
             "by_kind": {
                 half: {k: hits[(kinds == k) & rows].mean(0).round(4).tolist() for k in KINDS}
                 for half, rows in (("development", chosen_on), ("hits", ~chosen_on))
@@ -109,14 +109,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def show(figures: dict[str, Any], half: str) -> None:
-    """A table of hits, at every budget together and by kind."""
-    print(f"\n{half}: hits at {figures['budgets']} tokens, all | by kind at each budget")
-    print(f"{'':24}{'ms':>6}  {'all':20}" + "".join(f"{kind:>17}" for kind in KINDS))
+    """A table of hits at every budget, of all cases and by kind."""
+    kinds = list(KINDS)
+    print(f"\n| {half} | ms | tokens | all | {' | '.join(kinds)} |\n|{'---|' * (len(kinds) + 4)}")
     for name, one in figures["strategies"].items():
-        shares = [one[half], *(one["by_kind"][half][kind] for kind in KINDS)]
-        cells = ["/".join(f"{share:.2f}" for share in cell) for cell in shares]
-        row = f"{cells[0]:20}" + "".join(f"{cell:>17}" for cell in cells[1:])
-        print(f"{name:24}{one['ms']:6.2f}  {row}")
+        shares = [one[half], *(one["by_kind"][half][kind] for kind in kinds)]
+        tokens = " · ".join(f"{size:.0f}" for size in one["tokens"])
+        cells = [name, f"{one['ms']:.2f}", tokens]
+        cells += [" · ".join(f"{share:.2f}" for share in cell) for cell in shares]
+        print(f"| {' | '.join(cells)} |")
 
 
 def main() -> None:
