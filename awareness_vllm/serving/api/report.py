@@ -23,7 +23,7 @@ def add_report(response: Response, prompt: Prompt) -> None:
         params = body.get("kv_transfer_params") or {}
         report |= params.pop(PARAMS_KEY, {})
         if report.get("temperature") == RECOMPUTED and not report.get("cached_tokens"):
-            report["retention"] = prompt.recomputed().retention
+            report |= prompt.recomputed().promised()
         body[MEMORY] = report
         if "kv_transfer_params" in body:
             body["kv_transfer_params"] = params or None
@@ -42,4 +42,5 @@ def headers_of(report: dict[str, Any]) -> dict[str, str]:
         headers["Reason"] = report["reason"]
     if None not in report["retention"]:
         headers["Retention"] = f"{min(report['retention']):.3f}"
+        headers["Basis"] = ",".join(sorted(set(report["basis"])))
     return headers
