@@ -21,6 +21,7 @@ from awareness_vllm.tensor_file import FileRefused, read_file
 from awareness_vllm.wmatrix.features import split_states
 from awareness_vllm.wmatrix.int8 import dequantized, quantized
 from awareness_vllm.wmatrix.manifest import (
+    PRODUCTS,
     WMatrixManifest,
     current_name,
     parse_manifest,
@@ -117,6 +118,16 @@ class WMatrix:
         if source is None:
             return mean.expand(rows, -1)
         return source if masked is None else torch.where(masked[:, None], mean, source)
+
+    def to(self, device: torch.device | str) -> WMatrix:
+        """The map with its tensors on a device."""
+        return WMatrix(
+            self.manifest,
+            **{n: getattr(self, n).to(device) for n in ("mean", "scale", *PRODUCTS, "bias")},
+            sink_keys=[state.to(device) for state in self.sink_keys],
+            sink_values=[state.to(device) for state in self.sink_values],
+            position_embeddings={s: t.to(device) for s, t in self.position_embeddings.items()},
+        )
 
     def position_latents(self) -> dict[str, Tensor]:
         """The share of each position in the latent, [P, R] by side: the map is linear."""
