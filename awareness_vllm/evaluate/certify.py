@@ -106,10 +106,7 @@ def certify(
         length: measure_cases(harness, group, length, limit or CASES, progress=progress)
         for length, group in by_length(cases, measured, context).items()
     }
-    metrics = None
-    if wmatrix.manifest.reads_tokens:
-        excerpts = take_excerpts(harness, texts, context, continuation, METRIC_TEXTS)
-        metrics = alignment_metrics(harness, [(text, ids) for _, text, ids in excerpts])
+    metrics = measure_metrics(harness, texts, context, continuation)
     protocol = Protocol(
         texts=digest(texts),
         cases=digest(Document(c["question"] + c["answer"], c["context"]) for c in cases),
@@ -163,6 +160,16 @@ def measure_cases(
         controls=controls_of(harness.wmatrix),
         progress=progress,
     )
+
+
+def measure_metrics(
+    harness: EvalHarness, texts: Sequence[Document], context: int, continuation: int
+) -> Metrics | None:
+    """The alignment metrics, on fewer texts; None for a map that reads no tokens."""
+    if harness.wmatrix is None or not harness.wmatrix.manifest.reads_tokens:
+        return None
+    excerpts = take_excerpts(harness, texts, context, continuation, METRIC_TEXTS)
+    return alignment_metrics(harness, [(text, ids) for _, text, ids in excerpts])
 
 
 def by_length(cases: Sequence[Case], lengths: Sequence[int], context: int) -> dict[int, list[Case]]:
