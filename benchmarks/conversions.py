@@ -35,7 +35,7 @@ from awareness_vllm.anchors.corpus import Document, load, windows
 from awareness_vllm.evaluate.bootstrap import mean, resamples
 from awareness_vllm.evaluate.conditions import EvalHarness
 from awareness_vllm.evaluate.evaluate import TextFigures, evaluate_texts, take_excerpts
-from awareness_vllm.evaluate.flops import map_flop, prefill_flop, share_of_prefill
+from awareness_vllm.evaluate.flops import map_flop, plan_cost
 from awareness_vllm.files import anchors_dir, wmatrices_dir
 from awareness_vllm.fit.config import FitConfig
 from awareness_vllm.fit.fit import fit
@@ -162,12 +162,11 @@ def measure_conversion(name: str, protocol: Protocol) -> tuple[TextFigures, dict
         figures = served_texts(harness, take_excerpts(harness, texts, **sizes), max_model_len=LIMIT)
     else:
         figures = evaluate_texts(harness, texts, **sizes)
-    native = prefill_flop(harness.target_model, CONTEXT)
     about = {
         "r2": wmatrix.manifest.r2,
         "position_embeddings": wmatrix.manifest.position_embeddings,
         "ridge": wmatrix.manifest.fit["ridge"],
-        "share_of_prefill": share_of_prefill(map_flop(wmatrix), native, CONTEXT, 0),
+        "share_of_prefill": plan_cost(map_flop(wmatrix), harness.prefill, CONTEXT),
     }
     return figures, about
 

@@ -25,13 +25,14 @@ from awareness_vllm.anchors.corpus import load, split
 from awareness_vllm.evaluate.bootstrap import retention
 from awareness_vllm.evaluate.conditions import EvalHarness
 from awareness_vllm.evaluate.evaluate import take_excerpts
-from awareness_vllm.evaluate.flops import map_flop, prefill_flop
+from awareness_vllm.evaluate.flops import Prefill, map_flop
 from awareness_vllm.files import anchors_dir, models_dir
 from awareness_vllm.fit.checkpoint import Checkpoint
 from awareness_vllm.fit.config import FitConfig
 from awareness_vllm.fit.gather import gather
 from awareness_vllm.fit.reader import Reader
 from awareness_vllm.fit.regress import solve_map, weighting
+from awareness_vllm.models.describe import geometry_of
 from awareness_vllm.models.hf import load_model
 from awareness_vllm.provenance import hardware, versions
 from awareness_vllm.wmatrix.certificate import Certificate
@@ -72,7 +73,8 @@ def measure_points(args: argparse.Namespace) -> dict[str, Any]:
     maps = {path.stem: load_wmatrix(path) for path in args.wmatrix}
     maps |= solutions(args)
     points, count = measure_maps(args, maps)
-    native = prefill_flop(load_model(args.target), CONTEXT)
+    prefill = Prefill.of(load_model(args.target), geometry_of(args.target))
+    native = prefill.flop(0, CONTEXT) / CONTEXT
     return {
         "source": args.source.name,
         "target": args.target.name,

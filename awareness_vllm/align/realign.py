@@ -133,6 +133,7 @@ class Realignment:
         masked: bool = False,
     ) -> None:
         manifest = wmatrix.manifest
+        source = source.to(wmatrix.encode.device)
         self.package, self.wmatrix, self.source, self.masked = package, wmatrix, source, masked
         self.sink_rows = masked_rows(source)
         self.sink = len(manifest.sink)

@@ -27,9 +27,10 @@ from awareness_vllm.models.folder import resolve_folder
 from awareness_vllm.models.hf import cache_states, inputs_after, load_model, sink_ids, states
 from awareness_vllm.packages.file import Package, verify
 from awareness_vllm.packages.store import locate
-from awareness_vllm.wmatrix.certificate import Interval, Plan, cheapest, with_tail
+from awareness_vllm.wmatrix.certificate import Interval, Plan
 from awareness_vllm.wmatrix.file import WMatrix, load
 from awareness_vllm.wmatrix.heads import head_mapping_summary, table
+from awareness_vllm.wmatrix.plans import basis_of, cheapest, with_tail
 from awareness_vllm.wmatrix.registry import Registry, WMatrixEntry
 
 if TYPE_CHECKING:
@@ -41,11 +42,11 @@ CONTINUATION = 60
 
 @dataclass(frozen=True)
 class Basis:
-    """The origin of a quality: `measured` in five arms at `context` tokens, or `exact`, the same
-    model's own states. `digest` is that of the W-Matrix file whose certificate has it, of the texts
-    that it was measured on, or of the package."""
+    """The origin of a quality: `measured` in five arms at `context` tokens, `extrapolated` from
+    shorter contexts, or `exact`, the same model's own states. `digest` is that of the W-Matrix file
+    whose certificate has it, of the texts that it was measured on, or of the package."""
 
-    kind: Literal["measured", "exact"]
+    kind: Literal["measured", "extrapolated", "exact"]
     digest: str
     context: int
 
@@ -157,8 +158,9 @@ class KVCacheAligner:
             basis, tail = Basis("measured", digest(texts), context), 0
         elif (plan := certified_plan(entry, quality_target, context)) is not None:
             assert entry is not None
+            assert entry.certificate is not None
             interval, tail = plan.retention, plan.tail
-            basis = Basis("measured", entry.digest, plan.context)
+            basis = Basis(basis_of(entry.certificate, context), entry.digest, plan.context)
         else:
             return AlignedState(**vars(self._realign(package, wmatrix)))
         memory = self._with_tail(self._realign(package, wmatrix), tail)

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from awareness_vllm.cli.options import add_device
+
 HELP = "measure a W-Matrix in five arms and write the certificate into it"
 
 
@@ -20,7 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cases", required=True, type=Path, metavar="FILE.jsonl", help="cases of fact recall"
     )
     parser.add_argument(
-        "--limit", type=int, default=48, help="number of texts, and of cases, at most"
+        "--limit",
+        type=int,
+        metavar="N",
+        help="number of texts, and of cases of each length, at most (default: 48 and 200)",
     )
     parser.add_argument(
         "--lengths",
@@ -28,8 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="TOKENS",
-        help="also measure retention of memories of these lengths",
+        help="also measure memories of these lengths",
     )
+    add_device(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -47,6 +53,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         cases,
         limit=args.limit,
         lengths=args.lengths,
+        device=args.device,
     )
     certified.save(args.wmatrix)
     assert certified.manifest.certificate is not None

@@ -96,7 +96,7 @@ def lines(result: dict[str, Any]) -> list[str]:
     retention = figure(result["estimated_retention"])
     if result["ci_low"] is not None:
         retention += f" ({result['ci_low']:.3f} … {result['ci_high']:.3f})"
-    facts, own = result["facts"], result["on_itself"]
+    facts, own, margin = result["facts"], result["on_itself"], result["margin"]
     signed = [f"{what} by {name}" for what, name in result["signed_by"].items() if name]
     return [
         f"{result['level'] or 'unknown'}: {result['recommendation']}",
@@ -104,6 +104,7 @@ def lines(result: dict[str, Any]) -> list[str]:
         f"  compatibility score       {figure(result['compatibility_score'])}",
         f"  estimated retention       {retention}{basis(result['basis'])}",
         *([f"  on its own last quarter   {interval(own)}"] if own else []),
+        *([f"  above what its cost buys  {interval(margin)}"] if margin else []),
         f"  facts, share of native    {figure(facts['mean'] if facts else None)}",
         f"  head mapping quality      {figure(result['head_mapping_quality'])}"
         + basis(result["head_mapping_basis"]),

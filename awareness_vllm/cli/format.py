@@ -30,12 +30,33 @@ def lines(document: dict[str, Any]) -> list[str]:
 def plan_lines(plan: Plan) -> list[str]:
     """The lines of a plan: its retention on all texts, and on each kind."""
     head = f"{plan.context} tokens, tail {plan.tail}, cost {plan.cost:.0%}"
+    if plan.reread:
+        head = f"{plan.context} tokens, {plan.tail} + {plan.reread}, cost {plan.cost:.0%}"
+    facts = [("facts, share of native", plan.facts)] if plan.facts else []
+    facts += [(f"  {name}", i) for name, i in plan.facts_controls.items()]
+    facts += [("  margin", plan.facts_margin)] if plan.facts_margin else []
     return [
         f"{interval(head, plan.retention)}   top-1 {plan.top1:.3f}",
         *(interval(f"  {kind}", i) for kind, i in sorted(plan.kinds.items())),
         interval("  tokens only", plan.tokens_only),
-        *([interval("  facts, share of native", plan.facts)] if plan.facts else []),
+        *(interval(f"  {name}", i) for name, i in plan.controls.items()),
+        margin_line(plan),
+        *(interval(f"  {name}", i) for name, i in facts),
+        *(f"      {kind:30}{matches(arms)}" for kind, arms in sorted(plan.facts_kinds.items())),
     ]
+
+
+def margin_line(plan: Plan) -> str:
+    """A plan's margin over the best control, or why it claims none."""
+    if plan.margin is None:
+        return "    no controls measured: no margin is known"
+    line = interval("  margin over the best control", plan.margin)
+    return line + "   not worth its cost: never chosen" * plan.beaten
+
+
+def matches(arms: dict[str, float]) -> str:
+    """The exact matches of each arm."""
+    return "  ".join(f"{arm} {share:.2f}" for arm, share in arms.items())
 
 
 def metric_lines(metrics: Metrics) -> list[str]:

@@ -18,6 +18,16 @@ def add_wmatrices(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Where models compute: `args.device`."""
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda", "auto"),
+        default="cpu",
+        help="device that the models compute on (auto: cuda where there is one; default: cpu)",
+    )
+
+
 def add_trust(parser: argparse.ArgumentParser) -> None:
     """Whose signatures count: `args.trust`, None without a trust file."""
     parser.add_argument(

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from awareness_vllm.compatibility.context import CheckContext
 from awareness_vllm.compatibility.estimate import predict
 from awareness_vllm.compatibility.report import Action
-from awareness_vllm.wmatrix.certificate import plans_for
+from awareness_vllm.wmatrix.plans import plans_for
 from awareness_vllm.wmatrix.routes import best_route, expected_retention, names
 
 
@@ -41,9 +41,13 @@ def longer_tails(check: CheckContext) -> Iterator[Action]:
     """More of the memory's last tokens read by the target itself."""
     if check.certificate is None:
         return
-    now = predict(check.certificate, check.tokens, check.config.tail, check.kind).mean
-    for plan in plans_for(check.certificate, check.tokens):
-        gain = predict(check.certificate, check.tokens, plan.tail, check.kind).mean - now
+    reread = check.config.reread
+    served = predict(check.certificate, check.tokens, check.config.tail, check.kind, reread=reread)
+    plans = plans_for(check.certificate, check.tokens)
+    most = max(plan.reread for plan in plans if plan.reread <= reread)
+    for plan in (plan for plan in plans if plan.reread == most and not plan.beaten):
+        more = predict(check.certificate, check.tokens, plan.tail, check.kind, reread=reread)
+        gain = more.mean - served.mean
         if check.config.tail < plan.tail < check.tokens and gain > 0:
             text = f"read the last {plan.tail} tokens natively (`--tail {plan.tail}`)"
             text += f", at {plan.cost:.0%} of the prefill's operations"

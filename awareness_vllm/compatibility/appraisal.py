@@ -33,8 +33,9 @@ from awareness_vllm.compatibility.report import (
     level_of,
 )
 from awareness_vllm.compatibility.risks import risks
-from awareness_vllm.wmatrix.certificate import TIERS, Certificate, Interval
+from awareness_vllm.wmatrix.certificate import REREAD, TIERS, Certificate, Interval, Plan
 from awareness_vllm.wmatrix.manifest import WMatrixManifest
+from awareness_vllm.wmatrix.plans import basis_of, with_tail
 
 Known = tuple[Interval, Basis]
 Figure = tuple[float, Basis]
@@ -48,7 +49,7 @@ def report(check: CheckContext) -> CompatibilityReport:
     """
     known = expected(check)
     interval, basis = known or (None, None)
-    certificate = check.certificate
+    certificate, plan = check.certificate, plan_of(check)
     score = scored(check, interval)
     level, recommendation = level_of(capped(score, facts(check)))
     if basis is not None and basis.kind == "claimed":
@@ -73,7 +74,10 @@ def report(check: CheckContext) -> CompatibilityReport:
         recommendation=recommendation,
         refusal=None if check.refusal is None else str(check.refusal),
         signed_by=check.signers,
+        margin=plan.margin if plan else None,
+        controls=plan.controls if plan else {},
         facts=facts(check),
+        facts_margin=plan.facts_margin if plan else None,
         on_itself=check.self_test.retention if check.self_test else None,
         head_mapping_quality=heads,
         head_mapping_basis=heads_basis,
@@ -104,8 +108,12 @@ def expected(check: CheckContext) -> Known | None:
     if check.exact:
         return COPIED, Basis(kind="exact", source="the same model: its states are copied")
     if check.certificate is not None and check.entry is not None:
-        retention = predict(check.certificate, check.tokens, check.config.tail, check.kind)
-        kind: BasisKind = "claimed" if check.claimed else "measured"
+        config = check.config
+        retention = predict(
+            check.certificate, check.tokens, config.tail, check.kind, reread=config.reread
+        )
+        kind: BasisKind = basis_of(check.certificate, check.tokens)
+        kind = "claimed" if check.claimed else kind
         return retention, Basis(kind=kind, source=str(check.entry), digest=check.entry.digest)
     if check.self_test is not None and check.memory.manifest is not None:
         digest = check.memory.manifest.payload
@@ -134,12 +142,23 @@ def capped(score: float | None, recalled: Interval | None) -> float | None:
 
 
 def facts(check: CheckContext) -> Interval | None:
-    """Fact recall as a share of native."""
+    """Fact recall as a share of native: of the plan, else of the map alone, as version 0.1 measured
+    it at one length."""
     if check.refusal is not None:
         return None
     if check.exact:
         return COPIED
-    return check.certificate.facts if check.certificate else None
+    if check.certificate is None:
+        return None
+    plan = plan_of(check)
+    return (plan and plan.facts) or check.certificate.facts
+
+
+def plan_of(check: CheckContext) -> Plan | None:
+    """The certificate's plan for this memory by the target's settings; None without one."""
+    if check.certificate is None or check.exact or check.refusal is not None:
+        return None
+    return with_tail(check.certificate, check.tokens, check.config.tail, check.config.reread)
 
 
 def head_mapping(check: CheckContext, known: Known | None) -> Figure | None:
@@ -232,16 +251,19 @@ def conditions(check: CheckContext) -> dict[str, dict[str, float]]:
 
 
 def curves(certificate: Certificate) -> tuple[Curve, ...]:
-    """Retention of one memory by length: the map alone, and with its shortest measured tail."""
+    """Retention of one memory by length: the map alone, with its shortest measured tail, and, where
+    it was measured, with the passages re-read too that a server re-reads by default."""
     lengths = sorted({plan.context for plan in certificate.plans})
-    tails = sorted({plan.tail for plan in certificate.plans})[:2]
+    tails = [(tail, 0) for tail in sorted({plan.tail for plan in certificate.plans})[:2]]
+    reread = max(plan.reread for plan in certificate.plans if plan.reread <= REREAD)
     return tuple(
         Curve(
             tail=tail,
+            reread=count,
             contexts=tuple(lengths),
-            retention=tuple(at_tail(certificate, n, tail, None) for n in lengths),
+            retention=tuple(at_tail(certificate, n, tail, None, count) for n in lengths),
         )
-        for tail in tails
+        for tail, count in [*tails, *([(tails[-1][0], reread)] if reread else [])]
     )
 
 

@@ -14,37 +14,53 @@ from collections.abc import Sequence
 from statistics import NormalDist, fmean, variance
 
 from awareness_vllm.wmatrix.certificate import LENGTH_TEXTS, Certificate, Interval, Plan
+from awareness_vllm.wmatrix.plans import extrapolated
 
+MOST = 1.02
+"""What no estimate exceeds: a memory keeps no more than there is, but for the chance of its own
+text."""
 Z = NormalDist().inv_cdf(0.975)
 
 
-def predict(certificate: Certificate, context: int, tail: int, kind: str | None = None) -> Interval:
-    """Retention of one memory of `context` tokens whose last `tail` the target reads itself.
+def predict(
+    certificate: Certificate, context: int, tail: int, kind: str | None = None, *, reread: int = 0
+) -> Interval:
+    """Retention of one memory of `context` tokens, the last `tail` of which the target reads
+    itself, and up to `reread` more where the question points.
 
     It is interpolated between measured tails and lengths (lengths by their logarithm). Shorter
     memories keep what the shortest measured ones do. Beyond the longest the fall goes on, and the
-    interval widens by as much as it fell, since nothing was measured there.
+    interval widens by as much as it fell, since nothing was measured there. It ends at MOST.
 
     Args:
         kind: the kind of the text; ignored where the certificate does not have it.
     """
     lengths = sorted({plan.context for plan in certificate.plans})
-    points = [(math.log(n), at_tail(certificate, n, tail, kind)) for n in lengths]
-    return along(points, math.log(context))
+    points = [(n, at_tail(certificate, n, tail, kind, reread)) for n in lengths]
+    if context > lengths[-1]:
+        found = extrapolated(points, context, least=0.0)
+    else:
+        found = along([(math.log(n), i) for n, i in points], math.log(context))
+    return Interval(**{name: min(figure, MOST) for name, figure in found})
 
 
-def at_tail(certificate: Certificate, length: int, tail: int, kind: str | None) -> Interval:
+def at_tail(
+    certificate: Certificate, length: int, tail: int, kind: str | None, reread: int
+) -> Interval:
     """One memory's retention at a measured length. A tail longer than all keeps what they do."""
-    plans = sorted((p for p in certificate.plans if p.context == length), key=lambda p: p.tail)
-    count, kinds = texts_at(certificate, length), between_kinds(certificate, tail)
-    points = [(float(p.tail), one_of(p, count, kind, kinds)) for p in plans]
+    measured = [p for p in certificate.plans if p.context == length]
+    reread = max(p.reread for p in measured if p.reread <= reread)
+    plans = sorted((p for p in measured if p.reread == reread), key=lambda p: p.tail)
+    kinds = between_kinds(certificate, tail)
+    points = [(float(p.tail), one_of(p, texts_of(certificate, p), kind, kinds)) for p in plans]
     return along(points, min(float(tail), points[-1][0]))
 
 
-def texts_at(certificate: Certificate, length: int) -> int:
-    """The number of documents that a length was measured on, at most."""
+def texts_of(certificate: Certificate, plan: Plan) -> int:
+    """The number of documents that a plan was measured on; of version 0.1 at most."""
     count = certificate.counts["texts"]
-    return count if length == certificate.protocol.context else min(count, LENGTH_TEXTS)
+    of_length = count if plan.context == certificate.protocol.context else min(count, LENGTH_TEXTS)
+    return plan.texts or of_length
 
 
 def one_of(plan: Plan, count: int, kind: str | None, kinds: float) -> Interval:
@@ -82,16 +98,10 @@ def quantile(freedom: int) -> float:
 
 
 def along(points: Sequence[tuple[float, Interval]], x: float) -> Interval:
-    """A curve of intervals at x: linear between its points, level before the first, and after the
-    last with its last slope if it falls, ever wider."""
+    """A curve of intervals at x: linear between its points, level before the first."""
     before = [p for p in points if p[0] <= x] or [points[0]]
     after = [p for p in points if p[0] >= x]
-    (x0, low), (x1, high) = before[-1], after[0] if after else points[-1]
-    if not after and len(points) > 1:
-        (xa, a), (xb, b) = points[-2:]
-        fall = min(0.0, (b.mean - a.mean) / (xb - xa) * (x - xb))
-        mean = max(0.0, b.mean + fall)
-        return Interval(mean=mean, ci_low=mean - (b.mean - b.ci_low) + fall, ci_high=b.ci_high)
+    (x0, low), (x1, high) = before[-1], after[0]
     share = 0.0 if x <= x0 or x1 == x0 else (x - x0) / (x1 - x0)
     return Interval(
         **{

@@ -32,7 +32,7 @@ REMAINDER = "remainder"
 """The share of a loss that is left with all constraints lifted."""
 
 
-BasisKind = Literal["exact", "measured", "claimed", "prior"]
+BasisKind = Literal["exact", "measured", "extrapolated", "claimed", "prior"]
 
 
 class Basis(FrozenModel):
@@ -40,7 +40,8 @@ class Basis(FrozenModel):
 
     "exact": computed, as for a copy of a model's own states, or from a geometry. "measured": by the
     certificate of the W-Matrix file `digest`, here on the package of that digest, or of this
-    machine. "claimed": by such a certificate that no trusted key signed, where there is a trust
+    machine. "extrapolated": by the trend of such a certificate, whose texts were all shorter.
+    "claimed": by such a certificate that no trusted key signed, where there is a trust
     file. "prior": published in `source`, or of another machine; not measured here.
     """
 
@@ -75,9 +76,11 @@ class Share(FrozenModel):
 
 
 class Curve(FrozenModel):
-    """Retention by tokens of context, of the map with `tail` tokens read natively."""
+    """Retention by tokens of context, of the map with `tail` tokens read natively and up to
+    `reread` re-read in place."""
 
     tail: int
+    reread: int = 0
     contexts: tuple[int, ...]
     retention: tuple[Interval, ...]
 
@@ -93,9 +96,11 @@ class CompatibilityReport(FrozenModel):
     the loss leaves; `positional_compatibility` what the conversion of positions leaves, 0 to 1.
     `target_memory_gb` are 1e9 bytes of KV cache, an upper bound by a published architecture.
     `estimated_load_time_s` is that of a cold load; `load_times_s` has all temperatures, where
-    `awareness doctor` measured this machine. `facts` is fact recall as a share of native,
-    `on_itself` the retention measured on the memory's own last quarter. `signed_by` are the trusted
-    keys that signed package, W-Matrix and certificate.
+    `awareness doctor` measured this machine. `margin` is the certified retention above the best of
+    the `controls`, what the same operations buy without a memory; None where no control was
+    measured. `facts` is fact recall as a share of native, `facts_margin` that above its best
+    control, `on_itself` the retention measured on the memory's own last quarter. `signed_by` are
+    the trusted keys that signed package, W-Matrix and certificate.
     """
 
     memory: str
@@ -111,7 +116,10 @@ class CompatibilityReport(FrozenModel):
     recommendation: str
     refusal: str | None = None
     signed_by: Signers = Signers()
+    margin: Interval | None = None
+    controls: dict[str, Interval] = Field(default_factory=dict)
     facts: Interval | None = None
+    facts_margin: Interval | None = None
     on_itself: Interval | None = None
     head_mapping_quality: float | None
     head_mapping_basis: Basis | None = None
@@ -175,7 +183,7 @@ class Matrix(FrozenModel):
     def cell(self, source: str, target: str) -> Cell | None:
         """The best known cell of a pair: measured before published, published before nothing."""
         cells = [c for c in self.cells if (c.source, c.target) == (source, target)]
-        order = ("exact", "measured", "claimed", "prior", None)
+        order = ("exact", "measured", "extrapolated", "claimed", "prior", None)
         return min(cells, key=lambda c: order.index(c.basis and c.basis.kind), default=None)
 
 

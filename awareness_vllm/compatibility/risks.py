@@ -10,6 +10,7 @@ from awareness_vllm.compatibility.report import Impact, RiskFactor
 from awareness_vllm.compatibility.target import TargetConfig
 from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.wmatrix.certificate import TIERS
+from awareness_vllm.wmatrix.plans import longest_context, with_tail
 
 Risk = Callable[[CheckContext], Iterator[tuple[Impact, str]]]
 RISKS: list[Risk] = []
@@ -57,10 +58,11 @@ def beyond_measured(check: CheckContext) -> Iterator[tuple[Impact, str]]:
     """Lengths and kinds of text that the certificate does not cover."""
     if check.certificate is None:
         return
-    longest = max(plan.context for plan in check.certificate.plans)
+    longest = longest_context(check.certificate)
     if check.tokens > longest:
         impact: Impact = "high" if check.tokens > 2 * longest else "medium"
-        yield impact, f"{check.tokens} tokens: the longest measured memories have {longest}"
+        text = f"{check.tokens} tokens: the longest measured memories have {longest}"
+        yield impact, f"{text}, and the figures go on by the trend of shorter ones"
     if (count := check.certificate.counts["texts"]) < FEW_TEXTS:
         yield "medium", f"the certificate is from {count} texts: others may differ"
     kinds = {kind for plan in check.certificate.plans for kind in plan.kinds}
@@ -69,11 +71,28 @@ def beyond_measured(check: CheckContext) -> Iterator[tuple[Impact, str]]:
 
 
 @risk
+def not_worth_it(check: CheckContext) -> Iterator[tuple[Impact, str]]:
+    """What the same cost buys without a memory."""
+    if check.certificate is None or check.exact:
+        return
+    config = check.config
+    plan = with_tail(check.certificate, check.tokens, config.tail, config.reread)
+    if plan.margin is None:
+        yield "medium", "what the same cost buys without a memory was not measured"
+    elif plan.beaten:
+        best = max(plan.controls, key=lambda name: plan.controls[name].mean)
+        kept = f"keeps as much or more ({plan.controls[best].mean:.3f})"
+        yield "high", f"reading a part of the text for the same cost ({best}) {kept}"
+
+
+@risk
 def lost_facts(check: CheckContext) -> Iterator[tuple[Impact, str]]:
     """Lost facts, which retention alone hides."""
     if check.certificate is None:
         return
-    recall = check.certificate.facts.mean
+    config = check.config
+    plan = with_tail(check.certificate, check.tokens, config.tail, config.reread)
+    recall = (plan.facts or check.certificate.facts).mean
     if recall < TIERS[0][1]:
         impact: Impact = "high" if recall < TIERS[1][1] else "medium"
         yield impact, f"names, places and codes: only {recall:.2f} of those recalled natively"

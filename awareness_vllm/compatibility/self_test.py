@@ -15,8 +15,9 @@ import numpy as np
 
 from awareness_vllm.compatibility.context import CheckContext, MemoryInfo, SelfTest
 from awareness_vllm.errors import BadInput, PackageCorrupt
+from awareness_vllm.evaluate.arms import Item, PlanShape, conditions
 from awareness_vllm.evaluate.bootstrap import retention
-from awareness_vllm.evaluate.conditions import EvalHarness, tail_condition, token_nll
+from awareness_vllm.evaluate.conditions import EvalHarness, token_nll
 from awareness_vllm.models.folder import resolve_folder
 from awareness_vllm.models.tokens import load_tokenizer, tokenize
 from awareness_vllm.packages.file import Package, beginning, read, verify
@@ -96,9 +97,10 @@ def measure_with(
 ) -> SelfTest:
     """`measure` with models that are loaded already."""
     first, ids = split(harness, package)
-    logprobs = harness.conditions(first, other, ids, len(ids) - 1, (tail,) if tail else ())
+    shape = PlanShape(tail)
+    logprobs = conditions(harness, Item(first, ids, len(ids) - 1, other=other), [shape])
     nll = {name: token_nll(probs, ids).numpy() for name, probs in logprobs.items()}
-    served = nll[tail_condition(tail)]
+    served = nll[shape.condition()]
     return SelfTest(
         conditions={name: float(values.mean()) for name, values in nll.items()},
         retention=of_further_text(retention(*map(sums, (nll["native"], served, nll["none"])))),

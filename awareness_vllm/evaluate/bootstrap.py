@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from awareness_vllm.errors import BadInput
@@ -32,6 +34,31 @@ def share(gained: np.ndarray, possible: np.ndarray) -> dict[str, float]:
         "mean": float(gained.mean() / possible.mean()),
         "ci_low": float(low),
         "ci_high": float(high),
+    }
+
+
+def margin(
+    gained: np.ndarray, controls: Sequence[np.ndarray], possible: np.ndarray
+) -> dict[str, float]:
+    """The share of a plan less that of the best of its controls, with its interval.
+
+    It is of paired differences: a sample draws documents whole. Which control is the best is
+    decided in each sample, so a plan gains nothing by which of two equal ones happened to be worse.
+
+    Args:
+        gained: [n]; `controls`: of [n]; `possible`: [n], as for `share`.
+    """
+    means = [share(gained - control, possible)["mean"] for control in controls]
+    picks = resamples(len(gained))
+    total = possible[picks].sum(1)
+    differences = np.stack([(gained - control)[picks].sum(1) for control in controls])
+    least = differences.min(0)[total != 0] / total[total != 0]
+    low, high = np.quantile(least, (0.025, 0.975))
+    least_mean = min(means)
+    return {
+        "mean": least_mean,
+        "ci_low": min(least_mean, float(low)),
+        "ci_high": max(least_mean, float(high)),
     }
 
 

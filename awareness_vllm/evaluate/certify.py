@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pydantic import ValidationError
 
 from awareness_vllm.anchors.corpus import Document, digest, sources
 from awareness_vllm.errors import BadInput
+from awareness_vllm.evaluate.arms import PlanShape
 from awareness_vllm.evaluate.bootstrap import mean
-from awareness_vllm.evaluate.conditions import EvalHarness, tail_condition
+from awareness_vllm.evaluate.conditions import EvalHarness
 from awareness_vllm.evaluate.evaluate import (
+    Case,
     CaseFigures,
     TextFigures,
     evaluate_cases,
@@ -23,11 +27,13 @@ from awareness_vllm.evaluate.evaluate import (
     join_documents,
     take_excerpts,
 )
-from awareness_vllm.evaluate.flops import map_flop, prefill_flop, share_of_prefill
+from awareness_vllm.evaluate.flops import map_flop, plan_cost
 from awareness_vllm.evaluate.metrics import alignment_metrics
 from awareness_vllm.provenance import hardware, versions
 from awareness_vllm.wmatrix.certificate import (
+    CONTROLS,
     LENGTH_TEXTS,
+    REREAD,
     TAIL,
     Certificate,
     Interval,
@@ -38,6 +44,15 @@ from awareness_vllm.wmatrix.certificate import (
 )
 from awareness_vllm.wmatrix.file import WMatrix
 
+TEXTS, CASES = 48, 200
+"""Texts at the protocol's own length, and cases at each length, of the full protocol."""
+NEAR = 1.5
+"""The factor within which a case's tokens count as a measured length."""
+REREADS = (0, REREAD, 96)
+"""Tokens that the measured plans re-read, at most."""
+FACT_TAILS = (0, TAIL)
+"""Tails of the plans whose fact recall is measured: longer ones recall no more of what stands
+anywhere (docs/fidelity-log.md)."""
 TAIL_SHARES = (0.16, 0.4)
 """Tails of the measured plans as shares of the context, beside none and a server's default."""
 TAIL_STEP = 16
@@ -53,57 +68,120 @@ def certify(
     source: str | Path,
     target: str | Path,
     texts: Sequence[Document],
-    cases: Sequence[dict[str, str]],
+    cases: Sequence[Case],
     *,
-    limit: int,
+    limit: int | None = None,
     context: int = 300,
     continuation: int = 60,
     lengths: Sequence[int] = (),
+    device: str = "cpu",
     progress: bool = True,
 ) -> WMatrix:
     """The W-Matrix with a certificate of its measured figures.
 
     Args:
-        texts, cases: from sources that no anchor came from.
-        limit: the most texts, and cases, to measure on.
-        lengths: tokens of further contexts to measure retention at; short texts are joined for
-            them.
+        texts, cases: from sources that no anchor came from. A case with `tokens` is measured at the
+            length that it is nearest to, others at `context`.
+        limit: the most texts, and cases of each length, to measure on; by default TEXTS and CASES.
+        lengths: tokens of further contexts to measure at; short texts are joined for them.
+        device: as for `EvalHarness`.
 
     Raises:
         BadInput: texts that measure nothing.
     """
-    harness = EvalHarness(Path(source), Path(target), wmatrix)
-    on_texts = {
-        length: evaluate_texts(
+    harness = EvalHarness(Path(source), Path(target), wmatrix, device)
+    measured, most = sorted({context, *lengths}), limit or TEXTS
+    figures = {
+        length: measure_texts(
             harness,
             texts if length == context else join_documents(texts, length + continuation),
-            context=length,
-            continuation=continuation,
-            limit=limit if length == context else min(limit, LENGTH_TEXTS),
-            tails=plan_tails(wmatrix, length),
+            length,
+            continuation,
+            most if length == context else min(most, LENGTH_TEXTS),
             progress=progress,
         )
-        for length in sorted({context, *lengths})
+        for length in measured
     }
-    tails = plan_tails(wmatrix, context)
-    on_cases = evaluate_cases(harness, cases, limit=limit, tails=tails, progress=progress)
-    metrics = None
-    if wmatrix.manifest.reads_tokens:
-        excerpts = take_excerpts(harness, texts, context, continuation, METRIC_TEXTS)
-        metrics = alignment_metrics(harness, [(text, ids) for _, text, ids in excerpts])
+    recalled = {
+        length: measure_cases(harness, group, length, limit or CASES, progress=progress)
+        for length, group in by_length(cases, measured, context).items()
+    }
+    metrics = measure_metrics(harness, texts, context, continuation)
     protocol = Protocol(
         texts=digest(texts),
         cases=digest(Document(c["question"] + c["answer"], c["context"]) for c in cases),
-        limit=limit,
+        limit=most,
         context=context,
         continuation=continuation,
         sources=sources(texts),
     )
     with plausible():
-        plans = build_plans(harness, wmatrix, on_texts, {context: on_cases})
-        certificate = build_certificate(protocol, on_texts[context], on_cases, metrics, plans)
+        plans = build_plans(harness, wmatrix, figures, recalled)
+        certificate = build_certificate(
+            protocol, figures[context], recalled[context], metrics, plans
+        )
     update = {"certificate": certificate.model_dump(mode="json")}
     return replace(wmatrix, manifest=wmatrix.manifest.model_copy(update=update))
+
+
+def measure_texts(
+    harness: EvalHarness,
+    texts: Sequence[Document],
+    context: int,
+    continuation: int,
+    limit: int,
+    *,
+    progress: bool,
+) -> TextFigures:
+    """Figures of all plans and their controls at one length of context."""
+    assert harness.wmatrix is not None
+    return evaluate_texts(
+        harness,
+        texts,
+        context=context,
+        continuation=continuation,
+        limit=limit,
+        shapes=plan_shapes(harness.wmatrix, context),
+        controls=controls_of(harness.wmatrix),
+        progress=progress,
+    )
+
+
+def measure_cases(
+    harness: EvalHarness, cases: Sequence[Case], context: int, limit: int, *, progress: bool
+) -> CaseFigures:
+    """Fact recall of the plans with short tails and their controls at one length of context."""
+    assert harness.wmatrix is not None
+    return evaluate_cases(
+        harness,
+        cases,
+        limit=limit,
+        shapes=[s for s in plan_shapes(harness.wmatrix, context) if s.tail in FACT_TAILS],
+        controls=controls_of(harness.wmatrix),
+        progress=progress,
+    )
+
+
+def measure_metrics(
+    harness: EvalHarness, texts: Sequence[Document], context: int, continuation: int
+) -> Metrics | None:
+    """The alignment metrics, on fewer texts; None for a map that reads no tokens."""
+    if harness.wmatrix is None or not harness.wmatrix.manifest.reads_tokens:
+        return None
+    excerpts = take_excerpts(harness, texts, context, continuation, METRIC_TEXTS)
+    return alignment_metrics(harness, [(text, ids) for _, text, ids in excerpts])
+
+
+def by_length(cases: Sequence[Case], lengths: Sequence[int], context: int) -> dict[int, list[Case]]:
+    """Cases by the measured length that theirs is nearest to, within a factor of NEAR; those that
+    do not say how long they are by `context`."""
+    groups: dict[int, list[Case]] = {context: []}
+    for case in cases:
+        tokens = int(case.get("tokens", context))
+        nearest = min(lengths, key=lambda length: abs(math.log(length / tokens)))
+        if max(nearest / tokens, tokens / nearest) <= NEAR:
+            groups.setdefault(nearest, []).append(case)
+    return dict(sorted(groups.items()))
 
 
 @contextlib.contextmanager
@@ -151,12 +229,18 @@ def build_certificate(
     )
 
 
-def plan_tails(wmatrix: WMatrix, context: int) -> list[int]:
-    """The tails, in tokens, of the plans for a context of that length, beside none."""
+def plan_shapes(wmatrix: WMatrix, context: int) -> list[PlanShape]:
+    """The plans that are measured for a context of that length, that of the map alone first."""
     if not wmatrix.manifest.reads_tokens:
-        return []  # packages for it have no text to read natively
+        return [PlanShape()]  # packages for it have no text to read natively
     shares = {round(share * context / TAIL_STEP) * TAIL_STEP for share in TAIL_SHARES}
-    return sorted(tail for tail in {TAIL, *shares} if 0 < tail < context)
+    tails = sorted(tail for tail in {0, TAIL, *shares} if 0 <= tail < context)
+    return [PlanShape(tail, reread) for tail in tails for reread in REREADS if reread < context]
+
+
+def controls_of(wmatrix: WMatrix) -> Sequence[str]:
+    """The controls of a map's plans: none without the text, which they read."""
+    return CONTROLS if wmatrix.manifest.reads_tokens else ()
 
 
 def build_plans(
@@ -165,32 +249,69 @@ def build_plans(
     texts: Mapping[int, TextFigures],
     cases: Mapping[int, CaseFigures],
 ) -> list[Plan]:
-    """The plans of all tails at all lengths of context, by figures at these lengths."""
-    plans, mapped = [], map_flop(wmatrix)
-    for length, figures in texts.items():
-        native = prefill_flop(harness.target_model, length)
-        for tail in (0, *plan_tails(wmatrix, length)):
-            cost = share_of_prefill(mapped, native, length, tail)
-            plans.append(build_plan(length, tail, cost, figures, cases.get(length)))
-    return plans
+    """The plans of all shapes at all lengths of context, by figures at these lengths."""
+    mapped, sink = map_flop(wmatrix), harness.sink()
+    return [
+        build_plan(
+            length,
+            shape,
+            plan_cost(mapped, harness.prefill, length, shape.tail, shape.reread, sink),
+            figures,
+            cases.get(length),
+        )
+        for length, figures in texts.items()
+        for shape in plan_shapes(wmatrix, length)
+    ]
 
 
 def build_plan(
-    context: int, tail: int, cost: float, texts: TextFigures, cases: CaseFigures | None
+    context: int, shape: PlanShape, cost: float, texts: TextFigures, cases: CaseFigures | None
 ) -> Plan:
-    """The plan of one tail at one length of context."""
-    memory, tokens_only = tail_condition(tail), tail_condition(tail, "tokens_only")
+    """The plan of one shape at one length of context."""
+    memory = shape.condition()
     kinds = rows_by([name.split("/")[0] for name in texts.names])
+    controls = {name: c for name in CONTROLS if (c := shape.condition(name)) in texts.conditions}
+    fields = fact_fields(shape, cases) if cases and memory in cases.conditions else {}
+    if controls:
+        fields |= {
+            "controls": {name: texts.retention(c) for name, c in controls.items()},
+            "margin": texts.margin(memory, list(controls.values())),
+        }
     return Plan(
         context=context,
-        tail=tail,
+        tail=shape.tail,
+        reread=shape.reread,
         cost=cost,
         retention=Interval(**texts.retention(memory)),
         kinds={kind: Interval(**texts.retention(memory, rows)) for kind, rows in kinds.items()},
         top1=texts.conditions[memory][:, 2].mean(),
-        tokens_only=Interval(**texts.retention(tokens_only)),
-        facts=Interval(**cases.recall(memory)) if cases else None,
+        tokens_only=Interval(**texts.retention(shape.condition("tokens_only"))),
+        texts=len(texts.names),
+        **fields,
     )
+
+
+def fact_fields(shape: PlanShape, cases: CaseFigures) -> dict[str, Any]:
+    """A plan's figures of fact recall; no shares of native where it recalls nothing."""
+    arms = {"native": "native", "memory": shape.condition()}
+    arms |= {arm: shape.condition(arm) for arm in ("tokens_only", *CONTROLS)}
+    arms = {arm: condition for arm, condition in arms.items() if condition in cases.conditions}
+    controls = {name: arms[name] for name in CONTROLS if name in arms}
+    fields: dict[str, Any] = {
+        "cases": len(cases.kinds),
+        "facts_native": cases.exact("native").mean(),
+        "facts_kinds": {
+            kind: {arm: cases.exact(condition)[rows].mean() for arm, condition in arms.items()}
+            for kind, rows in sorted(rows_by(cases.kinds).items())
+        },
+    }
+    if not cases.exact("native").any():
+        return fields
+    fields["facts"] = cases.recall(arms["memory"])
+    fields["facts_controls"] = {name: cases.recall(c) for name, c in controls.items()}
+    if controls:
+        fields["facts_margin"] = cases.margin(arms["memory"], list(controls.values()))
+    return fields
 
 
 def recall_by(cases: CaseFigures, groups: Sequence[str]) -> dict[str, Interval]:

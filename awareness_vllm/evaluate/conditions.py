@@ -7,6 +7,7 @@ The arms, `CONDITIONS` in the code: *native* (the target reads the context), *me
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,12 +19,15 @@ from torch import Tensor
 
 from awareness_vllm.align.realign import AlignedMemory, copy, prompt_ids, realign
 from awareness_vllm.errors import BadInput, UnsupportedModel
+from awareness_vllm.evaluate.flops import Prefill
+from awareness_vllm.evaluate.reader import Reader, Text
 from awareness_vllm.models.describe import geometry_of
 from awareness_vllm.models.folder import resolve_folder
 from awareness_vllm.models.hf import inputs_after, last_logits, load_model, states
 from awareness_vllm.models.tokens import load_tokenizer, tokenize
 from awareness_vllm.packages.capture import capture, read_tokens
-from awareness_vllm.packages.file import Package
+from awareness_vllm.packages.file import Package, build
+from awareness_vllm.wmatrix.features import joined, split_states
 from awareness_vllm.wmatrix.file import WMatrix
 
 if TYPE_CHECKING:
@@ -39,6 +43,10 @@ class EvalHarness:
     Without a map, source and target must be one model; without a source nothing is captured, and
     packages must exist already.
 
+    Args:
+        device: of both models and of all states: "cpu", "cuda", or "auto" for cuda where there is
+            one.
+
     Raises:
         BadInput, UnsupportedModel: models that differ from the map's, or from each other without
             one.
@@ -47,8 +55,11 @@ class EvalHarness:
     source: Path | None
     target: Path
     wmatrix: WMatrix | None
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
+        if self.device == "auto":
+            self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.target = resolve_folder(self.target)
         target = source = geometry_of(self.target)
         if self.source is not None:
@@ -56,7 +67,7 @@ class EvalHarness:
             source = geometry_of(self.source)
         elif self.wmatrix is not None:
             source = self.wmatrix.manifest.source
-        self.max_positions = target.max_positions
+        self.target_geometry, self.max_positions = target, target.max_positions
         self.dtype = getattr(torch, target.dtype)
         if self.wmatrix is None and not source.same_model(target):
             raise BadInput(
@@ -78,7 +89,8 @@ class EvalHarness:
                         remedy=f"give the {role} model that the W-Matrix was fitted for",
                     )
         self.recent: dict[str, Package] = {}
-        self.target_model = load_model(self.target)
+        self.target_model = on(load_model(self.target), self.device)
+        self.placed: tuple[WMatrix, WMatrix] | None = None
 
     @functools.cached_property
     def source_model(self) -> PreTrainedModel:
@@ -91,7 +103,42 @@ class EvalHarness:
                 found="no source model",
                 expected="the folder of the model that makes the memories",
             )
-        return load_model(self.source)
+        return on(load_model(self.source), self.device)
+
+    @functools.cached_property
+    def reader(self) -> Reader:
+        """The target, for many texts at once."""
+        return Reader(self.target_model, self.target_geometry)
+
+    @functools.cached_property
+    def prefill(self) -> Prefill:
+        """The target's operations while it reads."""
+        return Prefill.of(self.target_model, self.target_geometry)
+
+    def packages(self, texts: Sequence[str]) -> dict[str, Package]:
+        """The source's captures of texts, read at once: as `capture` makes them, but without a
+        digest of their states, which no file of theirs needs."""
+        model, folder = self.source_model, self.source or self.target
+        geometry = geometry_of(folder)
+        unique = {text: read_tokens(folder, text) for text in texts}
+        reader = Reader(model, geometry)
+        states = reader.states([Text((), tokens.ids) for tokens in unique.values()])
+        dtype = getattr(torch, geometry.dtype)
+        packages = {}
+        for (text, tokens), rows in zip(unique.items(), states, strict=True):
+            keys, values = split_states(geometry, rows.to(dtype).contiguous())
+            packages[text] = build(
+                geometry=geometry_of(folder, len(tokens.ids)),
+                text=text,
+                tokens=tokens.ids,
+                spans=tokens.spans,
+                keys=keys,
+                values=values,
+                engine="transformers",
+                versions={},
+                hashed=False,
+            )
+        return packages
 
     def package(self, text: str) -> Package:
         """The source's capture of a text; the last two are cached, one is the other's wrong
@@ -106,8 +153,16 @@ class EvalHarness:
         """The aligned memory of a package, with `masked` of its tokens alone."""
         if self.wmatrix is None:
             return copy(package)
-        embed = self.target_model.get_input_embeddings()
-        return realign(package, self.wmatrix, self.target, embed, dtype=self.dtype, masked=masked)
+        if self.placed is None or self.placed[0] is not self.wmatrix:
+            self.placed = self.wmatrix, self.wmatrix.to(self.device)
+        embed, dtype = self.target_model.get_input_embeddings(), self.dtype
+        with torch.device(self.device) if self.device != "cpu" else contextlib.nullcontext():
+            return realign(package, self.placed[1], self.target, embed, dtype=dtype, masked=masked)
+
+    def flat(self, package: Package, *, masked: bool = False) -> Tensor:
+        """The `joined` states [T, W] of a package's aligned memory."""
+        memory = self.memory(package, masked=masked)
+        return joined(memory.keys, memory.values).to(self.device)
 
     def ids(self, text: str) -> list[int]:
         """The target's ids of a context: the sink (or its own prefix) and the text's tokens."""
@@ -134,43 +189,6 @@ class EvalHarness:
         logits = last_logits(self.target_model, ids, scored + 1, **inputs)
         return logits[:-1].float().log_softmax(-1)
 
-    def conditions(
-        self,
-        package: Package,
-        other: Package | None,
-        ids: list[int],
-        scored: int,
-        tails: Sequence[int] = (),
-    ) -> dict[str, Tensor]:
-        """Log probabilities [scored, V] of the last `scored` ids in each arm; for each of `tails`
-        also of *memory* and *tokens_only* with a native tail. Without an `other` package there is
-        no *wrong_memory*, without a map no *tokens_only*."""
-        context_ids, sink = self.ids(package.text), self.sink()
-        none = self.native(context_ids[:sink] or ids[:1])
-        if not sink:
-            # A target without a sink starts with the prompt itself.
-            none = AlignedMemory([], [k[:0] for k in none.keys], [v[:0] for v in none.values])
-        memories = {
-            "native": self.native(context_ids),
-            "memory": self.memory(package),
-            "none": none,
-        }
-        if other is not None:
-            memories["wrong_memory"] = self.memory(other)
-        if self.wmatrix is not None:
-            memories["tokens_only"] = self.memory(package, masked=True)
-        logprobs = {name: self.logprobs(memories[name], ids, scored) for name in memories}
-        for tail in tails:
-            for name in {"memory", "tokens_only"} & memories.keys():
-                with_tail = self.logprobs(memories[name], ids, scored, tail)
-                logprobs[tail_condition(tail, name)] = with_tail
-        return logprobs
-
-
-def tail_condition(tail: int, condition: str = "memory") -> str:
-    """The name of a condition whose last `tail` tokens are read natively."""
-    return f"{condition}_tail_{tail}" if tail else condition
-
 
 def cut_tail(memory: AlignedMemory, tail: int) -> tuple[AlignedMemory, list[int]]:
     """A memory without its last `tail` tokens, and their ids; it keeps at least one token."""
@@ -181,9 +199,19 @@ def cut_tail(memory: AlignedMemory, tail: int) -> tuple[AlignedMemory, list[int]
 
 def token_nll(logprobs: Tensor, ids: Sequence[int]) -> Tensor:
     """NLL in nats of each of T ids but the first, [T - 1], by `logprobs` [T - 1, V]."""
-    return -logprobs.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    return -logprobs.gather(1, torch.tensor(ids[1:], device=logprobs.device)[:, None])[:, 0]
 
 
 def kl_divergence(native: Tensor, logprobs: Tensor) -> Tensor:
     """KL divergence in nats of each token's prediction from the native one, [T], of [T, V]."""
     return (native.exp() * (native - logprobs)).sum(-1)
+
+
+def on(model: PreTrainedModel, device: str) -> PreTrainedModel:
+    """A model on a device. On cuda its float32 products round to TF32: a tenth of the time, and
+    less than the rounding of the states that a server holds."""
+    if device == "cpu":
+        return model
+    torch.backends.cuda.matmul.allow_tf32 = True
+    moved: PreTrainedModel = model.to(device)  # type: ignore[arg-type]
+    return moved

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -14,17 +15,24 @@ from tqdm import tqdm
 
 from awareness_vllm.anchors.corpus import Document
 from awareness_vllm.errors import BadInput
-from awareness_vllm.evaluate.bootstrap import retention, share
+from awareness_vllm.evaluate.arms import MAP_ALONE, Item, PlanShape, arms_of, score
+from awareness_vllm.evaluate.bootstrap import margin, retention, share
 from awareness_vllm.evaluate.conditions import CONDITIONS, EvalHarness, kl_divergence, token_nll
 from awareness_vllm.models.tokens import load_tokenizer, tokenize
+from awareness_vllm.packages.file import Package
 
-Item = TypeVar("Item")
 Rows = np.ndarray | slice
 ALL = slice(None)
 Excerpt = tuple[str, str, list[int]]
 """A text's name, its context, and the ids after it: the first one is read, the rest is scored."""
 CHARACTERS_PER_TOKEN = 6
 """An upper bound for English, by which enough text is joined for a context."""
+CHUNK_TOKENS = {"cpu": 0, "cuda": 32768}
+"""Tokens of contexts that are read together, by device; at least two contexts are."""
+QUESTION_WORDS = 32
+"""The last words of a context by which passages are chosen where its continuation is scored."""
+Case = dict[str, Any]
+Element = TypeVar("Element")
 
 
 @dataclass
@@ -43,13 +51,19 @@ class TextFigures:
         """A condition's retention over all texts, or over some `rows` of them."""
         return retention(*(self.nll(name)[rows] for name in ("native", condition, "none")))
 
+    def margin(self, condition: str, controls: Sequence[str]) -> dict[str, float]:
+        """A condition's retention less that of the best of some others."""
+        native, memory, none = (self.nll(name) for name in ("native", condition, "none"))
+        gains = [none - self.nll(name) for name in controls]
+        return margin(none - memory, gains, none - native)
+
     def summary(self) -> dict[str, Any]:
         """Means of each condition, and retentions with their intervals."""
-        tails = [name for name in self.conditions if name not in CONDITIONS]
+        plans = [name for name in self.conditions if name not in CONDITIONS]
         return {
             "conditions": means(self.conditions, ("nll", "kl", "top1")),
             "retention": self.retention(),
-            "tails": {name: self.retention(name) for name in tails},
+            "plans": {name: self.retention(name) for name in plans},
             "n": len(self.names),
         }
 
@@ -61,13 +75,18 @@ def evaluate_texts(
     context: int = 300,
     continuation: int = 60,
     limit: int | None = None,
-    tails: Sequence[int] = (),
+    shapes: Sequence[PlanShape] = (MAP_ALONE,),
+    controls: Sequence[str] = (),
     progress: bool = True,
 ) -> TextFigures:
     """Figures of the target's predictions of `continuation` tokens after `context` of memory.
 
+    The question by which passages are chosen are the context's last words, as many as a prompt
+    repeats: the same for re-reading and for its controls.
+
     Args:
-        tails: lengths of native tails, a further condition for each.
+        shapes: plans, a further condition of *memory* and *tokens_only* for each.
+        controls: of CONTROLS, at the operations of each plan.
 
     Raises:
         BadInput: fewer than two texts are long enough (the wrong memory is another text's).
@@ -82,17 +101,42 @@ def evaluate_texts(
         )
     names: list[str] = []
     rows: dict[str, list[tuple[float, float, float]]] = {}
-    for i, wrong in tqdm(pair_indices(len(excerpts)), desc="five arms", disable=not progress):
-        name, text, ids = excerpts[i]
-        names.append(name)
-        wrong_memory = harness.package(excerpts[wrong][1])
-        conditions = harness.conditions(
-            harness.package(text), wrong_memory, ids, continuation, tails
-        )
-        native = conditions["native"]
-        for condition, logprobs in conditions.items():
-            rows.setdefault(condition, []).append(text_metrics(native, logprobs, ids))
+    pairs = pair_indices(len(excerpts))
+    for chunk in chunks(harness, pairs, context, progress=progress):
+        packages = harness.packages([excerpts[i][1] for pair in chunk for i in pair])
+        items = [
+            Item(packages[text], ids, continuation, last_words(text), packages[excerpts[wrong][1]])
+            for (_, text, ids), wrong in ((excerpts[i], wrong) for i, wrong in chunk)
+        ]
+        names += [excerpts[i][0] for i, _ in chunk]
+        natives: dict[int, Tensor] = {}
+        figures: list[dict[str, tuple[float, float, float]]] = [{} for _ in items]
+        arms = arms_of(harness, items, shapes, controls)
+        for i, condition, logprobs in score(harness, items, arms):
+            native = natives.setdefault(i, logprobs)
+            figures[i][condition] = text_metrics(native, logprobs, items[i].ids)
+        for figure in figures:
+            for condition, row in figure.items():
+                rows.setdefault(condition, []).append(row)
     return TextFigures(names, {condition: np.array(figures) for condition, figures in rows.items()})
+
+
+def chunks(
+    harness: EvalHarness, items: Sequence[Element], tokens: int, *, progress: bool
+) -> Iterator[Sequence[Element]]:
+    """Items whose contexts of `tokens` are read together, as many as the device has room for."""
+    size = max(2, CHUNK_TOKENS[harness.device] // tokens)
+    with tqdm(total=len(items), desc="five arms", disable=not progress) as bar:
+        for begin in range(0, len(items), size):
+            chunk = items[begin : begin + size]
+            yield chunk
+            bar.update(len(chunk))
+
+
+def last_words(text: str, count: int = QUESTION_WORDS) -> str:
+    """The last `count` words of a text, with what stands between them."""
+    begins = [match.start() for match in re.finditer(r"\S+", text)]
+    return text[begins[-count] :] if len(begins) > count else text
 
 
 def text_metrics(
@@ -142,25 +186,34 @@ class CaseFigures:
         """A condition's exact matches as a share of native's, over all cases or some `rows`."""
         return share(self.exact(condition)[rows], self.exact("native")[rows])
 
+    def margin(self, condition: str, controls: Sequence[str]) -> dict[str, float]:
+        """A condition's recall less that of the best of some others."""
+        others = [self.exact(name) for name in controls]
+        return margin(self.exact(condition), others, self.exact("native"))
+
     def summary(self) -> dict[str, Any]:
         """Means of each condition, and recalls with their intervals."""
-        tails = [name for name in self.conditions if name not in CONDITIONS]
+        plans = [name for name in self.conditions if name not in CONDITIONS]
         return {
             "conditions": means(self.conditions, ("exact_match", "logprob")),
-            "tails": {name: self.recall(name) for name in tails},
+            "plans": {name: self.recall(name) for name in plans},
             "n": len(self.kinds),
         }
 
 
 def evaluate_cases(
     harness: EvalHarness,
-    cases: Sequence[dict[str, str]],
+    cases: Sequence[Case],
     *,
     limit: int | None = None,
-    tails: Sequence[int] = (),
+    shapes: Sequence[PlanShape] = (MAP_ALONE,),
+    controls: Sequence[str] = (),
     progress: bool = True,
 ) -> CaseFigures:
     """Fact recall: whether the greedy answer is exact, and the answer's log probability.
+
+    Args:
+        shapes, controls: as for `evaluate_texts`; passages are chosen by a case's question.
 
     Raises:
         BadInput: fewer than two cases.
@@ -169,30 +222,44 @@ def evaluate_cases(
     if len(cases) < 2:
         raise BadInput("too few cases", found=len(cases), expected="at least 2")
     tokenizer = load_tokenizer(str(harness.target))
-    rows: dict[str, list[tuple[float, float]]] = {}
+    rows: list[dict[str, tuple[float, float]]] = [{} for _ in cases]
     distances = [distance(tokenizer, case["context"], case["answer"]) for case in cases]
-    for i, case in enumerate(tqdm(cases, desc="five arms", disable=not progress)):
-        tokens = tokenize(tokenizer, case["question"] + case["answer"])
-        boundary = len(case["question"].encode())
-        scored = int((tokens.spans[:, 1] > boundary).sum())
-        other = next(
-            c for c in (*cases[i - 1 :: -1], *cases[::-1]) if c["context"] != case["context"]
-        )
-        wrong = harness.package(other["context"])
-        conditions = harness.conditions(
-            harness.package(case["context"]), wrong, tokens.ids, scored, tails
-        )
-        labels = torch.tensor(tokens.ids[-scored:])
-        for condition, logprobs in conditions.items():
+    longest = max(len(case["context"]) for case in cases) // CHARACTERS_PER_TOKEN + 1
+    for chunk in chunks(harness, range(len(cases)), longest, progress=progress):
+        others = [other_case(cases, i) for i in chunk]
+        packages = harness.packages([c["context"] for c in (*(cases[i] for i in chunk), *others)])
+        items = [
+            case_item(tokenizer, cases[i], packages[cases[i]["context"]], packages[o["context"]])
+            for i, o in zip(chunk, others, strict=True)
+        ]
+        arms = arms_of(harness, items, shapes, controls)
+        for k, condition, logprobs in score(harness, items, arms):
+            labels = torch.tensor(items[k].ids[-items[k].scored :], device=logprobs.device)
             exact = bool((logprobs.argmax(-1) == labels).all())
-            rows.setdefault(condition, []).append(
-                (float(exact), logprobs.gather(1, labels[:, None]).sum().item())
-            )
-    return CaseFigures(
-        {condition: np.array(figures) for condition, figures in rows.items()},
-        [case.get("kind", "fact") for case in cases],
-        distances,
-    )
+            likelihood = logprobs.gather(1, labels[:, None]).sum().item()
+            rows[chunk[k]][condition] = float(exact), likelihood
+    conditions = {name: np.array([row[name] for row in rows]) for name in rows[0]}
+    return CaseFigures(conditions, [case.get("kind", "fact") for case in cases], distances)
+
+
+def other_case(cases: Sequence[Case], i: int) -> Case:
+    """The case before one that has another context: its wrong memory.
+
+    Raises:
+        BadInput: all have one context.
+    """
+    others = (c for c in (*cases[:i][::-1], *cases[::-1]) if c["context"] != cases[i]["context"])
+    if (other := next(others, None)) is None:
+        raise BadInput("all cases have one context", expected="at least two contexts")
+    return other
+
+
+def case_item(tokenizer: Tokenizer, case: Case, package: Package, other: Package) -> Item:
+    """A case's question and answer, read after its memory; the answer is scored."""
+    tokens = tokenize(tokenizer, case["question"] + case["answer"])
+    boundary = len(case["question"].encode())
+    scored = int((tokens.spans[:, 1] > boundary).sum())
+    return Item(package, tokens.ids, scored, case["question"], other)
 
 
 def distance(tokenizer: Tokenizer, context: str, answer: str) -> int:
@@ -233,7 +300,7 @@ def join_documents(documents: Sequence[Document], tokens: int) -> list[Document]
     return [document for kind in texts.values() for document in kind]
 
 
-def sample_evenly(items: Sequence[Item], limit: int | None) -> list[Item]:
+def sample_evenly(items: Sequence[Element], limit: int | None) -> list[Element]:
     """At most `limit` items, evenly from all of them: the first ones may be all of one kind."""
     if limit is None or len(items) <= limit:
         return list(items)

@@ -66,7 +66,7 @@ def attention(model: PreTrainedModel, memory: AlignedMemory, ids: list[int]) -> 
     """Attention weights of ids read after a memory, per layer [heads, ids, positions]."""
     with eager(model):
         out = model(
-            torch.tensor([ids]),
+            torch.tensor([ids], device=model.device),
             **inputs_after(memory.keys, memory.values, ids),
             output_attentions=True,
             logits_to_keep=1,
@@ -86,8 +86,9 @@ def gradient_norm(model: PreTrainedModel, memory: AlignedMemory, ids: list[int])
     leaves = [s.float().clone().requires_grad_() for s in (*memory.keys, *memory.values)]
     half = len(memory.keys)
     inputs = inputs_after(leaves[:half], leaves[half:], ids)
-    logits = model(torch.tensor([ids]), **inputs).logits[0, :-1]
-    loss = torch.nn.functional.cross_entropy(logits.float(), torch.tensor(ids[1:]))
+    read = torch.tensor(ids, device=model.device)
+    logits = model(read[None], **inputs).logits[0, :-1]
+    loss = torch.nn.functional.cross_entropy(logits.float(), read[1:])
     gradients = torch.autograd.grad(loss, leaves)
     return math.sqrt(sum(g.square().sum().item() for g in gradients))
 

@@ -88,11 +88,16 @@ def build(
     versions: dict[str, str],
     name: str | None = None,
     has_text: bool = True,
+    hashed: bool = True,
 ) -> Package:
-    """A package of captured states, its payload digest computed; the geometry's dtype becomes that
-    of the states, which a server may have been told to compute in another one."""
+    """A package of captured states; the geometry's dtype becomes that of the states, which a server
+    may have been told to compute in another one.
+
+    Args:
+        hashed: whether the payload's digest is computed, which a package that becomes no file does
+            not need.
+    """
     geometry = geometry.model_copy(update={"dtype": str(keys[0].dtype).removeprefix("torch.")})
-    tensors = _tensors(text, tokens, spans, keys, values)
     first_tokens = tuple(len(tokens) - len(key) for key in keys)
     manifest = Manifest(
         name=name,
@@ -104,8 +109,10 @@ def build(
         payload="",
         first_tokens=first_tokens if any(first_tokens) else (),
     )
-    payload = payload_digest(manifest.model_dump_json(), sorted(tensors.items()))
-    manifest = manifest.model_copy(update={"payload": payload})
+    if hashed:
+        tensors = _tensors(text, tokens, spans, keys, values)
+        payload = payload_digest(manifest.model_dump_json(), sorted(tensors.items()))
+        manifest = manifest.model_copy(update={"payload": payload})
     return Package(manifest, text, tokens, spans, keys, values)
 
 

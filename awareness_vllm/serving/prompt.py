@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from awareness_vllm.align.reread import Span
 from awareness_vllm.errors import QualityUnreachable
@@ -16,8 +16,30 @@ from awareness_vllm.packages.origin import Origin
 from awareness_vllm.passages.index import PassageIndex
 from awareness_vllm.serving.params import LoadParams, Part, passage_params
 from awareness_vllm.trust.policy import Signers
-from awareness_vllm.wmatrix.certificate import Plan, cheapest, with_tail
+from awareness_vllm.wmatrix.certificate import Plan
+from awareness_vllm.wmatrix.plans import basis_of, cheapest, with_tail
 from awareness_vllm.wmatrix.registry import WMatrixEntry
+
+PromiseBasis = Literal["measured", "extrapolated", "claimed", "own"]
+
+
+@dataclass(frozen=True)
+class Promise:
+    """The share of itself that a memory is known to keep, and how that is known; None where nobody
+    measured it.
+
+    `basis` is "own" for states of the served model itself, "measured" or "extrapolated" (a memory
+    longer than all that were measured) by a certificate, "claimed" by one that no trusted key
+    signed where one should. `margin` is the retention above what the same cost buys without a
+    memory, None where the certificate has no controls; not positive, there is no reason to load.
+    """
+
+    retention: float | None = None
+    basis: PromiseBasis | None = None
+    margin: float | None = None
+
+
+OWN = Promise(1.0, "own")
 
 
 @dataclass(frozen=True)
@@ -54,20 +76,27 @@ class ResolvedMemory:
         """Tokens of the memory's text."""
         return len(self.ids) - self.prefix
 
-    def retention(self, tail: int = 0) -> float | None:
-        """The certified retention with the last `tail` tokens read natively; 1 for a copy whose
-        origin is known and for a text that is read natively from its first token on, None where
-        nothing was measured."""
+    def promise(self, tail: int = 0, reread: int = 0) -> Promise:
+        """What the memory keeps with its last `tail` tokens read natively, and up to `reread` more
+        in place: by its certificate, or all of itself for a copy whose origin is known and for a
+        text that is read natively from its first token on."""
         if tail >= self.tokens:
-            return 1.0
+            return OWN
         if self.wmatrix is None:
-            return None if self.origin == "claimed" else 1.0
-        if self.wmatrix.certificate is None:
-            return None
-        return with_tail(self.wmatrix.certificate, self.tokens, tail).retention.mean
+            return Promise() if self.origin == "claimed" else OWN
+        if (certificate := self.wmatrix.certificate) is None:
+            return Promise()
+        plan = with_tail(certificate, self.tokens, tail, reread)
+        basis: PromiseBasis = basis_of(certificate, self.tokens)
+        return Promise(
+            plan.retention.mean,
+            "claimed" if self.wmatrix.claimed else basis,
+            plan.margin.mean if plan.margin else None,
+        )
 
-    def plan(self, quality_target: float, *, tails: bool) -> Plan | None:
-        """The cheapest certified way to load that reaches the target; None for a copy.
+    def plan(self, quality_target: float, *, tails: bool, reread: int = 0) -> Plan | None:
+        """The cheapest certified way to load that reaches the target, with up to `reread` tokens
+        re-read in place, and keeps more than its cost buys without a memory; None for a copy.
 
         Raises:
             QualityUnreachable: no way reaches it, none was measured, or a stranger claims a copy.
@@ -98,7 +127,7 @@ class ResolvedMemory:
                 remedy="`awareness sign --certificate` by who measured it, or leave quality_target "
                 "out",
             )
-        return cheapest(certificate, quality_target, self.tokens, tails=tails)
+        return cheapest(certificate, quality_target, self.tokens, tails=tails, reread=reread)
 
 
 @dataclass(frozen=True)
@@ -225,17 +254,34 @@ class Prompt:
         )
 
     @property
-    def retention(self) -> list[float | None]:
-        """The measured retention of each memory. A copy keeps all of itself where it was captured,
-        at the beginning of a prompt; anywhere else nobody has measured it."""
+    def promises(self) -> list[Promise]:
+        """What each memory keeps. A copy keeps all of itself where it was captured, at the
+        beginning of a prompt; anywhere else nobody has measured it."""
         if self.tail is None:
-            return [1.0] * len(self.memories)
+            return [OWN] * len(self.memories)
         tails = [0] * (len(self.memories) - 1) + [self.tail]
         moved = [bool(self.head or i) for i in range(len(self.memories))]
+        reread = [sum(e - b for b, e in own) for own in self.rereads] or [0] * len(moved)
         return [
-            None if is_moved and not memory.wmatrix else memory.retention(tail)
-            for memory, tail, is_moved in zip(self.memories, tails, moved, strict=True)
+            Promise() if is_moved and not memory.wmatrix else memory.promise(tail, tokens)
+            for memory, tail, tokens, is_moved in zip(
+                self.memories, tails, reread, moved, strict=True
+            )
         ]
+
+    @property
+    def retention(self) -> list[float | None]:
+        """The retention of each memory's promise."""
+        return [promise.retention for promise in self.promises]
+
+    def promised(self) -> dict[str, list[Any]]:
+        """The fields of `report` that say what each memory keeps."""
+        promises = self.promises
+        return {
+            "retention": [promise.retention for promise in promises],
+            "basis": [promise.basis for promise in promises],
+            "margin": [promise.margin for promise in promises],
+        }
 
     def report(self) -> dict[str, Any]:
         """The report on the memories for a response."""
@@ -246,7 +292,7 @@ class Prompt:
             **({"reason": self.reason} if self.reason else {}),
             "native_tail": self.tail,
             **({"reread": self.reread_report()} if self.budget and self.loads else {}),
-            "retention": self.retention,
+            **self.promised(),
             "origin": [memory.origin for memory in self.memories],
             "signed_by": [memory.signers.model_dump() for memory in self.memories],
         }

@@ -109,16 +109,16 @@ class MemoryResolver:
         memories = tuple(self.resolve_one(memory_id, tenant) for memory_id in request.ids)
         last = memories[-1]
         tail: int | None = min(self.tail, last.tokens) if last.wmatrix else 0
+        budget = self.reread if request.reread == "auto" else request.reread
         if request.quality_target is not None:
             try:
-                tail = tail_for(memories, request.quality_target)
+                tail = tail_for(memories, request.quality_target, budget)
             except QualityUnreachable as error:
                 if request.on_low_quality == "fail":
                     raise
                 if request.on_low_quality == "recompute":
                     natively = Prompt(memories, None, tenant, caller_salt or "")
                     return natively.recomputed(str(error))
-        budget = self.reread if request.reread == "auto" else request.reread
         return Prompt(memories, tail, tenant, caller_salt or "", budget=budget)
 
     def resolve_one(self, memory_id: object, tenant: str) -> ResolvedMemory:
@@ -213,13 +213,14 @@ class MemoryResolver:
         return [*prompt.ids, *question]
 
 
-def tail_for(memories: Sequence[ResolvedMemory], quality_target: float) -> int:
-    """The native tail with which every memory reaches its target; only the last one can have any.
+def tail_for(memories: Sequence[ResolvedMemory], quality_target: float, reread: int) -> int:
+    """The native tail with which every memory reaches its target, with up to `reread` tokens of
+    each re-read in place; only the last one can have any.
 
     Raises:
         QualityUnreachable: one of them does not.
     """
     for memory in memories[:-1]:
-        memory.plan(quality_target, tails=False)
-    plan = memories[-1].plan(quality_target, tails=True)
+        memory.plan(quality_target, tails=False, reread=reread)
+    plan = memories[-1].plan(quality_target, tails=True, reread=reread)
     return min(plan.tail, memories[-1].tokens) if plan else 0

@@ -6,11 +6,11 @@ import datetime
 import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, FiniteFloat, ValidationError
 
-from awareness_vllm.errors import QualityUnreachable, escaped
+from awareness_vllm.errors import escaped
 from awareness_vllm.schema import MAX_NAME, FrozenModel, PlainName, PlainText
 
 TIERS = ((0.90, 0.85), (0.82, 0.60), (0.75, 0.30), (0.60, 0.0))
@@ -20,6 +20,13 @@ TAIL = 16
 """Default number of a memory's last tokens that the target reads natively, after the aligned rest:
 the question follows them at once, and no other use of the same cost adds as much retention
 (docs/fidelity-log.md). A longer tail adds more, and takes longer (`awareness serve --tail`)."""
+REREAD = 24
+"""Default number of tokens of a memory that the target re-reads in place where the question points:
+more of them help no question (docs/fidelity-log.md)."""
+CONTROLS = ("truncation", "quotes", "half", "passages")
+"""What the operations of a plan buy without a memory, read natively after the sink: the last tokens
+of the text; the passages that match the question, in order; half of either; and, for less, just the
+passages that the plan re-reads."""
 LENGTH_TEXTS = 16
 """Texts at each further length of context: one long text costs as much as many short ones."""
 
@@ -55,6 +62,7 @@ Count = Annotated[int, Field(ge=0, le=1 << 40)]
 Cosine = Annotated[float, Field(ge=-1.001, le=1.001, allow_inf_nan=False)]
 """A cosine, or an overlap, with the rounding of its computation."""
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Control = Literal["truncation", "quotes", "half", "passages"]
 Text = Annotated[PlainText, Field(max_length=MAX_NAME)]
 Figures = dict[PlainName, dict[PlainName, FiniteFloat]]
 
@@ -74,22 +82,44 @@ class Protocol(FrozenModel):
 
 class Plan(FrozenModel):
     """The measured figures of a memory of `context` tokens that is mapped but for its last `tail`
-    tokens, which are read natively.
+    tokens, which are read natively, and for up to `reread` tokens of passages that the question
+    points at, which are re-read in place.
 
     `cost` is a share of the floating point operations of reading the whole context natively;
     `kinds` is the retention by the texts' folder, `tokens_only` the retention of the same plan
-    with the source's states masked. `facts` is fact recall as a share of native, None where not
-    measured.
+    with the source's states masked. `controls` is the retention of what the same operations buy
+    without a memory, by the names in CONTROLS; `margin` is the plan's retention less that of the
+    best of them, None where no control was measured (version 0.1).
+
+    `facts` is fact recall as a share of native, None where not measured; `facts_native` the share
+    of the cases that the native arm recalls; `facts_controls` and `facts_margin` as `controls` and
+    `margin`, of `facts`; `facts_kinds` the exact matches of each arm by kind of case. `texts` and
+    `cases` are how many were measured, 0 where that was not recorded.
     """
 
     context: Count = Field(ge=1)
     tail: Count
+    reread: Count = 0
     cost: float = Field(ge=0, le=FURTHEST, allow_inf_nan=False)
     retention: Retention
     kinds: dict[PlainName, Difference]
     top1: Share
     tokens_only: Difference
+    controls: dict[Control, Difference] = Field(default_factory=dict)
+    margin: Difference | None = None
     facts: Recall | None = None
+    facts_native: Share | None = None
+    facts_controls: dict[Control, Recall] = Field(default_factory=dict)
+    facts_margin: Difference | None = None
+    facts_kinds: dict[PlainName, dict[PlainName, Share]] = Field(default_factory=dict)
+    texts: Count = 0
+    cases: Count = 0
+
+    @property
+    def beaten(self) -> bool:
+        """Whether what the same cost buys without a memory was measured to keep as much or more: a
+        plan that is never chosen, and that promises nothing."""
+        return self.margin is not None and self.margin.mean <= 0
 
 
 class Metrics(FrozenModel):
@@ -109,12 +139,13 @@ class Metrics(FrozenModel):
 
 
 def _of_the_map_alone(plans: tuple[Plan, ...]) -> tuple[Plan, ...]:
-    """Check that each length was measured without a tail, too: a server may have none."""
-    tails = defaultdict(set)
+    """Check that each length was measured with nothing read natively, too: so a server may be
+    set."""
+    shapes = defaultdict(set)
     for plan in plans:
-        tails[plan.context].add(plan.tail)
-    if lacking := [context for context, measured in tails.items() if 0 not in measured]:
-        raise ValueError(f"no plan without a tail for {lacking[:4]} tokens")
+        shapes[plan.context].add((plan.tail, plan.reread))
+    if lacking := [context for context, measured in shapes.items() if (0, 0) not in measured]:
+        raise ValueError(f"no plan of the map alone for {lacking[:4]} tokens")
     return plans
 
 
@@ -184,57 +215,6 @@ def statement(document: Mapping[str, Any], payload: str) -> bytes:
     """
     fields = {"type": "awareness-certificate/1", "payload": payload, "certificate": document}
     return json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
-
-
-def plans_for(certificate: Certificate, context: int) -> list[Plan]:
-    """The plans of the shortest measured length that is at least `context`, else of the longest
-    one, the cheapest first. Longer contexts keep less, so the figures err on the low side."""
-    lengths = sorted({p.context for p in certificate.plans})
-    length = next((length for length in lengths if length >= context), lengths[-1])
-    return [p for p in certificate.plans if p.context == length]
-
-
-def with_tail(certificate: Certificate, context: int, tail: int) -> Plan:
-    """The plan for a context of that length with the longest tail of at most `tail` tokens."""
-    plans = plans_for(certificate, context)
-    return max((p for p in plans if p.tail <= tail), key=lambda p: p.tail)
-
-
-def cheapest(
-    certificate: Certificate,
-    quality_target: float,
-    context: int | None = None,
-    *,
-    tails: bool = True,
-) -> Plan:
-    """The cheapest plan of `plans_for` that reaches a retention of `quality_target` at a context of
-    that length, by default the protocol's.
-
-    Args:
-        tails: whether plans with a tail are candidates.
-
-    Raises:
-        QualityUnreachable: no plan does; the error names the best one.
-    """
-    measured = plans_for(certificate, context or certificate.protocol.context)
-    plans = [plan for plan in measured if tails or not plan.tail]
-    for plan in plans:
-        if plan.retention.mean >= quality_target:
-            return plan
-    best = max(plans, key=lambda plan: plan.retention.mean)
-    enough = [plan for plan in measured if plan.retention.mean >= quality_target]
-    remedy = "lower quality_target, let the target read the text itself, or fit a better map"
-    if enough:
-        remedy = (
-            f"read the last {enough[0].tail} tokens natively, which was measured to keep "
-            f"{enough[0].retention.mean:.3f}; or {remedy}"
-        )
-    raise QualityUnreachable(
-        f"no measured plan reaches a retention of {quality_target:.3f}",
-        best=best.retention.mean,
-        found=f"at best {best.retention.mean:.3f}, with the last {best.tail} tokens read natively",
-        remedy=remedy,
-    )
 
 
 def tier(retention: float, facts: float) -> int | None:

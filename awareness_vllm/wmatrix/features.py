@@ -58,13 +58,20 @@ def flat_rows(
 
 
 def split_states(geometry: Geometry, flat: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Position-free keys and values, per layer [T, H, D], of rows [T, width] of `flat_states`."""
+    """Keys and values per layer, [..., T, H, D], of rows [..., T, width] of `joined`, or of
+    `flat_states`, which are position-free."""
     widths = [layer.width for layer in geometry.layers]
     shaped = [
-        part.unflatten(1, (layer.heads, layer.head_dim))
-        for part, layer in zip(flat.split(widths * 2, dim=1), geometry.layers * 2, strict=True)
+        part.unflatten(-1, (layer.heads, layer.head_dim))
+        for part, layer in zip(flat.split(widths * 2, dim=-1), geometry.layers * 2, strict=True)
     ]
     return shaped[: len(widths)], shaped[len(widths) :]
+
+
+def joined(keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
+    """All layers' keys, then values, [T, H, D] each, in one row for each token, [T, W], as they
+    are: `flat_states` takes the positions off."""
+    return torch.cat([state.flatten(1) for state in (*keys, *values)], dim=1)
 
 
 def state_columns(geometry: Geometry, layers: Iterable[int]) -> Tensor:

@@ -7,7 +7,7 @@ import itertools
 import math
 
 from awareness_vllm.models.geometry import Geometry
-from awareness_vllm.wmatrix.certificate import with_tail
+from awareness_vllm.wmatrix.plans import with_tail
 from awareness_vllm.wmatrix.registry import Registry, WMatrixEntry
 
 Route = tuple[WMatrixEntry, ...]

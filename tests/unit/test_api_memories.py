@@ -150,7 +150,8 @@ def test_a_copy_is_exact_and_not_certified(server: Server, tiny_models: tuple[Pa
     assert (answer["id"], answer["object"], answer["name"]) == (memory, "memory", "notes")
     assert answer["compatibility"] == {
         **{"loadable": True, "wmatrix": None, "prompt_tokens": manifest.tokens},
-        **{"retention": 1.0, "certified": False, "reason": None, **UNSIGNED},
+        **{"retention": 1.0, "basis": "own", "margin": None},
+        **{"certified": False, "reason": None, **UNSIGNED},
     }
 
 
@@ -165,7 +166,8 @@ def test_a_map_is_named_with_what_its_certificate_says(
     tokens = server.resolver.resolve_one(memory, "acme").tokens
     assert answer == {
         **{"loadable": True, "wmatrix": "pair.wmatrix", "prompt_tokens": tokens},
-        **{"retention": retention, "certified": retention is not None, "reason": None},
+        **{"retention": retention, "basis": retention and "measured", "margin": None},
+        **{"certified": retention is not None, "reason": None},
         **UNSIGNED,
     }
     assert tokens > 1
@@ -179,7 +181,9 @@ def test_a_memory_that_the_model_reads_itself_keeps_all(
     tokens = server.resolver.resolve_one(memory, "acme").tokens
     for tail, retention in ((tokens - 1, 0.875), (tokens, 1.0), (tokens + 1, 1.0)):
         server.resolver.tail = tail
-        assert server.get(memory)["compatibility"]["retention"] == retention
+        answer = server.get(memory)["compatibility"]
+        assert answer["retention"] == retention
+        assert answer["basis"] == ("own" if tail >= tokens else "measured")
 
 
 def test_published_figures_certify_no_map(
@@ -224,7 +228,9 @@ def test_a_check_of_a_memory_without_a_map_is_an_answer(server: Server, make_pac
 
 
 UNSIGNED = {"claimed": False, "wmatrix_signed_by": None, "certificate_signed_by": None}
-NOTHING = {"loadable": False, "wmatrix": None, "prompt_tokens": None, "retention": None}
+NOTHING = {"loadable": False} | dict.fromkeys(
+    ("wmatrix", "prompt_tokens", "retention", "basis", "margin")
+)
 
 
 def unusable(server: Server, memory: str, status: int) -> str:

@@ -17,20 +17,22 @@ from awareness_vllm.cli.main import main
 from awareness_vllm.errors import BadInput, QualityUnreachable, WMatrixCorrupt
 from awareness_vllm.evaluate import certify as certify_module
 from awareness_vllm.evaluate import monitor
+from awareness_vllm.evaluate.arms import PlanShape
 from awareness_vllm.evaluate.certify import build_certificate, build_plan, certify
 from awareness_vllm.evaluate.evaluate import CaseFigures, TextFigures
 from awareness_vllm.evaluate.monitor import WMatrixMonitor
 from awareness_vllm.fit import fit, gather
 from awareness_vllm.wmatrix.certificate import (
+    CONTROLS,
     Certificate,
     Interval,
     Metrics,
     Plan,
     Protocol,
-    cheapest,
     tier,
 )
 from awareness_vllm.wmatrix.file import WMatrix, load
+from awareness_vllm.wmatrix.plans import cheapest
 
 pytestmark = pytest.mark.unit
 
@@ -115,14 +117,14 @@ def test_the_cheapest_plan_reaches_the_quality_target(wanted: float, tail: int) 
     assert cheapest(result, wanted).tail == tail
 
 
-@pytest.mark.parametrize(("context", "tail"), [(None, 0), (10, 0), (300, 0), (301, 48), (9000, 48)])
+@pytest.mark.parametrize(("context", "tail"), [(None, 0), (10, 0), (300, 0), (301, 48), (1000, 48)])
 def test_plans_are_of_the_next_longer_measured_context(context: int | None, tail: int) -> None:
     result = build_certificate(PROTOCOL, texts(), cases(), METRICS, PLANS)
     assert cheapest(result, 0.82, context).tail == tail
 
 
 def test_a_plan_has_the_retention_of_each_kind() -> None:
-    result = build_plan(300, 0, 0.2, texts(0.9), cases())
+    result = build_plan(300, PlanShape(), 0.2, texts(0.9), cases())
     assert result.kinds.keys() == {"poems", "lists"}
     assert result.kinds["lists"].mean == pytest.approx(0.9)
     assert result.tokens_only.mean == pytest.approx(0.2)
@@ -226,16 +228,21 @@ def test_lengths_and_plans_are_measured(
     anchors: list[Document],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def with_tails(*args: object, tails: Sequence[int], **kwargs: object) -> CaseFigures:
+    def with_plans(*args: object, shapes: Sequence[PlanShape], **kwargs: object) -> CaseFigures:
         result = cases()
-        for tail in tails:
-            result.conditions[f"memory_tail_{tail}"] = result.conditions["native"]
+        for shape in shapes:
+            native = result.conditions["native"]
+            for arm in ("memory", "tokens_only", *CONTROLS):
+                recalls = arm == "memory" and shape.reread
+                exact = native if recalls else result.conditions["memory"]
+                result.conditions[shape.condition(arm)] = exact
         return result
 
     # No random model recalls a fact, or gains anything by reading.
-    monkeypatch.setattr(certify_module, "evaluate_cases", with_tails)
+    monkeypatch.setattr(certify_module, "evaluate_cases", with_plans)
     kept = {"mean": 0.5, "ci_low": 0.4, "ci_high": 0.6}
     monkeypatch.setattr(TextFigures, "retention", lambda *args: kept)
+    monkeypatch.setattr(TextFigures, "margin", lambda *args: kept)
     measured = certify(
         load(fitted),
         *tiny_models,
@@ -250,13 +257,27 @@ def test_lengths_and_plans_are_measured(
     result = Certificate.model_validate(measured.manifest.certificate)
     # These documents' names have no folder.
     assert result.protocol.sources == tuple(document.name for document in anchors)
-    ways = [(way.context, way.tail) for way in result.plans]
-    assert ways == [(100, 0), (100, 16), (100, 32), (400, 0), (400, 16), (400, 64), (400, 160)]
-    costs = [way.cost for way in result.plans[:3]]
+    ways = {
+        length: [(way.tail, way.reread) for way in result.plans if way.context == length]
+        for length in (100, 400)
+    }
+    assert sorted(ways[100]) == [(tail, n) for tail in (0, 16, 32) for n in (0, 24, 96)]
+    assert sorted(ways[400]) == [(tail, n) for tail in (0, 16, 64, 160) for n in (0, 24, 96)]
+    costs = [way.cost for way in result.plans if way.context == 100]
     assert costs == sorted(costs)
-    assert costs[1] - costs[0] == pytest.approx(0.16 * (1 - costs[0]))
-    recalled = [way.facts and way.facts.mean for way in result.plans]
-    assert recalled == [0.5, 1, 1, None, None, None, None]
+    assert {way.texts for way in result.plans} == {4}
+    assert all(way.margin and set(way.controls) >= set(CONTROLS[:3]) for way in result.plans)
+    assert all(("passages" in way.controls) == bool(way.reread) for way in result.plans)
+    recalled = {way.reread: way.facts and way.facts.mean for way in result.plans if not way.tail}
+    assert recalled == {0: None, 24: None, 96: None}  # of the last length, 400 tokens
+    of_facts = [way for way in result.plans if way.facts]
+    assert {(way.context, way.tail) for way in of_facts} == {(100, 0), (100, 16)}
+    assert {(way.reread, way.facts and way.facts.mean) for way in of_facts} == {
+        (0, 0.5),
+        (24, 1.0),
+        (96, 1.0),
+    }
+    assert all(way.facts_margin and way.facts_kinds["city"]["native"] for way in of_facts)
 
 
 @pytest.mark.slow

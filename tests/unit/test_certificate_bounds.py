@@ -15,9 +15,10 @@ from test_certificate import METRICS, PLANS, PROTOCOL, cases, texts
 
 from awareness_vllm.errors import BadInput, WMatrixCorrupt
 from awareness_vllm.evaluate.certify import build_certificate, plausible
-from awareness_vllm.wmatrix.certificate import parse_certificate, plans_for, with_tail
+from awareness_vllm.wmatrix.certificate import parse_certificate
 from awareness_vllm.wmatrix.file import WMatrix, load
 from awareness_vllm.wmatrix.manifest import read_manifest
+from awareness_vllm.wmatrix.plans import plans_for, with_tail
 
 pytestmark = pytest.mark.unit
 

@@ -14,9 +14,10 @@ from awareness_vllm.cli.main import main
 from awareness_vllm.compatibility.priors import published_retention
 from awareness_vllm.compatibility.report import Basis
 from awareness_vllm.errors import QualityUnreachable
-from awareness_vllm.serving.prompt import ResolvedMemory
-from awareness_vllm.wmatrix.certificate import Certificate, Interval, Plan, cheapest
+from awareness_vllm.serving.prompt import Promise, ResolvedMemory
+from awareness_vllm.wmatrix.certificate import Certificate, Interval, Plan
 from awareness_vllm.wmatrix.file import WMatrix
+from awareness_vllm.wmatrix.plans import cheapest
 from awareness_vllm.wmatrix.registry import WMatrixEntry
 
 pytestmark = pytest.mark.unit
@@ -66,6 +67,6 @@ def test_a_map_with_priors_for_a_certificate_is_not_certified(
 
 def test_nothing_is_served_on_a_prior(filled: Path) -> None:
     memory = ResolvedMemory("mem_", "", "own", WMatrixEntry.read(filled), ids=[0] * 300, prefix=1)
-    assert memory.retention() is None
+    assert memory.promise() == Promise()
     with pytest.raises(QualityUnreachable, match="not certified"):
         memory.plan(0.1, tails=True)

@@ -37,7 +37,8 @@ from awareness_vllm.serving.prompt import head_name
 from awareness_vllm.serving.request import MemoryRequest
 from awareness_vllm.serving.resolver import MemoryResolver
 from awareness_vllm.serving.served_model import ServedModel
-from awareness_vllm.wmatrix.certificate import Certificate, Interval, Plan, plans_for
+from awareness_vllm.wmatrix.certificate import Certificate, Interval, Plan
+from awareness_vllm.wmatrix.plans import basis_of, plans_for
 from awareness_vllm.wmatrix.registry import Registry, WMatrixEntry
 
 pytestmark = pytest.mark.unit
@@ -265,12 +266,14 @@ def test_without_a_certificate_no_target_is_kept(
         resolver.resolve(request, "")
 
 
-def test_a_longer_memory_than_any_measured_is_promised_the_longest_ones_figure() -> None:
+def test_a_longer_memory_than_any_measured_is_promised_less() -> None:
     certificate = Certificate.model_construct(
         plans=tuple(measured_plan(c, 0, k) for c, k in ((100, 0.9), (1000, 0.7)))
     )
-    for context, kept in ((1, 0.9), (100, 0.9), (101, 0.7), (1000, 0.7), (5000, 0.7)):
-        assert [p.retention.mean for p in plans_for(certificate, context)] == [kept]
+    for context, kept in ((1, 0.9), (100, 0.9), (101, 0.7), (1000, 0.7), (10_000, 0.5)):
+        (plan,) = plans_for(certificate, context)
+        assert plan.retention.mean == pytest.approx(kept)
+        assert basis_of(certificate, context) == ("measured" if kept > 0.5 else "extrapolated")
 
 
 def test_a_tenant_has_its_own_memories_only(

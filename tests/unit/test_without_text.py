@@ -16,6 +16,7 @@ from awareness_vllm.anchors.corpus import Document
 from awareness_vllm.cli.main import main
 from awareness_vllm.errors import BadInput, UnsupportedRequest
 from awareness_vllm.evaluate import certify as certify_module
+from awareness_vllm.evaluate.arms import PlanShape
 from awareness_vllm.evaluate.certify import certify
 from awareness_vllm.evaluate.evaluate import CaseFigures, TextFigures
 from awareness_vllm.fit import fit, gather
@@ -156,9 +157,9 @@ def test_it_is_fitted_and_certified_like_any_other(
     assert len(wmatrix.encode) == wmatrix.manifest.source_width
 
     def recalled(
-        harness: object, cases: object, *, tails: list[int], **kwargs: object
+        harness: object, cases: object, *, shapes: object, controls: object, **kwargs: object
     ) -> CaseFigures:
-        assert tails == []
+        assert (shapes, controls) == ([PlanShape()], ())
         conditions = ("native", "memory", "tokens_only", "wrong_memory", "none")
         ones = torch.ones(2, 2).numpy()
         return CaseFigures({arm: ones for arm in conditions}, ["fact"] * 2, [0, 0])
@@ -169,7 +170,7 @@ def test_it_is_fitted_and_certified_like_any_other(
     monkeypatch.setattr(TextFigures, "retention", lambda *args: kept)
     measured = certify(wmatrix, *tiny_models, anchors, [], limit=3, context=90, continuation=8)
     result = Certificate.model_validate(measured.manifest.certificate)
-    assert [plan.tail for plan in result.plans] == [0]
+    assert [(plan.tail, plan.margin) for plan in result.plans] == [(0, None)]
     assert result.metrics is None
 
 

@@ -31,7 +31,7 @@ from awareness_vllm.packages.store import Store, digest_in, memory_not_found
 from awareness_vllm.schema import FrozenModel
 from awareness_vllm.serving.api.prefetch import while_connected
 from awareness_vllm.serving.http import FrontEnd, caller, client_errors
-from awareness_vllm.serving.prompt import Prompt
+from awareness_vllm.serving.prompt import PromiseBasis, Prompt
 from awareness_vllm.serving.request import MemoryRequest
 from awareness_vllm.serving.resolver import MemoryResolver
 from awareness_vllm.trust.policy import TrustPolicy
@@ -79,6 +79,13 @@ class Compatibility(FrozenModel):
     retention: float | None = Field(
         None,
         description="1 is as good as the model reading the text itself; null: not measured",
+    )
+    basis: PromiseBasis | None = Field(
+        None, description="Of retention: measured, extrapolated, claimed, own; null: not measured"
+    )
+    margin: float | None = Field(
+        None,
+        description="Retention above what the same cost buys without a memory; null: not measured",
     )
     certified: bool = Field(False, description="Whether the W-Matrix has a certificate")
     claimed: bool = Field(
@@ -252,7 +259,7 @@ def _compatibility(front: FrontEnd, tenant: str, memory_id: str) -> Compatibilit
         loadable=True,
         wmatrix=wmatrix.path.name if wmatrix else None,
         prompt_tokens=prompt.memories[0].tokens,
-        retention=prompt.retention[0],
+        **vars(prompt.promises[0]),
         certified=wmatrix is not None and wmatrix.certificate is not None,
         claimed=wmatrix is not None and wmatrix.claimed,
         wmatrix_signed_by=wmatrix.signed_by if wmatrix else None,

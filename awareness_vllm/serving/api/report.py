@@ -27,7 +27,7 @@ def add_report(response: Response, prompt: Prompt) -> dict[str, Any]:
         params = body.get("kv_transfer_params") or {}
         report |= params.pop(PARAMS_KEY, {})
         if report.get("temperature") == RECOMPUTED and not report.get("cached_tokens"):
-            report["retention"] = prompt.recomputed().retention
+            report |= prompt.recomputed().promised()
             report.pop("reread", None)
         body[MEMORY] = report
         if "kv_transfer_params" in body:
@@ -50,4 +50,5 @@ def headers_of(report: dict[str, Any]) -> dict[str, str]:
         headers["Reread"] = str(report["reread"]["tokens"])
     if None not in report["retention"]:
         headers["Retention"] = f"{min(report['retention']):.3f}"
+        headers["Basis"] = ",".join(sorted(set(report["basis"])))
     return headers
