@@ -255,7 +255,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--lessons", type=int, default=10_000)
-    parser.add_argument("--kind", choices=("short", "long"), default="short")
+    parser.add_argument("--kind", choices=("short", "long"), default="long")
     parser.add_argument("--workers", type=int, default=14)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--limits", type=int, nargs=2, default=(48, 96))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -119,6 +119,11 @@ class Training:
                     "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(part.device),
                 }
 
+    def set_rates(self, rate: float, stds: Sequence[float]) -> None:
+        """Set each part's rate, relative to its standard deviation before the training."""
+        for group, std, share in zip(self.optimizer.param_groups, stds, SHARES, strict=True):
+            group["lr"] = rate * std * share
+
     def record(self, score: float) -> None:
         """Append a score; the parts become the best ones if it is the lowest yet."""
         if not self.scores or score <= min(self.scores):
@@ -168,9 +173,7 @@ def calibrate(
         training.seconds = clock.seconds
         if (share := progress_share(training, total, config.minutes)) >= 1:
             break
-        rate = config.rate * schedule(training.step, share)
-        for group, std, part in zip(training.optimizer.param_groups, stds, SHARES, strict=True):
-            group["lr"] = rate * std * part
+        training.set_rates(config.rate * schedule(training.step, share), stds)
         training.optimizer.zero_grad()
         loss = kl_divergence(wmatrix, reader, training.parts, batch)
         loss.backward()
@@ -178,17 +181,16 @@ def calibrate(
         training.step += 1
         losses = [*losses[-19:], loss.detach()]
         bar.update()
-        if not examples.on_gpu or training.step % SAVE_EVERY == 0:  # a figure waits for the GPU
+        regular = training.step % SAVE_EVERY == 0
+        if regular or not examples.on_gpu:  # a figure waits for the GPU
             bar.set_postfix(kl=f"{torch.stack(losses).mean().item():.3f}")
         if len(held_out) and training.step % len(examples) == 0:
             training.record(mean_kl(wmatrix, reader, training.parts, held_out))
-            bar.write(
-                f"epoch {epoch + 1}: KL divergence on held-out texts {training.scores[-1]:.4f}"
-            )
+            score = training.scores[-1]
+            bar.write(f"epoch {epoch + 1}: KL divergence on held-out texts {score:.4f}")
             if training.is_stalled(config.patience):
                 break
-        minute = clock.minute_is_over()
-        if (not examples.on_gpu and training.step % SAVE_EVERY == 0) or minute:
+        if (minute := clock.minute_is_over()) or (regular and not examples.on_gpu):
             training.save(checkpoint)
         if minute and snapshot is not None:
             snapshot(_trained(wmatrix, training.parts))

@@ -46,12 +46,12 @@ Lessons = Callable[[int], Lesson]
 
 @dataclass(frozen=True)
 class PairLessons:
-    """The lessons of pairs of context and continuation."""
+    """The lessons of pairs of context and continuation, again and again."""
 
     pairs: tuple[tuple[str, str], ...]
 
     def __call__(self, number: int) -> Lesson:
-        return Lesson(*self.pairs[number])
+        return Lesson(*self.pairs[number % len(self.pairs)])
 
 
 def tokenise(state: tuple[Tokeniser, Lessons], numbers: Sequence[int]) -> list[LessonTokens]:
@@ -118,7 +118,7 @@ class CalibrationExamples:
         lessons: the lesson of each number.
         total: how many there are; None for any number of them.
         size: B, the lessons of a batch.
-        workers: processes that tokenise ahead; 0 for none.
+        workers: of the reader's tokeniser and the lessons, to tokenise ahead; by default none.
         whole: whether all tokens of the native predictions count, as they do on a GPU.
     """
 
@@ -130,7 +130,7 @@ class CalibrationExamples:
         total: int | None,
         size: int,
         *,
-        workers: int = 0,
+        workers: Workers | None = None,
         checkpoint: Checkpoint | None = None,
         name: str = "example",
         whole: bool = False,
@@ -140,7 +140,7 @@ class CalibrationExamples:
         self.checkpoint, self.name = checkpoint, name
         self.on_gpu = torch.device(reader.device).type != "cpu"
         self.whole = whole or self.on_gpu
-        self.workers = Workers(workers, (reader.tokeniser, lessons))
+        self.workers = workers or Workers(0, (reader.tokeniser, lessons))
 
     def __len__(self) -> int:
         """The batches of an epoch; 0 where there is no end of them."""

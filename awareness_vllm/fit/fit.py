@@ -15,13 +15,14 @@ from awareness_vllm.fit.calibrate import Snapshot, calibrate
 from awareness_vllm.fit.checkpoint import Checkpoint, open_checkpoint
 from awareness_vllm.fit.config import FitConfig
 from awareness_vllm.fit.distributed import join
-from awareness_vllm.fit.examples import CalibrationExamples, PairLessons
+from awareness_vllm.fit.examples import CalibrationExamples, Lessons, PairLessons
 from awareness_vllm.fit.gather import held_out_rows
 from awareness_vllm.fit.layers import full_layers
 from awareness_vllm.fit.progress import phase, say
 from awareness_vllm.fit.reader import Reader
 from awareness_vllm.fit.regress import choose_layers, regress
 from awareness_vllm.fit.texts import LongLessons, calibration_texts
+from awareness_vllm.fit.tokens import Workers
 from awareness_vllm.models.folder import resolve_folder
 from awareness_vllm.wmatrix.file import WMatrix
 from awareness_vllm.wmatrix.heads import main_layers
@@ -62,10 +63,15 @@ def fit(
             config.layers,
             config.device,
         )
+    lessons = lessons_of(train, config.calibration, config.seed, config)
     rank, processes = join()
     if folder is not None and processes > 1:
         folder = folder.with_name(f"{folder.name}.{rank}-of-{processes}")
-    with open_checkpoint(folder, _key(reader, train, config)) as checkpoint:
+    count = 0 if config.device == "cpu" else config.workers
+    with (
+        Workers(count, (reader.tokeniser, lessons)) as reader.workers,
+        open_checkpoint(folder, _key(reader, train, config)) as checkpoint,
+    ):
         with phase("representation alignment", progress):
             if config.choice == "best" and not reader.residual:
                 choose_layers(reader, train, config, checkpoint, progress=progress)
@@ -81,7 +87,7 @@ def fit(
                 wmatrix = calibrate_map(
                     reader,
                     wmatrix,
-                    (train, held_out),
+                    (lessons, held_out),
                     config,
                     checkpoint,
                     progress=progress,
@@ -94,48 +100,40 @@ def fit(
 def calibrate_map(
     reader: Reader,
     wmatrix: WMatrix,
-    documents: tuple[Sequence[Document], Sequence[Document]],
+    lessons: tuple[Lessons, Sequence[Document]],
     config: FitConfig,
     checkpoint: Checkpoint,
     *,
     progress: bool,
     snapshot: Snapshot | None = None,
 ) -> WMatrix:
-    """The map after calibration on the (training, held-out) documents."""
-    train, held_out = documents
+    """The map after calibration on lessons, judged on held-out documents."""
+    train, held_out = lessons
     # A single epoch is never ended early: it needs no scores, and none of its texts again.
     several = config.epochs > 1 and config.minutes is None
     scored = HELD_OUT_TEXTS if several else 0
     kept = checkpoint if several and config.device == "cpu" else None
-    endless = config.lessons == "long" and config.minutes is not None
-    examples, held_out_examples = (
-        CalibrationExamples(
-            reader,
-            wmatrix,
-            lessons_of(texts, count, seed, config),
-            count if not endless or name == "held-out" else None,
-            config.batch,
-            workers=workers,
-            checkpoint=kept,
-            name=name,
-        )
-        for name, texts, count, seed, workers in (
-            ("example", train, config.calibration, config.seed, config.workers),
-            ("held-out", held_out, scored, config.seed + HELD_OUT_SEED, 0),
-        )
+    examples = CalibrationExamples(
+        reader,
+        wmatrix,
+        train,
+        None if config.minutes is not None else config.calibration,
+        config.batch,
+        workers=reader.workers,
+        checkpoint=kept,
     )
-    try:
-        wmatrix, scores = calibrate(
-            wmatrix,
-            examples,
-            held_out_examples,
-            config,
-            checkpoint,
-            progress=progress,
-            snapshot=snapshot,
-        )
-    finally:
-        examples.workers.close()
+    judged = CalibrationExamples(
+        reader,
+        wmatrix,
+        lessons_of(held_out, scored, config.seed + HELD_OUT_SEED, config),
+        scored,
+        config.batch,
+        checkpoint=kept,
+        name="held-out",
+    )
+    wmatrix, scores = calibrate(
+        wmatrix, examples, judged, config, checkpoint, progress=progress, snapshot=snapshot
+    )
     logger.info("KL divergence on held-out texts, by epoch: %s", scores)
     return wmatrix
 

@@ -16,7 +16,7 @@ from awareness_vllm.fit.distributed import join
 from awareness_vllm.fit.reader import Reader
 from awareness_vllm.fit.statistics import Statistics
 from awareness_vllm.fit.texts import shuffled_windows
-from awareness_vllm.fit.tokens import TextTokens, Tokeniser, Workers, by_length, pieces
+from awareness_vllm.fit.tokens import TextTokens, Tokeniser, by_length, pieces
 
 CHUNK_ROWS = 4096
 """Rows after which the sums are saved: a kill loses at most as many."""
@@ -48,7 +48,7 @@ def gather(
     total = config.tokens // processes
     done, number = statistics.rows if statistics else 0, first
     with tqdm(total=total, initial=done, unit="tok", desc="anchors", disable=not progress) as bar:
-        for batch in batches(reader, texts[first:], config.workers if on_gpu else 0):
+        for batch in batches(reader, texts[first:]):
             if done + pending >= total:
                 break
             number += len(batch)
@@ -76,22 +76,18 @@ def gather(
     return statistics.all_reduce() if processes > 1 else statistics
 
 
-def batches(reader: Reader, texts: Sequence[str], workers: int) -> Iterator[list[TextTokens]]:
+def batches(reader: Reader, texts: Sequence[str]) -> Iterator[list[TextTokens]]:
     """The texts' tokens, as many at once as the reader's device takes: on a CPU one by one, on a
-    GPU many, with `workers` that tokenise beside it."""
+    GPU many, tokenised beside it."""
     if torch.device(reader.device).type == "cpu":
         yield from ([reader.tokeniser.text(text)] for text in texts)
         return
-    pool = Workers(workers, reader.tokeniser)
-    try:
-        for piece in pool.map(_tokenise, pieces(texts, GPU_TEXTS)):
-            yield from by_length(piece, GPU_TOKENS)
-    finally:
-        pool.close()
+    for piece in reader.workers.map(_tokenise, pieces(texts, GPU_TEXTS)):
+        yield from by_length(piece, GPU_TOKENS)
 
 
-def _tokenise(tokeniser: Tokeniser, texts: Sequence[str]) -> list[TextTokens]:
-    return [tokeniser.text(text) for text in texts]
+def _tokenise(state: tuple[Tokeniser, object], texts: Sequence[str]) -> list[TextTokens]:
+    return [state[0].text(text) for text in texts]
 
 
 def _resume(checkpoint: Checkpoint, device: torch.device | str) -> tuple[Statistics | None, int]:

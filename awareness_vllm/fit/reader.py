@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from awareness_vllm.fit.layers import spread_layers
-from awareness_vllm.fit.tokens import TextTokens, Tokeniser
+from awareness_vllm.fit.tokens import TextTokens, Tokeniser, Workers
 from awareness_vllm.kernels import rms_normalise
 from awareness_vllm.models.describe import geometry_of
 from awareness_vllm.models.hf import load_model, padded_states, sink_ids
@@ -42,7 +42,8 @@ class Reader:
     Of the source, `count` layers are read, as `spread_layers` says; of a variant of the target all
     of them, since the map is then `residual`: it adds to them. Without `predecessors` there is a
     row for each source token but the first, otherwise for each target token. Learned positions
-    are features too, `position_embeddings` by side. Models and rows are on the `device`.
+    are features too, `position_embeddings` by side. Models and rows are on the `device`; texts are
+    tokenised by `workers`, of which there are none at first.
     """
 
     source: Path
@@ -60,6 +61,7 @@ class Reader:
         self.target_geometry = geometry_of(self.target)
         self.sink = sink_ids(self.target)
         self.tokeniser = Tokeniser(self.source, self.target, tuple(self.sink), self.predecessors)
+        self.workers = Workers(0, (self.tokeniser, None))
         self.residual = self.source_geometry.same_shape(self.target_geometry)
         total = len(self.source_geometry.layers)
         self.choose(spread_layers(total if self.residual else self.count, total))

@@ -19,8 +19,9 @@ class Statistics:
     """Sums over rows of x [F] and y [O], both standardised by a provisional mean and standard
     deviation (`x_mean`, `x_std`, `y_mean`, `y_std`).
 
-    `gram` [F, F] (upper blocks) is in float32; `cross` [F, O] is accumulated from bfloat16
-    products: their rounding is noise far below the ridge, at one and a half times the speed.
+    `gram` [F, F] (upper blocks) is in float32; `cross` [F, O] is accumulated, on a CPU, from
+    bfloat16 products: their rounding is noise far below the ridge, at one and a half times the
+    speed.
     """
 
     x_mean: Tensor
@@ -61,7 +62,10 @@ class Statistics:
         for begin in range(0, x.shape[1], BLOCK):
             end = begin + BLOCK
             self.gram[begin:end, begin:].addmm_(x[:, begin:end].T, x[:, begin:])
-        self.cross += x.bfloat16().T @ y.bfloat16()
+        if x.is_cuda:
+            self.cross.addmm_(x.T, y)
+        else:
+            self.cross += x.bfloat16().T @ y.bfloat16()
         self.x_sum += x.sum(0)
         self.y_sum += y.sum(0)
         self.rows += len(x)

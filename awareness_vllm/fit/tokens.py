@@ -80,7 +80,7 @@ class Workers:
     """Processes that do pieces of work beside the fit; without any, this one does them.
 
     Args:
-        count: processes; 0 for none.
+        count: processes; 0 for none. They start at once, beside whatever comes first.
         state: what every function is given first, sent to each process once.
     """
 
@@ -91,6 +91,8 @@ class Workers:
             # Not forked: CUDA and torch's threads do not survive that.
             context = multiprocessing.get_context("spawn")
             self.pool = ProcessPoolExecutor(count, context, _remember, (state,))
+            for _ in range(count):
+                self.pool.submit(int)
 
     def map(
         self, function: Callable[[Any, Any], Result], arguments: Iterable[Any]
@@ -110,6 +112,12 @@ class Workers:
         finally:
             for future in waiting:
                 future.cancel()
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """End the processes; what waits is dropped."""
