@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 ROWS = {"cpu": 8192, "cuda": 65536}
 """Rows of states, before and of the ids, in one forward pass at most, by the device's type: what a
 cache in float32 and its copies take."""
+PADDING = {"cpu": 128, "cuda": 4096}
+"""Ids of padding in one forward pass that are cheaper than another pass."""
 LOGITS = {"cpu": 1 << 26, "cuda": 1 << 29}
 """Elements of logits in one forward pass at most."""
 
@@ -91,10 +93,14 @@ class Reader:
             range(len(texts)), key=lambda i: (groups[i], len(texts[i].ids), texts[i].begin)
         )
         batch: list[int] = []
+        device = self.device.type
         for i in order:
             longer = [*batch, i]
-            rows = max(texts[j].begin for j in longer) + max(len(texts[j].ids) for j in longer)
-            full = len(longer) * rows > ROWS[self.device.type] or len(longer) > most
+            lengths = [len(texts[j].ids) for j in longer]
+            rows = max(texts[j].begin for j in longer) + max(lengths)
+            padding = len(longer) * max(lengths) - sum(lengths)
+            full = len(longer) > most or len(longer) * rows > ROWS[device]
+            full |= padding > PADDING[device] + sum(lengths) // 4
             if batch and (full or groups[i] != groups[batch[0]]):
                 yield batch
                 longer = [i]
