@@ -36,7 +36,9 @@ def test_what_a_line_restates_stands_in_its_sentences(kind: int) -> None:
         assert all(about)
         told = " ".join(text[begin:end] for ranges in about for begin, end in ranges)
         named = set(re.findall(r"[A-Z][a-z]+ [A-Z][a-z]+", continuation))
-        assert not {name for name in named if name in text} - {name for name in named if name in told}
+        assert not {name for name in named if name in text} - {
+            name for name in named if name in told
+        }
         for number in re.findall(r"\b\d{4}\b", continuation):
             assert number in told
 
