@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from awareness_vllm.errors import UnsupportedModel
 from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.models.rope import rerotate
 
@@ -34,17 +35,26 @@ class KVWriter:
         begin: int,
         offset: int,
         slot_mapping: Sequence[Tensor],
+        *,
+        length: int | None = None,
     ) -> None:
         """Write a memory's tokens from `begin` on, one for each slot, moved by `offset` positions.
 
         Args:
-            keys, values: per layer [T, H, D], of the whole memory, or of a passage.
+            keys, values: per layer [T, H, D], of the whole memory, or of a passage; with a `length`
+                T some may have the last rows only.
             slot_mapping: per KV cache group [N] int64, negative where a token has no slot.
+
+        Raises:
+            UnsupportedModel: a token with a slot whose row is not there.
         """
         end, mapped = begin + len(slot_mapping[0]), [mapped_tokens(g) for g in slot_mapping]
         for i, group in self.groups.items():
             tokens, slots = mapped[group]
-            key, value = (states[i][begin:end][tokens] for states in (keys, values))
+            if lost := 0 if length is None else length - len(keys[i]):
+                tokens, slots = _beyond(lost - begin, slot_mapping[group], i)
+            first, last = max(0, begin - lost), max(0, end - lost)
+            key, value = (states[i][first:last][tokens] for states in (keys, values))
             self.write(i, rerotate(key, offset, self.geometry.layers[i].positions), value, slots)
 
     def write(self, index: int, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
@@ -69,6 +79,18 @@ class KVWriter:
             cache = self.layers[i].kv_cache
             total += cache[0].nbytes // block_tokens(cache) * written[group]
         return total
+
+
+def _beyond(lost: int, slot_mapping: Tensor, layer: int) -> tuple[slice | Tensor, Tensor]:
+    """`mapped_tokens` of what follows the first `lost` tokens, which must have no slots."""
+    missing = max(0, lost)
+    if (slot_mapping[:missing] >= 0).any():
+        raise UnsupportedModel(
+            f"layer {layer} keeps no more than what later tokens can see of this memory",
+            found=f"a slot for a token before the last {len(slot_mapping) - missing}",
+            expected="slots within the window",
+        )
+    return mapped_tokens(slot_mapping[missing:])
 
 
 def block_tokens(cache: Tensor) -> int:

@@ -30,7 +30,8 @@ reuses the working memory instead of mapping new pages."""
 
 @dataclass(frozen=True)
 class AlignedMemory:
-    """Target-side KV at positions 0 … T-1: `keys[i]` and `values[i]` are [T, H, D] as cached."""
+    """Target-side KV at positions 0 … T-1: `keys[i]` and `values[i]` are [T, H, D] as cached. A
+    layer with a window may have the last rows only: those that later tokens can see."""
 
     ids: list[int]
     keys: list[Tensor]

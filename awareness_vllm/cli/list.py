@@ -33,7 +33,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             row["bytes"] = path.stat().st_size
             manifest = read_manifest(path)
             row |= {"name": manifest.name, "tokens": manifest.tokens, "engine": manifest.engine}
-            row |= {"source": manifest.geometry.name, "error": None}
+            row |= {"source": manifest.geometry.name, "edition_of": manifest.edition_of}
+            row["error"] = None
             if trust:
                 row["signed_by"] = signer_of(path, trust)
         except (AwarenessError, OSError) as error:
@@ -46,5 +47,6 @@ def show(result: dict[str, Any]) -> None:
     for row in result["memories"]:
         what = row["error"] or f"{row['tokens']} tokens of {row['source']}  {row['name'] or ''}"
         signed = f"  signed by {row['signed_by']}" if row.get("signed_by") else ""
-        print(f"{row['id']}  {what}{signed}")
+        edition = f"  edition of {row['edition_of']}" if row.get("edition_of") else ""
+        print(f"{row['id']}  {what}{edition}{signed}")
     print(f"{len(result['memories'])} memories in {result['store']}")

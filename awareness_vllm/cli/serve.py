@@ -16,7 +16,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     def option(flag: str, field: str, **kwargs: Any) -> None:
         """A flag for a field of the server's configuration, with its description and default."""
         info = ServingConfig.model_fields[field]
-        suffix = "" if info.is_required() or not info.default else f" (default: {info.default:g})"
+        suffix = ""
+        if not info.is_required() and info.default:
+            value = info.default if isinstance(info.default, str) else f"{info.default:g}"
+            suffix = f" (default: {value})"
         parser.add_argument(flag, help=f"{info.description}{suffix}", **kwargs)
 
     parser.add_argument("model", metavar="MODEL", help="Hugging Face model folder")
@@ -33,6 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--reread", "reread", type=int, metavar="N")
     option("--reread-timeout", "reread_timeout", type=float, metavar="SECONDS")
     option("--reread-cache-gib", "reread_cache_gib", type=float, metavar="GIB")
+    option("--editions", "editions", choices=["never", "idle", "always"])
+    option("--edition-after", "edition_after", type=int, metavar="N")
+    option("--edition-gib", "edition_gib", type=float, metavar="GIB")
     option("--load-timeout", "load_timeout", type=float, metavar="SECONDS")
     option("--max-loads", "max_loads", type=int, metavar="N")
     option("--max-load-gib", "max_load_gib", type=float, metavar="GIB")
@@ -59,6 +65,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         reread=args.reread,
         reread_timeout=args.reread_timeout,
         reread_cache_gib=args.reread_cache_gib,
+        editions=args.editions,
+        edition_after=args.edition_after,
+        edition_gib=args.edition_gib,
         load_timeout=args.load_timeout,
         max_loads=args.max_loads,
         max_load_gib=args.max_load_gib,

@@ -89,6 +89,7 @@ def build(
     name: str | None = None,
     has_text: bool = True,
     hashed: bool = True,
+    edition_of: str | None = None,
 ) -> Package:
     """A package of captured states; the geometry's dtype becomes that of the states, which a server
     may have been told to compute in another one.
@@ -108,6 +109,7 @@ def build(
         versions=versions,
         payload="",
         first_tokens=first_tokens if any(first_tokens) else (),
+        edition_of=edition_of,
     )
     if hashed:
         tensors = _tensors(text, tokens, spans, keys, values)
@@ -147,7 +149,9 @@ def _rebuild(package: Package, **changes: Any) -> Package:
     captured = {
         name: getattr(package, name) for name in ("text", "tokens", "spans", "keys", "values")
     }
-    origin = package.manifest.model_dump(include={"engine", "versions", "name", "has_text"})
+    origin = package.manifest.model_dump(
+        include={"engine", "versions", "name", "has_text", "edition_of"}
+    )
     return build(**{"geometry": package.geometry, **captured, **origin, **changes})
 
 

@@ -43,6 +43,7 @@ class Manifest(FrozenModel):
     the states: a load into the same engine is exact. Without text (`has_text` false) the package
     has no token ids and no spans either: all of them are zero. `first_tokens` [layers] are the
     first tokens whose states each layer holds, empty unless a sliding window has lost some.
+    `edition_of` is the memory whose text this one's model has read.
     """
 
     format: Literal["awareness-memory/1"] = "awareness-memory/1"
@@ -56,10 +57,13 @@ class Manifest(FrozenModel):
     first_tokens: tuple[Annotated[int, Field(ge=0)], ...] = Field(
         (), validation_alias=AliasChoices("first_tokens", "begins")
     )
+    edition_of: str | None = Field(None, pattern=f"^{MEMORY_ID.pattern}$", max_length=36)
 
     @model_serializer(mode="wrap")
     def _short(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {k: v for k, v in handler(self).items() if k != "first_tokens" or v}
+        """Without what most packages do not have: their files stay as they were."""
+        rare = ("first_tokens", "edition_of")
+        return {k: v for k, v in handler(self).items() if k not in rare or v}
 
     def first_token(self, layer: int) -> int:
         """The index of the first token whose states a layer holds."""

@@ -51,6 +51,17 @@ class ServingConfig(FrozenModel):
     reread_cache_gib: float = Field(
         0.5, gt=0, allow_inf_nan=False, description="GiB of host memory for re-read passages"
     )
+    editions: Literal["never", "idle", "always"] = Field(
+        "idle",
+        description="when the model reads used memories through to the end, so that they are exact "
+        "from then on: never, while no request is being answered, or also beside requests",
+    )
+    edition_after: int = Field(
+        1, ge=1, description="uses of a memory after which its edition is made"
+    )
+    edition_gib: float = Field(
+        1.0, ge=0, allow_inf_nan=False, description="GiB of host memory for editions"
+    )
     load_timeout: float = Field(
         60.0, gt=0, description="seconds; a memory that is not aligned by then is read natively"
     )

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from awareness_vllm.compatibility.target import TargetConfig
     from awareness_vllm.serving.admission import Admission
     from awareness_vllm.serving.api.canary import Canary
+    from awareness_vllm.serving.api.editions import Editions
     from awareness_vllm.serving.api.engine_client import MemoryEngineClient
     from awareness_vllm.serving.resolver import MemoryResolver
     from awareness_vllm.serving.storage import CaptureLimits
@@ -55,6 +56,7 @@ class FrontEnd:
     canary: Canary
     admission: Admission
     capture_limits: CaptureLimits
+    editions: Editions
 
 
 class BusyError(GracefulHTTPError):

@@ -57,7 +57,12 @@ def capture(folder: str | Path, text: str, *, name: str | None = None) -> Packag
 
 
 def as_package(
-    geometry: Geometry, text: str, tokens: Tokens, states: dict[str, Tensor], name: str | None
+    geometry: Geometry,
+    text: str,
+    tokens: Tokens,
+    states: dict[str, Tensor],
+    name: str | None,
+    edition_of: str | None = None,
 ) -> Package:
     """A package of the states that were read back from vLLM's blocks."""
     keys, values = keys_and_values(states, len(geometry.layers))
@@ -71,6 +76,7 @@ def as_package(
         engine="vllm",
         versions={"torch": importlib.metadata.version("torch"), "vllm": vllm_version()},
         name=name,
+        edition_of=edition_of,
     )
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from array import array
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import Field, ValidationError
@@ -21,8 +23,24 @@ SECRET = "AWARENESS_SECRET"
 """An environment variable: vLLM's processes start each other and inherit it."""
 
 Key = tuple[str, str]
-"""The sha256 digests of a package's file and of its W-Matrix's, or "" for a copy: they name bytes,
-so that tenants can share what was made of them."""
+"""The sha256 digests of a package's file and of its W-Matrix's, "" for a copy, or the name of an
+edition: they name bytes, so that tenants can share what was made of them."""
+EDITION = "edition"
+"""Stands for a W-Matrix where the states are the served model's own, of the memory's text."""
+
+
+def edition_name(before: Sequence[int]) -> str:
+    """The name of the editions that were read after these ids: they are exact nowhere else. No
+    digest begins so."""
+    if not before:
+        return EDITION
+    return f"{EDITION}-{hashlib.sha256(array('q', before).tobytes()).hexdigest()[:32]}"
+
+
+def is_edition(key: Key) -> bool:
+    """Whether a key of the tiers is an edition's."""
+    return key[1].startswith(EDITION)
+
 
 Passage = tuple[Key, Span]
 """The name of a passage's own rows: of which memory, through which map, which of its positions."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from awareness_vllm.errors import QualityUnreachable
 from awareness_vllm.models.tokens import Spans
 from awareness_vllm.packages.origin import Origin
 from awareness_vllm.passages.index import PassageIndex
-from awareness_vllm.serving.params import LoadParams, Part, passage_params
+from awareness_vllm.serving.params import Key, LoadParams, Part, edition_name, passage_params
 from awareness_vllm.trust.policy import Signers
 from awareness_vllm.wmatrix.certificate import Plan
 from awareness_vllm.wmatrix.plans import basis_of, cheapest, with_tail
@@ -148,6 +149,9 @@ class Prompt:
 
     A question may have `budget` tokens of each memory re-read in place: `rereads` are the spans
     that are laid over each, with `reread_reason` why some are not.
+
+    Of each memory `editions` says whether its edition is loaded; empty for none. Unless all are, a
+    prompt with a `refusal` is refused.
     """
 
     memories: tuple[ResolvedMemory, ...]
@@ -167,9 +171,9 @@ class Prompt:
         ends[-1] -= self.tail or 0
         return [
             tuple(span for span in memory.index.choose(question, self.budget) if span[0] < end)
-            if memory.index is not None and memory.prefix < end
+            if memory.index is not None and memory.prefix < end and not self.is_edition(i)
             else ()
-            for memory, end in zip(self.memories, ends, strict=True)
+            for i, (memory, end) in enumerate(zip(self.memories, ends, strict=True))
         ]
 
     def passage_requests(self, question: str) -> list[PassageRequest]:
@@ -201,13 +205,25 @@ class Prompt:
         """The same memories with these spans laid over; `reason` says why others are not."""
         return replace(self, rereads=tuple(rereads), reread_reason=reason)
 
+    editions: tuple[bool, ...] = ()
+    refusal: QualityUnreachable | None = None
+
     def with_head(self, head: Sequence[int]) -> Prompt:
         """The same memories after a chat template's head."""
         return replace(self, head=tuple(head))
 
     def recomputed(self, reason: str = "") -> Prompt:
         """The same memories, read by the target itself; the response says for what `reason`."""
-        return replace(self, tail=None, reason=reason, rereads=())
+        return replace(self, tail=None, reason=reason, rereads=(), editions=())
+
+    def with_editions(self, kept: Sequence[bool]) -> Prompt:
+        """The same memories, by their editions where these are kept. All of them together are
+        exact: nothing has to be read natively for the sake of quality."""
+        if not any(kept) or not (self.loads or all(kept)):
+            return self
+        tail = 0 if kept[-1] else self.tail
+        refusal = None if all(kept) else self.refusal
+        return replace(self, tail=tail, reason="", editions=tuple(kept), refusal=refusal)
 
     @property
     def loads(self) -> bool:
@@ -226,26 +242,31 @@ class Prompt:
         return [*self.head, *(id for memory, skip in parts for id in memory.ids[skip:])]
 
     @functools.cached_property
+    def begins(self) -> list[int]:
+        """The position of each memory's first id."""
+        counts = [len(m.ids) - skip for m, skip in zip(self.memories, self.skips, strict=True)]
+        return [*itertools.accumulate(counts[:-1], initial=len(self.head))]
+
+    def edition_key(self, i: int) -> Key | None:
+        """The key of memory i's edition, which is read after the ids that precede it here; None
+        where its own states are exact already."""
+        memory, begin = self.memories[i], self.begins[i]
+        if memory.wmatrix is None and memory.origin != "claimed" and not begin:
+            return None
+        return memory.digest, edition_name(self.ids[:begin])
+
+    def edition_ids(self, i: int) -> list[int]:
+        """The ids of memory i's edition, after those that precede it."""
+        return self.ids[: self.begins[i] + len(self.memories[i].ids) - self.skips[i]]
+
+    @functools.cached_property
     def params(self) -> LoadParams | None:
         """The load plan for the connector; None where nothing is loaded."""
         if self.tail is None:
             return None
         name = head_name(self.head)
         head = [Part(memory=name, digest=name, tokens=len(self.head))] if self.head else []
-        parts = [
-            Part(
-                memory=memory.id,
-                digest=memory.digest,
-                wmatrix=memory.wmatrix.digest if memory.wmatrix else "",
-                skip=skip,
-                tokens=len(memory.ids) - skip,
-                rereads=rereads,
-                signers=memory.signers,
-            )
-            for memory, skip, rereads in zip(
-                self.memories, self.skips, self.rereads or [()] * len(self.memories), strict=True
-            )
-        ]
+        parts = [self._part(i) for i in range(len(self.memories))]
         return LoadParams(
             parts=(*head, *parts),
             tail=self.tail,
@@ -253,21 +274,37 @@ class Prompt:
             caller_salt=self.caller_salt,
         )
 
+    def _part(self, i: int) -> Part:
+        memory, skip = self.memories[i], self.skips[i]
+        fields: dict[str, Any] = {"wmatrix": memory.wmatrix.digest if memory.wmatrix else ""}
+        fields |= {"skip": skip, "signers": memory.signers}
+        fields |= {"rereads": self.rereads[i] if self.rereads else ()}
+        if self.is_edition(i):
+            # It was read where it stands, after what precedes it: so many of its ids are not its.
+            name = edition_name(self.ids[: self.begins[i]])
+            fields = {"wmatrix": name, "skip": self.begins[i]}
+            fields["signers"] = Signers(package=memory.signed_by)
+        tokens = len(memory.ids) - skip
+        return Part(memory=memory.id, digest=memory.digest, tokens=tokens, **fields)
+
+    def is_edition(self, i: int) -> bool:
+        """Whether memory i is loaded by its edition."""
+        return bool(self.editions) and self.editions[i]
+
     @property
     def promises(self) -> list[Promise]:
         """What each memory keeps. A copy keeps all of itself where it was captured, at the
         beginning of a prompt; anywhere else nobody has measured it."""
-        if self.tail is None:
-            return [OWN] * len(self.memories)
-        tails = [0] * (len(self.memories) - 1) + [self.tail]
-        moved = [bool(self.head or i) for i in range(len(self.memories))]
-        reread = [sum(e - b for b, e in own) for own in self.rereads] or [0] * len(moved)
-        return [
-            Promise() if is_moved and not memory.wmatrix else memory.promise(tail, tokens)
-            for memory, tail, tokens, is_moved in zip(
-                self.memories, tails, reread, moved, strict=True
-            )
-        ]
+        return [self._promise(i) for i in range(len(self.memories))]
+
+    def _promise(self, i: int) -> Promise:
+        memory = self.memories[i]
+        if self.tail is None or self.is_edition(i):
+            return OWN
+        if self.begins[i] and not memory.wmatrix:
+            return Promise()
+        reread = sum(end - begin for begin, end in self.rereads[i]) if self.rereads else 0
+        return memory.promise(self.tail if i == len(self.memories) - 1 else 0, reread)
 
     @property
     def retention(self) -> list[float | None]:
@@ -293,6 +330,7 @@ class Prompt:
             "native_tail": self.tail,
             **({"reread": self.reread_report()} if self.budget and self.loads else {}),
             **self.promised(),
+            "edition": [self.is_edition(i) for i in range(len(self.memories))],
             "origin": [memory.origin for memory in self.memories],
             "signed_by": [memory.signers.model_dump() for memory in self.memories],
         }

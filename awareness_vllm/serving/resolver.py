@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from awareness_vllm.errors import (
@@ -98,9 +98,15 @@ class MemoryResolver:
         )
 
     def resolve(
-        self, request: MemoryRequest, tenant: str, caller_salt: str | None = None
+        self,
+        request: MemoryRequest,
+        tenant: str,
+        caller_salt: str | None = None,
+        *,
+        refuse: bool = True,
     ) -> Prompt:
         """The prompt of a request's memories; everything that can be wrong with them comes up here.
+        Without `refuse`, a quality target that no map keeps does not: editions may.
 
         Raises:
             InvalidMemoryId, MemoryNotFound, PackageCorrupt, SignatureInvalid, NoWMatrix,
@@ -114,11 +120,13 @@ class MemoryResolver:
             try:
                 tail = tail_for(memories, request.quality_target, budget)
             except QualityUnreachable as error:
-                if request.on_low_quality == "fail":
+                fails = request.on_low_quality == "fail"
+                if fails and refuse:
                     raise
-                if request.on_low_quality == "recompute":
+                if request.on_low_quality != "use":
                     natively = Prompt(memories, None, tenant, caller_salt or "")
-                    return natively.recomputed(str(error))
+                    refusal = error if fails else None
+                    return replace(natively.recomputed(str(error)), refusal=refusal)
         return Prompt(memories, tail, tenant, caller_salt or "", budget=budget)
 
     def resolve_one(self, memory_id: object, tenant: str) -> ResolvedMemory:

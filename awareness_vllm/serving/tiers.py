@@ -83,6 +83,10 @@ class DiskTier:
                 return memory
         return None
 
+    def has(self, key: Key) -> bool:
+        """Whether the folder has a file of a memory, altered or not."""
+        return any(self.folder.glob(f"{self.stem(key)}.*.aligned"))
+
     def put(self, key: Key, memory: AlignedMemory) -> None:
         """Write a memory, soon."""
         self.thread.submit(self._put, key, memory)

@@ -28,6 +28,7 @@ NEAR_TIE = 0.15
 """Nats. A bfloat16 logit near 20 is rounded to steps of 0.125: smaller gaps are undecided."""
 
 EAGER = ("--enforce-eager", "--kv-cache-memory-bytes", "1G", "--max-model-len", "4096")
+EAGER += ("--editions", "never")  # what a memory is worth without them is measured here
 
 
 @dataclass(frozen=True)

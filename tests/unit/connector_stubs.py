@@ -111,6 +111,7 @@ class StubWorker:
     def __init__(self, finish: Callable[[LoadSpec], Loaded]) -> None:
         self.pending: dict[str, LoadSpec] = {}
         self.load = finish
+        self.editions = SimpleNamespace(take_counts=dict)
 
     def begin(self, load: LoadSpec) -> None:
         self.pending[load.request_id] = load

@@ -19,6 +19,7 @@ from awareness_vllm.compatibility.target import TargetConfig
 from awareness_vllm.packages.file import Package, publish
 from awareness_vllm.serving.admission import Admission
 from awareness_vllm.serving.api.canary import Canary
+from awareness_vllm.serving.api.editions import Editions
 from awareness_vllm.serving.api.engine_client import MemoryEngineClient
 from awareness_vllm.serving.api.guard import Guard
 from awareness_vllm.serving.api.memories import router
@@ -99,6 +100,7 @@ class Server:
             Canary(client),
             self.admission,
             CaptureLimits(),
+            Editions(client),
         )
 
     def set_window(self, tokens: int) -> None:

@@ -50,6 +50,8 @@ def test_the_list_is_the_tenants_own(server: Server, make_package: Make) -> None
         "source_model": "tiny",
         "tokens": len("hello wörld".encode()),
         "signed_by": None,
+        "edition_of": None,
+        "edition": False,
         "error": None,
     }
     del page["data"]
@@ -322,6 +324,7 @@ def test_the_routes_are_documented(server: Server) -> None:
         ("GET", "/v1/memories/{memory_id}"): "MemoryDetail",
         ("GET", "/v1/memories/{memory_id}/compatibility"): "CompatibilityReport",
         ("POST", "/v1/memories/{memory_id}/load"): "MemoryLoad",
+        ("POST", "/v1/memories/{memory_id}/edition"): "MemoryEdition",
         ("DELETE", "/v1/memories/{memory_id}"): "MemoryEvicted",
     }
     assert documented.keys() == expected.keys()

@@ -19,6 +19,7 @@ from vllm.renderers.online_renderer import ResponsesRenderResult
 from vllm.sampling_params import SamplingParams
 
 from awareness_vllm.serving.admission import Admission, Admitted
+from awareness_vllm.serving.api.editions import Editions
 from awareness_vllm.serving.api.routes import AwarenessEndpoints
 from awareness_vllm.serving.prompt import Prompt, ResolvedMemory
 from awareness_vllm.serving.tenants import Tenants
@@ -92,10 +93,11 @@ def client() -> TestClient:
     admission = Admission({}, AsyncMock(return_value=set()), 1, 1)
     app.state.awareness = SimpleNamespace(
         tenants=Tenants(),
+        editions=Editions(cast(Any, None)),
         admission=SimpleNamespace(admit=AsyncMock(return_value=Admitted(admission))),
         canary=AsyncMock(),
         resolver=SimpleNamespace(
-            resolve=lambda *_: Prompt((memory,), tail=0), append_question=append
+            resolve=lambda *_, refuse: Prompt((memory,), tail=0), append_question=append
         ),
         engine_client=SimpleNamespace(
             tokenize=lambda text: list(text.encode()),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from fastapi import FastAPI, Request, WebSocket
@@ -13,6 +13,7 @@ from fastapi.routing import APIRoute
 from starlette.testclient import TestClient, WebSocketDenialResponse
 from vllm.entrypoints.serve.middleware.register import init_entrypoints_middleware
 
+from awareness_vllm.serving.api.editions import Editions
 from awareness_vllm.serving.api.guard import OPEN_PATHS
 from awareness_vllm.serving.api.routes import AwarenessEndpoints, router
 from awareness_vllm.serving.tenants import Tenants
@@ -78,7 +79,8 @@ def guarded(app: FastAPI, client: TestClient, tmp_path: Path) -> TestClient:
     file = tmp_path / "tenants.json"
     file.write_text('{"a": {"api_keys": ["sk-a"], "store": "a"},'
                     ' "b": {"api_keys": ["sk-b"], "store": "b"}}')  # fmt: skip
-    app.state.awareness = SimpleNamespace(tenants=Tenants.read(file))
+    editions = Editions(cast(Any, None))
+    app.state.awareness = SimpleNamespace(tenants=Tenants.read(file), editions=editions)
     return client
 
 

@@ -20,6 +20,7 @@ from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.models.tokens import Tokens
 from awareness_vllm.serving.admission import Admission, Admitted
 from awareness_vllm.serving.api.capture import Capture
+from awareness_vllm.serving.api.editions import Editions
 from awareness_vllm.serving.api.front_end import target_config
 from awareness_vllm.serving.api.report import add_report
 from awareness_vllm.serving.api.routes import answer, attach_params, check_previous
@@ -135,12 +136,12 @@ async def asked(
     """An answer (or error) to a completion with memories or a capture, and the gauge after it."""
     client = SimpleNamespace(discard=AsyncMock(), announce=AsyncMock(return_value="k"))
     client.captured_states = AsyncMock(side_effect=states)
-    resolver = SimpleNamespace(resolve=lambda *args: PROMPT)
+    resolver = SimpleNamespace(resolve=lambda *args, refuse: PROMPT)
     canary = SimpleNamespace(check=AsyncMock())
     admission = Admission({}, AsyncMock(return_value=set()), 1, 1)
     admits = SimpleNamespace(admit=AsyncMock(return_value=Admitted(admission)))
     parts = {"resolver": resolver, "engine_client": client, "canary": canary, "admission": admits}
-    front = SimpleNamespace(**parts, tenants=Tenants())
+    front = SimpleNamespace(**parts, tenants=Tenants(), editions=Editions(cast(Any, client)))
     models = SimpleNamespace(is_base_model=lambda name: True)
     state = SimpleNamespace(
         awareness=front, openai_serving_models=models, enable_server_load_tracking=True

@@ -311,7 +311,7 @@ def test_the_worker_of_a_vllm_process(
     )
     assert made.model == replace(ServedModel.read(tiny_models[1], 64), largest=2**15)
     assert made.layout == KVLayout(
-        dict.fromkeys(NAMES, layer), {NAMES[0]: 0, NAMES[1]: 1}, [*SIZES]
+        dict.fromkeys(NAMES, layer), {NAMES[0]: 0, NAMES[1]: 1}, [*SIZES], [None, None]
     )
     assert made.loader.stores == {"acme": Store(tmp_path / "acme")}
     assert (made.loader.warm.limit, made.load_timeout) == (2**29, config.load_timeout)

@@ -14,10 +14,17 @@ from fastapi import Request
 from starlette.responses import JSONResponse, Response
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
-from awareness_vllm.errors import CaptureNotAllowed, ContextTooLong, UnsupportedRequest
+from awareness_vllm.errors import (
+    CaptureNotAllowed,
+    ContextTooLong,
+    SignatureInvalid,
+    UnsupportedRequest,
+)
 from awareness_vllm.models.tokens import Tokens
 from awareness_vllm.packages.capture import tokens_of
-from awareness_vllm.packages.file import publish
+from awareness_vllm.packages.file import publish, read_index
+from awareness_vllm.packages.manifest import Manifest
+from awareness_vllm.packages.store import digest_in
 from awareness_vllm.serving.admission import Admitted
 from awareness_vllm.serving.connector.kv_reader import CAPTURE_KEY
 from awareness_vllm.serving.http import FrontEnd, caller, replace_body, set_headers
@@ -66,11 +73,7 @@ class Capture:
         return response
 
     def _publish(self, states: dict[str, Any]) -> Path:
-        resolver = self.front.resolver
-        package = as_package(resolver.model.geometry, self.text, self.tokens, states, self.name)
-        folder = resolver.stores[self.tenant].folder
-        size = sum(state.numel() * state.element_size() for state in states.values())
-        return self.front.capture_limits.publish(folder, size, lambda: publish(package, folder))
+        return _published(self.front, self.tenant, self.text, self.tokens, states, self.name)
 
 
 async def announce_capture(request: object, raw_request: Request, name: str) -> Capture:
@@ -81,34 +84,15 @@ async def announce_capture(request: object, raw_request: Request, name: str) -> 
         ContextTooLong: it does not fit; TooManyLoads; StorageFull.
     """
     front, tenant = caller(raw_request)
-    if not front.capture_limits.allowed:
-        raise CaptureNotAllowed(
-            "this server captures no prompts",
-            found=f"{MEMORY}.capture",
-            expected="a server whose operator allows it",
-            remedy="start the server with --allow-capture, or use `awareness capture`",
-        )
+    _check_allowed(front, f"{MEMORY}.capture")
     if not isinstance(request, CompletionRequest) or not isinstance(request.prompt, str):
         raise _refused("another prompt", "/v1/completions with one prompt of text")
     if request.stream:
         raise _refused("a stream, which cannot carry the ID", "stream: false")
     if request.n not in (None, 1):
         raise _refused(f"n: {request.n}", "n: 1")
-    text, folder = request.prompt, front.resolver.model.folder
-    # The server's own tokens, and where each of them lies in the text.
-    tokens = await asyncio.to_thread(tokens_of, folder, text)
-    if len(tokens.ids) >= (limit := front.resolver.model.max_model_len):
-        raise ContextTooLong(
-            "the text to capture does not fit",
-            found=f"{len(tokens.ids)} tokens",
-            expected=f"fewer than {limit} (max_model_len)",
-            remedy="split the text into several memories, or start the server with a larger "
-            "--max-model-len",
-        )
-    store, geometry = front.resolver.stores[tenant], front.resolver.model.geometry
-    size = state_bytes(geometry, len(tokens.ids))
-    await asyncio.to_thread(front.capture_limits.check, store.folder, size)
-    load = await front.admission.admit_capture(secrets.token_hex(16), size)
+    text = request.prompt
+    tokens, load = await _admitted(front, tenant, text)
     try:
         key = await front.engine_client.announce(to_file=True)
     except BaseException:
@@ -121,6 +105,95 @@ async def announce_capture(request: object, raw_request: Request, name: str) -> 
         request.cache_salt = f"awareness-capture-{key}"
     request.kv_transfer_params = {**(request.kv_transfer_params or {}), CAPTURE_KEY: key}
     return Capture(front, tenant, name, text, tokens, key, load)
+
+
+async def capture_edition(
+    front: FrontEnd, tenant: str, memory_id: str
+) -> tuple[str, Manifest, Tokens]:
+    """Publish what the served model makes of a memory's text as a memory of its own: its ID, the
+    original's manifest, and its tokens.
+
+    Raises:
+        CaptureNotAllowed, InvalidMemoryId, MemoryNotFound, PackageTooLarge, PackageCorrupt,
+        SignatureInvalid; UnsupportedRequest: no text, or states of this model already;
+        ContextTooLong, TooManyLoads, StorageFull; AwarenessError: its states were not read back.
+    """
+    _check_allowed(front, "an edition")
+    front.admission.size(tenant, memory_id)
+    package = await asyncio.to_thread(front.resolver.check, memory_id, tenant)
+    if isinstance(package.use, SignatureInvalid):
+        raise package.use
+    manifest = package.manifest
+    own = manifest.geometry.same_model(front.resolver.model.geometry)
+    if not manifest.has_text or (own and package.origin != "claimed"):
+        raise UnsupportedRequest(
+            f"memory {memory_id} has no edition by this model",
+            found="this model's own states" if own else "a package without text",
+            expected="another model's memory, with its text",
+        )
+    index = await asyncio.to_thread(read_index, package.path, digest=digest_in(memory_id))
+    tokens, load = await _admitted(front, tenant, index.text)
+    with load:
+        key = await front.engine_client.read(tokens.ids, to_file=True)
+        try:
+            states = await front.engine_client.captured_states(key)
+        finally:
+            await asyncio.shield(front.engine_client.discard(key))
+        name, text = manifest.name, index.text
+        published = await asyncio.to_thread(
+            _published, front, tenant, text, tokens, states, name, edition_of=memory_id
+        )
+    return published.stem, manifest, tokens
+
+
+def _check_allowed(front: FrontEnd, what: str) -> None:
+    """Raises CaptureNotAllowed."""
+    if not front.capture_limits.allowed:
+        raise CaptureNotAllowed(
+            "this server captures no prompts",
+            found=what,
+            expected="a server whose operator allows it",
+            remedy="start the server with --allow-capture, or use `awareness capture`",
+        )
+
+
+async def _admitted(front: FrontEnd, tenant: str, text: str) -> tuple[Tokens, Admitted]:
+    """The server's own tokens of a text, where each of them lies in it, and room for their states.
+
+    Raises:
+        BadInput: an empty text; ContextTooLong: it does not fit; TooManyLoads; StorageFull.
+    """
+    model = front.resolver.model
+    tokens = await asyncio.to_thread(tokens_of, model.folder, text)
+    if len(tokens.ids) >= (limit := model.max_model_len):
+        raise ContextTooLong(
+            "the text to capture does not fit",
+            found=f"{len(tokens.ids)} tokens",
+            expected=f"fewer than {limit} (max_model_len)",
+            remedy="split the text into several memories, or start the server with a larger "
+            "--max-model-len",
+        )
+    size = state_bytes(model.geometry, len(tokens.ids))
+    folder = front.resolver.stores[tenant].folder
+    await asyncio.to_thread(front.capture_limits.check, folder, size)
+    return tokens, await front.admission.admit_capture(secrets.token_hex(16), size)
+
+
+def _published(
+    front: FrontEnd,
+    tenant: str,
+    text: str,
+    tokens: Tokens,
+    states: dict[str, Any],
+    name: str | None,
+    *,
+    edition_of: str | None = None,
+) -> Path:
+    """The file of a new package in a tenant's store. Raises StorageFull."""
+    geometry, folder = front.resolver.model.geometry, front.resolver.stores[tenant].folder
+    package = as_package(geometry, text, tokens, states, name, edition_of)
+    size = sum(state.numel() * state.element_size() for state in states.values())
+    return front.capture_limits.publish(folder, size, lambda: publish(package, folder))
 
 
 def _refused(found: str, expected: str) -> UnsupportedRequest:

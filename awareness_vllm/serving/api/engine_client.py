@@ -64,6 +64,11 @@ class MemoryEngineClient:
         self.prefetches = Prefetches(self.call)
         self.scratch = ScratchFolder()
 
+    @property
+    def is_gone(self) -> bool:
+        """Whether the engine has died, and answers nothing any more."""
+        return self.engine.errored
+
     def tokenize(self, text: str) -> list[int]:
         """The model's ids of a rendered template, its special tokens among them."""
         return self.engine.renderer.get_tokenizer().encode(text, add_special_tokens=False)
@@ -158,15 +163,16 @@ class MemoryEngineClient:
         errors = await self.call(KEEP_HEAD, capture, name, ids)
         return next(filter(None, errors), "")
 
-    async def read(self, ids: Sequence[int]) -> str:
-        """Have the model read some ids, in blocks that no other request finds and without those of
-        others, which may lack what a window has given back; the key of the capture of their
-        states."""
-        capture = await self.announce()
-        params = SamplingParams(
-            max_tokens=1, extra_args={"kv_transfer_params": {CAPTURE_KEY: capture}}
-        )
-        prompt = tokens_input(list(ids), cache_salt=f"awareness-read-{capture}")
+    async def read(
+        self, ids: Sequence[int], *, begin: int = 0, salt: str = "", to_file: bool = False
+    ) -> str:
+        """Have the model read some ids; the key of the capture of their states from position
+        `begin` on. The blocks are found only by reads with the same `salt`, by none without one:
+        those of others may lack what a window has given back."""
+        capture = await self.announce(to_file=to_file)
+        asked = {CAPTURE_KEY: {"name": capture, "begin": begin}}
+        params = SamplingParams(max_tokens=1, extra_args={"kv_transfer_params": asked})
+        prompt = tokens_input(list(ids), cache_salt=salt or f"awareness-read-{capture}")
         try:
             async for _ in self.engine.generate(prompt, params, f"awareness-{capture}"):
                 pass  # the answer does not matter, the states do

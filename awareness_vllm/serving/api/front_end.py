@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, get_args
 from awareness_vllm.compatibility.target import QUANTIZATIONS, CacheDtype, TargetConfig
 from awareness_vllm.serving.admission import Admission
 from awareness_vllm.serving.api.canary import Canary
+from awareness_vllm.serving.api.editions import Editions
 from awareness_vllm.serving.api.engine_client import MemoryEngineClient
 from awareness_vllm.serving.api.passages import Passages
 from awareness_vllm.serving.config import ServingConfig
@@ -37,6 +38,7 @@ def build_front_end(config: ServingConfig, engine: EngineClient) -> FrontEnd:
             resolver.stores, client.loaded, config.max_loads, config.max_load_bytes
         ),
         capture_limits=CaptureLimits.from_config(config),
+        editions=Editions.from_config(config, engine.vllm_config, model, client),
     )
 
 

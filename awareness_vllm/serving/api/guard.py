@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
 
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
@@ -13,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from awareness_vllm.errors import AwarenessError
 from awareness_vllm.serving.api.fields import check_fields
-from awareness_vllm.serving.http import caller, error_response, route_path
+from awareness_vllm.serving.http import FrontEnd, caller, error_response, route_path
 
 OPEN_PATHS = (
     "/health",
@@ -50,7 +51,16 @@ class Guard:
         except ClientDisconnect:
             return  # nobody is left to answer
         else:
-            await self.app(scope, receive, send)
+            with answering(scope):
+                await self.app(scope, receive, send)
+
+
+def answering(scope: Scope) -> AbstractContextManager[None]:
+    """Within, editions see that a request is being answered; what only looks is none."""
+    front = getattr(HTTPConnection(scope).app.state, "awareness", None)
+    if front is None or not takes_fields(scope):
+        return nullcontext()
+    return cast("FrontEnd", front).editions.activity.request()
 
 
 def check_key(connection: HTTPConnection, path: str) -> None:

@@ -29,12 +29,11 @@ from awareness_vllm.errors import (
 from awareness_vllm.packages.manifest import Manifest, check_id, read_manifest
 from awareness_vllm.packages.store import Store, digest_in, memory_not_found
 from awareness_vllm.schema import FrozenModel
+from awareness_vllm.serving.api.capture import capture_edition
 from awareness_vllm.serving.api.prefetch import while_connected
 from awareness_vllm.serving.http import FrontEnd, caller, client_errors
 from awareness_vllm.serving.prompt import PromiseBasis, Prompt
 from awareness_vllm.serving.request import MemoryRequest
-from awareness_vllm.serving.resolver import MemoryResolver
-from awareness_vllm.trust.policy import TrustPolicy
 from awareness_vllm.wmatrix.verdict import check_fits
 
 
@@ -54,6 +53,14 @@ class Memory(FrozenModel):
     tokens: int | None = Field(None, description="Tokens of the source model")
     signed_by: str | None = Field(
         None, description="The trusted key that signed the package of this ID"
+    )
+    edition_of: str | None = Field(
+        None, description="The memory whose text this package has, read by source_model"
+    )
+    edition: bool = Field(
+        False,
+        description="Whether the served model has read the text and keeps its own states of it, as "
+        "far as this front end knows",
     )
     error: str | None = None
 
@@ -107,6 +114,14 @@ class MemoryLoad(FrozenModel):
     temperature: Literal["cold", "warm"] = Field(description="The memory before this call")
 
 
+class MemoryEdition(FrozenModel):
+    id: str = Field(description="A new memory, of the served model's own states")
+    object: Literal["memory.edition"] = "memory.edition"
+    edition_of: str
+    name: str | None
+    tokens: int
+
+
 class MemoryEvicted(FrozenModel):
     id: str
     object: Literal["memory.evicted"] = "memory.evicted"
@@ -140,7 +155,7 @@ def list_memories(
     """The caller's memories, in the order of their IDs."""
     with client_errors("after"):
         front, tenant = caller(raw_request)
-        return _page(front.resolver, tenant, limit, after)
+        return _page(front, tenant, limit, after)
 
 
 @router.get("/{memory_id}", responses=ONE_MEMORY_ERRORS)
@@ -175,8 +190,27 @@ async def _load(memory_id: str, raw_request: Request) -> MemoryLoad:
             prompt = await asyncio.to_thread(_prompt, front, tenant, memory_id)
             assert prompt.params is not None  # only a quality target can ask for native reading
             await front.canary.check(prompt)
+            prompt = await front.editions.use(prompt)
+            assert prompt.params is not None
             temperature = await front.engine_client.prefetches.run(prompt.params)
     return MemoryLoad(id=memory_id, temperature="warm" if temperature == "warm" else "cold")
+
+
+@router.post("/{memory_id}/edition", responses=ONE_MEMORY_ERRORS, response_model=MemoryEdition)
+async def publish_edition(memory_id: str, raw_request: Request) -> Any:
+    """Have the model read a memory's text now, and publish its own states of it as a memory in the
+    caller's store, with a link to the original: exact for every server of this model."""
+    made = await while_connected(raw_request, _edition(memory_id, raw_request))
+    return made or Response(status_code=CLIENT_GONE)
+
+
+async def _edition(memory_id: str, raw_request: Request) -> MemoryEdition:
+    with client_errors("memory_id"):
+        front, tenant = caller(raw_request)
+        published, original, tokens = await capture_edition(front, tenant, memory_id)
+    return MemoryEdition(
+        id=published, edition_of=memory_id, name=original.name, tokens=len(tokens.ids)
+    )
 
 
 @router.delete("/{memory_id}", responses=ONE_MEMORY_ERRORS)
@@ -188,15 +222,16 @@ async def evict_memory(memory_id: str, raw_request: Request) -> MemoryEvicted:
         # Without a check of its bytes: a damaged package is all the more reason to drop states.
         await asyncio.to_thread(front.resolver.stores[tenant].path, memory_id)
     front.admission.forget(memory_id)
+    front.editions.forget(memory_id)
     evicted = await front.engine_client.evict(memory_id, tenant)
     return MemoryEvicted(id=memory_id, evicted=evicted)
 
 
-def _page(resolver: MemoryResolver, tenant: str, limit: int, after: str | None) -> MemoryList:
+def _page(front: FrontEnd, tenant: str, limit: int, after: str | None) -> MemoryList:
     """A tenant's first `limit` memories after one, which need not be there any more."""
-    store, trust = resolver.stores[tenant], resolver.trust
+    store = front.resolver.stores[tenant]
     begin = "" if after is None else check_id(after)
-    listed = (_listed(store, trust, one) for one in store.ids() if one > begin)
+    listed = (_listed(front, store, one) for one in store.ids() if one > begin)
     more = list(islice((memory for memory in listed if memory is not None), limit + 1))
     data = more[:limit]
     return MemoryList(
@@ -207,15 +242,17 @@ def _page(resolver: MemoryResolver, tenant: str, limit: int, after: str | None) 
     )
 
 
-def _listed(store: Store, trust: TrustPolicy, memory_id: str) -> Memory | None:
+def _listed(front: FrontEnd, store: Store, memory_id: str) -> Memory | None:
     """A memory's line in the list; None where it went away since its ID was listed."""
+    trust, edition = front.resolver.trust, front.editions.has(memory_id)
     try:
         path = store.path(memory_id)
         try:
             signed_by = trust.signer(path, digest_in(memory_id), "package")
-            return Memory(**_facts(path, read_manifest(path)), signed_by=signed_by)
+            facts = _facts(path, read_manifest(path))
+            return Memory(**facts, signed_by=signed_by, edition=edition)
         except (PackageCorrupt, SignatureInvalid) as error:
-            return Memory(**_facts(path, None), error=error.what)
+            return Memory(**_facts(path, None), edition=edition, error=error.what)
     except MemoryNotFound:
         return None
 
@@ -228,6 +265,7 @@ def _detail(front: FrontEnd, tenant: str, memory_id: str) -> MemoryDetail:
     return MemoryDetail(
         **facts,
         signed_by=package.signed_by,
+        edition=front.editions.has(memory_id),
         manifest=package.manifest,
         compatibility=compatibility,
     )
@@ -243,6 +281,7 @@ def _facts(path: Path, manifest: Manifest | None) -> dict[str, Any]:
     if manifest is None:
         return facts
     named = {"name": manifest.name, "source_model": manifest.geometry.name}
+    named["edition_of"] = manifest.edition_of
     return {**facts, **named, "tokens": manifest.tokens}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from starlette.responses import JSONResponse, Response
@@ -14,9 +15,12 @@ from awareness_vllm.serving.prompt import Prompt
 from awareness_vllm.serving.request import MEMORY
 
 
-def add_report(response: Response, prompt: Prompt) -> dict[str, Any]:
+def add_report(
+    response: Response, prompt: Prompt, lost: Callable[[Prompt], None] = lambda prompt: None
+) -> dict[str, Any]:
     """Report on a response's memories: in its headers and, unless it is a stream, in its body, with
-    the engine's own report on the load (temperature, tokens, seconds).
+    the engine's own report on the load (temperature, tokens, seconds). A prompt whose load failed
+    is `lost`.
 
     Returns:
         the report.
@@ -27,7 +31,9 @@ def add_report(response: Response, prompt: Prompt) -> dict[str, Any]:
         params = body.get("kv_transfer_params") or {}
         report |= params.pop(PARAMS_KEY, {})
         if report.get("temperature") == RECOMPUTED and not report.get("cached_tokens"):
-            report |= prompt.recomputed().promised()
+            lost(prompt)
+            natively = prompt.recomputed()
+            report |= {**natively.promised(), "edition": natively.report()["edition"]}
             report.pop("reread", None)
         body[MEMORY] = report
         if "kv_transfer_params" in body:

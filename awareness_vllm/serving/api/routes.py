@@ -148,6 +148,7 @@ async def create_completion(request: CompletionRequest, raw_request: Request) ->
             for one in cast("list[TokensInput]", rendered)
         ]
         request.prompt = [resolver.append_question(prompt, ids) for ids in questions]
+        prompt = await front.editions.use(prompt)
         # All prompts of a request share its salt, and so what is laid over.
         asked = "\n".join(map(front.engine_client.detokenize, questions))
         prompt = await reread(front, prompt, asked, raw_request)
@@ -302,14 +303,18 @@ async def answer(
     async def load_and_answer() -> Any:
         with client_errors(sent):
             salt = getattr(request, "cache_salt", None)
-            prompt = await asyncio.to_thread(front.resolver.resolve, memory_request, tenant, salt)
+            prompt = await asyncio.to_thread(
+                front.resolver.resolve, memory_request, tenant, salt, refuse=False
+            )
             await front.canary.check(prompt)
             used = await insert(front, prompt)
+            if used and used.refusal is not None:
+                raise used.refusal
             if not (used and used.loads) or isinstance(request, AnthropicCountTokensRequest):
                 load.end()  # nothing is loaded
         response = await handler(request, raw_request)  # where `insert` had no prompt, it says why
         if used and response:  # no response at all: the client has gone
-            report = add_report(response, used)
+            report = add_report(response, used, front.editions.lost)
             if report.get("reason") == PassageMissing.__name__:
                 for memory in used.memories:
                     front.engine_client.passages.forget(memory.id)
@@ -332,7 +337,7 @@ def chat_insert(request: AnyRequest, raw_request: Request, render: Render) -> In
         placed = await placed_in_chat(front, prompt, render)
         if placed is None:
             return None
-        client, prompt = front.engine_client, placed.prompt
+        client, prompt = front.engine_client, await front.editions.use(placed.prompt)
         if prompt.loads:
             no_head, prompt = await asyncio.gather(
                 client.ensure_head(prompt.head),

@@ -113,7 +113,8 @@ class AwarenessConnector(KVConnectorBase_V1, SupportsHMA):
 
     def build_connector_worker_meta(self) -> StepOutcomes | None:
         outcomes, self.outcomes = self.outcomes, StepOutcomes()
-        return outcomes if outcomes.by_request else None
+        outcomes.editions = self.worker.editions.take_counts()
+        return outcomes if outcomes.by_request or outcomes.editions else None
 
     def has_connector_metadata(self) -> bool:
         """Nothing is done layer by layer: vLLM asks before it calls the next two for each."""
@@ -172,8 +173,10 @@ class AwarenessConnector(KVConnectorBase_V1, SupportsHMA):
             connector_output.failed_recving or set()
         )
         meta = connector_output.kv_connector_worker_meta
-        outcomes = meta.by_request if isinstance(meta, StepOutcomes) else {}
+        step = meta if isinstance(meta, StepOutcomes) else StepOutcomes()
+        outcomes = step.by_request
         try:
+            self.tracker.record_editions(step.editions)
             self.tracker.record(outcomes, connector_output.finished_recving or ())
         except Exception:
             logger.exception("loads are not counted: %s", outcomes)

@@ -24,6 +24,9 @@ NULL_BLOCK = -1
 PAD_SLOT_ID = -1
 """The slot of a token that is not to be written: its block is a null block."""
 LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+WINDOWED = ("SlidingWindowSpec",)
+"""vLLM's specs of groups that give blocks back: without the hybrid allocator a window is no more
+than a field of another spec."""
 ROTATIONS = 1024
 """Positions whose angles tell one rotary embedding from another."""
 FLOAT8 = {
@@ -37,19 +40,39 @@ FLOAT8 = {
 @dataclass(frozen=True)
 class KVLayout:
     """The attention layers of this process, by vLLM's names, the KV cache group of each (`groups`),
-    and the tokens of a block in each group (`block_sizes`)."""
+    and for each group the tokens of a block (`block_sizes`) and the window outside of which vLLM
+    gives blocks back (`windows`; None where it keeps all of them, as without the hybrid
+    allocator)."""
 
     layers: Mapping[str, Any]
     groups: Mapping[str, int]
     block_sizes: Sequence[int]
+    windows: Sequence[int | None] = ()
 
     @classmethod
     def from_vllm(cls, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> KVLayout:
         cache_groups = kv_cache_config.kv_cache_groups
         groups = {name: g for g, group in enumerate(cache_groups) for name in group.layer_names}
         layers = vllm_config.compilation_config.static_forward_context
-        block_sizes = [group.kv_cache_spec.block_size for group in cache_groups]
-        return cls({name: layers[name] for name in groups}, groups, block_sizes)
+        specs = [group.kv_cache_spec for group in cache_groups]
+        block_sizes = [spec.block_size for spec in specs]
+        windows = [
+            getattr(spec, "sliding_window", None) if type(spec).__name__ in WINDOWED else None
+            for spec in specs
+        ]
+        return cls({name: layers[name] for name in groups}, groups, block_sizes, windows)
+
+    def first_rows(self, tokens: int, computed: int) -> dict[int, int]:
+        """The first of a memory's `tokens` tokens whose row each layer must keep, by its index in
+        the model, where at least the last `computed` tokens before a question may be computed:
+        whatever lies in a block that a windowed layer then still has."""
+        first: dict[int, int] = {}
+        for name, group in self.groups.items():
+            window = self.windows[group] if self.windows else None
+            size = self.block_sizes[group]
+            seen = 0 if window is None else max(0, tokens - computed - window + 1)
+            first[layer_index(name)] = seen // size * size
+        return first
 
     def slot_mappings(
         self, block_ids: Sequence[Sequence[int]], begin: int, end: int

@@ -16,14 +16,14 @@ from torch import Tensor
 
 from awareness_vllm.align.paged import PagedMap
 from awareness_vllm.align.realign import AlignedMemory, Realignment, copy, sources
-from awareness_vllm.errors import AwarenessError, UnsupportedModel
+from awareness_vllm.errors import AwarenessError, MemoryNotFound, UnsupportedModel
 from awareness_vllm.packages.file import Package, read_ahead
 from awareness_vllm.packages.store import Store
 from awareness_vllm.serving.config import ServingConfig
 from awareness_vllm.serving.connector.holders import Holders
 from awareness_vllm.serving.connector.passages import PassageTier
 from awareness_vllm.serving.connector.read_queue import ReadQueue
-from awareness_vllm.serving.params import Key, Part, is_of
+from awareness_vllm.serving.params import Key, Part, is_edition, is_of
 from awareness_vllm.serving.served_model import ServedModel
 from awareness_vllm.serving.tenants import stores_of
 from awareness_vllm.serving.tiers import DiskTier, Memory, WarmTier
@@ -82,6 +82,7 @@ class MemoryLoader:
         stores: by tenant.
         dtype: of the target's cache.
         warm, disk: the tiers that keep aligned memories.
+        editions: the tier of the model's own states of them in host memory.
         reads: the files that are read, or were read and are not aligned yet.
         passages: what the model has re-read.
     """
@@ -95,9 +96,10 @@ class MemoryLoader:
         disk: DiskTier | None = None,
         reads: ReadQueue | None = None,
         passages: PassageTier | None = None,
+        editions: WarmTier | None = None,
     ) -> None:
         self.model, self.stores, self.dtype = model, stores, dtype
-        self.warm, self.disk = warm, disk
+        self.warm, self.disk, self.editions = warm, disk, editions or WarmTier(GIB)
         self.reads = reads or ReadQueue(max_reads=32, max_bytes=GIB)
         self.passages = passages or PassageTier(GIB)
         self.holders = Holders()
@@ -119,14 +121,19 @@ class MemoryLoader:
         warm = WarmTier(int(config.host_cache_gib * GIB))
         reads = ReadQueue(config.max_loads, config.max_load_bytes)
         passages = PassageTier(int(config.reread_cache_gib * GIB))
-        return cls(model, stores_of(config), dtype, warm, disk, reads, passages)
+        editions = WarmTier(int(config.edition_gib * GIB))
+        return cls(model, stores_of(config), dtype, warm, disk, reads, passages, editions)
+
+    def tier(self, key: Key) -> WarmTier:
+        """The tier that keeps a memory in host memory."""
+        return self.editions if is_edition(key) else self.warm
 
     def request(self, part: Part, tenant: str) -> PendingAlignment:
         """A memory, ready or on its way; whoever requests it uses its result or releases it."""
         if part.memory in self.heads:
             self.heads.move_to_end(part.memory)
             return completed(part, self.heads[part.memory])
-        if (memory := self.warm.get(part.key)) is not None:
+        if (memory := self.tier(part.key).get(part.key)) is not None:
             self.holders.add(part.key, [tenant])
             return completed(part, memory)
         if (alignment := self.pending.get(part.key)) is not None:
@@ -170,6 +177,8 @@ class MemoryLoader:
         """
         if self.disk and (memory := self.disk.get(part.key)) is not None:
             return LoadedSource("warm", memory)
+        if is_edition(part.key):
+            raise MemoryNotFound(f"the edition of {part.memory} is kept no longer")
         path = self.stores[tenant].path(part.memory)
         package, check = read_ahead(path, part.digest, self.model.largest)
         if not part.wmatrix:
@@ -204,7 +213,7 @@ class MemoryLoader:
             if memory is None:
                 return False
             source.check()
-            self.warm.put(alignment.key, memory)
+            self.tier(alignment.key).put(alignment.key, memory)
             aligned_anew = source.temperature == "cold"
             (self.holders.replace if aligned_anew else self.holders.add)(
                 alignment.key, alignment.tenants
@@ -237,7 +246,8 @@ class MemoryLoader:
 
     def loaded(self, memories: Iterable[str]) -> list[str]:
         """Those of these memories whose last load has ended well."""
-        keys = {*self.holders.tenants, *self.warm.memories} - self.pending.keys()
+        kept = {*self.warm.memories, *self.editions.memories}
+        keys = {*self.holders.tenants, *kept} - self.pending.keys()
         return [memory for memory in memories if any(is_of(key, memory) for key in keys)]
 
     def evict(self, memory: str, tenant: str) -> bool:
@@ -250,7 +260,18 @@ class MemoryLoader:
             return False
         self.passages.drop(memory)
         on_disk = self.disk.drop(memory) if self.disk else False
-        return self.warm.drop(memory) or on_disk
+        return any([self.warm.drop(memory), self.editions.drop(memory), on_disk])
+
+    def has_edition(self, key: Key) -> bool:
+        """Whether an edition is kept, in host memory or on disk."""
+        return key in self.editions.memories or (self.disk is not None and self.disk.has(key))
+
+    def keep_edition(self, key: Key, edition: AlignedMemory, tenant: str) -> None:
+        """Keep an edition, in host memory and on disk, for the tenant that it was read for."""
+        self.editions.put(key, edition)
+        self.holders.replace(key, [tenant])
+        if self.disk:
+            self.disk.put(key, edition)
 
     def keep_head(self, name: str, head: AlignedMemory) -> None:
         """Keep the states of a chat template's head, which prompts begin with."""

@@ -17,8 +17,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
 )
 
 from awareness_vllm.serving.config import PARAMS_KEY
+from awareness_vllm.serving.connector.editions import FAILED, MADE
 from awareness_vllm.serving.connector.worker import Loaded
-from awareness_vllm.serving.params import LoadParams
+from awareness_vllm.serving.params import LoadParams, is_edition
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -26,8 +27,11 @@ if TYPE_CHECKING:
 
 TEMPERATURES = ("hot", "warm", "cold")
 """Of a load, from the cheapest to the dearest."""
+USED = "used"
+EDITION_OUTCOMES = (MADE, FAILED, USED)
 RECOMPUTED = "recomputed"
 """Stands for a temperature where a load failed and vLLM computed the memory's tokens itself."""
+ENTRIES = ("loads", "failures", "requests", "editions")
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 """Seconds: from a GPU's warm loads to a CPU's cold ones of long memories."""
 
@@ -46,9 +50,11 @@ ALL_CACHED = Loaded("hot", tokens=0, bytes=0, seconds=0.0)
 
 @dataclass
 class StepOutcomes(KVConnectorWorkerMetadata):
-    """One step's outcomes by request ID, of one worker or, aggregated, of several."""
+    """One step's outcomes by request ID, of one worker or, aggregated, of several; and what came of
+    editions (`made`, `failed`), with the `bytes` that are kept of them."""
 
     by_request: dict[str, Outcome] = field(default_factory=dict)
+    editions: dict[str, int] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> StepOutcomes:
         assert isinstance(other, StepOutcomes)
@@ -56,7 +62,11 @@ class StepOutcomes(KVConnectorWorkerMetadata):
         for request_id, outcome in other.by_request.items():
             first = merged.get(request_id)
             merged[request_id] = outcome if first is None else merge_ranks(first, outcome)
-        return StepOutcomes(merged)
+        # Each worker keeps every edition, its own heads or layers of it.
+        names = self.editions.keys() | other.editions.keys()
+        both = [self.editions, other.editions]
+        editions = {name: max(one.get(name, 0) for one in both) for name in names}
+        return StepOutcomes(merged, editions)
 
 
 def merge_ranks(one: Outcome, other: Outcome) -> Outcome:
@@ -78,14 +88,15 @@ def merge_ranks(one: Outcome, other: Outcome) -> Outcome:
 class LoadStats(KVConnectorStats):
     """The loads since the statistics were last taken. `data` crosses processes as plain lists:
     `loads` of `Loaded` as dicts, `failures` of reasons, `requests` of temperatures (or
-    RECOMPUTED)."""
+    RECOMPUTED), `editions` of what came of them (`StepOutcomes`), and of requests that `used`
+    some."""
 
     def __post_init__(self) -> None:
         if not self.data:
             self.reset()
 
     def reset(self) -> None:
-        self.data: dict[str, list[Any]] = {"loads": [], "failures": [], "requests": []}
+        self.data: dict[str, list[Any]] = {name: [] for name in ENTRIES}
 
     def record(self, outcome: Outcome) -> None:
         if isinstance(outcome, Failed):
@@ -152,6 +163,17 @@ class LoadMetrics(KVConnectorPromMetrics):
             "Loads that failed, so that vLLM computed the memory's tokens, by exception.",
             "reason",
         )
+        self.editions = counter(
+            "editions",
+            "Editions that were made, or came to nothing, and requests that used some.",
+            "outcome",
+        )
+        make_gauge: Any = self._gauge_cls
+        self.edition_bytes = make_gauge(
+            "vllm:awareness_edition_bytes",
+            "Bytes of editions in host memory, on one rank.",
+            labelnames=list(labelnames),
+        )
         self.start_at_zero()
 
     def start_at_zero(self) -> None:
@@ -162,6 +184,9 @@ class LoadMetrics(KVConnectorPromMetrics):
                     metric.labels(*engine, temperature)
             for temperature in (*TEMPERATURES, RECOMPUTED):
                 self.requests.labels(*engine, temperature)
+            for outcome in EDITION_OUTCOMES:
+                self.editions.labels(*engine, outcome)
+            self.edition_bytes.labels(*engine)
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         engine = self.per_engine_labelvalues[engine_idx]
@@ -175,6 +200,11 @@ class LoadMetrics(KVConnectorPromMetrics):
             self.failures.labels(*engine, reason).inc()
         for temperature in transfer_stats_data["requests"]:
             self.requests.labels(*engine, temperature).inc()
+        for entry in transfer_stats_data["editions"]:
+            for outcome in EDITION_OUTCOMES:
+                self.editions.labels(*engine, outcome).inc(entry.get(outcome, 0))
+            if "bytes" in entry:
+                self.edition_bytes.labels(*engine).set(entry["bytes"])
 
 
 class LoadTracker:
@@ -218,6 +248,11 @@ class LoadTracker:
                 else:
                     self.uncounted.discard(request_id)
 
+    def record_editions(self, outcomes: Mapping[str, int]) -> None:
+        """Record what came of editions."""
+        if outcomes:
+            self.stats.data["editions"].append(dict(outcomes))
+
     def record_failure(self, request_id: str, error: Exception) -> None:
         """Record a load that never began. The scheduler may try many times: it counts once."""
         if not isinstance(self.outcomes.get(request_id), Failed):
@@ -234,6 +269,8 @@ class LoadTracker:
         report = load_report(outcome, self.cached.get(request.request_id, 0))
         if not plan.passage:
             self.stats.data["requests"].append(report["temperature"])
+            if report["temperature"] != RECOMPUTED and any(is_edition(p.key) for p in plan.parts):
+                self.record_editions({USED: 1})
         return {PARAMS_KEY: report}
 
     def finish(self, request_id: str) -> None:

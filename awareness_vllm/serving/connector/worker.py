@@ -21,6 +21,7 @@ from awareness_vllm.errors import AwarenessError, LoadTimeout, PackageCorrupt
 from awareness_vllm.serving.config import ServingConfig
 from awareness_vllm.serving.connector.canary import Canary
 from awareness_vllm.serving.connector.capture_queue import CaptureQueue, keys_and_values
+from awareness_vllm.serving.connector.editions import EditionDrafts
 from awareness_vllm.serving.connector.kv_layout import (
     KVLayout,
     check_rotations,
@@ -136,6 +137,7 @@ class ConnectorWorker:
         self.prefetcher = Prefetcher(loader)
         self.pending: dict[str, PendingLoad] = {}
         self.canary = Canary(loader, captures)
+        self.editions = EditionDrafts(loader, captures, layout)
 
     @classmethod
     def from_vllm(
@@ -281,7 +283,8 @@ class ConnectorWorker:
             paged = self.loader.paged[span.part.wmatrix]
             paged.write(memory, self.layout.pages(), by_layer, begin, offset)
             return
-        self.writer.place(memory.keys, memory.values, begin, offset, slot_mappings)
+        length = len(memory.ids)
+        self.writer.place(memory.keys, memory.values, begin, offset, slot_mappings, length=length)
 
     def lay_over(self, span: TokenSpan, slot_mappings: list[Tensor]) -> None:
         """Write the rows of the passages that a span's memory has re-read into the span's slots.

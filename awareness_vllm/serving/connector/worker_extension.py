@@ -28,6 +28,10 @@ STATE = "capture_state"
 KEEP_HEAD = "keep_head"
 FORGET = "forget"
 CHECK_READ_BACK = "check_read_back"
+HAVE_EDITIONS = "have_editions"
+EXTEND_EDITION = "extend_edition"
+FINISH_EDITION = "finish_edition"
+DROP_EDITION = "drop_edition"
 CHECK_MEMORY = "check_memory"
 CHECK_SINK = "check_sink"
 
@@ -96,6 +100,19 @@ class WorkerCalls:
 
     def forget(self, name: str) -> None:
         self.worker.captures.discard(name)
+
+    def have_editions(self, keys: list[list[str]]) -> list[bool]:
+        return self.worker.editions.have([(package, name) for package, name in keys])
+
+    def extend_edition(self, draft: str, capture: str, begin: int, tokens: int) -> str:
+        return self.worker.editions.extend(draft, capture, begin, tokens)
+
+    def finish_edition(self, draft: str, key: list[str], ids: list[int], tenant: str) -> str:
+        package, name = key
+        return self.worker.editions.finish(draft, (package, name), ids, tenant)
+
+    def drop_edition(self, draft: str, failed: bool) -> None:
+        self.worker.editions.drop(draft, failed=failed)
 
     def check_memory(self, capture: str, part: str, tenant: str) -> str | list[str]:
         return self.worker.canary.check_memory(capture, Part.model_validate_json(part), tenant)

@@ -1,0 +1,116 @@
+"""Editions: from the request after it is there, a memory is what the model's own reading is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from harness import NEAR_TIE, Server, captured, parting, serving
+from openai.types.completion_choice import Logprobs
+
+pytestmark = pytest.mark.engine
+
+QUESTION = "\n\nIn short, the text says that the"
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<start_of_turn>{{ message.role }}\n"
+    "{{ message.content }}<end_of_turn>\n{% endfor %}<start_of_turn>model\n"
+)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("editions") / "store"
+
+
+def flags_of(store: Path, wmatrix: Path) -> tuple[object, ...]:
+    return (
+        *("--editions", "idle", "--wmatrix", wmatrix, "--disk-cache", store.parent / "disk"),
+        *("--trust-request-chat-template", "--allow-capture"),
+    )
+
+
+@pytest.fixture(scope="module")
+def server(gemma3: Path, store: Path, wmatrix: Path) -> Iterator[Server]:
+    yield from serving(gemma3, store, store.parent / "server.log", *flags_of(store, wmatrix))
+
+
+@pytest.fixture(scope="module")
+def texts(document: Callable[[int, int], str]) -> tuple[str, str]:
+    """One longer than Gemma-3's window and than several chunks, one shorter."""
+    return document(900, 1), document(300, 4)
+
+
+@pytest.fixture(scope="module")
+def foreign(smollm2: Path, store: Path, texts: tuple[str, str]) -> tuple[str, str]:
+    """Memories of SmolLM2."""
+    one, two = (captured(smollm2, text, store) for text in texts)
+    return one, two
+
+
+def ask(server: Server, path: str = "completions", **fields: object) -> dict:
+    """A greedy answer of 64 tokens, with what was likely at each, and its prompt's ids."""
+    body = {"model": "served", "max_tokens": 64, "temperature": 0, "return_token_ids": True}
+    body |= {"logprobs": True, "top_logprobs": 5} if path != "completions" else {"logprobs": 5}
+    url = f"{server.url}/v1/{path}"
+    return httpx.post(url, json={**body, **fields}, timeout=120).raise_for_status().json()
+
+
+def chat(server: Server, **fields: object) -> dict:
+    messages = [{"role": "user", "content": QUESTION}]
+    return ask(server, "chat/completions", messages=messages, chat_template=TEMPLATE, **fields)
+
+
+def logprobs(answer: dict) -> Logprobs:
+    """Those of an answer, a chat's in the form of a completion's."""
+    given = answer["choices"][0]["logprobs"]
+    if "content" not in given:
+        return Logprobs(**given)
+    content = given["content"]
+    tops = [{t["token"]: t["logprob"] for t in one["top_logprobs"]} for one in content]
+    return Logprobs(tokens=[one["token"] for one in content], top_logprobs=tops)
+
+
+def from_native(server: Server, answer: dict) -> float:
+    """How far an answer is from that to the same ids, read natively."""
+    ids = answer.get("prompt_token_ids") or answer["choices"][0]["prompt_token_ids"]
+    return parting(logprobs(ask(server, prompt=ids)), logprobs(answer))
+
+
+def until_exact(request: Callable[..., dict], seconds: float = 240) -> None:
+    """Send a request until all editions are there for it."""
+    until = time.monotonic() + seconds
+    while not all((memory := request(max_tokens=1)["memory"])["edition"]):
+        assert time.monotonic() < until, memory
+        time.sleep(0.5)
+
+
+def test_a_memory_is_exact_from_the_request_after_its_edition(
+    server: Server, foreign: tuple[str, str]
+) -> None:
+    def request(**fields: object) -> dict:
+        return ask(server, prompt=QUESTION, memory_ids=[foreign[0]], **fields)
+
+    first = request(max_tokens=1)["memory"]
+    assert (first["edition"], first["basis"] == ["own"]) == ([False], False)
+    until_exact(request)
+    answer = request()
+    memory = answer["memory"]
+    assert (memory["plan"], memory["native_tail"]) == ("load", 0)
+    assert any("900 tokens, warm" in line or "901 tokens, warm" in line for line in server.loads())
+    assert (memory["retention"], memory["basis"]) == ([1.0], ["own"])
+    assert from_native(server, answer) <= NEAR_TIE
+    listed = httpx.get(f"{server.url}/v1/memories/{foreign[0]}").raise_for_status().json()
+    assert listed["edition"]
+
+
+def test_in_a_chat_and_after_another_memory(server: Server, foreign: tuple[str, str]) -> None:
+    def request(**fields: object) -> dict:
+        return chat(server, memory_ids=list(foreign), **fields)
+
+    until_exact(request)
+    answer = request()
+    assert answer["memory"]["retention"] == [1.0, 1.0]
+    assert from_native(server, answer) <= NEAR_TIE
