@@ -4,8 +4,8 @@
 
 Exact match on the first `--each` cases of even index of every kind and length (of odd index with
 `--half odd`): native, the memory alone, and for each `--choice STRATEGY:TOKENS` the passages
-re-read in place; those of the first one also quoted alone, quoted after the memory, re-read and then
-quoted.
+re-read in place; those of the first one also quoted alone, quoted after the memory, and re-read and
+then quoted.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ TABLES = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_
 DTYPES = {"BF16": "<u2", "F16": "<f2", "F32": "<f4"}
 
 
+@functools.lru_cache(maxsize=8)
 def word_vectors(folder: str | Path) -> WordVectors | None:
     """The lookup of words by a model: means of the input embeddings of a word's tokens, [N, E].
 
