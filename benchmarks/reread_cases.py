@@ -4,7 +4,8 @@
 
 Exact match on the first `--each` cases of even index of every kind and length (of odd index with
 `--half odd`): native, the memory alone, and for each `--choice STRATEGY:TOKENS` the passages
-re-read in place, quoted alone, quoted after the memory, re-read and then quoted.
+re-read in place; those of the first one also quoted alone, quoted after the memory, and re-read and
+then quoted.
 """
 
 from __future__ import annotations
@@ -31,7 +32,6 @@ from awareness_vllm.passages.vectors import word_vectors
 from awareness_vllm.wmatrix.file import load as load_wmatrix
 
 Case = dict[str, Any]
-WAYS = ("reread", "quotes", "memory+quotes", "reread+quotes")
 
 
 def select(cases: Sequence[Case], half: int, lengths: Sequence[int], each: int) -> list[Case]:
@@ -63,14 +63,14 @@ def arms(
         size = sum(end - begin for begin, end in spans)
         quoted = "\n" + "\n".join(context[slice(*index.characters(span))].strip() for span in spans)
         native = reread(harness.target_model, memory, spans)
-        for way, states, text in (
-            ("reread", native, question),
-            ("quotes", none, quoted + question),
-            ("memory+quotes", memory, quoted + question),
-            ("reread+quotes", native, quoted + question),
-        ):
-            exact = is_exact(harness, states, text, answer)
-            yield f"{way} {strategy}:{budget}", exact, size * (2 if way == WAYS[-1] else 1)
+        ways = [
+            ("reread", native, question, size),
+            ("quotes", none, quoted + question, size),
+            ("memory+quotes", memory, quoted + question, size),
+            ("reread+quotes", native, quoted + question, 2 * size),
+        ]
+        for way, states, text, read in ways if (strategy, budget) == choices[0] else ways[:1]:
+            yield f"{way} {strategy}:{budget}", is_exact(harness, states, text, answer), read
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from awareness_vllm.models.rope import rerotate
 from awareness_vllm.models.tokens import load_tokenizer, prefix_ids, tokenize
 from awareness_vllm.packages.file import Package
 from awareness_vllm.passages.index import BUDGET, PassageIndex
+from awareness_vllm.passages.vectors import word_vectors
 from awareness_vllm.wmatrix.file import load
 from awareness_vllm.wmatrix.registry import Registry, WMatrixEntry
 from awareness_vllm.wmatrix.verdict import check_fits, check_positions
@@ -186,7 +187,8 @@ class OfflineMemory:
         self.index = None
         if wmatrix is not None and package.manifest.has_text:
             spans = tokenize(target.tokenizer, package.text).spans
-            self.index = PassageIndex.of(package.text, spans, self.first)
+            vectors = word_vectors(target.folder)
+            self.index = PassageIndex.of(package.text, spans, self.first, vectors=vectors)
 
     def ask(
         self,

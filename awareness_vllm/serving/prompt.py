@@ -15,6 +15,7 @@ from awareness_vllm.errors import QualityUnreachable
 from awareness_vllm.models.tokens import Spans
 from awareness_vllm.packages.origin import Origin
 from awareness_vllm.passages.index import PassageIndex
+from awareness_vllm.passages.words import WordVectors
 from awareness_vllm.serving.params import Key, LoadParams, Part, edition_name, passage_params
 from awareness_vllm.trust.policy import Signers
 from awareness_vllm.wmatrix.certificate import Plan
@@ -48,7 +49,8 @@ class ResolvedMemory:
     """A memory that the served model can load: the sha256 of its file, its origin, its W-Matrix
     (None: an exact copy), its prompt ids, of which the first `prefix` stand only at the beginning
     of a prompt, the trusted key that signed the package, and its text with the bytes [T, 2] of the
-    tokens after the prefix: None where nothing of it can be re-read."""
+    tokens after the prefix (None where nothing of it can be re-read), beside the served model's
+    embeddings of words, where they can be read."""
 
     id: str
     digest: str
@@ -58,12 +60,15 @@ class ResolvedMemory:
     prefix: int
     signed_by: str | None = None
     text: tuple[str, Spans] | None = None
+    vectors: WordVectors | None = None
 
     @functools.cached_property
     def index(self) -> PassageIndex | None:
         """The passages that a question may point at, indexed with the first question; None for a
         copy, whose states are exact, and for a map without the memory's tokens."""
-        return None if self.text is None else PassageIndex.of(*self.text, self.prefix)
+        if self.text is None:
+            return None
+        return PassageIndex.of(*self.text, self.prefix, vectors=self.vectors)
 
     @property
     def signers(self) -> Signers:

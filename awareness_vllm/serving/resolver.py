@@ -19,6 +19,7 @@ from awareness_vllm.packages.file import PackageIndex, read_index
 from awareness_vllm.packages.manifest import Manifest, corrupt_package
 from awareness_vllm.packages.origin import Origin, is_own
 from awareness_vllm.packages.store import Store, digest_in, version_of
+from awareness_vllm.passages.vectors import word_vectors
 from awareness_vllm.serving.config import ServingConfig
 from awareness_vllm.serving.prompt import Prompt, ResolvedMemory
 from awareness_vllm.serving.request import MemoryRequest
@@ -190,7 +191,15 @@ class MemoryResolver:
                 "the served model's own ids of the text",
             )
         return ResolvedMemory(
-            path.stem, index.digest, origin, decision.entry, ids, len(sink), signed_by, text
+            path.stem,
+            index.digest,
+            origin,
+            decision.entry,
+            ids,
+            len(sink),
+            signed_by,
+            text,
+            word_vectors(model.folder) if text else None,
         )
 
     def append_question(self, prompt: Prompt, question: list[int]) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import itertools
+import json
 import random
 import subprocess
 import sys
@@ -263,19 +264,36 @@ def test_importing_passages_leaves_numba_out() -> None:
     assert result.stdout.strip() == "set()"
 
 
-def test_embeddings_are_read_from_a_model_folder(tmp_path: Path, bpe: Tokenizer) -> None:
-    assert word_vectors(tmp_path) is None
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_embeddings_are_read_from_a_model_folder(
+    tmp_path: Path, bpe: Tokenizer, dtype: torch.dtype, sharded: bool
+) -> None:
     bpe.save(str(tmp_path / "tokenizer.json"))
-    table = torch.randn(bpe.get_vocab_size(), 8).bfloat16()
-    save_file({"model.embed_tokens.weight": table}, tmp_path / "model.safetensors")
+    name = "model.embed_tokens.weight"
+    table = torch.randn(bpe.get_vocab_size(), 8).to(dtype)
+    file = "model-1.safetensors" if sharded else "model.safetensors"
+    save_file({"a": torch.ones(3), name: table}, tmp_path / file)
+    if sharded:
+        index = json.dumps({"weight_map": {"b": "model-2.safetensors", name: file}})
+        (tmp_path / "model.safetensors.index.json").write_text(index)
     vectors = word_vectors(tmp_path)
     assert vectors is not None
     ids = [bpe.encode(f" {word}").ids for word in ("Oslo", "canoe")]
     expected = torch.stack([table[i].float().mean(0) for i in ids])
-    np.testing.assert_allclose(vectors(["Oslo", "canoe"]), expected, rtol=1e-5)
-    # Of a table that no rows can be read from, quantized say, there are none.
-    (tmp_path / "model.safetensors").unlink()
-    save_file({"embed_tokens.weight": table.to(torch.int8)}, tmp_path / "model.safetensors")
+    np.testing.assert_allclose(vectors(["Oslo", "canoe"]), expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("header", [None, b"", b"\xff" * 20, b"\x02\0\0\0\0\0\0\0{}", "quantized"])
+def test_without_readable_embeddings_there_are_no_synonyms(
+    tmp_path: Path, bpe: Tokenizer, header: bytes | str | None
+) -> None:
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    path = tmp_path / "model.safetensors"
+    if isinstance(header, bytes):
+        path.write_bytes(header)
+    elif header:
+        save_file({"model.embed_tokens.weight": torch.ones(900, 8).to(torch.int8)}, path)
     assert word_vectors(tmp_path) is None
 
 
