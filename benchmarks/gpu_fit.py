@@ -139,7 +139,7 @@ def evaluate(
                 labels = torch.tensor(ids[1:], device=own.device)
                 loss = torch.nn.functional.cross_entropy(own[:-1].float(), labels)
                 nll.setdefault(name, []).append(loss.item())
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {}  # of texts, then of needles
     if len(texts) > 1:
         losses = {name: np.array(values) for name, values in nll.items()}
         found["retention"] = retention(losses["native"], losses["memory"], losses["none"])

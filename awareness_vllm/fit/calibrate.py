@@ -186,8 +186,7 @@ def calibrate(
             bar.set_postfix(kl=f"{torch.stack(losses).mean().item():.3f}")
         if len(held_out) and training.step % len(examples) == 0:
             training.record(mean_kl(wmatrix, reader, training.parts, held_out))
-            score = training.scores[-1]
-            bar.write(f"epoch {epoch + 1}: KL divergence on held-out texts {score:.4f}")
+            bar.write(f"epoch {epoch + 1}: held-out KL divergence {training.scores[-1]:.4f}")
             if training.is_stalled(config.patience):
                 break
         if (minute := clock.minute_is_over()) or (regular and not examples.on_gpu):

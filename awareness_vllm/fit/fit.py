@@ -73,10 +73,8 @@ def fit(
         open_checkpoint(folder, _key(reader, train, config)) as checkpoint,
     ):
         with phase("representation alignment", progress):
-            if config.choice == "best" and not reader.residual:
-                choose_layers(reader, train, config, checkpoint, progress=progress)
-            elif config.choice == "full" and not reader.residual:
-                reader.choose(full_layers(config.layers, reader.source_geometry))
+            if not reader.residual:
+                choose(reader, train, config, checkpoint, progress=progress)
             wmatrix = regress(reader, (train, held_out), config, checkpoint, progress=progress)
         with phase("component mapping", progress):
             say(f"main source layer of each target layer: {main_layers(wmatrix)}", progress)
@@ -95,6 +93,21 @@ def fit(
                 )
         r2 = r2_by_part(reader, wmatrix, held_out, config.seed)
     return replace(wmatrix, manifest=wmatrix.manifest.model_copy(update={"r2": r2}))
+
+
+def choose(
+    reader: Reader,
+    documents: Sequence[Document],
+    config: FitConfig,
+    checkpoint: Checkpoint,
+    *,
+    progress: bool,
+) -> None:
+    """Set the source layers by the configuration's choice, where it is not the spread ones."""
+    if config.choice == "best":
+        choose_layers(reader, documents, config, checkpoint, progress=progress)
+    elif config.choice == "full":
+        reader.choose(full_layers(config.layers, reader.source_geometry))
 
 
 def calibrate_map(
