@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
+from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -90,8 +91,12 @@ class Workers:
         if count:
             # Not forked: CUDA and torch's threads do not survive that.
             context = multiprocessing.get_context("spawn")
-            self.pool = ProcessPoolExecutor(count, context, _remember, (state,))
+            # Through a queue: a spawned process takes its arguments in before the next one starts,
+            # and some imports after it began.
+            states = context.Queue()
+            self.pool = ProcessPoolExecutor(count, context, _remember, (states,))
             for _ in range(count):
+                states.put(state)
                 self.pool.submit(int)
 
     def map(
@@ -128,8 +133,8 @@ class Workers:
 _state: list[Any] = []
 
 
-def _remember(state: Any) -> None:
-    _state[:] = [state]
+def _remember(states: Queue[Any]) -> None:
+    _state[:] = [states.get()]
 
 
 def _call(function: Callable[[Any, Any], Result], argument: Any) -> Result:
