@@ -46,6 +46,8 @@ Mapped = Callable[[Batch], Tensor]
 """The logits after the mapped memories of a batch."""
 PAIR = ("smollm2-135m", "gemma3-270m")
 CONTINUATION = 60
+CHARACTERS = 5
+"""Characters of a token, at most, by which long texts are found."""
 LENGTHS = (300, 2000)
 TOKENS_AT_ONCE = 16_384
 """Context tokens of a batch of the evaluation."""
@@ -81,10 +83,13 @@ def figures(out: Path, name: str, found: dict[str, Any]) -> None:
     path.write_text(json.dumps(known | {name: found}, indent=1))
 
 
-def excerpts(reader: Reader, documents: Sequence[Document], length: int) -> list[LessonTokens]:
-    """Contexts of `length` target tokens of documents, and the tokens that follow each."""
+def excerpts(
+    reader: Reader, documents: Sequence[Document], length: int, limit: int
+) -> list[LessonTokens]:
+    """At most `limit` contexts of `length` target tokens of documents, and the tokens that follow each."""
     tokenizer, lessons = load_tokenizer(str(reader.target)), []
-    for document in documents:
+    long = [d for d in documents if len(d.text) > CHARACTERS * (length + CONTINUATION)]
+    for document in sample_evenly(long, limit):
         tokens = tokenize(tokenizer, document.text)
         if len(tokens.ids) < length + CONTINUATION + 1:
             continue
@@ -133,12 +138,11 @@ def evaluate(
     size = max(1, TOKENS_AT_ONCE // length)
     folders = [held_out / name for name in ("crawl", "debian-history", "wordnet")]
     documents = load([folder for folder in folders if folder.is_dir()])
-    texts = excerpts(
-        reader, join_documents(documents, length + CONTINUATION) if length > 500 else documents,
-        length,
-    )  # fmt: skip
+    if length > 500:
+        documents = join_documents(documents, length + CONTINUATION)
+    texts = excerpts(reader, documents, length, limits[0])
     nll: dict[str, list[float]] = {}
-    for lessons in pieces(sample_evenly(texts, limits[0]), size):
+    for lessons in pieces(texts, size):
         batch = examples.read(lessons)
         for name, logits in arms(reader, wmatrix, mapped, batch).items():
             for own, ids in by_lesson(logits, batch.ids):
@@ -227,6 +231,16 @@ def direction(args: argparse.Namespace, number: int, minutes: float) -> None:
     judge(args, name, {"": wmatrix, ".regression": None})
 
 
+def at_lengths(
+    args: argparse.Namespace, reader: Reader, wmatrix: WMatrix, mapped: Mapped | None = None
+) -> dict[str, Any]:
+    """The evaluation at each length."""
+    return {
+        str(length): evaluate(reader, wmatrix, args.held_out, args.limits, length, mapped)
+        for length in LENGTHS
+    }
+
+
 def judge(args: argparse.Namespace, name: str, maps: dict[str, WMatrix | None]) -> None:
     """Evaluate a direction's maps, those that are None as they were saved."""
     source, target = (args.models / part for part in name.split("-to-"))
@@ -234,10 +248,7 @@ def judge(args: argparse.Namespace, name: str, maps: dict[str, WMatrix | None]) 
     for suffix, wmatrix in maps.items():
         if wmatrix is None:
             wmatrix = load_wmatrix(args.out / f"{name}{suffix}.wmatrix")
-        found = {
-            str(length): evaluate(reader, wmatrix, args.held_out, args.limits, length)
-            for length in LENGTHS
-        }
+        found = at_lengths(args, reader, wmatrix)
         figures(args.out, f"{name}{suffix}", found)
         show(f"{name}{suffix}", found)
 
@@ -246,8 +257,9 @@ def attention(args: argparse.Namespace, number: int, minutes: float) -> None:
     """The experiment of `latent_attention.py`, after the first direction's calibration."""
     from latent_attention import compare
 
+    evaluated = functools.partial(at_lengths, args)
     name = "-to-".join(PAIR)
-    for variant, found in compare(args, name, minutes):
+    for variant, found in compare(args, name, minutes, evaluated, say):
         figures(args.out, f"{name}.{variant}", found)
         show(f"{name}.{variant}", found)
 

@@ -88,8 +88,7 @@ class Blocks(nn.Module):
         self.window = Block(rank, rank, WINDOW)
         self.full = Block(rank, len(self.columns), None)
         # Latents have no unit; so that a step is as large in any, they get one.
-        spread = wmatrix.bias.new_tensor(wmatrix.encode.float().norm(dim=0).mean())
-        self.register_buffer("spread", spread)
+        self.register_buffer("spread", wmatrix.encode.float().norm(dim=0).mean())
 
 
 def mapped(
@@ -123,11 +122,13 @@ def mapped(
 
 
 def train(
-    examples: CalibrationExamples, blocks: Blocks | None, minutes: float, rate: float
+    examples: CalibrationExamples,
+    blocks: Blocks | None,
+    minutes: float,
+    rate: float,
+    say: Callable[[str], None],
 ) -> Callable[[Batch], Tensor]:
     """Train the map, and blocks where there are some, for so many minutes; the map of batches."""
-    from gpu_fit import say
-
     reader, wmatrix = examples.reader, examples.wmatrix
     parts = {name: getattr(wmatrix, name).float().clone().requires_grad_() for name in PARTS}
     groups: list[dict[str, Any]] = [
@@ -138,8 +139,10 @@ def train(
         groups.append({"params": list(blocks.parameters()), "full": RATE})
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.98))
     logits = functools.partial(mapped, wmatrix, reader, parts, blocks)
-    begun, losses = time.monotonic(), []
+    losses: list[Tensor] = []
+    begun = time.monotonic()
     for step, batch in enumerate(examples.batches(count())):
+        begun = begun if step else time.monotonic()
         share = (time.monotonic() - begun) / (60 * minutes)
         if share >= 1:
             break
@@ -158,11 +161,13 @@ def train(
 
 
 def compare(
-    args: argparse.Namespace, name: str, minutes: float
+    args: argparse.Namespace,
+    name: str,
+    minutes: float,
+    judge: Callable[[Reader, WMatrix, Callable[[Batch], Tensor]], dict[str, Any]],
+    say: Callable[[str], None],
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Figures of the linear map alone and with blocks, each trained for half of the minutes."""
-    from gpu_fit import LENGTHS, evaluate
-
     source, target = (args.models / part for part in name.split("-to-"))
     reader = Reader(source, target, 3, device=FitConfig(device=args.device).resolved().device)
     saved = [args.out / f"{name}{suffix}.wmatrix" for suffix in ("", ".regression")]
@@ -175,16 +180,8 @@ def compare(
                 reader, wmatrix, lessons, None, args.batch, workers=workers
             )
             blocks = None if variant == "linear" else Blocks(wmatrix).to(reader.device)
-            logits = train(examples, blocks, minutes / 2, args.rate)
+            logits = train(examples, blocks, minutes / 2, args.rate, say)
             if blocks is not None:
                 tensors = {n: t.bfloat16().contiguous() for n, t in blocks.state_dict().items()}
                 save_file(tensors, args.out / "latent_attention.safetensors")
-            yield (
-                variant,
-                {
-                    str(length): evaluate(
-                        reader, wmatrix, args.held_out, args.limits, length, mapped=logits
-                    )
-                    for length in LENGTHS
-                },
-            )
+            yield variant, judge(reader, wmatrix, logits)
