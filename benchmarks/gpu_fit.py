@@ -11,6 +11,7 @@ in int8, before calibration and about once a minute of it, `figures.json`, and w
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import time
@@ -41,8 +42,12 @@ from awareness_vllm.models.tokens import load_tokenizer, tokenize
 from awareness_vllm.wmatrix.file import WMatrix
 from awareness_vllm.wmatrix.file import load as load_wmatrix
 
+Mapped = Callable[[Batch], Tensor]
+"""The logits after the mapped memories of a batch."""
 PAIR = ("smollm2-135m", "gemma3-270m")
 CONTINUATION = 60
+CHARACTERS = 5
+"""Characters of a token, at most, by which long texts are found."""
 LENGTHS = (300, 2000)
 TOKENS_AT_ONCE = 16_384
 """Context tokens of a batch of the evaluation."""
@@ -78,10 +83,13 @@ def figures(out: Path, name: str, found: dict[str, Any]) -> None:
     path.write_text(json.dumps(known | {name: found}, indent=1))
 
 
-def excerpts(reader: Reader, documents: Sequence[Document], length: int) -> list[LessonTokens]:
-    """Contexts of `length` target tokens of documents, and the tokens that follow each."""
+def excerpts(
+    reader: Reader, documents: Sequence[Document], length: int, limit: int
+) -> list[LessonTokens]:
+    """At most `limit` contexts of `length` target tokens of documents, and the tokens that follow each."""
     tokenizer, lessons = load_tokenizer(str(reader.target)), []
-    for document in documents:
+    long = [d for d in documents if len(d.text) > CHARACTERS * (length + CONTINUATION)]
+    for document in sample_evenly(long, limit):
         tokens = tokenize(tokenizer, document.text)
         if len(tokens.ids) < length + CONTINUATION + 1:
             continue
@@ -98,43 +106,45 @@ def needles(path: Path, length: int) -> list[dict[str, Any]]:
     return [case for case in cases if case["tokens"] == length]
 
 
-def arms(
-    reader: Reader, parts: dict[str, Tensor], wmatrix: WMatrix, batch: Batch
-) -> dict[str, Tensor]:
+def arms(reader: Reader, wmatrix: WMatrix, mapped: Mapped, batch: Batch) -> dict[str, Tensor]:
     """Logits after native reading, the map, the map with what is re-read, and nothing."""
     sinks = wmatrix.sink_keys, wmatrix.sink_values
     nothing = torch.zeros(0, reader.target_geometry.width, device=reader.device)
     alone = replace(batch, reread=None)
     found = {
         "native": batch.native,
-        "memory": mapped_logits(wmatrix, reader, parts, alone),
+        "memory": mapped(alone),
         "none": logits_after(reader, sinks, nothing, [0] * len(batch.ids), batch.ids),
     }
     if batch.reread is not None:
-        found["re-read"] = mapped_logits(wmatrix, reader, parts, batch)
+        found["re-read"] = mapped(batch)
     return found
 
 
 @torch.no_grad()
 def evaluate(
-    reader: Reader, wmatrix: WMatrix, held_out: Path, limits: tuple[int, int], length: int,
-    change: Callable[[Batch], Batch] = lambda batch: batch,
-) -> dict[str, Any]:  # fmt: skip
+    reader: Reader,
+    wmatrix: WMatrix,
+    held_out: Path,
+    limits: Sequence[int],
+    length: int,
+    mapped: Mapped | None = None,
+) -> dict[str, Any]:
     """Retention of texts and exact matches of needles at a length of contexts."""
     examples = CalibrationExamples(reader, wmatrix, no_lesson, 0, 1, whole=True)
     wmatrix = examples.wmatrix
     parts = {name: getattr(wmatrix, name) for name in PARTS}
+    mapped = mapped or functools.partial(mapped_logits, wmatrix, reader, parts)
     size = max(1, TOKENS_AT_ONCE // length)
     folders = [held_out / name for name in ("crawl", "debian-history", "wordnet")]
     documents = load([folder for folder in folders if folder.is_dir()])
-    texts = excerpts(
-        reader, join_documents(documents, length + CONTINUATION) if length > 500 else documents,
-        length,
-    )  # fmt: skip
+    if length > 500:
+        documents = join_documents(documents, length + CONTINUATION)
+    texts = excerpts(reader, documents, length, limits[0])
     nll: dict[str, list[float]] = {}
-    for lessons in pieces(sample_evenly(texts, limits[0]), size):
-        batch = change(examples.read(lessons))
-        for name, logits in arms(reader, parts, wmatrix, batch).items():
+    for lessons in pieces(texts, size):
+        batch = examples.read(lessons)
+        for name, logits in arms(reader, wmatrix, mapped, batch).items():
             for own, ids in by_lesson(logits, batch.ids):
                 labels = torch.tensor(ids[1:], device=own.device)
                 loss = torch.nn.functional.cross_entropy(own[:-1].float(), labels)
@@ -147,8 +157,8 @@ def evaluate(
     exact: dict[str, list[bool]] = {}
     for some in pieces(cases, size):
         lessons, counts = zip(*(case_tokens(reader, case) for case in some), strict=True)
-        batch = change(examples.read(lessons))
-        for name, logits in arms(reader, parts, wmatrix, batch).items():
+        batch = examples.read(lessons)
+        for name, logits in arms(reader, wmatrix, mapped, batch).items():
             for (own, ids), count in zip(by_lesson(logits, batch.ids), counts, strict=True):
                 labels = torch.tensor(ids[-count:], device=own.device)
                 hit = bool((own[-count - 1 : -1].argmax(-1) == labels).all())
@@ -221,6 +231,16 @@ def direction(args: argparse.Namespace, number: int, minutes: float) -> None:
     judge(args, name, {"": wmatrix, ".regression": None})
 
 
+def at_lengths(
+    args: argparse.Namespace, reader: Reader, wmatrix: WMatrix, mapped: Mapped | None = None
+) -> dict[str, Any]:
+    """The evaluation at each length."""
+    return {
+        str(length): evaluate(reader, wmatrix, args.held_out, args.limits, length, mapped)
+        for length in LENGTHS
+    }
+
+
 def judge(args: argparse.Namespace, name: str, maps: dict[str, WMatrix | None]) -> None:
     """Evaluate a direction's maps, those that are None as they were saved."""
     source, target = (args.models / part for part in name.split("-to-"))
@@ -228,19 +248,20 @@ def judge(args: argparse.Namespace, name: str, maps: dict[str, WMatrix | None]) 
     for suffix, wmatrix in maps.items():
         if wmatrix is None:
             wmatrix = load_wmatrix(args.out / f"{name}{suffix}.wmatrix")
-        found = {
-            str(length): evaluate(reader, wmatrix, args.held_out, tuple(args.limits), length)
-            for length in LENGTHS
-        }
+        found = at_lengths(args, reader, wmatrix)
         figures(args.out, f"{name}{suffix}", found)
         show(f"{name}{suffix}", found)
 
 
 def attention(args: argparse.Namespace, number: int, minutes: float) -> None:
-    """The experiment of `latent_attention.py`, on the first direction's regression."""
-    import latent_attention
+    """The experiment of `latent_attention.py`, after the first direction's calibration."""
+    from latent_attention import compare
 
-    latent_attention.run(args, minutes)
+    evaluated = functools.partial(at_lengths, args)
+    name = "-to-".join(PAIR)
+    for variant, found in compare(args, name, minutes, evaluated, say):
+        figures(args.out, f"{name}.{variant}", found)
+        show(f"{name}.{variant}", found)
 
 
 def main() -> int:

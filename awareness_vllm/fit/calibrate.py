@@ -244,9 +244,15 @@ def mean_kl(
 def kl_divergence(
     wmatrix: WMatrix, reader: Reader, parts: dict[str, Tensor], batch: Batch
 ) -> Tensor:
-    """KL divergence of the predictions after memories from the native ones, in nats per token, the
-    mean over a batch's lessons."""
-    logits = mapped_logits(wmatrix, reader, parts, batch).float()
+    """KL divergence of the predictions after mapped memories from the native ones, in nats per
+    token, the mean over a batch's lessons."""
+    return mean_divergence(mapped_logits(wmatrix, reader, parts, batch), batch)
+
+
+def mean_divergence(logits: Tensor, batch: Batch) -> Tensor:
+    """KL divergence of logits from a batch's native ones, in nats per token, the mean over its
+    lessons."""
+    logits = logits.float()
     native = batch.native.float()
     if batch.taken is not None:
         logits, native = (x.masked_fill(~batch.taken, UNLIKELY) for x in (logits, native))
