@@ -20,7 +20,8 @@ from awareness_vllm.models.hf import inputs_after, load_model, states
 from awareness_vllm.models.rope import rerotate
 from awareness_vllm.models.tokens import load_tokenizer, prefix_ids, tokenize
 from awareness_vllm.packages.file import Package
-from awareness_vllm.passages.index import BUDGET, PassageIndex
+from awareness_vllm.passages import BUDGET
+from awareness_vllm.passages.index import PassageIndex
 from awareness_vllm.passages.vectors import word_vectors
 from awareness_vllm.wmatrix.file import load
 from awareness_vllm.wmatrix.registry import Registry, WMatrixEntry

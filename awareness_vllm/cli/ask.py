@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from awareness_vllm.errors import BadInput
     from awareness_vllm.packages.file import verify
     from awareness_vllm.packages.store import locate
-    from awareness_vllm.passages.index import BUDGET
+    from awareness_vllm.passages import BUDGET
 
     budget = BUDGET if args.reread is None else args.reread
     if budget < 0 or args.max_tokens < 1:

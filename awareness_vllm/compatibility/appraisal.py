@@ -33,7 +33,8 @@ from awareness_vllm.compatibility.report import (
     level_of,
 )
 from awareness_vllm.compatibility.risks import risks
-from awareness_vllm.wmatrix.certificate import REREAD, TIERS, Certificate, Interval, Plan
+from awareness_vllm.passages import BUDGET
+from awareness_vllm.wmatrix.certificate import TIERS, Certificate, Interval, Plan
 from awareness_vllm.wmatrix.manifest import WMatrixManifest
 from awareness_vllm.wmatrix.plans import basis_of, with_tail
 
@@ -255,7 +256,7 @@ def curves(certificate: Certificate) -> tuple[Curve, ...]:
     it was measured, with the passages re-read too that a server re-reads by default."""
     lengths = sorted({plan.context for plan in certificate.plans})
     tails = [(tail, 0) for tail in sorted({plan.tail for plan in certificate.plans})[:2]]
-    reread = max(plan.reread for plan in certificate.plans if plan.reread <= REREAD)
+    reread = max(plan.reread for plan in certificate.plans if plan.reread <= BUDGET)
     return tuple(
         Curve(
             tail=tail,

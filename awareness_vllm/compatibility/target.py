@@ -9,8 +9,9 @@ from pydantic import Field, StrictFloat, StrictInt, StrictStr, ValidationError
 
 from awareness_vllm.errors import BadInput, similar_names
 from awareness_vllm.models.geometry import Geometry
+from awareness_vllm.passages import BUDGET
 from awareness_vllm.schema import FrozenModel
-from awareness_vllm.wmatrix.certificate import REREAD, TAIL
+from awareness_vllm.wmatrix.certificate import TAIL
 
 CacheDtype = Literal["auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2"]
 
@@ -49,7 +50,7 @@ class TargetConfig(FrozenModel):
         TAIL, ge=0, description="last tokens of a memory that the target reads itself"
     )
     reread: StrictInt = Field(
-        REREAD, ge=0, description="tokens that the target re-reads where the question points"
+        BUDGET, ge=0, description="tokens that the target re-reads where the question points"
     )
     custom_fine_tune: StrictStr | None = Field(
         None, min_length=1, description="name of a checkpoint with other weights than the target's"

@@ -29,11 +29,11 @@ from awareness_vllm.evaluate.evaluate import (
 )
 from awareness_vllm.evaluate.flops import map_flop, plan_cost
 from awareness_vllm.evaluate.metrics import alignment_metrics
+from awareness_vllm.passages import BUDGET
 from awareness_vllm.provenance import hardware, versions
 from awareness_vllm.wmatrix.certificate import (
     CONTROLS,
     LENGTH_TEXTS,
-    REREAD,
     TAIL,
     Certificate,
     Interval,
@@ -48,7 +48,7 @@ TEXTS, CASES = 48, 200
 """Texts at the protocol's own length, and cases at each length, of the full protocol."""
 NEAR = 1.5
 """The factor within which a case's tokens count as a measured length."""
-REREADS = (0, REREAD, 96)
+REREADS = (0, 24, BUDGET)
 """Tokens that the measured plans re-read, at most."""
 FACT_TAILS = (0, TAIL)
 """Tails of the plans whose fact recall is measured: longer ones recall no more of what stands

@@ -30,7 +30,7 @@ def alignment_metrics(harness: EvalHarness, pairs: Sequence[tuple[str, list[int]
     """The metrics' means over pairs of a context and the ids that follow it."""
     cosines, overlaps, ratios = [], [], []
     for context, ids in pairs:
-        memory = harness.memory(harness.package(context))
+        memory = harness.memory(harness.packages([context])[context])
         native = harness.native(memory.ids)
         sink = harness.sink()
         cosines.append(cosine(memory, native, sink))

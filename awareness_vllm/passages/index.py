@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from awareness_vllm.errors import BadInput, similar_names
+from awareness_vllm.passages import BUDGET
 from awareness_vllm.passages.cut import LIMIT, Positions, TextTokens, cut
 from awareness_vllm.passages.strategies import DEFAULT, STRATEGIES
 from awareness_vllm.passages.words import WordTable, WordVectors, located_words, words
@@ -14,8 +15,6 @@ from awareness_vllm.passages.words import WordTable, WordVectors, located_words,
 Span = tuple[int, int]
 """Positions begin … end-1 among a memory's ids, the sink's counted."""
 
-BUDGET = 48
-"""The tokens that are re-read by default at most; a question needs about half of them."""
 MIN = 8
 """The tokens of a chosen span at least: vLLM computes no fewer in a request of its own."""
 LONGEST_QUESTION = 8000

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from awareness_vllm.errors import BadInput
-from awareness_vllm.passages.index import BUDGET
+from awareness_vllm.passages import BUDGET
 from awareness_vllm.schema import FrozenModel
 from awareness_vllm.wmatrix.certificate import TAIL
 

@@ -308,7 +308,10 @@ class Prompt:
             return OWN
         if self.begins[i] and not memory.wmatrix:
             return Promise()
-        reread = sum(end - begin for begin, end in self.rereads[i]) if self.rereads else 0
+        spans = self.rereads[i] if self.rereads else ()
+        # Certificates measure what a budget buys, of which a choice may leave a rest.
+        whole = spans and not self.reread_reason
+        reread = self.budget if whole else sum(end - begin for begin, end in spans)
         return memory.promise(self.tail if i == len(self.memories) - 1 else 0, reread)
 
     @property

@@ -20,9 +20,6 @@ TAIL = 16
 """Default number of a memory's last tokens that the target reads natively, after the aligned rest:
 the question follows them at once, and no other use of the same cost adds as much retention
 (docs/fidelity-log.md). A longer tail adds more, and takes longer (`awareness serve --tail`)."""
-REREAD = 24
-"""Default number of tokens of a memory that the target re-reads in place where the question points:
-more of them help no question (docs/fidelity-log.md)."""
 CONTROLS = ("truncation", "quotes", "half", "passages")
 """What the operations of a plan buy without a memory, read natively after the sink: the last tokens
 of the text; the passages that match the question, in order; half of either; and, for less, just the

@@ -17,7 +17,8 @@ from awareness_vllm.align.reread import reread
 from awareness_vllm.evaluate.conditions import EvalHarness
 from awareness_vllm.models.tokens import load_tokenizer, tokenize
 from awareness_vllm.packages.file import read
-from awareness_vllm.passages.index import BUDGET, PassageIndex
+from awareness_vllm.passages import BUDGET
+from awareness_vllm.passages.index import PassageIndex
 from awareness_vllm.serving.api.passages import LATE
 from awareness_vllm.wmatrix.file import load as load_wmatrix
 

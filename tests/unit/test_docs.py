@@ -26,7 +26,7 @@ from awareness_vllm.serving.config import WORKER_EXTENSION, ServingConfig, trans
 from awareness_vllm.serving.request import parse_memory_request
 from awareness_vllm.serving.tenants import Tenants
 from awareness_vllm.trust.policy import TrustFile
-from awareness_vllm.wmatrix.certificate import Certificate
+from awareness_vllm.wmatrix.certificate import Certificate, Plan
 from awareness_vllm.wmatrix.manifest import WMatrixManifest
 
 pytestmark = pytest.mark.unit
@@ -229,6 +229,13 @@ def test_every_field_of_a_manifest_is_described(heading: str, models: list[Any])
     rows = re.findall(r"^\| (`[^|]+) \|", table.split("\n\n")[0], re.MULTILINE)
     fields = [name.strip("` ") for row in rows for name in row.split(",")]
     assert sorted(fields) == sorted(f for model in models for f in model.model_fields)
+
+
+def test_every_field_of_a_plan_is_described() -> None:
+    page = (ROOT / "docs/format.md").read_text()
+    rows = page.split("| field of a plan | |")[1].split("\n\n")[0]
+    fields = re.findall(r"`([a-z0-9_]+)`", re.sub(r"^(\|[^|]+\|).*$", r"\1", rows, flags=re.M))
+    assert sorted(fields) == sorted(Plan.model_fields)
 
 
 def test_every_field_of_positions_is_described() -> None:

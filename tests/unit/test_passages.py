@@ -21,8 +21,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from awareness_vllm.errors import BadInput
 from awareness_vllm.models.tokens import tokenize
+from awareness_vllm.passages import BUDGET
 from awareness_vllm.passages.cut import LIMIT, TextTokens, cut
-from awareness_vllm.passages.index import BUDGET, MIN, PassageIndex
+from awareness_vllm.passages.index import MIN, PassageIndex
 from awareness_vllm.passages.strategies import STRATEGIES
 from awareness_vllm.passages.vectors import word_vectors
 from awareness_vllm.passages.words import words
