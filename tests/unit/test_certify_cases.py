@@ -48,7 +48,7 @@ def test_lines_name_controls_and_margins() -> None:
     interval = Interval(mean=-0.1, ci_low=-0.2, ci_high=0)
     plan = PLANS[3].model_copy(
         update={
-            "controls": {"quotes": interval},
+            "controls": {"quotes": Interval(mean=1, ci_low=0, ci_high=1)},
             "margin": interval,
             "reread": 24,
             "facts_kinds": {"sum": {"native": 0.5, "memory": 0.25}},
