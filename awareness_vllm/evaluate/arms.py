@@ -138,13 +138,20 @@ def score(
     harness: EvalHarness, items: Sequence[Item], arms: Sequence[Mapping[str, Segments]]
 ) -> Iterator[tuple[int, str, Tensor]]:
     """The index of each item with each of its conditions and the log probabilities [scored, V]
-    there; *native* of every item comes before all others."""
-    keys = [(i, "native") for i in range(len(items))]
-    others = [(i, name) for i, arm in enumerate(arms) for name in arm if name != "native"]
-    for group in (keys, others):
-        texts = [Text(arms[i][name], items[i].ids) for i, name in group]
-        for k, logprobs in harness.reader.logprobs(texts, [items[i].scored for i, _ in group]):
-            yield *group[k], logprobs
+    there; *native* of every item comes before all others. The same states are scored once: plans
+    that buy the same share a control."""
+    natives: list[list[str]] = [["native"] for _ in items]
+    others: list[list[str]] = [[name for name in arm if name != "native"] for arm in arms]
+    for names in (natives, others):
+        alike: dict[tuple[int, ...], list[str]] = {}
+        for i, wanted in enumerate(names):
+            for name in wanted:
+                alike.setdefault((i, *map(id, arms[i][name])), []).append(name)
+        groups = [(key[0], group) for key, group in alike.items()]
+        texts = [Text(arms[i][group[0]], items[i].ids) for i, group in groups]
+        for k, logprobs in harness.reader.logprobs(texts, [items[i].scored for i, _ in groups]):
+            i, group = groups[k]
+            yield from ((i, name, logprobs) for name in group)
 
 
 def conditions(

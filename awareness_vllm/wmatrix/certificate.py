@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, FiniteFloat, ValidationError
+from pydantic import AfterValidator, Field, FiniteFloat, ValidationError, model_validator
 
 from awareness_vllm.errors import escaped
 from awareness_vllm.schema import MAX_NAME, FrozenModel, PlainName, PlainText
@@ -48,6 +48,8 @@ def _at_most(most: float) -> Callable[[Interval], Interval]:
     return check
 
 
+TOLERANCE = 1e-6
+"""Of a margin, for the rounding of its computation."""
 FURTHEST = 1e4
 """What no figure exceeds, either way: a share of almost nothing can be far below zero."""
 Retention = Annotated[Interval, AfterValidator(_at_most(1.5))]
@@ -111,6 +113,21 @@ class Plan(FrozenModel):
     facts_kinds: dict[PlainName, dict[PlainName, Share]] = Field(default_factory=dict)
     texts: Count = 0
     cases: Count = 0
+
+    @model_validator(mode="after")
+    def _agrees_with_its_controls(self) -> Plan:
+        """Check that each margin is the difference that its figures have."""
+        for kept, controls, margin in (
+            (self.retention, self.controls, self.margin),
+            (self.facts, self.facts_controls, self.facts_margin),
+        ):
+            if (margin is None) != (not controls) or (controls and kept is None):
+                raise ValueError("a margin without controls, or controls without one")
+            if margin is not None and kept is not None:
+                best = max(control.mean for control in controls.values())
+                if abs(kept.mean - best - margin.mean) > TOLERANCE:
+                    raise ValueError("a margin that its controls contradict")
+        return self
 
     @property
     def beaten(self) -> bool:

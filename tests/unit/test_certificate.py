@@ -242,7 +242,8 @@ def test_lengths_and_plans_are_measured(
     monkeypatch.setattr(certify_module, "evaluate_cases", with_plans)
     kept = {"mean": 0.5, "ci_low": 0.4, "ci_high": 0.6}
     monkeypatch.setattr(TextFigures, "retention", lambda *args: kept)
-    monkeypatch.setattr(TextFigures, "margin", lambda *args: kept)
+    none = {"mean": 0.0, "ci_low": -0.1, "ci_high": 0.1}
+    monkeypatch.setattr(TextFigures, "margin", lambda *args: none)
     measured = certify(
         load(fitted),
         *tiny_models,

@@ -39,6 +39,19 @@ def edited(*path: str | int, value: Any) -> Document:
     return document
 
 
+def with_margin(margin: float, control: str = "quotes") -> Document:
+    """A plan that keeps 0.1 more than a control, and claims `margin`."""
+    document = genuine()
+    plan, mean = document["plans"][0], document["plans"][0]["retention"]["mean"]
+    plan["controls"] = {control: interval(mean - 0.1)}
+    plan["margin"] = interval(margin)
+    return document
+
+
+def interval(mean: float) -> dict[str, float]:
+    return {"mean": mean, "ci_low": mean - 0.1, "ci_high": mean + 0.1}
+
+
 FORGED: dict[str, Callable[[], Document]] = {
     "a mean of 42": lambda: edited("retention", "mean", value=42),
     "a plan's mean of 42": lambda: edited("plans", 0, "retention", "mean", value=42),
@@ -53,6 +66,13 @@ FORGED: dict[str, Callable[[], Document]] = {
     "top-1 above one": lambda: edited("plans", 0, "top1", value=1.5),
     "counts of nothing": lambda: edited("counts", value={}),
     "counts of no text": lambda: edited("counts", value={"texts": 0, "cases": 3}),
+    "a margin without controls": lambda: edited("plans", 0, "margin", value=genuine()["facts"]),
+    "a margin that its controls contradict": lambda: with_margin(0.9),
+    "a control of another name": lambda: with_margin(0.1, "a guess"),
+    "facts that native recalls thrice": lambda: edited("plans", 0, "facts_native", value=3),
+    "a kind's exact matches above all": lambda: edited(
+        "plans", 0, "facts_kinds", value={"sum": {"memory": 1.5}}
+    ),
     "tier 0": lambda: edited("tier", value=0),
     "metrics of no layer": lambda: edited("metrics", "semantic_preservation", value=[]),
     "a cosine of 7": lambda: edited("metrics", "semantic_preservation", value=[7.0]),
@@ -90,6 +110,7 @@ def test_what_was_measured_is_believed_and_what_is_incomplete_certifies_nothing(
     assert parse_certificate({}) is None
     for name in document:
         assert parse_certificate({k: v for k, v in document.items() if k != name}) is None
+    assert parse_certificate(with_margin(0.1)) is not None
     # A later version's.
     assert parse_certificate(document | {"energy": 1}) is None
 

@@ -14,6 +14,9 @@ def test_figures_and_arms_read_well() -> None:
     assert (percent(0.894), percent(0.91, prior=True)) == ("89.4 %", "~91 %")
     assert (spread(0.5, 0.625), spread(0.5, 0.5), spread(None, 1)) == ("50.0 … 62.5", "", "")
     assert condition("memory_tail_48") == "memory, last 48 tokens read natively"
+    both = "memory, last 48 tokens read natively, up to 24 re-read in place"
+    assert condition("memory_tail_48_reread_24") == both
+    assert condition("memory_reread_24") == "memory, up to 24 re-read in place"
     assert condition("another") == "another"
 
 

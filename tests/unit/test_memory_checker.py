@@ -43,8 +43,8 @@ def interval(mean: float, half: float = 0.01) -> dict[str, float]:
     return {"mean": mean, "ci_low": mean - half, "ci_high": mean + half}
 
 
-def certificate(facts: float = 1.0, texts: int = 48) -> dict[str, Any]:
-    """As if it had been measured: `KEPT`, by context and tail."""
+def certificate(facts: float = 1.0, texts: int = 48, margin: float | None = None) -> dict[str, Any]:
+    """As if it had been measured: `KEPT`, by context and tail, with a `margin` controls too."""
     plans = [
         {
             "context": context,
@@ -54,6 +54,7 @@ def certificate(facts: float = 1.0, texts: int = 48) -> dict[str, Any]:
             "kinds": {"poems": interval(kept - 0.1)},
             "top1": 0.5,
             "tokens_only": interval(0),
+            **controlled(kept, margin),
         }
         for (context, tail), kept in KEPT.items()
     ]
@@ -70,6 +71,14 @@ def certificate(facts: float = 1.0, texts: int = 48) -> dict[str, Any]:
         **{"hardware": "", "versions": {}},
     }
     return Certificate.model_validate(document).model_dump(mode="json")
+
+
+def controlled(kept: float, margin: float | None) -> dict[str, Any]:
+    """The fields of a plan that is better by a margin than its better control."""
+    if margin is None:
+        return {}
+    controls = {"truncation": interval(kept - margin), "quotes": interval(0.1)}
+    return {"controls": controls, "margin": interval(margin)}
 
 
 @pytest.fixture(scope="module")
@@ -184,20 +193,6 @@ def test_lost_facts_lower_the_level(
     assert ("names, places" in described(report)) == (impact is not None)
     if impact:
         assert f"{impact}: names, places" in described(report)
-
-
-def test_longer_than_measured_and_few_texts_are_risks(
-    certify: Any, tiny_models: Models, memory: Package
-) -> None:
-    listing = SimpleNamespace(source_model="source", token_count=1500)
-    found = certify(texts=8).check(listing, tiny_models[1].name)
-    assert "medium: 1500 tokens: the longest" in described(found)
-    assert "from 8 texts" in described(found)
-    listing.token_count = 5000
-    assert "high: 5000 tokens" in described(certify().check(listing, tiny_models[1].name))
-    assert "the longest" not in described(
-        certify().check(package=memory, target_model=tiny_models[1])
-    )
 
 
 def test_advice_is_sorted_and_says_how_it_is_known(certify: Any, tiny_models: Models) -> None:

@@ -28,6 +28,11 @@ def interval(mean: float, half: float = 0.05) -> Interval:
 
 
 def plan(context: int, kept: float, tail: int = 0, reread: int = 0, **more: Any) -> Plan:
+    """A plan; of each margin among its figures with the control that it is over."""
+    if margin := more.get("margin"):
+        more["controls"] = {"quotes": interval(kept - margin.mean)}
+    if margin := more.get("facts_margin"):
+        more["facts_controls"] = {"quotes": interval(more["facts"].mean - margin.mean)}
     return Plan(
         context=context,
         tail=tail,

@@ -5,7 +5,7 @@ A prior never looks like a measured figure.
 
 from __future__ import annotations
 
-from awareness_vllm.compatibility.report import LEVELS, Basis, Level, level_of
+from awareness_vllm.compatibility.report import LEVELS, Basis, Curve, Level, level_of
 from awareness_vllm.wmatrix.certificate import Interval
 
 LOOKS: dict[Level, str] = {level: f"l{i}" for i, (_, level, _) in enumerate(LEVELS)}
@@ -60,9 +60,16 @@ def size(gigabytes: float) -> str:
     return f"{gigabytes:.2f} GB" if gigabytes >= 0.1 else f"{1000 * gigabytes:.1f} MB"
 
 
-def plan(tail: int | str) -> str:
-    """The name of a way to load a memory: with how many last tokens read natively."""
-    return f"last {tail} tokens read natively" if tail else "the map alone"
+def plan(curve: Curve) -> str:
+    """The name of a curve's way to load a memory."""
+    return native(curve.tail, curve.reread)
+
+
+def native(tail: int | str, reread: int | str = 0) -> str:
+    """What of a memory is read natively: how many last tokens, and how many in place."""
+    parts = [f"last {tail} tokens read natively"] if tail else []
+    parts += [f"up to {reread} re-read in place"] if reread else []
+    return ", ".join(parts) or "the map alone"
 
 
 def metric(name: str) -> str:
@@ -71,7 +78,10 @@ def metric(name: str) -> str:
 
 
 def condition(name: str) -> str:
-    """The name of one of the five arms; `memory_tail_48` reads its last 48 tokens natively."""
+    """The name of one of the five arms; `memory_tail_48_reread_24` reads its last 48 tokens
+    natively, and up to 24 more in place."""
+    name, _, reread = name.partition("_reread_")
     kind, _, tail = name.partition("_tail_")
     words = CONDITIONS.get(kind, kind)
-    return f"{words.partition(':')[0]}, {plan(tail)}" if tail else words
+    natively = tail or reread
+    return f"{words.partition(':')[0]}, {native(tail, reread)}" if natively else words
