@@ -1,6 +1,6 @@
 """Editions: what the requests after them take, and what users notice while they are made.
 
-    python benchmarks/editions.py --rounds 4 [--policy always] [--wmatrix FILE] [flags of vllm serve]
+    python benchmarks/editions.py --rounds 4 [--policy always] [--wmatrix FILE] [serve flags]
 
 SmolLM2's memories of 2,000 tokens on Gemma-3-270M. In each round every text is read natively, its
 memory is used once, and when the server keeps its edition twice more: warm, then hot. A ratio is
