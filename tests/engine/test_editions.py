@@ -148,5 +148,5 @@ def test_a_copy_in_a_chat_becomes_exact_and_stays_so_for_the_next_server(
         assert (memory["edition"], memory["temperature"]) == ([True], "warm")
         assert from_native(server, answer) <= NEAR_TIE
         assert httpx.delete(f"{server.url}/v1/memories/{package.stem}").json()["evicted"]
-        assert request(server, max_tokens=1)["memory"]["edition"] == [False]
         assert not list((tmp_path / "disk").glob("*.aligned"))
+        assert request(server, max_tokens=1)["memory"]["edition"] == [False]
