@@ -19,7 +19,7 @@ import httpx
 import torch
 from awareness_demo.servers import AWARENESS, NAME, running
 from safetensors.torch import save_file
-from servers import FLAGS
+from servers import ALIGNED, FLAGS
 
 TEXT = (
     "The lighthouse at Cape Verity was built in 1871 by Anna Rask. Its lamp burned whale oil until "
@@ -63,7 +63,7 @@ FEATURES = (
 
 
 def flags_of(folder: Path) -> list[object]:
-    return ["--store", folder / "store", *FLAGS]
+    return ["--store", folder / "store", *FLAGS, *ALIGNED]
 
 
 def capture_memory(model: Path, folder: Path) -> str:

@@ -31,7 +31,7 @@ import httpx
 from awareness_demo.anchors import held_out_dir, install
 from awareness_demo.models import prepare
 from awareness_demo.servers import AWARENESS, NAME, running
-from servers import FLAGS, paired_ratio, smollm2, stop_on_terminate
+from servers import ALIGNED, FLAGS, paired_ratio, smollm2, stop_on_terminate
 
 from awareness_vllm.anchors.corpus import load
 from awareness_vllm.files import wmatrices_dir
@@ -164,7 +164,7 @@ def main() -> None:
         store.mkdir()
         contexts = {capture_text(smollm2(), t, store): t for t in texts(target, args.tokens)}
         flags = [*(flags or FLAGS), "--max-model-len", str(max(4096, 2 * args.tokens))]
-        flags += ["--store", str(store), "--wmatrix", str(wmatrix)]
+        flags += ["--store", str(store), "--wmatrix", str(wmatrix), *ALIGNED]
         with running(AWARENESS, target, flags, Path(scratch) / "log") as server:
             values = measure(Client(server.url), contexts, args.rounds)
     about = {"tokens": args.tokens, "rounds": args.rounds, "texts": TEXTS, "wmatrix": wmatrix.name}

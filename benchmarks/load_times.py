@@ -30,7 +30,7 @@ import httpx
 from awareness_demo.anchors import held_out_dir, install
 from awareness_demo.models import prepare
 from awareness_demo.servers import AWARENESS, NAME, running
-from servers import stop_on_terminate
+from servers import ALIGNED, stop_on_terminate
 
 from awareness_vllm.anchors.corpus import load
 from awareness_vllm.compatibility.load_time.cost import load_times_s
@@ -163,7 +163,7 @@ def measure(direction: Direction, tokens: list[int], rounds: int, here: Calibrat
             for way in (direction, copies)
             for count in tokens
         ]
-        flags = [*FLAGS, "--store", str(store), "--wmatrix", str(direction.wmatrix)]
+        flags = [*FLAGS, *ALIGNED, "--store", str(store), "--wmatrix", str(direction.wmatrix)]
         with running(AWARENESS, direction.target, flags, Path(scratch) / "log") as process:
             server = Server(process.url)
             return [

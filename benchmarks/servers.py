@@ -13,6 +13,8 @@ import numpy as np
 from awareness_demo.models import prepare
 
 FLAGS = ["--enforce-eager", "--kv-cache-memory-bytes", "1G", "--max-model-len", "2048"]
+ALIGNED = ["--editions", "never"]
+"""Of servers whose aligned memories are measured: an edition would take their place."""
 BOOTSTRAPS = 2000
 
 

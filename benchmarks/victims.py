@@ -30,7 +30,7 @@ import httpx
 from awareness_demo.anchors import held_out_dir
 from awareness_demo.servers import AWARENESS, NAME, running
 from poison import Poison, forged_maps, overwrite, packages, places, spoil_disk_cache, stranger
-from servers import smollm2, stop_on_terminate
+from servers import ALIGNED, smollm2, stop_on_terminate
 
 from awareness_vllm.anchors.corpus import load
 from awareness_vllm.packages.capture import capture
@@ -139,7 +139,7 @@ class Household:
             "--store", self.store, "--tenants", self.tenants,
             "--wmatrix", *sorted(self.maps.iterdir()), "--disk-cache", self.disk,
             "--host-cache-gib", 0, "--dtype", "float32", "--enforce-eager",
-            "--kv-cache-memory-bytes", "256M", "--max-model-len", 1024,
+            "--kv-cache-memory-bytes", "256M", "--max-model-len", 1024, *ALIGNED,
         ]  # fmt: skip
 
     def poison_all(self) -> None:

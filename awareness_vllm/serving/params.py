@@ -29,6 +29,10 @@ EDITION = "edition"
 """Stands for a W-Matrix where the states are the served model's own, of the memory's text."""
 
 
+DRAFT = "draft_"
+"""Begins the name of an edition in the making, which stands for a memory in its own requests."""
+
+
 def edition_name(before: Sequence[int]) -> str:
     """The name of the editions that were read after these ids: they are exact nowhere else. No
     digest begins so."""
@@ -108,6 +112,11 @@ class LoadParams(FrozenModel):
         return (part.key, (self.tokens - self.tail, self.tokens)) if self.passage else None
 
     @property
+    def is_internal(self) -> bool:
+        """Whether the request is the server's own, and in no statistics."""
+        return self.passage or self.parts[0].memory.startswith(DRAFT)
+
+    @property
     def tokens(self) -> int:
         """Ids of memories at the prompt's beginning."""
         return sum(part.tokens for part in self.parts)
@@ -142,6 +151,12 @@ class LoadParams(FrozenModel):
 def kv_transfer_params(params: LoadParams, extra: dict[str, Any] | None = None) -> dict[str, Any]:
     """The request field that carries the plan to the connector, beside the client's own `extra`."""
     return {**(extra or {}), PARAMS_KEY: params.model_dump(mode="json")}
+
+
+def draft_params(draft: str, tokens: int) -> LoadParams:
+    """The plan of the requests that read an edition on from position `tokens`, whatever the prefix
+    cache has lost."""
+    return LoadParams(parts=(Part(memory=draft, digest=draft, tokens=tokens),))
 
 
 def passage_params(part: Part, span: Span, tenant: str) -> LoadParams:

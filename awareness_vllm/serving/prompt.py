@@ -227,8 +227,7 @@ class Prompt:
         if not any(kept) or not (self.loads or all(kept)):
             return self
         tail = 0 if kept[-1] else self.tail
-        refusal = None if all(kept) else self.refusal
-        return replace(self, tail=tail, reason="", editions=tuple(kept), refusal=refusal)
+        return replace(self, tail=tail, reason="", editions=tuple(kept), refusal=None)
 
     @property
     def loads(self) -> bool:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -114,3 +117,36 @@ def test_in_a_chat_and_after_another_memory(server: Server, foreign: tuple[str, 
     answer = request()
     assert answer["memory"]["retention"] == [1.0, 1.0]
     assert from_native(server, answer) <= NEAR_TIE
+
+
+def test_a_copy_in_a_chat_becomes_exact_and_stays_so_for_the_next_server(
+    smollm2: Path, own_memories: dict[str, tuple[Path, str]], tmp_path: Path
+) -> None:
+    """SmolLM2's own memory, captured for the beginning of a prompt; it has a chat template."""
+    package, _ = own_memories["smollm2-135m"]
+    store = tmp_path / "store"
+    store.mkdir()
+    shutil.copy(package, store)
+    flags = ("--editions", "idle", "--disk-cache", tmp_path / "disk")
+
+    def request(server: Server, **fields: object) -> dict:
+        messages = [{"role": "user", "content": QUESTION}]
+        fields |= {"memory_ids": [package.stem]}
+        return ask(server, "chat/completions", messages=messages, **fields)
+
+    start = contextlib.contextmanager(serving)
+    with start(smollm2, store, tmp_path / "first.log", *flags) as server:
+        before = request(server, max_tokens=1)["memory"]
+        assert (before["edition"], before["retention"]) == ([False], [None])
+        until_exact(functools.partial(request, server))
+        assert from_native(server, request(server)) <= NEAR_TIE
+        (kept,) = httpx.get(f"{server.url}/v1/memories").raise_for_status().json()["data"]
+        assert kept["edition"]
+    with start(smollm2, store, tmp_path / "second.log", *flags) as server:
+        answer = request(server)
+        memory = answer["memory"]
+        assert (memory["edition"], memory["temperature"]) == ([True], "warm")
+        assert from_native(server, answer) <= NEAR_TIE
+        assert httpx.delete(f"{server.url}/v1/memories/{package.stem}").json()["evicted"]
+        assert not list((tmp_path / "disk").glob("*.aligned"))
+        assert request(server, max_tokens=1)["memory"]["edition"] == [False]

@@ -18,7 +18,7 @@ from awareness_vllm.serving.connector.editions import EditionDrafts
 from awareness_vllm.serving.connector.kv_layout import KVLayout
 from awareness_vllm.serving.connector.kv_reader import CAPTURE_KEY
 from awareness_vllm.serving.connector.worker_extension import WorkerCalls
-from awareness_vllm.serving.params import EDITION, Key
+from awareness_vllm.serving.params import EDITION, Key, LoadParams
 from awareness_vllm.serving.prompt import Prompt, ResolvedMemory
 from awareness_vllm.trust.policy import Signers
 from awareness_vllm.wmatrix.registry import WMatrixEntry
@@ -54,6 +54,7 @@ class Engine:
         self.worker = WorkerCalls(cast(Any, SimpleNamespace(**parts)), None)
         self.during: Callable[[], Awaitable[None]] | None = None
         self.calls: list[str] = []
+        self.plans: list[LoadParams | None] = []
         self.errored = False
 
     async def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
@@ -62,12 +63,21 @@ class Engine:
         return [getattr(self.worker, name)(*arguments)]
 
     async def generate(self, prompt: Any, params: Any, request_id: str) -> AsyncIterator[None]:
-        asked = params.extra_args["kv_transfer_params"][CAPTURE_KEY]
-        ids, begin = prompt["prompt_token_ids"], asked["begin"]
+        capture = params.extra_args["kv_transfer_params"][CAPTURE_KEY]
+        ids, begin = prompt["prompt_token_ids"], capture["begin"]
         self.requests.append((begin, len(ids), prompt["cache_salt"]))
+        asked = params.extra_args["kv_transfer_params"]
+        self.plans.append(LoadParams.of(asked, prompt["cache_salt"]))
+        if (plan := self.plans[-1]) is not None:
+            (part,) = plan.parts
+            held = self.drafts.loader.heads[part.memory]
+            assert held.ids == ids[: plan.tokens]
+            # The shortest prompt after it has its last 7 tokens computed, which see 8 before them.
+            first = max(0, plan.tokens - 8 - WINDOW + 1) // BLOCK * BLOCK
+            assert [len(rows) for rows in held.keys] == [plan.tokens, plan.tokens - first]
         if self.during is not None:
             await self.during()
-        self.captures.capture(asked["name"], lambda: states_at(ids, begin), begin)
+        self.captures.capture(capture["name"], lambda: states_at(ids, begin), begin)
         yield None
 
 

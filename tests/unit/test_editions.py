@@ -64,10 +64,10 @@ def test_a_used_memory_is_read_to_its_end_and_used_from_then_on(
     assert [(begin, end) for begin, end, _ in engine.requests] == [
         (0, 8),
         (8, 16),
-        (16, 24),
-        (24, 30),
+        (16, 30),
     ]
     assert len({salt for _, _, salt in engine.requests}) == 1
+    assert engine.plans == [None] * 3
     assert second.params is not None
     assert (second.params.tail, second.params.parts[0].key) == (0, KEY)
     assert second.params.cache_salt != (first.params and first.params.cache_salt)
@@ -141,7 +141,9 @@ def test_a_request_waits_for_one_chunk_at_most(
         await settle(editions)
         return during, len(engine.requests)
 
-    assert asyncio.run(run()) == (2, 4)
+    assert asyncio.run(run()) == (2, 3)
+    # What was read is loaded after a request, which may have taken its blocks.
+    assert [plan and plan.tokens for plan in engine.plans] == [None, None, 16]
 
 
 def test_always_means_beside_requests(engine: Engine) -> None:
@@ -155,14 +157,18 @@ def test_always_means_beside_requests(engine: Engine) -> None:
     assert asyncio.run(run())
 
 
-def test_without_a_prefix_cache_it_is_read_at_once(engine: Engine) -> None:
+def test_without_a_prefix_cache_what_is_read_is_loaded(engine: Engine, loader: Any) -> None:
     async def run() -> None:
-        editions = editions_of(engine, chunk=None)
+        editions = editions_of(engine, cached=False)
         await editions.use(prompt_of())
         await settle(editions)
 
     asyncio.run(run())
-    assert [(begin, end) for begin, end, _ in engine.requests] == [(0, 30)]
+    assert [plan and plan.tokens for plan in engine.plans] == [None, 8, 16]
+    assert torch.equal(
+        loader.editions.get(KEY).values[1], states_at(IDS, 0)[tensor_name(1, "value")][12:]
+    )
+    assert not loader.heads
 
 
 # What goes wrong
@@ -186,7 +192,7 @@ def test_what_fails_is_tried_again_from_its_beginning(
         return await editions.use(prompt_of())
 
     assert asyncio.run(run()).editions == (True,)
-    assert [begin for begin, _, _ in engine.requests] == [0, 8, 0, 8, 16, 24]
+    assert [begin for begin, _, _ in engine.requests] == [0, 8, 0, 8, 16]
     first, _, again, *_ = (salt for _, _, salt in engine.requests)
     assert first != again
     assert DROP_EDITION in engine.calls
@@ -256,7 +262,7 @@ def test_a_lost_draft_is_begun_anew(engine: Engine, monkeypatch: pytest.MonkeyPa
         return editions.has(MEMORY)
 
     assert asyncio.run(run())
-    assert [begin for begin, _, _ in engine.requests] == [0, 8, 16, 0, 8, 16, 24]
+    assert [begin for begin, _, _ in engine.requests] == [0, 8, 16, 0, 8, 16]
 
 
 def test_workers_that_do_not_answer_are_no_users_business(engine: Engine) -> None:
@@ -330,4 +336,4 @@ def test_another_front_ends_edition_is_used(engine: Engine) -> None:
         return await other.use(prompt_of(tenant="umbrella"))
 
     assert asyncio.run(run()).editions == (True,)
-    assert len(engine.requests) == 4
+    assert len(engine.requests) == 3

@@ -19,13 +19,15 @@ from awareness_vllm.errors import AwarenessError
 from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.packages.manifest import id_of
 from awareness_vllm.serving.api.engine_client import MemoryEngineClient
+from awareness_vllm.serving.connector.scheduler import MIN_COMPUTED
 from awareness_vllm.serving.connector.worker_extension import (
     DROP_EDITION,
     EXTEND_EDITION,
     FINISH_EDITION,
     HAVE_EDITIONS,
+    HOLD_EDITION,
 )
-from awareness_vllm.serving.params import Key, is_of
+from awareness_vllm.serving.params import DRAFT, Key, LoadParams, draft_params, is_of
 from awareness_vllm.serving.prompt import Prompt
 
 if TYPE_CHECKING:
@@ -55,7 +57,7 @@ class Activity:
     """The users' requests that this front end is answering."""
 
     def __init__(self) -> None:
-        self.requests = 0
+        self.requests = self.total = 0
         self.ended = 0.0
         self.quiet = asyncio.Event()
         self.quiet.set()
@@ -64,6 +66,7 @@ class Activity:
     def request(self) -> Iterator[None]:
         """Within, a request is being answered."""
         self.requests += 1
+        self.total += 1
         self.quiet.clear()
         try:
             yield
@@ -96,13 +99,15 @@ class Known:
 @dataclass
 class Wanted:
     """An edition to be made: its ids, for a tenant, of which `read` are read, as the workers' draft
-    of this name. It is not tried before the time `after`."""
+    of this name, and the plan that loads what the prefix cache may have lost of them. It is not
+    tried before the time `after`."""
 
     key: Key
     ids: list[int]
     tenant: str
     draft: str = ""
     read: int = 0
+    plan: LoadParams | None = None
     after: float = 0.0
     failures: int = 0
     given_up: bool = False
@@ -116,7 +121,8 @@ class Editions:
         uses: of a memory after which its edition is made.
         limit: bytes of one edition; a larger one is not made.
         geometry: of the model that reads them.
-        chunk: tokens that are read at once; None: all of them.
+        chunk: tokens that are read at once.
+        cached: whether the engine has a prefix cache.
     """
 
     def __init__(
@@ -127,10 +133,12 @@ class Editions:
         uses: int = 1,
         limit: int = 2**30,
         geometry: Geometry | None = None,
-        chunk: int | None = CHUNK,
+        chunk: int = CHUNK,
+        cached: bool = True,
     ) -> None:
         self.engine_client, self.geometry = engine_client, geometry
-        self.policy, self.uses, self.limit, self.chunk = policy, uses, limit, chunk
+        self.policy, self.uses, self.limit = policy, uses, limit
+        self.chunk, self.cached = chunk, cached
         self.activity = Activity()
         self.known: OrderedDict[Key, Known] = OrderedDict()
         self.wanted: OrderedDict[Key, Wanted] = OrderedDict()
@@ -151,15 +159,14 @@ class Editions:
             # A request goes to one engine, a call to the first: an edition would be elsewhere.
             logger.warning("no editions are made with data parallelism")
             policy = "never"
-        chunk = -(-CHUNK // cache.block_size) * cache.block_size
         return cls(
             engine_client,
             policy=policy,
             uses=config.edition_after,
             limit=int(config.edition_gib * 2**30),
             geometry=model.geometry,
-            # Without a prefix cache each chunk would begin anew.
-            chunk=chunk if cache.enable_prefix_caching else None,
+            chunk=-(-CHUNK // cache.block_size) * cache.block_size,
+            cached=bool(cache.enable_prefix_caching),
         )
 
     def has(self, memory: str) -> bool:
@@ -287,7 +294,7 @@ class Editions:
 
     async def _failed(self, wanted: Wanted, error: Exception) -> None:
         """Begin an edition anew, later."""
-        draft, wanted.draft, wanted.read = wanted.draft, "", 0
+        draft, wanted.draft, wanted.read, wanted.plan = wanted.draft, "", 0, None
         wait = min(MAX_RETRY_S, RETRY_S * 2**wanted.failures)
         wanted.failures += 1
         wanted.after = time.monotonic() + wait
@@ -297,6 +304,18 @@ class Editions:
             await self.engine_client.call(DROP_EDITION, draft, True)
         except Exception as later:  # an engine that is gone
             logger.warning("a draft of an edition is not dropped: %s", later)
+
+    async def _read_chunk(self, wanted: Wanted) -> None:
+        """Have the model read on. A rest of few tokens goes with the chunk before: so few are
+        computed in another way, with other rounding."""
+        client, tokens, begin = self.engine_client, len(wanted.ids), wanted.read
+        end = begin + self.chunk
+        if tokens - end < MIN_COMPUTED:
+            end = tokens
+        salt = f"awareness-edition-{wanted.draft}"
+        capture = await client.read(wanted.ids[:end], begin=begin, salt=salt, plan=wanted.plan)
+        check(await client.call(EXTEND_EDITION, wanted.draft, capture, begin))
+        wanted.read = end
 
     async def _make(self, wanted: Wanted) -> None:
         """Have the model read a memory to its end, chunk by chunk.
@@ -308,19 +327,20 @@ class Editions:
         await self._ask([wanted.key])
         if self._is_kept(wanted.key):
             return  # another front end was faster
-        wanted.draft = secrets.token_hex(16)
-        tokens = len(wanted.ids)
+        wanted.draft = DRAFT + secrets.token_hex(16)
+        tokens, seen = len(wanted.ids), self.activity.total
         while wanted.read < tokens:
             if self.policy == "idle":
                 await self.activity.idle()
             if wanted.given_up:
                 await client.call(DROP_EDITION, wanted.draft, False)
                 return
-            end = min(tokens, wanted.read + (self.chunk or tokens))
-            salt = f"awareness-edition-{wanted.draft}"
-            capture = await client.read(wanted.ids[:end], begin=wanted.read, salt=salt)
-            check(await client.call(EXTEND_EDITION, wanted.draft, capture, wanted.read, tokens))
-            wanted.read = end
+            if wanted.read and (self.activity.total > seen or not self.cached):
+                # The prefix cache may have lost what is read: then it is loaded.
+                held = wanted.ids[: wanted.read]
+                check(await client.call(HOLD_EDITION, wanted.draft, held))
+                wanted.plan, seen = draft_params(wanted.draft, wanted.read), self.activity.total
+            await self._read_chunk(wanted)
         check(
             await client.call(
                 FINISH_EDITION, wanted.draft, list(wanted.key), wanted.ids, wanted.tenant

@@ -34,6 +34,7 @@ from awareness_vllm.serving.connector.worker_extension import (
     STATE,
     signed,
 )
+from awareness_vllm.serving.params import LoadParams, kv_transfer_params
 from awareness_vllm.serving.prompt import Prompt, head_name
 from awareness_vllm.serving.request import MemoryRequest
 from awareness_vllm.serving.resolver import MemoryResolver
@@ -164,15 +165,25 @@ class MemoryEngineClient:
         return next(filter(None, errors), "")
 
     async def read(
-        self, ids: Sequence[int], *, begin: int = 0, salt: str = "", to_file: bool = False
+        self,
+        ids: Sequence[int],
+        *,
+        begin: int = 0,
+        salt: str = "",
+        plan: LoadParams | None = None,
+        to_file: bool = False,
     ) -> str:
-        """Have the model read some ids; the key of the capture of their states from position
-        `begin` on. The blocks are found only by reads with the same `salt`, by none without one:
-        those of others may lack what a window has given back."""
+        """Have the model read some ids, the first of which a `plan` may load; the key of the
+        capture of their states from position `begin` on. The blocks are found only by reads with
+        the same plan or `salt`, by none without either: those of others may lack what a window has
+        given back."""
         capture = await self.announce(to_file=to_file)
-        asked = {CAPTURE_KEY: {"name": capture, "begin": begin}}
+        asked: dict[str, Any] = {CAPTURE_KEY: {"name": capture, "begin": begin}}
+        salt = salt or f"awareness-read-{capture}"
+        if plan is not None:
+            asked, salt = kv_transfer_params(plan, asked), plan.cache_salt
         params = SamplingParams(max_tokens=1, extra_args={"kv_transfer_params": asked})
-        prompt = tokens_input(list(ids), cache_salt=salt or f"awareness-read-{capture}")
+        prompt = tokens_input(list(ids), cache_salt=salt)
         try:
             async for _ in self.engine.generate(prompt, params, f"awareness-{capture}"):
                 pass  # the answer does not matter, the states do

@@ -157,7 +157,7 @@ class AwarenessConnector(KVConnectorBase_V1, SupportsHMA):
         else:
             if num_external_tokens:
                 plan = self.scheduler.plan_of(request)
-                counted = plan is None or not plan.passage
+                counted = plan is None or not plan.is_internal
                 self.tracker.start(request.request_id, cached, counted=counted)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:

@@ -13,7 +13,6 @@ from vllm.logger import init_logger
 
 from awareness_vllm.align.realign import AlignedMemory
 from awareness_vllm.errors import AwarenessError
-from awareness_vllm.packages.manifest import tensor_name
 from awareness_vllm.serving.connector.capture_queue import CaptureQueue, States, keys_and_values
 from awareness_vllm.serving.connector.kv_layout import KVLayout
 from awareness_vllm.serving.connector.loader import MemoryLoader
@@ -25,17 +24,16 @@ logger = init_logger("vllm.awareness.editions")
 MAX_DRAFTS = 8
 """Editions in the making, one of each front end: beyond, the one that waits longest is given up."""
 MADE, FAILED = "made", "failed"
-KEY_VALUE = ("key", "value")
 
 
 @dataclass
 class Draft:
-    """An edition of which positions 0 … read-1 are read: by name the rows that are kept, each from
-    its layer's `first` one on."""
+    """An edition of which positions 0 … read-1 are read: by the names of its tensors the chunks
+    that a request after them may see, each with its first position."""
 
-    first: dict[str, int]
+    layout: KVLayout
     read: int = 0
-    rows: dict[str, list[Tensor]] = field(default_factory=dict)
+    chunks: dict[str, list[tuple[int, Tensor]]] = field(default_factory=dict)
 
     def extend(self, states: States, begin: int) -> None:
         """Add the states of positions from `begin` on, which follow what is read.
@@ -49,11 +47,36 @@ class Draft:
                 found=f"positions from {begin} on",
                 expected=f"from {self.read} on",
             )
-        for name, rows in states.items():
-            kept = rows[max(0, self.first[name] - begin) :]
-            # A slice would hold on to all rows.
-            self.rows.setdefault(name, []).append(kept if len(kept) == len(rows) else kept.clone())
         self.read += len(next(iter(states.values())))
+        first = self.layout.first_rows(self.read, MIN_COMPUTED)
+        for name, rows in states.items():
+            chunks = self.chunks.setdefault(name, [])
+            chunks.append((begin, rows))
+            while chunks[0][0] + len(chunks[0][1]) <= first[layer_of(name)]:
+                del chunks[0]
+
+    def memory(self, ids: list[int]) -> AlignedMemory:
+        """The memory of what is read, which has these ids; of each layer the rows that a request
+        may see. Raises AwarenessError: other ids than so many."""
+        if self.read != len(ids):
+            raise AwarenessError(
+                "the edition is not read so far",
+                found=f"{self.read} tokens",
+                expected=f"{len(ids)}",
+            )
+        first = self.layout.first_rows(self.read, MIN_COMPUTED)
+        states: States = {}
+        for name, chunks in self.chunks.items():
+            rows = torch.cat([rows for _, rows in chunks])
+            kept = rows[first[layer_of(name)] - chunks[0][0] :]
+            # A slice would hold on to all rows.
+            states[name] = kept if len(kept) == len(rows) else kept.clone()
+        return AlignedMemory(ids, *keys_and_values(states, len(states) // 2))
+
+
+def layer_of(name: str) -> int:
+    """The index of the layer in a tensor's name."""
+    return int(name.split(".")[1])
 
 
 class EditionDrafts:
@@ -69,21 +92,28 @@ class EditionDrafts:
         """Which editions this worker keeps."""
         return [self.loader.has_edition(key) for key in keys]
 
-    def extend(self, name: str, capture: str, begin: int, tokens: int) -> str:
-        """Add a captured chunk to an edition of `tokens` tokens, which begins with the chunk at 0;
-        the error's message, or ""."""
-        return _message(functools.partial(self._extend, name, capture, begin, tokens))
+    def extend(self, name: str, capture: str, begin: int) -> str:
+        """Add a captured chunk to an edition, which begins with the chunk at 0; the error's
+        message, or ""."""
+        return _message(functools.partial(self._extend, name, capture, begin))
 
-    def _extend(self, name: str, capture: str, begin: int, tokens: int) -> None:
+    def _extend(self, name: str, capture: str, begin: int) -> None:
         states = self.captures.collect(capture)
         if not begin:
-            first = self.layout.first_rows(tokens, MIN_COMPUTED)
-            parts = [(tensor_name(i, part), row) for i, row in first.items() for part in KEY_VALUE]
-            self.drafts[name] = Draft(dict(parts))
+            self.drafts[name] = Draft(self.layout)
         while len(self.drafts) > MAX_DRAFTS:
-            self.drafts.popitem(last=False)
+            self.drop(next(iter(self.drafts)))
         self._draft(name).extend(states, begin)
         self.drafts.move_to_end(name)
+
+    def hold(self, name: str, ids: list[int]) -> str:
+        """Have what is read of an edition, which has these ids, loaded by the requests that read it
+        on; the error's message, or ""."""
+        return _message(functools.partial(self._hold, name, ids))
+
+    @torch.inference_mode()
+    def _hold(self, name: str, ids: list[int]) -> None:
+        self.loader.keep_head(name, self._draft(name).memory(ids))
 
     def finish(self, name: str, key: Key, ids: list[int], tenant: str) -> str:
         """Keep an edition that has been read; the error's message, or ""."""
@@ -93,15 +123,7 @@ class EditionDrafts:
 
     @torch.inference_mode()
     def _finish(self, name: str, key: Key, ids: list[int], tenant: str) -> None:
-        draft = self._draft(name)
-        if draft.read != len(ids):
-            raise AwarenessError(
-                "the edition is not read to its end",
-                found=f"{draft.read} tokens",
-                expected=f"{len(ids)}",
-            )
-        states = {part: torch.cat(rows) for part, rows in draft.rows.items()}
-        edition = AlignedMemory(ids, *keys_and_values(states, len(states) // 2))
+        edition = self._draft(name).memory(ids)
         self.loader.keep_edition(key, edition, tenant)
         self._count(MADE)
         logger.info(
@@ -111,6 +133,7 @@ class EditionDrafts:
     def drop(self, name: str, *, failed: bool = False) -> None:
         """Give an edition in the making up."""
         self.drafts.pop(name, None)
+        self.loader.heads.pop(name, None)
         if failed:
             self._count(FAILED)
 

@@ -267,7 +267,7 @@ class LoadTracker:
         if outcome is None or plan is None:
             return None
         report = load_report(outcome, self.cached.get(request.request_id, 0))
-        if not plan.passage:
+        if not plan.is_internal:
             self.stats.data["requests"].append(report["temperature"])
             if report["temperature"] != RECOMPUTED and any(is_edition(p.key) for p in plan.parts):
                 self.record_editions({USED: 1})

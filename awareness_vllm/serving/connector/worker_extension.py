@@ -30,6 +30,7 @@ FORGET = "forget"
 CHECK_READ_BACK = "check_read_back"
 HAVE_EDITIONS = "have_editions"
 EXTEND_EDITION = "extend_edition"
+HOLD_EDITION = "hold_edition"
 FINISH_EDITION = "finish_edition"
 DROP_EDITION = "drop_edition"
 CHECK_MEMORY = "check_memory"
@@ -104,8 +105,11 @@ class WorkerCalls:
     def have_editions(self, keys: list[list[str]]) -> list[bool]:
         return self.worker.editions.have([(package, name) for package, name in keys])
 
-    def extend_edition(self, draft: str, capture: str, begin: int, tokens: int) -> str:
-        return self.worker.editions.extend(draft, capture, begin, tokens)
+    def extend_edition(self, draft: str, capture: str, begin: int) -> str:
+        return self.worker.editions.extend(draft, capture, begin)
+
+    def hold_edition(self, draft: str, ids: list[int]) -> str:
+        return self.worker.editions.hold(draft, ids)
 
     def finish_edition(self, draft: str, key: list[str], ids: list[int], tenant: str) -> str:
         package, name = key
