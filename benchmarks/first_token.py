@@ -2,10 +2,12 @@
 
     python benchmarks/first_token.py --rounds 4 [--wmatrix FILE] [any flag of vllm serve]
 
-SmolLM2's memories of 2,000 tokens on Gemma-3-270M. In each round every text is read natively, the
-question is asked alone (the lower bound), and the memory is loaded cold (evicted before), warm
-(under another salt) and hot (again). A ratio is native over the condition, by pairs of one text in
-one round: the median, with its 95 % bootstrap interval.
+SmolLM2's memories of 2,000 tokens on Gemma-3-270M, without editions. In each round every text is
+read natively, the question is asked alone (the lower bound), and the memory is loaded cold (evicted
+before), warm (a new question, whose passages nobody has re-read), hot (that question again) and
+known (the first question again under another salt: its passages are kept, its blocks are not);
+then cold and warm once more with nothing re-read. A ratio is native over the condition, by pairs of
+one text in one round: the median, with its 95 % bootstrap interval.
 
 `stall` is another request's longest wait for a token while nothing else runs, while a cold memory
 is loaded, and while its text is read natively instead.
@@ -17,6 +19,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -41,6 +44,7 @@ from awareness_vllm.serving.plugin import vllm_version
 
 TEXTS = 3
 QUESTION = "\n\nIn one sentence, this text is about"
+WORD = re.compile(r"[A-Za-z]{5,}")
 
 
 def texts(model: Path, tokens: int) -> list[str]:
@@ -50,6 +54,14 @@ def texts(model: Path, tokens: int) -> list[str]:
     raw = whole.encode()
     cuts = [int(spans[tokens * i, 0]) for i in range(TEXTS + 1)]
     return [raw[a:b].decode(errors="ignore") for a, b in itertools.pairwise(cuts)]
+
+
+def question_about(text: str, number: int) -> str:
+    """A question with the words of one of the text's sentences, another one for each number."""
+    sentences = [words for s in text.split(". ") if len(words := WORD.findall(s)) >= 8]
+    words = sentences[(7 * number + 3) % len(sentences)]
+    asked = " ".join(sorted(words, key=len)[-3:])
+    return f"\n\nWhat does the text say about {asked}? It says that"
 
 
 def capture_text(model: Path, text: str, store: Path) -> str:
@@ -111,17 +123,24 @@ def measure(client: Client, contexts: dict[str, str], rounds: int) -> dict[str, 
     client.first(QUESTION)
     seconds: dict[str, list[float]] = {}
     stalls: dict[str, list[float]] = {}
-    for _ in range(rounds):
+    for number in range(rounds):
         for memory, text in contexts.items():
             client.evict(memory)
-            salt, again = client.salt(), client.salt()
+            first, new = (question_about(text, 2 * number + i) for i in range(2))
+            off = {"memory": {"ids": [memory], "reread": 0}}
+            salt, again, third = client.salt(), client.salt(), client.salt()
             for condition, prompt, body in (
-                ("native", text + QUESTION, {"cache_salt": salt}),
-                ("question alone", QUESTION, {"cache_salt": salt}),
-                ("cold", QUESTION, {"memory_ids": [memory], "cache_salt": salt}),
-                ("warm", QUESTION, {"memory_ids": [memory], "cache_salt": again}),
-                ("hot", QUESTION, {"memory_ids": [memory], "cache_salt": again}),
+                ("native", text + first, {"cache_salt": salt}),
+                ("question alone", first, {"cache_salt": salt}),
+                ("cold", first, {"memory_ids": [memory], "cache_salt": salt}),
+                ("warm", new, {"memory_ids": [memory], "cache_salt": again}),
+                ("hot", new, {"memory_ids": [memory], "cache_salt": again}),
+                ("known", first, {"memory_ids": [memory], "cache_salt": third}),
+                ("warm, nothing re-read", new, {**off, "cache_salt": salt}),
+                ("cold, nothing re-read", first, {**off, "cache_salt": again}),
             ):
+                if condition.startswith("cold,"):
+                    client.evict(memory)
                 seconds.setdefault(condition, []).append(client.first(prompt, **body))
             client.evict(memory)
             salt, body = client.salt(), {"memory_ids": [memory], "cache_salt": client.salt()}
@@ -165,7 +184,7 @@ def main() -> None:
         contexts = {capture_text(smollm2(), t, store): t for t in texts(target, args.tokens)}
         flags = [*(flags or FLAGS), "--max-model-len", str(max(4096, 2 * args.tokens))]
         flags += ["--store", str(store), "--wmatrix", str(wmatrix), *ALIGNED]
-        with running(AWARENESS, target, flags, Path(scratch) / "log") as server:
+        flags += ["--store", str(store), "--wmatrix", str(wmatrix), "--editions", "never"]
             values = measure(Client(server.url), contexts, args.rounds)
     about = {"tokens": args.tokens, "rounds": args.rounds, "texts": TEXTS, "wmatrix": wmatrix.name}
     about |= {"hardware": hardware(), "versions": {**versions(), "vllm": vllm_version()}}

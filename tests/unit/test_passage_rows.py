@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from connector_stubs import MEMORY, plan_with
-from cpu_layers import random_states
+from cpu_layers import HEADS, random_states
 from torch import Tensor
 from worker_stubs import KEY, NAMES, NOWHERE, layer_states, load_now, made_worker, warm_memory
 
@@ -15,6 +15,7 @@ from awareness_vllm.align.realign import AlignedMemory
 from awareness_vllm.errors import AwarenessError, PackageCorrupt, PassageMissing
 from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.models.rope import rotate, unrotate
+from awareness_vllm.serving.connector import worker as worker_module
 from awareness_vllm.serving.connector.passages import PassageTier
 from awareness_vllm.serving.connector.scheduler import LoadSpec, SaveSpec
 from awareness_vllm.serving.connector.worker import ConnectorWorker
@@ -85,6 +86,28 @@ def test_a_passage_moves_with_its_memory(worker: ConnectorWorker) -> None:
     moved = rotate(unrotate(states[0], torch.arange(5, 9), rope), torch.arange(8, 12), rope)
     torch.testing.assert_close(key.float(), moved, rtol=2**-7, atol=2**-6)
     assert torch.equal(value, states[2])
+
+
+def test_each_rank_keeps_and_lays_over_its_own_heads(
+    geometry: Geometry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second of two ranks: of a memory's heads it writes the second half, of a passage all that
+    it has read back itself."""
+    second = slice(HEADS, 2 * HEADS)
+    monkeypatch.setattr(worker_module, "slice_of_rank", lambda total, local: second)
+    worker = made_worker(geometry, heads=2 * HEADS)
+    name = (KEY, SPAN)
+    states = [random_states(4, 64, torch.bfloat16, 9 + i) for i in range(4)]
+    slots = worker.layout.slot_mappings(BLOCKS, *SPAN)
+    for i in range(2):
+        worker.own_writer.write(i, states[i], states[2 + i], slots[i])
+    worker.save(SaveSpec("p", 5, 9, 9, BLOCKS, name))
+    load_now(worker, rereading(0, 12, SPAN))
+    memory = warm_memory(worker)
+    for i, first in enumerate((96, 90)):
+        expected = memory.keys[i][:, second].clone()
+        expected[5:9] = states[i]
+        assert torch.equal(layer_states(worker, i, [*range(first, first + 12)])[0], expected)
 
 
 def test_a_load_without_one_of_its_passages_fails(worker: ConnectorWorker) -> None:

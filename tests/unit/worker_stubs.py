@@ -30,16 +30,21 @@ or joins blocks for its kernels."""
 NOWHERE = [NULL_BLOCK] * 6
 
 
-def made_worker(geometry: Geometry) -> ConnectorWorker:
-    """A worker with two layers in two groups, and one memory of 12 tokens in its warm tier."""
+def made_worker(geometry: Geometry, heads: int = HEADS) -> ConnectorWorker:
+    """A worker with two layers in two groups, and one memory of 12 tokens in its warm tier; the
+    model has so many heads."""
     rope = Positions(scheme="rope", theta=1e4, rotary_dim=64)
-    layer = LayerGeometry(heads=HEADS, head_dim=64, positions=rope)
+    layer = LayerGeometry(heads=heads, head_dim=64, positions=rope)
     geometry = geometry.model_copy(update={"layers": (layer, layer)})
     model = ServedModel(Path("none"), 1000, geometry)
     layers = {name: cpu_layer(torch.bfloat16, 32, 64, "vec") for name in NAMES}
     layout = KVLayout(layers, dict(zip(NAMES, (0, 1), strict=True)), SIZES)
     loader = MemoryLoader(model, {"": Store(Path("none"))}, torch.bfloat16, WarmTier(2**30))
-    states = [random_states(12, 64, torch.bfloat16, seed) for seed in range(4)]
+    ranks = range(heads // HEADS)
+    states = [
+        torch.cat([random_states(12, 64, torch.bfloat16, seed + 10 * r) for r in ranks], dim=1)
+        for seed in range(4)
+    ]
     loader.warm.put(KEY, AlignedMemory(list(range(12)), states[:2], states[2:]))
     return ConnectorWorker(
         model, layout, torch.bfloat16, loader, CaptureQueue(), Registry(), load_timeout=30.0
