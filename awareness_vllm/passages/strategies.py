@@ -24,9 +24,10 @@ ALIKE = 0.2
 """The cosine of two words' embeddings above which they count as alike."""
 SYNONYM = 0.3
 """What the likest word counts, as a share of the same word."""
-NEXT, BACK_REFERENCE, BACK_REFERENCE_BY_TWO, ITEM = 0.4, 0.6, 0.5, 0.9
-"""The shares of a passage's score for the one after it: any; one that begins with a pronoun, which
-may refer to the one before that, too; an item of its list."""
+NEXT, BACK_REFERENCE, BACK_REFERENCE_BY_TWO, ITEM = 0.3, 0.6, 0.5, 0.9
+"""The shares of a passage's score for the one after it: any, which is chosen only if it has a score
+of its own as well; one that begins with a pronoun, which may refer to the one before that, too; an
+item of its list."""
 RARE = 3
 """A word is rare in at most so many passages."""
 SHARED = 0.5
