@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from awareness_vllm.cli.options import add_what, add_wmatrices
+from awareness_vllm.passages import BUDGET
 
 HELP = "answer one question from a memory, without a server"
 
@@ -20,9 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reread",
         type=int,
+        default=BUDGET,
         metavar="TOKENS",
         help="tokens that the target reads itself where the question points, at most (default: "
-        "24); 0 for none",
+        f"{BUDGET}); 0 for none",
     )
     parser.add_argument("--max-tokens", type=int, default=64, help="of the answer (default: 64)")
     parser.add_argument(
@@ -35,13 +37,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from awareness_vllm.errors import BadInput
     from awareness_vllm.packages.file import verify
     from awareness_vllm.packages.store import locate
-    from awareness_vllm.passages import BUDGET
 
-    budget = BUDGET if args.reread is None else args.reread
-    if budget < 0 or args.max_tokens < 1:
+    if args.reread < 0 or args.max_tokens < 1:
         raise BadInput(
             "no such number of tokens",
-            found=f"--reread {budget} --max-tokens {args.max_tokens}",
+            found=f"--reread {args.reread} --max-tokens {args.max_tokens}",
             expected="--reread of 0 or more, --max-tokens of 1 or more",
         )
     path = locate(args.what, args.store)
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     memory = OfflineTarget(args.target, args.wmatrix).use(package, path.stem)
     answer = memory.ask(
         args.question,
-        budget=budget,
+        budget=args.reread,
         max_tokens=args.max_tokens,
         raw=args.raw,
         stream=(lambda text: None) if args.json else write,

@@ -66,5 +66,5 @@ def chat_prompt(folder: Path, question: str) -> ChatPrompt | None:
             expected="one that renders a user's message",
             remedy="ask for a plain completion (--raw), or repair the template",
         ) from error
-    head, rest = split_at_mark(rendered, mark)
+    head, rest = split_at_mark(str(rendered), mark)
     return ChatPrompt(*(tokenizer.encode(part, add_special_tokens=False) for part in (head, rest)))

@@ -144,10 +144,12 @@ class WMatrix:
         It is not certified: a certificate states what other weights were measured to keep.
         """
         update = {"quantization": "int8", "certificate": None, "payload": ""}
+        rounded = dequantized(quantized({"encode": self.encode, "decode": self.decode}))
         return replace(
             self,
             manifest=self.manifest.model_copy(update=update),
-            **dequantized(quantized({"encode": self.encode, "decode": self.decode})),
+            encode=rounded["encode"],
+            decode=rounded["decode"],
         )
 
     def save(self, path: str | Path) -> None:

@@ -27,7 +27,7 @@ def quantized(products: Mapping[str, Tensor]) -> dict[str, Tensor]:
     What `dequantized` gives is quantized to the same bytes again: bfloat16 rounds a number by less
     than half a level, and the largest of each scale not at all.
     """
-    stored = {}
+    stored: dict[str, Tensor] = {}
     for name, dim in LATENT_DIM.items():
         weights = products[name].bfloat16().float()
         largest = weights.abs().amax(dim, keepdim=True)

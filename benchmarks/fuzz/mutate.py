@@ -29,6 +29,8 @@ __all__ = ["ENTRY", "Mutant", "mutant"]
 
 ENTRY = "entry"
 """A disk-cache entry: its digest is nobody's to forge, so these are never signed again."""
+INT8 = "int8"
+"""The seed that is a W-Matrix with its products in int8."""
 LEVELS = (DOCUMENT, PARTS, HEADER, BYTES)
 OWN_NAME, OTHER_NAME, LINK, PIPE, FOLDER, HOLE, OVERWRITTEN = (
     "under its own ID",
@@ -62,13 +64,13 @@ def mutant(seed: int, number: int, files: dict[str, bytes]) -> Mutant:
     """The mutant of a number, always the same one.
 
     Args:
-        files: the seeds' bytes by name; W-Matrices and disk-cache entries are named `wmatrix` and
-            `entry`, everything else is a package.
+        files: the seeds' bytes by name; W-Matrices are named `wmatrix` and `int8`, disk-cache
+            entries `entry`, everything else is a package.
     """
     rng = random.Random(f"{seed} {number}")
     while True:
-        name = rng.choice([*sorted(files), "wmatrix"])
-        file = name if name in (WMATRIX, ENTRY) else PACKAGE
+        name = rng.choice(sorted(files))
+        file = {WMATRIX: WMATRIX, INT8: WMATRIX, ENTRY: ENTRY}.get(name, PACKAGE)
         usable = [kind for kind in KINDS if kind.files in (ANY, file)]
         if file == ENTRY:
             usable = [kind for kind in usable if kind.level in (PARTS, HEADER, BYTES)]

@@ -25,7 +25,7 @@ from awareness_vllm.serving.prompt import ResolvedMemory
 from awareness_vllm.wmatrix.file import WMatrix
 from fuzz import registry
 from fuzz.container import Container
-from fuzz.mutate import ENTRY, FOLDER, HOLE, LINK, OTHER_NAME, OVERWRITTEN, PIPE, Mutant
+from fuzz.mutate import ENTRY, FOLDER, HOLE, INT8, LINK, OTHER_NAME, OVERWRITTEN, PIPE, Mutant
 from fuzz.server import Server, Way
 
 SECONDS, BYTES, HANG = 0.2, 200 * 2**20, 2.0
@@ -141,7 +141,8 @@ class Oracle:
     def seeds(self) -> dict[str, bytes]:
         """The seeds' bytes, as `mutate.mutant` takes them."""
         files = {kind: self.store(name).read_bytes() for kind, name in self.server.good.items()}
-        return {**files, "wmatrix": self.server.map.read_bytes(), ENTRY: self.entry_bytes}
+        maps = {"wmatrix": self.server.map.read_bytes(), INT8: self.server.int8.read_bytes()}
+        return {**files, **maps, ENTRY: self.entry_bytes}
 
     def store(self, memory: str) -> Path:
         return self.server.store / f"{memory}.safetensors"
@@ -288,6 +289,9 @@ class Oracle:
             return False
         if isinstance(result, WMatrix):
             names = ["mean", "scale", "encode", "decode", "bias"]
+            for name, dim in (("encode", 1), ("decode", 0)):
+                if (scale := parts.get(f"{name}_scale")) is not None:  # int8
+                    parts[name] = (parts[name] * scale.unsqueeze(dim)).bfloat16()
             for part in ("key", "value"):
                 names += [f"sink.{i}.{part}" for i in range(len(result.sink_keys))]
             return same(states_of(result), [parts[name] for name in names])

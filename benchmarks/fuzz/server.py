@@ -54,6 +54,8 @@ class Server:
         self.good = {k: publish(p, self.store).stem for k, p in seeds.packages.items()}
         self.map = self.folder / "good.wmatrix"
         seeds.wmatrix.save(self.map)
+        self.int8 = self.folder / "int8.wmatrix"
+        seeds.wmatrix.to_int8().save(self.int8)
         self.model = ServedModel(
             seeds.target, POSITIONS, seeds.geometry, seeds.prefix, largest(torch.bfloat16)
         )

@@ -1,5 +1,5 @@
 """The shell commands and Python blocks of README, CONTRIBUTING and docs, run as they are written:
-in a home as `make demo` leaves it, with tiny models under the names of the real ones.
+in a home as `make models anchors` leaves it, with tiny models under the names of the real ones.
 
 Those that talk to a server run in tests/engine/test_docs.py.
 """

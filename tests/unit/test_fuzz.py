@@ -60,11 +60,13 @@ def test_a_number_names_one_mutant(files: dict[str, bytes]) -> None:
     assert mutant(7, 11, files) == mutant(7, 11, files) != mutant(8, 11, files)
 
 
-@pytest.mark.parametrize("name", ["wmatrix", "entry"])
+@pytest.mark.parametrize(
+    ("name", "file"), [("wmatrix", "wmatrix"), ("int8", "wmatrix"), ("entry", "entry")]
+)
 def test_the_seeds_themselves_are_served(
-    oracle: Oracle, files: dict[str, bytes], name: str
+    oracle: Oracle, files: dict[str, bytes], name: str, file: str
 ) -> None:
-    verdict = oracle.judge(Mutant(0, name, name, (), True, OWN_NAME, MAY, files[name]))
+    verdict = oracle.judge(Mutant(0, name, file, (), True, OWN_NAME, MAY, files[name]))
     assert set(verdict.ways.values()) == {SERVED}
 
 

@@ -15,6 +15,7 @@ from awareness_vllm.fit import gather
 from awareness_vllm.fit.config import FitConfig
 from awareness_vllm.fit.fit import fit
 from awareness_vllm.wmatrix.file import load
+from awareness_vllm.wmatrix.manifest import read_manifest
 
 pytestmark = pytest.mark.unit
 
@@ -81,3 +82,11 @@ def test_a_map_for_other_weights_is_not_taken(
     assert shipped(tiny_models[0], other, maps) is None
     assert provide(tiny_models[0], other, maps) is None
     assert shipped(*tiny_models, maps / "none") is None
+
+
+def test_shipped_maps_lead_between_the_models_of_the_readme() -> None:
+    readme = (MAPS / "README.md").read_text()
+    for path in SHIPPED:
+        manifest = read_manifest(path)
+        for model in (manifest.source, manifest.target):
+            assert f"| {model.name} | `{model.weights}` | `{model.tokenizer}` |" in readme
