@@ -86,7 +86,7 @@ def figures(out: Path, name: str, found: dict[str, Any]) -> None:
 def excerpts(
     reader: Reader, documents: Sequence[Document], length: int, limit: int
 ) -> list[LessonTokens]:
-    """At most `limit` contexts of `length` target tokens of documents, and the tokens that follow each."""
+    """At most `limit` contexts of `length` target tokens, and the tokens that follow each."""
     tokenizer, lessons = load_tokenizer(str(reader.target)), []
     long = [d for d in documents if len(d.text) > CHARACTERS * (length + CONTINUATION)]
     for document in sample_evenly(long, limit):

@@ -168,8 +168,9 @@ def calibrate(
     total = config.epochs * len(examples)
     bar = tqdm(total=total, initial=training.step, desc="calibration", disable=not progress)
     losses: list[Tensor] = []
-    clock = Clock(training.seconds)
+    clock: Clock | None = None
     for epoch, batch in _batches(examples, config, training.step):
+        clock = clock or Clock(training.seconds)  # from the first batch on
         training.seconds = clock.seconds
         if (share := progress_share(training, total, config.minutes)) >= 1:
             break
@@ -181,8 +182,7 @@ def calibrate(
         training.step += 1
         losses = [*losses[-19:], loss.detach()]
         bar.update()
-        regular = training.step % SAVE_EVERY == 0
-        if regular or not examples.on_gpu:  # a figure waits for the GPU
+        if (regular := training.step % SAVE_EVERY == 0) or not examples.on_gpu:
             bar.set_postfix(kl=f"{torch.stack(losses).mean().item():.3f}")
         if len(held_out) and training.step % len(examples) == 0:
             training.record(mean_kl(wmatrix, reader, training.parts, held_out))
@@ -194,8 +194,8 @@ def calibrate(
         if minute and snapshot is not None:
             snapshot(_trained(wmatrix, training.parts))
     bar.close()
-    parts = training.best if training.scores else training.parts
-    return _trained(wmatrix, parts), training.scores
+    final = training.best if training.scores else training.parts
+    return _trained(wmatrix, final), training.scores
 
 
 def _batches(

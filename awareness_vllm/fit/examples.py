@@ -108,7 +108,8 @@ class Batch:
             layers = range(sum(name.startswith("key.") for name in tensors))
             keys, values = ([tensors.pop(f"{s}.{i}") for i in layers] for s in ("key", "value"))
             reread = Reread(rows, (keys, values))
-        return cls(**tensors, **note, reread=reread)
+        lengths, ids = note["lengths"], note["ids"]
+        return cls(lengths=lengths, ids=ids, reread=reread, **tensors)  # type: ignore[arg-type]
 
 
 class CalibrationExamples:

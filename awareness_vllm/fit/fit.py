@@ -67,6 +67,7 @@ def fit(
     rank, processes = join()
     if folder is not None and processes > 1:
         folder = folder.with_name(f"{folder.name}.{rank}-of-{processes}")
+    reader.tokeniser.text("both tokenizers, loaded once for all processes")
     count = 0 if config.device == "cpu" else config.workers
     with (
         Workers(count, (reader.tokeniser, lessons)) as reader.workers,

@@ -54,9 +54,11 @@ class Reader:
 
     def __post_init__(self) -> None:
         self.source_model, self.target_model = (
-            load_model(folder, torch.bfloat16).requires_grad_(False).to(self.device)
+            load_model(folder, torch.bfloat16).requires_grad_(False)
             for folder in (self.source, self.target)
         )
+        for model in (self.source_model, self.target_model):
+            model.to(device=self.device)  # type: ignore[call-arg]
         self.source_geometry = geometry_of(self.source)
         self.target_geometry = geometry_of(self.target)
         self.sink = sink_ids(self.target)
@@ -93,9 +95,9 @@ class Reader:
         index = torch.from_numpy(np.concatenate([text.index for text in texts]))
         keys, values = padded_states(self.source_model, [text.source for text in texts])
         own = at(index, [len(text) for text in texts], keys[0].shape[1]).to(self.device)
-        parts = [[part[i].flatten(0, 1)[own] for i in self.layers] for part in (keys, values)]
+        keys, values = ([p[i].flatten(0, 1)[own] for i in self.layers] for p in (keys, values))
         schemes = [self.source_geometry.layers[i].positions for i in self.layers]
-        flat = flat_rows(schemes, *parts, Rotations(index, self.device))
+        flat = flat_rows(schemes, keys, values, Rotations(index, self.device))
         masked = torch.zeros(len(index), dtype=torch.bool)
         if self.predecessors is not None:
             flat = torch.cat((flat, self.embeddings(texts)), dim=1)
@@ -131,9 +133,9 @@ class Reader:
         positions = torch.from_numpy(np.concatenate([text.positions for text in texts]))
         positions = positions + len(self.sink)
         own = at(positions, [len(text) for text in texts], keys[0].shape[1]).to(self.device)
-        parts = [[state.flatten(0, 1)[own] for state in part] for part in (keys, values)]
+        keys, values = ([state.flatten(0, 1)[own] for state in p] for p in (keys, values))
         schemes = [layer.positions for layer in self.target_geometry.layers]
-        y = flat_rows(schemes, *parts, Rotations(positions, self.device))
+        y = flat_rows(schemes, keys, values, Rotations(positions, self.device))
         finite = x.isfinite().all(1) & y.isfinite().all(1)
         if not finite.all():
             _warn(texts, ~finite)

@@ -40,8 +40,9 @@ def flat_states(
         layers = range(len(geometry.layers))
     rotations = Rotations(tokens, keys[0].device)
     tokens = tokens.to(keys[0].device)
-    rows = [[part[i][tokens] for i in layers] for part in (keys, values)]
-    return flat_rows([geometry.layers[i].positions for i in layers], *rows, rotations)
+    own_keys, own_values = ([part[i][tokens] for i in layers] for part in (keys, values))
+    schemes = [geometry.layers[i].positions for i in layers]
+    return flat_rows(schemes, own_keys, own_values, rotations)
 
 
 def flat_rows(

@@ -10,7 +10,10 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+from awareness_vllm.fit import calibrate
 from awareness_vllm.fit.calibrate import PARTS, kl_divergence, mapped_logits
+from awareness_vllm.fit.checkpoint import Checkpoint
+from awareness_vllm.fit.config import FitConfig
 from awareness_vllm.fit.examples import (
     Batch,
     CalibrationExamples,
@@ -213,3 +216,40 @@ def test_batches_are_of_similar_lengths(reader: Reader) -> None:
     )
     assert sorted(len(text) for batch in batches for text in batch) == sorted(map(len, texts))
     assert list(pieces(range(5), 2)) == [[0, 1], [2, 3], [4]]
+
+
+def test_a_step_needs_nothing_of_the_host(
+    reader: Reader, wmatrix: WMatrix, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On `meta` tensors have no values, and none may meet one of a CPU: as on a GPU that is not to
+    wait, every index is made on the host and carried over."""
+    away = Reader(reader.source, reader.target, 2, device="meta")
+    # transformers reads the mask, which a GPU waits for once a step.
+    monkeypatch.setattr("transformers.masking_utils.is_tracing", lambda *args: True)
+    examples = CalibrationExamples(away, wmatrix, LESSONS.__getitem__, 3, 3)
+    (batch,) = examples.batches([0])
+    assert batch.native.shape[1] == away.target_geometry.vocab_size
+    parts = {name: getattr(examples.wmatrix, name).clone().requires_grad_() for name in PARTS}
+    loss = kl_divergence(examples.wmatrix, away, parts, batch)
+    gradients = torch.autograd.grad(loss, list(parts.values()))
+    assert all(gradient.device.type == "meta" for gradient in gradients)
+
+
+def test_a_calibration_of_minutes_ends_with_them(
+    reader: Reader, wmatrix: WMatrix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = iter(range(0, 1000, 25))
+    monkeypatch.setattr(calibrate.time, "monotonic", lambda: float(next(seconds)))
+    kept: list[WMatrix] = []
+    examples = CalibrationExamples(reader, wmatrix, lambda n: LESSONS[n % 3], None, 1)
+    none = CalibrationExamples(reader, wmatrix, LESSONS.__getitem__, 0, 1)
+    checkpoint, config = Checkpoint(tmp_path / "work", ""), FitConfig(minutes=4.0)
+    trained, _ = calibrate.calibrate(
+        wmatrix, examples, none, config, checkpoint, progress=False, snapshot=kept.append
+    )
+    saved = checkpoint.load("calibration")
+    assert saved is not None
+    assert 3 <= saved[1]["step"] < 12
+    assert 2 <= len(kept) <= 4
+    assert not torch.equal(trained.decode, kept[0].decode)
+    assert not torch.equal(trained.decode, wmatrix.decode.bfloat16())
