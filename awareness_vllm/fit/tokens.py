@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
+from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -80,20 +81,23 @@ class Workers:
     """Processes that do pieces of work beside the fit; without any, this one does them.
 
     Args:
-        count: processes; 0 for none.
-        state: what every function is given first.
+        count: processes; 0 for none. They start at once, beside whatever comes first.
+        state: what every function is given first, sent to each process once.
     """
 
     def __init__(self, count: int, state: Any) -> None:
         self.state, self.count = state, count
         self.pool: ProcessPoolExecutor | None = None
         if count:
-            # Forked, as a DataLoader's: they share the state and what is imported, and start at
-            # once, where spawned ones took 40 s on a lent machine. CUDA does not survive a fork;
-            # they have no use for it.
-            context = multiprocessing.get_context("fork")
-            self.pool = ProcessPoolExecutor(count, context, _remember, (state,))
-            self.pool.submit(int)
+            # Not forked: CUDA and torch's threads do not survive that.
+            context = multiprocessing.get_context("spawn")
+            # Through a queue: a spawned process takes its arguments in before the next one starts,
+            # and some imports after it began.
+            states = context.Queue()
+            self.pool = ProcessPoolExecutor(count, context, _remember, (states,))
+            for _ in range(count):
+                states.put(state)
+                self.pool.submit(int)
 
     def map(
         self, function: Callable[[Any, Any], Result], arguments: Iterable[Any]
@@ -129,8 +133,8 @@ class Workers:
 _state: list[Any] = []
 
 
-def _remember(state: Any) -> None:
-    _state[:] = [state]
+def _remember(states: Queue[Any]) -> None:
+    _state[:] = [states.get()]
 
 
 def _call(function: Callable[[Any, Any], Result], argument: Any) -> Result:
