@@ -52,22 +52,16 @@ BACKWARDS = {
         "The person who lives in {city} is",
         "{name}",
     ),
-    "job": (
-        "{name} is employed as {a_job}.|{name} found work as {a_job}.",
-        "Who is the {job}?",
-        "The {job} is",
-        "{name}",
-    ),
     "code": (
-        "{name} was assigned the code {code}.|{name} types {code} at the gate.",
-        "Who has the code {code}?",
-        "The code {code} belongs to",
+        "{name} was assigned the code {code}.",
+        "Who was assigned the code {code}?",
+        "The code {code} was assigned to",
         "{name}",
     ),
     "room": (
-        "The {thing} stands in the {room}.|They carried the {thing} to the {room}.",
-        "Which thing is in the {room}?",
-        "The thing in the {room} is the",
+        "The {thing} stands in the {room}.",
+        "Which thing stands in the {room}?",
+        "In the {room} stands the",
         "{thing}",
     ),
 }
@@ -99,4 +93,11 @@ Nobody had expected {name}.|It was {name} who spoke next.
 BETWEEN = "The room went quiet.|It had begun to rain.|Tea was served.|A clock struck somewhere."
 RELATIONS = words_of("neighbour cousin landlady tutor godfather partner assistant rival")
 SHOPPING = "{name} went out to buy {items}.|{name} was sent for {items}.|{name} packed {items}."
-PRICED = "The {thing} cost {number} dollars.|They paid {number} dollars for the {thing}."
+PRICED = "The {thing} cost {number} dollars."
+SEVERAL_EXAMPLE = """Where do the rake and the bell stand?
+Answer: The rake stands in the barn. The bell stands in the tower.
+Question: """
+SUM_EXAMPLE = """What do the rake and the bell cost together?
+Answer: The rake cost 2 dollars. The bell cost 5 dollars. 2 + 5 = 7
+Question: """
+"""Small base models answer with two facts only where they are shown how that is written."""

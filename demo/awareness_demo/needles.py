@@ -24,8 +24,10 @@ from awareness_demo.needle_templates import (
     PRICED,
     RELATIONS,
     ROOMS,
+    SEVERAL_EXAMPLE,
     SHOPPING,
     SPREAD,
+    SUM_EXAMPLE,
     SYNONYMS,
     THINGS,
 )
@@ -115,18 +117,13 @@ def single(rng: random.Random) -> Fact:
 
 
 def several(rng: random.Random) -> Fact:
-    """Two people's facts at two places, both asked for, and a third's."""
-    people = _people(rng, 3)
-    key, block, question, start = rng.choice(
-        (
-            ("city", CASE_CITY, "In which cities do {} and {} live?", "They live in"),
-            ("code", CASE_CODE, "What are the codes of {} and {}?", "Their codes are"),
-        )
-    )
-    needles = [_pick(rng, block, {**p, "who": p["name"]}) for p in people]
-    asked = question.format(people[0]["name"], people[1]["name"]), start
-    answer = f"{people[0][key]} and {people[1][key]}"
-    return Fact(needles, needles[:2], *asked, answer)
+    """Where two things stand, told at two places; and a third."""
+    pairs = [*zip(rng.sample(THINGS, 3), rng.sample(ROOMS, 3), strict=True)]
+    needles = [f"The {thing} stands in the {room}." for thing, room in pairs]
+    (a, x), (b, y) = pairs[:2]
+    question = f"{SEVERAL_EXAMPLE}Where do the {a} and the {b} stand?"
+    answer = f"{x}. The {b} stands in the {y}"
+    return Fact(needles, needles[:2], question, f"The {a} stands in the", answer)
 
 
 def paraphrased(rng: random.Random) -> Fact:
@@ -180,34 +177,36 @@ def two_hop(rng: random.Random) -> Fact:
 
 
 def in_list(rng: random.Random) -> Fact:
-    """An item of a list: of a sentence, or of lines of their own."""
+    """The next item of a list, of a sentence or of lines of their own; the answer repeats the list
+    from its beginning, as it is written."""
     person, items = _person(rng), rng.sample(ITEMS, 5)
-    at = rng.randrange(4)
-    last = (4, "What is the last thing on the list of {name}?", "The last thing is")
-    after = (at, f"What follows {items[at]} on the list of {{name}}?", f"After {items[at]} follow")
-    start_at, question, start = rng.choice((last, after))
-    end_at = min(start_at + 1, 4)
-    asked = question.format(**person), start
+    at = rng.randrange(1, 4)
+    question = f"What is on the list of {person['name']}?"
     if rng.random() < 0.5:
         written = f"{', '.join(items[:-1])} and {items[-1]}"
         needle = _pick(rng, SHOPPING, {**person, "items": written})
-        return Fact([f"The list was long. {needle}"], [needle], *asked, items[end_at])
+        start = f"{', '.join(items[:at])},"
+        return Fact([f"The list was long. {needle}"], [needle], question, start, items[at])
     lines = [f"- {item}" for item in items]
     needle = "\n".join([f"\nThe list of {person['name']}:", *lines, ""])
-    return Fact([needle], lines[start_at : end_at + 1], *asked, items[end_at])
+    start = "\n".join(["", *lines[:at], "-"])
+    return Fact([needle], lines[at - 1 : at + 1], question, start, items[at])
 
 
 def sums(rng: random.Random) -> Fact:
     """The sum of two small prices that stand at two places; the answer writes it out."""
     things = rng.sample(THINGS, 3)
-    numbers = rng.sample(range(2, 10), 3)
+    numbers = rng.sample(range(2, 8), 3)
+    while sum(numbers[:2]) > 9:
+        numbers = rng.sample(range(2, 8), 3)
     needles = [
         _pick(rng, PRICED, {"thing": thing, "number": str(number)})
         for thing, number in zip(things, numbers, strict=True)
     ]
     (a, b), (x, y) = things[:2], numbers[:2]
-    question = f"What do the {a} and the {b} cost together? (As in: rake + bell = 2 + 5 = 7)"
-    return Fact(needles, needles[:2], question, f"{a} + {b} =", f"{x} + {y} = {x + y}")
+    question = f"{SUM_EXAMPLE}What do the {a} and the {b} cost together?"
+    answer = f"{x} dollars. The {b} cost {y} dollars. {x} + {y} = {x + y}"
+    return Fact(needles, needles[:2], question, f"The {a} cost", answer)
 
 
 KINDS: dict[str, Callable[[random.Random], Fact]] = {
@@ -267,7 +266,9 @@ def _needle(
         if _is_answered_once(context, ranges, fact):
             return Needle(
                 context=context,
-                question=f"\nQuestion: {fact.question}\nAnswer: {fact.start}",
+                question=f"\nQuestion: {fact.question}\nAnswer: {fact.start}".replace(
+                    ": \n", ":\n"
+                ),
                 answer=f" {fact.answer}",
                 kind=kind,
                 tokens=tokens,
@@ -318,5 +319,10 @@ def _is_answered_once(context: str, ranges: Sequence[tuple[int, int]], fact: Fac
     for begin, end in sorted(ranges, reverse=True):
         rest = rest[:begin] + rest[end:]
     needed = " ".join(context[b:e] for b, e in ranges)
-    answer = [word for word in re.findall(r"\w{3,}", fact.answer) if word in needed]
+    if "+" in fact.answer:
+        # A sum's numbers are so small that they stand anywhere: its sentences must stand once.
+        return all(context.count(sentence) == 1 for sentence in fact.needed)
+    known = re.findall(r"\w{3,}", fact.question)
+    words = [word for word in re.findall(r"\w{3,}", fact.answer) if word in needed]
+    answer = [word for word in words if word not in known]
     return not any(re.search(rf"\b{word}\b", rest, re.IGNORECASE) for word in answer)

@@ -50,15 +50,16 @@ def test_the_answer_stands_in_the_named_sentences_alone(cases: list[Needle]) -> 
     for case in cases:
         context, answer = case["context"], case["answer"]
         assert answer.startswith(" ")
-        assert len(answer) <= 30
+        assert len(answer) <= 60
         needed = " ".join(context[begin:end] for begin, end in case["sentences"])
         rest = context
         for begin, end in sorted(case["sentences"], reverse=True):
             rest = rest[:begin] + rest[end:]
-        told = [w for w in re.findall(r"\w+", answer) if w not in ("and",) and w in needed]
-        assert told, case
+        words = [w for w in re.findall(r"\w+", answer) if w in needed]
+        told = [w for w in words if w not in re.findall(r"\w+", case["question"])]
+        # A sum's numbers are so small that they stand anywhere.
         if case["kind"] != "sum":
-            assert len(told) >= len(re.findall(r"[A-Z]\w+|\d+", answer))
+            assert told, case
             assert not any(re.search(rf"\b{word}\b", rest) for word in told), case
 
 
