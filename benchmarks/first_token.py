@@ -184,7 +184,7 @@ def main() -> None:
         contexts = {capture_text(smollm2(), t, store): t for t in texts(target, args.tokens)}
         flags = [*(flags or FLAGS), "--max-model-len", str(max(4096, 2 * args.tokens))]
         flags += ["--store", str(store), "--wmatrix", str(wmatrix), *ALIGNED]
-        flags += ["--store", str(store), "--wmatrix", str(wmatrix), "--editions", "never"]
+        with running(AWARENESS, target, flags, Path(scratch) / "log") as server:
             values = measure(Client(server.url), contexts, args.rounds)
     about = {"tokens": args.tokens, "rounds": args.rounds, "texts": TEXTS, "wmatrix": wmatrix.name}
     about |= {"hardware": hardware(), "versions": {**versions(), "vllm": vllm_version()}}
