@@ -83,8 +83,9 @@ def test_a_used_memory_is_read_to_its_end_and_used_from_then_on(
 
 
 def test_it_is_made_after_so_many_uses_and_never_by_default(engine: Engine) -> None:
-    async def uses(count: int, **options: Any) -> int:
+    async def uses(count: int, off: str = "", **options: Any) -> int:
         editions = editions_of(engine, **options)
+        editions.engine_client.passages.disabled = off
         for _ in range(count):
             await editions.use(prompt_of())
         return len(editions.wanted)
@@ -92,6 +93,7 @@ def test_it_is_made_after_so_many_uses_and_never_by_default(engine: Engine) -> N
     assert asyncio.run(uses(2, uses=3)) == 0
     assert asyncio.run(uses(3, uses=3)) == 1
     assert asyncio.run(uses(3, policy="never")) == 0
+    assert asyncio.run(uses(3, off="data parallelism")) == 0
     assert Editions(cast(Any, None)).policy == "never"
 
 

@@ -154,14 +154,10 @@ class Editions:
         model: ServedModel,
         engine_client: MemoryEngineClient,
     ) -> Editions:
-        cache, policy = vllm_config.cache_config, config.editions
-        if vllm_config.parallel_config.data_parallel_size > 1 and policy != "never":
-            # A request goes to one engine, a call to the first: an edition would be elsewhere.
-            logger.warning("no editions are made with data parallelism")
-            policy = "never"
+        cache = vllm_config.cache_config
         return cls(
             engine_client,
-            policy=policy,
+            policy=config.editions,
             uses=config.edition_after,
             limit=int(config.edition_gib * 2**30),
             geometry=model.geometry,
@@ -175,8 +171,11 @@ class Editions:
 
     async def use(self, prompt: Prompt) -> Prompt:
         """The same prompt, with the editions of its memories that are kept; and a use of the
-        others. Nothing that is wrong with editions reaches a request."""
-        if self.policy == "never":
+        others. Nothing that is wrong with editions reaches a request.
+
+        Where passages cannot be read back, or may be read by another engine than the one that
+        answers, editions cannot either."""
+        if self.policy == "never" or self.engine_client.passages.disabled:
             return prompt
         try:
             keys = [prompt.edition_key(i) for i in range(len(prompt.memories))]
