@@ -41,9 +41,9 @@ class _Divergence(torch.autograd.Function):
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
         for begin in range(0, len(logits), ROWS):
             own = slice(begin, begin + ROWS)
-            pair = logits[own].float(), native[own].float()
+            pair = [logits[own].float(), native[own].float()]
             if taken is not None:
-                pair = tuple(x.masked_fill(~taken[own], UNLIKELY) for x in pair)
+                pair = [x.masked_fill(~taken[own], UNLIKELY) for x in pair]
             predicted, expected = (x.log_softmax(-1) for x in pair)
             shares = expected.exp()
             total += weights[own] @ (shares * (expected - predicted)).sum(-1)
