@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from awareness_vllm.fit.checkpoint import Checkpoint
 from awareness_vllm.fit.config import FitConfig
+from awareness_vllm.fit.divergence import weighted_divergence
 from awareness_vllm.fit.examples import Batch, CalibrationExamples
 from awareness_vllm.fit.memories import logits_after
 from awareness_vllm.fit.reader import Reader
@@ -37,8 +38,6 @@ SAVE_EVERY = 50
 """Steps between two checkpoints on a CPU."""
 Snapshot = Callable[[WMatrix], None]
 """What is done with a map in between."""
-UNLIKELY = -1e30
-"""The logit of a token that a lesson is not judged by."""
 
 
 class Clock:
@@ -252,16 +251,9 @@ def kl_divergence(
 def mean_divergence(logits: Tensor, batch: Batch) -> Tensor:
     """KL divergence of logits from a batch's native ones, in nats per token, the mean over its
     lessons."""
-    logits = logits.float()
-    native = batch.native.float()
-    if batch.taken is not None:
-        logits, native = (x.masked_fill(~batch.taken, UNLIKELY) for x in (logits, native))
     counts = torch.tensor([len(ids) for ids in batch.ids])
     weights = (1 / counts.repeat_interleave(counts) / len(counts)).to(logits.device)
-    per_token = torch.nn.functional.kl_div(
-        logits.log_softmax(-1), native.log_softmax(-1), log_target=True, reduction="none"
-    ).sum(-1)
-    return (per_token * weights).sum()
+    return weighted_divergence(logits, batch.native, weights, batch.taken)
 
 
 def mapped_logits(

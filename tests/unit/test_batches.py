@@ -14,6 +14,7 @@ from awareness_vllm.fit import calibrate
 from awareness_vllm.fit.calibrate import PARTS, kl_divergence, mapped_logits
 from awareness_vllm.fit.checkpoint import Checkpoint
 from awareness_vllm.fit.config import FitConfig
+from awareness_vllm.fit.divergence import weighted_divergence
 from awareness_vllm.fit.examples import (
     Batch,
     CalibrationExamples,
@@ -253,3 +254,19 @@ def test_a_calibration_of_minutes_ends_with_them(
     assert 2 <= len(kept) <= 4
     assert not torch.equal(trained.decode, kept[0].decode)
     assert not torch.equal(trained.decode, wmatrix.decode.bfloat16())
+
+
+@pytest.mark.parametrize("rows", [2, 100])
+def test_the_divergence_is_torchs(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("awareness_vllm.fit.divergence.ROWS", rows)
+    generator = torch.Generator().manual_seed(0)
+    logits, native = (torch.randn(7, 11, generator=generator) for _ in range(2))
+    weights = torch.rand(7, generator=generator)
+    taken = torch.rand(7, 11, generator=generator) < 0.6
+    logits.requires_grad_()
+    found = weighted_divergence(logits, native, weights, taken)
+    masked = (x.masked_fill(~taken, -1e30).log_softmax(-1) for x in (logits, native))
+    each = torch.nn.functional.kl_div(*masked, log_target=True, reduction="none").sum(-1)
+    expected = (each * weights).sum()
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(3 * x, logits) for x in (found, expected)))
