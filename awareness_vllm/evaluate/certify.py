@@ -48,8 +48,8 @@ TEXTS, CASES = 48, 200
 """Texts at the protocol's own length, and cases at each length, of the full protocol."""
 NEAR = 1.5
 """The factor within which a case's tokens count as a measured length."""
-REREADS = (0, 24, BUDGET)
-"""Tokens that the measured plans re-read, at most."""
+REREADS = (0, BUDGET)
+"""Tokens that the measured plans re-read, at most: none, and a server's default."""
 FACT_TAILS = (0, TAIL)
 """Tails of the plans whose fact recall is measured: longer ones recall no more of what stands
 anywhere (docs/fidelity-log.md)."""
