@@ -37,7 +37,7 @@ import numpy as np
 from awareness_demo.anchors import held_out_dir, install
 from awareness_demo.models import prepare
 from awareness_demo.servers import AWARENESS, NAME, running
-from servers import FLAGS, smollm2, stop_on_terminate
+from servers import ALIGNED, FLAGS, smollm2, stop_on_terminate
 
 from awareness_vllm.align.realign import prompt_ids
 from awareness_vllm.cli.eval import read_cases
@@ -53,7 +53,6 @@ from awareness_vllm.packages.file import publish
 from awareness_vllm.passages import BUDGET
 from awareness_vllm.passages.index import PassageIndex
 from awareness_vllm.provenance import hardware, versions
-from awareness_vllm.serving.config import ServingConfig
 from awareness_vllm.serving.plugin import vllm_version
 from awareness_vllm.wmatrix.certificate import TAIL
 from awareness_vllm.wmatrix.file import WMatrix
@@ -235,9 +234,7 @@ def main() -> None:
         store.mkdir()
         asked = {n: questions(of, target, wmatrix, store, costs) for n, of in by_length.items()}
         flags = [*(flags or FLAGS[:-2]), "--max-model-len", str(2 * max(args.lengths) + 512)]
-        flags += ["--store", str(store), "--wmatrix", str(path)]
-        if "editions" in ServingConfig.model_fields:
-            flags += ["--editions", "never"]
+        flags += ["--store", str(store), "--wmatrix", str(path), *ALIGNED]
         with running(AWARENESS, target, flags, Path(scratch) / "log") as server:
             client = Client(server.url)
             for tokens, some in asked.items():

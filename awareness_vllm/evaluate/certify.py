@@ -48,13 +48,14 @@ TEXTS, CASES = 48, 200
 """Texts at the protocol's own length, and cases at each length, of the full protocol."""
 NEAR = 1.5
 """The factor within which a case's tokens count as a measured length."""
-REREADS = (0, 24, BUDGET)
-"""Tokens that the measured plans re-read, at most."""
+REREADS = (0, BUDGET)
+"""Tokens that the measured plans re-read, at most: none, and a server's default."""
 FACT_TAILS = (0, TAIL)
 """Tails of the plans whose fact recall is measured: longer ones recall no more of what stands
 anywhere (docs/fidelity-log.md)."""
-TAIL_SHARES = (0.16, 0.4)
-"""Tails of the measured plans as shares of the context, beside none and a server's default."""
+TAIL_SHARES = (0.16,)
+"""Tails of the measured plans as shares of the context, beside none and a server's default: with
+the map about a quarter of the prefill. Dearer plans are not measured."""
 TAIL_STEP = 16
 """Tokens of a block of vLLM's cache, of which tails are multiples."""
 DISTANCES = (0, 64, 128)

@@ -13,6 +13,7 @@ from pydantic import AliasChoices, Field
 from awareness_vllm.errors import WMatrixCorrupt, escaped
 from awareness_vllm.models.geometry import MAX_LAYERS, Geometry
 from awareness_vllm.packages.manifest import METADATA_KEY, STATE_DTYPES
+from awareness_vllm.passages import BUDGET
 from awareness_vllm.schema import FrozenModel, PlainName
 from awareness_vllm.tensor_file import (
     FileRefused,
@@ -21,7 +22,8 @@ from awareness_vllm.tensor_file import (
     read_file,
     read_header,
 )
-from awareness_vllm.wmatrix.certificate import Certificate, parse_certificate, statement
+from awareness_vllm.wmatrix.certificate import TAIL, Certificate, parse_certificate, statement
+from awareness_vllm.wmatrix.plans import with_tail
 
 PRODUCTS = ("encode", "decode")
 """The factors of the map's matrix product, which may be of a shorter dtype than the rest."""
@@ -137,12 +139,15 @@ class WMatrixManifest(FrozenModel):
 
     @property
     def standing(self) -> str:
-        """The certified figures in one line."""
+        """The certified figures of the map alone in one line, with the margin of a server's default
+        plan over its controls."""
         if (certificate := self.measured) is None:
             return "not certified"
+        plan = with_tail(certificate, certificate.protocol.context, TAIL, BUDGET)
+        margin = f", margin as served {plan.margin.mean:+.3f}" if plan.margin else ""
         return (
             f"certified: retention {certificate.retention.mean:.3f}, "
-            f"facts {certificate.facts.mean:.2f} of native"
+            f"facts {certificate.facts.mean:.2f} of native{margin}"
         )
 
 

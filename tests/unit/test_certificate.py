@@ -262,20 +262,19 @@ def test_lengths_and_plans_are_measured(
         length: [(way.tail, way.reread) for way in result.plans if way.context == length]
         for length in (100, 400)
     }
-    assert sorted(ways[100]) == [(tail, n) for tail in (0, 16, 32) for n in (0, 24, 48)]
-    assert sorted(ways[400]) == [(tail, n) for tail in (0, 16, 64, 160) for n in (0, 24, 48)]
+    assert sorted(ways[100]) == [(tail, n) for tail in (0, 16) for n in (0, 48)]
+    assert sorted(ways[400]) == [(tail, n) for tail in (0, 16, 64) for n in (0, 48)]
     costs = [way.cost for way in result.plans if way.context == 100]
     assert costs == sorted(costs)
     assert {way.texts for way in result.plans} == {4}
     assert all(way.margin and set(way.controls) >= set(CONTROLS[:3]) for way in result.plans)
     assert all(("passages" in way.controls) == bool(way.reread) for way in result.plans)
     recalled = {way.reread: way.facts and way.facts.mean for way in result.plans if not way.tail}
-    assert recalled == {0: None, 24: None, 48: None}  # of the last length, 400 tokens
+    assert recalled == {0: None, 48: None}  # of the last length, 400 tokens
     of_facts = [way for way in result.plans if way.facts]
     assert {(way.context, way.tail) for way in of_facts} == {(100, 0), (100, 16)}
     assert {(way.reread, way.facts and way.facts.mean) for way in of_facts} == {
         (0, 0.5),
-        (24, 1.0),
         (48, 1.0),
     }
     assert all(way.facts_margin and way.facts_kinds["city"]["native"] for way in of_facts)

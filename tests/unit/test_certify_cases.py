@@ -12,6 +12,7 @@ from awareness_vllm.errors import BadInput
 from awareness_vllm.evaluate.certify import build_certificate, by_length
 from awareness_vllm.evaluate.evaluate import last_words, other_case
 from awareness_vllm.wmatrix.certificate import Interval, parse_certificate
+from awareness_vllm.wmatrix.file import WMatrix
 from awareness_vllm.wmatrix.plans import cheapest
 
 pytestmark = pytest.mark.unit
@@ -60,6 +61,18 @@ def test_lines_name_controls_and_margins() -> None:
     assert "quotes" in text
     assert "never chosen" in text
     assert "native 0.50  memory 0.25" in text
+
+
+@pytest.mark.parametrize("margin", [-0.1, 0.25])
+def test_a_maps_standing_has_the_margin_as_served(wmatrix: WMatrix, margin: float) -> None:
+    mean = PLANS[3].retention.mean
+    controls = {"quotes": Interval(mean=mean - margin, ci_low=-1, ci_high=2)}
+    over = Interval(mean=margin, ci_low=-1, ci_high=1)
+    served = PLANS[3].model_copy(update={"tail": 16, "controls": controls, "margin": over})
+    plans = [PLANS[3], served]
+    document = build_certificate(PROTOCOL, texts(), cases(), METRICS, plans).model_dump(mode="json")
+    manifest = wmatrix.manifest.model_copy(update={"certificate": document})
+    assert manifest.standing.endswith(f"of native, margin as served {margin:+.3f}")
 
 
 @given(st.text("ab \n", max_size=80), st.integers(1, 5))
