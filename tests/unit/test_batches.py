@@ -22,10 +22,12 @@ from awareness_vllm.fit.examples import (
     lesson_tokens,
     likely_tokens,
 )
+from awareness_vllm.fit.memories import logits_after
 from awareness_vllm.fit.reader import Reader
 from awareness_vllm.fit.texts import Lesson
 from awareness_vllm.fit.tokens import Workers, by_length, pieces
 from awareness_vllm.models.hf import states
+from awareness_vllm.wmatrix.features import flat_states
 from awareness_vllm.wmatrix.file import WMatrix
 from awareness_vllm.wmatrix.manifest import Anchors, WMatrixManifest
 
@@ -270,3 +272,17 @@ def test_the_divergence_is_torchs(rows: int, monkeypatch: pytest.MonkeyPatch) ->
     expected = (each * weights).sum()
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(*(torch.autograd.grad(3 * x, logits) for x in (found, expected)))
+
+
+def test_position_free_native_states_are_native_reading(reader: Reader) -> None:
+    lessons, sink = tokens(reader), len(reader.sink)
+    cached = [states(reader.target_model, lesson.context.ids) for lesson in lessons]
+    flat = torch.cat([flat_states(reader.target_geometry, *own)[sink:] for own in cached])
+    sinks = tuple([state[:sink] for state in part] for part in cached[0])
+    lengths = [len(lesson.context) for lesson in lessons]
+    continuations = [lesson.continuation for lesson in lessons]
+    logits = logits_after(reader, sinks, flat, lengths, continuations)
+    for lesson, own in zip(lessons, logits.split([len(c) for c in continuations]), strict=True):
+        ids = torch.tensor([[*lesson.context.ids, *lesson.continuation]])
+        native = reader.target_model(ids).logits[0, -len(lesson.continuation) :]
+        torch.testing.assert_close(own, native, rtol=1e-4, atol=1e-4)
