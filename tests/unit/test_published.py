@@ -149,7 +149,7 @@ def interval(mean: float) -> Interval:
 def certificate(kept: float, texts: list[Document]) -> dict[str, Any]:
     """As if a map had been measured on these texts."""
     plan = Plan(
-        context=100,
+        context=1000,  # longer than the memories here: beyond it figures fall
         tail=0,
         cost=0.1,
         retention=interval(kept),
