@@ -148,7 +148,7 @@ def test_an_answer_does_not_depend_on_what_others_asked(
     second = server.logprobs(case["question"], 8, memory_ids=[memory], cache_salt="second")
     assert first.top_logprobs
     assert second.top_logprobs
-    # Other batches round otherwise: the first token's distribution is the same but for that.
+    # Passages that are read in other batches may be rounded otherwise.
     one, other = first.top_logprobs[0], second.top_logprobs[0]
     gaps = {token: abs(one[token] - other[token]) for token in one.keys() & other.keys()}
     print("gaps", gaps, "parting", parting(first, second))
