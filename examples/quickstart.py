@@ -1,7 +1,7 @@
 """The main job, end to end: SmolLM2 reads texts, Gemma-3 answers from the memories of them.
 
 Prepares both models and the shipped W-Matrix between them, and starts vLLM's server on Gemma-3 with
-the plugin, while SmolLM2 reads three texts of about 2,000 tokens. Then it prints the time to first
+the plugin, while SmolLM2 reads three texts of some 1,700 tokens. Then it prints the time to first
 token, natively and from the memories; how many questions about facts Gemma-3 answers with the text
 in the prompt, and how many of these from the memory; some of the answers; and what became of the
 memories in the server's idle time.
@@ -107,7 +107,7 @@ def show_certificate(wmatrix: Path) -> None:
 
 @dataclass
 class Text:
-    """A text of some 2,000 tokens about 24 people, the cases in it, and its memory's ID."""
+    """A text of some 1,700 tokens about 24 people, the cases in it, and its memory's ID."""
 
     number: int
     text: str
@@ -141,7 +141,7 @@ def facts(client: openai.OpenAI, texts: Sequence[Text]) -> None:
     loaded = [ask(client, case, body=ids_of(text)) for text, case in asked]
     native = [ask(client, case, text.text) for text, case in asked]
     known = [i for i, answer in enumerate(native) if answer.right]
-    print(f"\n{len(asked)} questions about facts, each about a text of some 2,000 tokens")
+    print(f"\n{len(asked)} questions about facts, each about a text of some 1,700 tokens")
     print(f"  right with the text in the prompt   {share(len(known), len(asked))}")
     print(f"  of these, right with the memory     {share(rights(loaded, known), len(known))}")
     print(f"  of all, right with the memory       {share(rights(loaded), len(asked))}")
@@ -240,7 +240,7 @@ def time_to_first_token(client: openai.OpenAI, texts: Sequence[Text]) -> None:
             body = {**ids_of(text), "cache_salt": salt}
             seconds[temperature].append(first_token(client, question, body))
     native = statistics.median(seconds["native"])
-    print(f"\ntime to first token, some 2,000 tokens, median of {len(texts)} texts")
+    print(f"\ntime to first token, some 1,700 tokens, median of {len(texts)} texts")
     for temperature, values in seconds.items():
         median = statistics.median(values)
         print(f"  {temperature:8}{1000 * median:8.0f} ms{native / median:8.1f} ×")
