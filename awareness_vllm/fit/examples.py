@@ -50,6 +50,9 @@ class PairLessons:
 
     pairs: tuple[tuple[str, str], ...]
 
+    def __len__(self) -> int:
+        return len(self.pairs)
+
     def __call__(self, number: int) -> Lesson:
         return Lesson(*self.pairs[number % len(self.pairs)])
 

@@ -121,17 +121,21 @@ def calibrate_map(
     progress: bool,
     snapshot: Snapshot | None = None,
 ) -> WMatrix:
-    """The map after calibration on lessons, judged on held-out documents."""
+    """The map after calibration on lessons, judged on held-out documents; the map as it is where
+    no document is long enough for a lesson."""
     train, held_out = lessons
+    if not (total := count_of(train, config.calibration)):
+        return wmatrix
     # A single epoch is never ended early: it needs no scores, and none of its texts again.
     several = config.epochs > 1 and config.minutes is None
     scored = HELD_OUT_TEXTS if several else 0
     kept = checkpoint if several and config.device == "cpu" else None
+    judges = lessons_of(held_out, scored, config.seed + HELD_OUT_SEED, config)
     examples = CalibrationExamples(
         reader,
         wmatrix,
         train,
-        None if config.minutes is not None else config.calibration,
+        None if config.minutes is not None else total,
         config.batch,
         workers=reader.workers,
         checkpoint=kept,
@@ -139,8 +143,8 @@ def calibrate_map(
     judged = CalibrationExamples(
         reader,
         wmatrix,
-        lessons_of(held_out, scored, config.seed + HELD_OUT_SEED, config),
-        scored,
+        judges,
+        count_of(judges, scored),
         config.batch,
         checkpoint=kept,
         name="held-out",
@@ -159,6 +163,11 @@ def lessons_of(
     if config.lessons == "long" and documents:
         return LongLessons.of(documents, seed)
     return PairLessons(tuple(calibration_texts(documents, count, seed)))
+
+
+def count_of(lessons: Lessons, count: int) -> int:
+    """How many lessons there are, of at most `count`."""
+    return min(count, len(lessons)) if isinstance(lessons, PairLessons) else count
 
 
 def r2_by_part(

@@ -146,8 +146,9 @@ class StandIn:
     def __init__(self, model: str, **engine_args: Any) -> None:
         assert engine_args["kv_transfer_config"]["kv_connector"] == "AwarenessConnector"
 
-    def collective_rpc(self, method: str, args: tuple[Any, ...]) -> None:
+    def collective_rpc(self, method: str, args: tuple[Any, ...]) -> list[str]:
         assert method.startswith("awareness")
+        return ["no cache to read back"]
 
     def generate(self, prompt: dict[str, Any], params: Any) -> None:
         assert prompt["prompt_token_ids"]

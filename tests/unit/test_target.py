@@ -235,6 +235,7 @@ def test_the_command_has_an_option_for_every_field() -> None:
         "memory_gb": 79.5,
         "block_size": 128,
         "tail": 0,
+        "reread": 24,
         "custom_fine_tune": "1234567",
     }
     assert set(options) == set(TargetConfig.model_fields)
