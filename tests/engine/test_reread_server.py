@@ -218,6 +218,7 @@ def test_a_late_passage_stays_aligned_and_nobody_elses_answer_changes(
     off = {"memory": {"ids": [memory], "reread": 0}}
     aligned = answer_of(ask(server, case["question"], logprobs=5, **off))
     theirs = answer_of(ask(server, other["question"], memory_ids=[memories[7]]))[0]
+    evict(server, memory)  # the first test has asked this, and its passages would be there
     with ThreadPoolExecutor(2) as pool:
         with paused(server):
             late = pool.submit(ask, server, case["question"], memory_ids=[memory], logprobs=5)
