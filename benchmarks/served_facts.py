@@ -224,11 +224,15 @@ def main() -> None:
         install()
         target = prepare()["gemma3-270m"]
     cases = read_cases(held_out_dir() / "needles" / "cases.jsonl")[1::2]
+    cases.sort(key=lambda case: str(case["kind"]))  # else a limit may take some kinds only
     by_length = {
         n: sample_evenly([c for c in cases if c["tokens"] == n], args.limit) for n in args.lengths
     }
     wmatrix = load_wmatrix(path)
-    costs, results = Costs(target, wmatrix), {}
+    costs = Costs(target, wmatrix)
+    results: dict[str, Any] = {}
+    document: dict[str, Any] = {"lengths": results, "wmatrix": path.name, "hardware": hardware()}
+    document["versions"] = {**versions(), "vllm": vllm_version()}
     with tempfile.TemporaryDirectory() as scratch:
         store = Path(scratch) / "store"
         store.mkdir()
@@ -242,10 +246,8 @@ def main() -> None:
                     client.measure(question)
                 results[str(tokens)] = figures(some, costs.share(tokens))
                 print(table({str(tokens): results[str(tokens)]}), file=sys.stderr)
-    about = {"wmatrix": path.name, "hardware": hardware()}
-    document = {"lengths": results, **about, "versions": {**versions(), "vllm": vllm_version()}}
-    if args.out:
-        args.out.write_text(json.dumps(document, indent=1) + "\n")
+                if args.out:  # each length as it comes: the next one takes many minutes
+                    args.out.write_text(json.dumps(document, indent=1) + "\n")
     print(json.dumps(document))
 
 
