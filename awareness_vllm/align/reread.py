@@ -10,12 +10,10 @@ from torch import Tensor
 
 from awareness_vllm.align.realign import AlignedMemory
 from awareness_vllm.models.hf import cache_repeats, cache_states, inputs_after
+from awareness_vllm.passages.index import Span
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-Span = tuple[int, int]
-"""Positions begin … end-1 among a memory's ids, the sink's counted."""
 
 
 @torch.inference_mode()

@@ -13,8 +13,8 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from awareness_vllm.align.reread import Span
 from awareness_vllm.packages.store import digest_in
+from awareness_vllm.passages.index import Span
 from awareness_vllm.schema import FrozenModel
 from awareness_vllm.serving.config import PARAMS_KEY
 from awareness_vllm.trust.policy import Signers

@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from awareness_vllm.align.reread import Span
 from awareness_vllm.errors import QualityUnreachable
 from awareness_vllm.models.tokens import Spans
 from awareness_vllm.packages.origin import Origin
-from awareness_vllm.passages.index import PassageIndex
+from awareness_vllm.passages.index import PassageIndex, Span
 from awareness_vllm.passages.words import WordVectors
 from awareness_vllm.serving.params import Key, LoadParams, Part, edition_name, passage_params
 from awareness_vllm.trust.policy import Signers

@@ -23,9 +23,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_what_the_map_has_lost_is_read_again(
-    smollm2: Path, gemma3: Path, wmatrix: Path, store: Path
+    smollm2: Path, gemma3: Path, small_wmatrix: Path, store: Path
 ) -> None:
-    target = OfflineTarget(gemma3, [wmatrix])
+    target = OfflineTarget(gemma3, [small_wmatrix])  # the shipped one has lost little
     right = {BUDGET: 0, 0: 0}
     for case in CASES:
         memory = captured(smollm2, case["context"], store)
@@ -33,11 +33,10 @@ def test_what_the_map_has_lost_is_read_again(
         for budget in right:
             answer = asked.ask(case["question"], budget=budget, max_tokens=8, raw=True)
             right[budget] += answer.text.startswith(case["answer"].strip())
-            assert answer.native_tokens <= budget + answer.question_tokens < answer.memory_tokens
+            assert answer.native_tokens < answer.memory_tokens / 2
     print(right)
-    # How much better depends on the map: the shipped one recalls much by itself, and one of so few
-    # questions may go either way.
-    assert right[BUDGET] >= max(right[0] - 1, len(CASES) / 3)
+    assert right[BUDGET] > right[0]
+    assert right[BUDGET] >= len(CASES) / 2
 
 
 def test_the_command_shows_what_it_read(
