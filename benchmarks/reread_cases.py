@@ -4,8 +4,8 @@
 
 Exact match on the first `--each` cases of even index of every kind and length (of odd index with
 `--half odd`): native, the memory alone, and for each `--choice STRATEGY:TOKENS` the passages
-re-read in place; those of the first one also quoted alone, quoted after the memory, and re-read and
-then quoted.
+re-read in place and quoted alone; those of the first one also quoted after the memory, and re-read
+and then quoted.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def arms(
             ("memory+quotes", memory, quoted + question, size),
             ("reread+quotes", native, quoted + question, 2 * size),
         ]
-        for way, states, text, read in ways if (strategy, budget) == choices[0] else ways[:1]:
+        for way, states, text, read in ways if (strategy, budget) == choices[0] else ways[:2]:
             yield f"{way} {strategy}:{budget}", is_exact(harness, states, text, answer), read
 
 

@@ -9,11 +9,12 @@ that no choice was made on). SmolLM2's memories on Gemma-3-270M, in these arms:
 - *native*: the text in the prompt;
 - *memory*: loaded, nothing re-read;
 - *default*: loaded as a server does by default, the passages that the question points at re-read;
-- *truncation* and *quotes*: the last tokens of the text, and its passages that match the question,
-  as plain prompts of as many tokens as the operations of *default* buy.
+- *truncation*, *quotes* and *bm25*: the last tokens of the text, the passages that the server would
+  choose for the question, and those that BM25 alone ranks first, each as a plain prompt of as many
+  tokens as the operations of *default* for this question buy.
 
 An answer is right if the greedy one begins with the expected one. Shares are of native; a margin
-is *default* less the better of truncation and quotes, and less each. `first_token_ms` are medians;
+is *default* less the best of the three, and less each. `first_token_ms` are medians;
 every arm begins cold, with nothing of it cached, but for *warm* (aligned states kept) and *hot*
 (blocks kept). Editions are off: they would make every later answer exact.
 """
@@ -50,15 +51,16 @@ from awareness_vllm.models.hf import load_model
 from awareness_vllm.models.tokens import load_tokenizer, tokenize
 from awareness_vllm.packages.capture import capture
 from awareness_vllm.packages.file import publish
-from awareness_vllm.passages import BUDGET
 from awareness_vllm.passages.index import PassageIndex
+from awareness_vllm.passages.strategies import DEFAULT
+from awareness_vllm.passages.vectors import word_vectors
 from awareness_vllm.provenance import hardware, versions
 from awareness_vllm.serving.plugin import vllm_version
 from awareness_vllm.wmatrix.certificate import TAIL
 from awareness_vllm.wmatrix.file import WMatrix
 from awareness_vllm.wmatrix.file import load as load_wmatrix
 
-CONTROLS = ("truncation", "quotes")
+CONTROLS = ("truncation", "quotes", "bm25")
 ARMS = ("native", "memory", "default", *CONTROLS)
 Answer = tuple[bool, float]
 """Whether an answer is right, and the seconds to its first token."""
@@ -73,6 +75,8 @@ class Question:
     prompts: dict[str, list[int]]
     tokens: int
     """Of the expected answer."""
+    reread: int
+    """Tokens that the question points at."""
     answers: dict[str, Answer] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -84,33 +88,38 @@ class Costs:
         self.prefill = Prefill.of(load_model(target), geometry_of(target))
         self.mapped, self.sink = map_flop(wmatrix), len(wmatrix.manifest.sink)
 
-    def budget(self, tokens: int) -> int:
-        """The tokens that a control reads beside a memory of `tokens`."""
-        flop = plan_flop(self.mapped, self.prefill, tokens, TAIL, BUDGET, self.sink)
+    def budget(self, tokens: int, reread: int) -> int:
+        """The tokens that a control reads beside a memory of `tokens`, `reread` of them read."""
+        flop = plan_flop(self.mapped, self.prefill, tokens, TAIL, reread, self.sink)
         return self.prefill.affordable(flop, self.sink, tokens)
 
-    def share(self, tokens: int) -> float:
+    def share(self, tokens: int, reread: int) -> float:
         """The default plan's share of reading all `tokens` natively."""
-        return plan_cost(self.mapped, self.prefill, tokens, TAIL, BUDGET, self.sink)
+        return plan_cost(self.mapped, self.prefill, tokens, TAIL, reread, self.sink)
 
 
 def questions(
     cases: Sequence[dict[str, Any]], target: Path, wmatrix: WMatrix, store: Path, costs: Costs
 ) -> list[Question]:
     """The cases, their memories captured into the store."""
-    source, tokenizer = smollm2(), load_tokenizer(str(target))
+    source, tokenizer, vectors = smollm2(), load_tokenizer(str(target)), word_vectors(target)
     model, made = load_model(source), []
     for case in cases:
         text, sink = case["context"], list(wmatrix.manifest.sink)
         tokens = tokenize(tokenizer, text)
         asked = tokenize(tokenizer, case["question"]).ids
-        budget = costs.budget(len(tokens.ids))
-        index = PassageIndex.of(text, tokens.spans, 0)
-        quoted = [tokens.ids[p] for s in index.choose(case["question"], budget) for p in range(*s)]
+        index = PassageIndex.of(text, tokens.spans, 0, vectors=vectors)
+        reread = sum(end - begin for begin, end in index.choose(case["question"]))
+        budget = costs.budget(len(tokens.ids), reread)
+        quotes, bm25 = (
+            [tokens.ids[p] for s in index.choose(case["question"], budget, by) for p in range(*s)]
+            for by in (DEFAULT, "bm25")
+        )
         contexts = {
             "native": prompt_ids(text, sink, target)[len(sink) :],
             "truncation": tokens.ids[len(tokens.ids) - budget :],
-            "quotes": quoted,
+            "quotes": quotes,
+            "bm25": bm25,
         }
         made.append(
             Question(
@@ -118,6 +127,7 @@ def questions(
                 publish(capture(source, text, model=model), store).stem,
                 {arm: [*sink, *ids, *asked] for arm, ids in contexts.items()},
                 len(tokenize(tokenizer, case["question"] + case["answer"]).ids) - len(asked),
+                reread,
             )
         )
     return made
@@ -160,7 +170,7 @@ class Client:
             question.seconds[temperature] = self.ask(question, asked, cache_salt=again, **body)[1]
 
 
-def figures(asked: Sequence[Question], cost: float) -> dict[str, Any]:
+def figures(asked: Sequence[Question], costs: Costs) -> dict[str, Any]:
     """The figures of questions of one length."""
     exact = {arm: np.array([float(q.answers[arm][0]) for q in asked]) for arm in ARMS}
     native = exact["native"]
@@ -171,14 +181,15 @@ def figures(asked: Sequence[Question], cost: float) -> dict[str, Any]:
     shares: dict[str, Any] = {}
     if native.any():
         shares = {arm: share(exact[arm], native) for arm in ARMS if arm != "native"}
-        others = {"the better control": CONTROLS} | {name: (name,) for name in CONTROLS}
+        others = {"the best control": CONTROLS} | {name: (name,) for name in CONTROLS}
         shares["margins"] = {
             name: margin(exact["default"], [exact[arm] for arm in arms], native)
             for name, arms in others.items()
         }
     return {
         "cases": len(asked),
-        "cost": round(cost, 4),
+        "reread": round(statistics.mean(q.reread for q in asked), 1),
+        "cost": round(statistics.mean(costs.share(q.case["tokens"], q.reread) for q in asked), 4),
         "exact": {arm: round(float(rows.mean()), 4) for arm, rows in exact.items()},
         "of_native": shares,
         "kinds": {
@@ -194,13 +205,13 @@ def figures(asked: Sequence[Question], cost: float) -> dict[str, Any]:
 def table(results: dict[str, Any]) -> str:
     """The figures as a table for docs/results.md."""
     lines = [
-        "| tokens | cost | native | memory | default | truncation | quotes | margin | first token: "
-        "native · cold · warm · hot |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| tokens | cost | native | memory | default | truncation | quotes | bm25 | margin | "
+        "first token: native · cold · warm · hot |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for tokens, found in results.items():
         exact, ms = found["exact"], found["first_token_ms"]
-        best = found["of_native"].get("margins", {}).get("the better control")
+        best = found["of_native"].get("margins", {}).get("the best control")
         gained = "" if best is None else "{mean:.2f} ({ci_low:.2f} … {ci_high:.2f})".format(**best)
         times = [ms[arm] for arm in ("native", "default", "default, warm", "default, hot")]
         lines.append(
@@ -244,7 +255,7 @@ def main() -> None:
             for tokens, some in asked.items():
                 for question in some[:1] + some:  # the first one warms the server up
                     client.measure(question)
-                results[str(tokens)] = figures(some, costs.share(tokens))
+                results[str(tokens)] = figures(some, costs)
                 print(table({str(tokens): results[str(tokens)]}), file=sys.stderr)
                 if args.out:  # each length as it comes: the next one takes many minutes
                     args.out.write_text(json.dumps(document, indent=1) + "\n")

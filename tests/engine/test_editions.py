@@ -2,7 +2,7 @@
 
 The servers compute in float32, where what is exact agrees to 0.0001 nats. In bfloat16 the model's
 own readings, in chunks of other sizes, differ by 0.1: rounding would hide a fault, or look like one
-(`benchmarks/editions.py --exact` counts how often).
+(`benchmarks/exactness.py` counts how often).
 """
 
 from __future__ import annotations
@@ -85,9 +85,13 @@ def logprobs(answer: dict) -> Logprobs:
 
 
 def from_native(server: Server, answer: dict) -> float:
-    """How far an answer is from that to the same ids, read natively."""
+    """How far an answer is from that to the same ids, read natively: the gap where they part, else
+    the greatest difference in what a token's log probability is."""
     ids = answer.get("prompt_token_ids") or answer["choices"][0]["prompt_token_ids"]
-    return parting(logprobs(ask(server, prompt=ids)), logprobs(answer))
+    native, given = logprobs(ask(server, prompt=ids)), logprobs(answer)
+    assert native.tokens
+    tops = zip(native.tokens, native.top_logprobs, given.top_logprobs, strict=True)
+    return parting(native, given) or max(abs(ours[t] - theirs[t]) for t, ours, theirs in tops)
 
 
 def until_exact(request: Callable[..., dict], seconds: float = 240) -> None:

@@ -1,0 +1,169 @@
+"""Editions beside native reading: how often greedy answers of 64 tokens part, and at what gap.
+
+    python benchmarks/exactness.py --texts 12 [any flag of vllm serve]
+
+Both models, each with memories of the other, completions and chats by turns. Every answer is
+compared with that to the same ids read natively at once; so is the answer after the same ids were
+read natively in chunks of `--chunk` tokens, as an edition is made: what these differ by is
+rounding, which an edition cannot escape. A gap is that of the two tokens at the first difference,
+in nats, as native reading sees them. In float32 (`--dtype float32`) there is nothing to round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+from awareness_demo.anchors import held_out_dir, install
+from awareness_demo.models import prepare
+from awareness_demo.servers import AWARENESS, NAME, running
+from awareness_demo.wmatrices import shipped
+from first_token import capture_text
+from servers import FLAGS, stop_on_terminate
+
+from awareness_vllm.anchors.corpus import load
+from awareness_vllm.models.tokens import load_tokenizer, tokenize
+from awareness_vllm.provenance import hardware, versions
+from awareness_vllm.serving.plugin import vllm_version
+
+LENGTHS = (300, 900)
+"""Tokens of the texts, by turns; a window of Gemma-3 is 512."""
+QUESTION = "\n\nIn short, the text says that the"
+CHAT = (
+    "{{ bos_token }}{% for message in messages %}<start_of_turn>{{ message.role }}\n"
+    "{{ message.content }}<end_of_turn>\n{% endfor %}<start_of_turn>model\n"
+)
+PATIENCE_S = 120.0
+Answer = dict[str, Any]
+
+
+def stretches(model: Path, count: int) -> list[str]:
+    """So many stretches of a held-out document, in order."""
+    whole = "\n\n".join(d.text for d in load([held_out_dir() / "debian-history"]))
+    spans, raw = tokenize(load_tokenizer(str(model)), whole).spans, whole.encode()
+    cuts, at = [], 0
+    for i in range(count):
+        end = at + LENGTHS[i % len(LENGTHS)]
+        cuts.append((int(spans[at, 0]), int(spans[end, 0])))
+        at = end
+    return [raw[begin:end].decode(errors="ignore") for begin, end in cuts]
+
+
+class Client:
+    """A client that asks for greedy answers and what was likely at each place of them."""
+
+    def __init__(self, url: str) -> None:
+        self.http, self.salts = httpx.Client(base_url=f"{url}/v1", timeout=300), 0
+
+    def salt(self) -> str:
+        self.salts += 1
+        return f"salt-{self.salts}"
+
+    def complete(self, prompt: str | list[int], **fields: Any) -> Answer:
+        return self._ask("completions", logprobs=5, prompt=prompt, **fields)
+
+    def chat(self, **fields: Any) -> Answer:
+        messages = [{"role": "user", "content": QUESTION}]
+        fields |= {"messages": messages, "chat_template": CHAT, "logprobs": True, "top_logprobs": 5}
+        return self._ask("chat/completions", **fields)
+
+    def from_memory(self, memory: str, is_chat: bool) -> Answer:
+        """The first answer from a memory's edition."""
+        until = time.monotonic() + PATIENCE_S
+        while True:
+            fields = {"memory_ids": [memory]}
+            answer = self.chat(**fields) if is_chat else self.complete(QUESTION, **fields)
+            if all(answer["memory"]["edition"]):
+                return answer
+            if time.monotonic() > until:
+                raise RuntimeError(f"no edition of {memory} after {PATIENCE_S:g} s")
+            time.sleep(2)
+
+    def in_chunks(self, ids: list[int], chunk: int) -> Answer:
+        """The answer to ids that were read natively chunk by chunk."""
+        salt = self.salt()
+        for end in range(chunk, len(ids), chunk):
+            self.complete(ids[:end], max_tokens=1, cache_salt=salt)
+        return self.complete(ids, cache_salt=salt)
+
+    def _ask(self, path: str, **fields: Any) -> Answer:
+        body = {"model": NAME, "max_tokens": 64, "temperature": 0, "return_token_ids": True}
+        return dict(self.http.post(path, json=body | fields).raise_for_status().json())
+
+
+def prompt_ids(answer: Answer) -> list[int]:
+    return list(answer.get("prompt_token_ids") or answer["choices"][0]["prompt_token_ids"])
+
+
+def likely(answer: Answer) -> list[tuple[str, dict[str, float]]]:
+    """The token at each place of an answer, and the log probabilities of the likeliest there."""
+    given = answer["choices"][0]["logprobs"]
+    if "content" not in given:
+        return list(zip(given["tokens"], given["top_logprobs"], strict=True))
+    return [
+        (one["token"], {t["token"]: t["logprob"] for t in one["top_logprobs"]})
+        for one in given["content"]
+    ]
+
+
+def gap(native: Answer, other: Answer) -> float | None:
+    """The gap where an answer parts from the native one; None where it does not."""
+    for (right, top), (found, _) in zip(likely(native), likely(other), strict=True):
+        if right != found:
+            return top[right] - top.get(found, -float("inf"))
+    return None
+
+
+def measure(client: Client, memories: Sequence[str], chunk: int) -> dict[str, Any]:
+    gaps: dict[str, list[float | None]] = {"edition": [], "native in chunks": []}
+    for i, memory in enumerate(memories):
+        answer = client.from_memory(memory, is_chat=i % 4 >= 2)
+        ids = prompt_ids(answer)
+        native = client.complete(ids, cache_salt=client.salt())
+        gaps["edition"].append(gap(native, answer))
+        gaps["native in chunks"].append(gap(native, client.in_chunks(ids, chunk)))
+    return {
+        name: {
+            "same": sum(one is None for one in found),
+            "of": len(found),
+            "gaps": sorted(round(one, 4) for one in found if one is not None),
+        }
+        for name, found in gaps.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--texts", type=int, default=12, help="for each model")
+    parser.add_argument("--chunk", type=int, default=128)
+    args, flags = parser.parse_known_args()
+    stop_on_terminate()
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the figures
+        install()
+        models = prepare()
+    report: dict[str, Any] = {"texts": args.texts, "chunk": args.chunk, "flags": flags}
+    for source, target in (models.values(), reversed(models.values())):
+        wmatrix = shipped(source, target)
+        with tempfile.TemporaryDirectory() as scratch:
+            store = Path(scratch) / "store"
+            store.mkdir()
+            memories = [capture_text(source, t, store) for t in stretches(target, args.texts)]
+            given = [*FLAGS, *flags, "--store", str(store), "--wmatrix", str(wmatrix)]
+            given += ["--trust-request-chat-template"]
+            with running(AWARENESS, target, given, Path(scratch) / "log") as server:
+                report[target.name] = measure(Client(server.url), memories, args.chunk)
+        print(target.name, report[target.name], file=sys.stderr)
+    report |= {"hardware": hardware(), "versions": {**versions(), "vllm": vllm_version()}}
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
