@@ -19,7 +19,6 @@ import itertools
 import json
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,8 @@ from typing import Any
 import numpy as np
 from awareness_demo.anchors import install
 from awareness_demo.models import prepare
-from awareness_demo.servers import AWARENESS, running
-from first_token import QUESTION, Client, capture_text, texts
-from servers import FLAGS, paired_ratio, smollm2, stop_on_terminate
+from first_token import QUESTION, Client, texts
+from servers import FLAGS, paired_ratio, serving, smollm2, stop_on_terminate
 
 from awareness_vllm.files import wmatrices_dir
 from awareness_vllm.provenance import hardware, versions
@@ -133,14 +131,10 @@ def main() -> None:
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the figures
         install()
         target = prepare()["gemma3-270m"]
-    with tempfile.TemporaryDirectory() as scratch:
-        store = Path(scratch) / "store"
-        store.mkdir()
-        contexts = {capture_text(smollm2(), t, store): t for t in texts(target, args.tokens)}
-        flags = [*(flags or FLAGS), "--max-model-len", str(max(4096, 2 * args.tokens))]
-        flags += ["--store", str(store), "--wmatrix", str(wmatrix), "--editions", args.policy]
-        with running(AWARENESS, target, flags, Path(scratch) / "log") as server:
-            values = measure(Client(server.url), contexts, args.rounds)
+    flags = [*(flags or FLAGS), "--max-model-len", str(max(4096, 2 * args.tokens))]
+    flags += ["--editions", args.policy]
+    with serving(smollm2(), target, wmatrix, texts(target, args.tokens), flags) as (url, contexts):
+        values = measure(Client(url), contexts, args.rounds)
     about = {"tokens": args.tokens, "rounds": args.rounds, "policy": args.policy}
     about |= {"wmatrix": wmatrix.name, "hardware": hardware()}
     print(json.dumps(values | about | {"versions": {**versions(), "vllm": vllm_version()}}))

@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,10 +23,9 @@ from typing import Any
 import httpx
 from awareness_demo.anchors import held_out_dir, install
 from awareness_demo.models import prepare
-from awareness_demo.servers import AWARENESS, NAME, running
+from awareness_demo.servers import NAME
 from awareness_demo.wmatrices import shipped
-from first_token import capture_text
-from servers import FLAGS, stop_on_terminate
+from servers import FLAGS, serving, stop_on_terminate
 
 from awareness_vllm.anchors.corpus import load
 from awareness_vllm.models.tokens import load_tokenizer, tokenize
@@ -152,14 +150,11 @@ def main() -> None:
     report: dict[str, Any] = {"texts": args.texts, "chunk": args.chunk, "flags": flags}
     for source, target in (models.values(), reversed(models.values())):
         wmatrix = shipped(source, target)
-        with tempfile.TemporaryDirectory() as scratch:
-            store = Path(scratch) / "store"
-            store.mkdir()
-            memories = [capture_text(source, t, store) for t in stretches(target, args.texts)]
-            given = [*FLAGS, *flags, "--store", str(store), "--wmatrix", str(wmatrix)]
-            given += ["--trust-request-chat-template"]
-            with running(AWARENESS, target, given, Path(scratch) / "log") as server:
-                report[target.name] = measure(Client(server.url), memories, args.chunk)
+        if wmatrix is None:
+            raise SystemExit(f"no map is shipped from {source.name} to {target.name}")
+        given = [*FLAGS, *flags, "--trust-request-chat-template"]
+        with serving(source, target, wmatrix, stretches(target, args.texts), given) as (url, ids):
+            report[target.name] = measure(Client(url), list(ids), args.chunk)
         print(target.name, report[target.name], file=sys.stderr)
     report |= {"hardware": hardware(), "versions": {**versions(), "vllm": vllm_version()}}
     print(json.dumps(report))

@@ -21,9 +21,7 @@ import itertools
 import json
 import re
 import statistics
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -33,8 +31,8 @@ from typing import Any
 import httpx
 from awareness_demo.anchors import held_out_dir, install
 from awareness_demo.models import prepare
-from awareness_demo.servers import AWARENESS, NAME, running
-from servers import ALIGNED, FLAGS, paired_ratio, smollm2, stop_on_terminate
+from awareness_demo.servers import NAME
+from servers import ALIGNED, FLAGS, paired_ratio, serving, smollm2, stop_on_terminate
 
 from awareness_vllm.anchors.corpus import load
 from awareness_vllm.files import wmatrices_dir
@@ -62,15 +60,6 @@ def question_about(text: str, number: int) -> str:
     words = sentences[(7 * number + 3) % len(sentences)]
     asked = " ".join(sorted(words, key=len)[-3:])
     return f"\n\nWhat does the text say about {asked}? It says that"
-
-
-def capture_text(model: Path, text: str, store: Path) -> str:
-    """The ID of a text's memory."""
-    file = store / "text.txt"
-    file.write_text(text)
-    command = [*AWARENESS[:-1], "capture", "--model", model, "--text", file, "--store", store]
-    done = subprocess.run([*map(str, command), "--json"], capture_output=True, check=True)
-    return str(json.loads(done.stdout)["id"])
 
 
 class Client:
@@ -178,14 +167,9 @@ def main() -> None:
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the figures
         install()
         target = prepare()["gemma3-270m"]
-    with tempfile.TemporaryDirectory() as scratch:
-        store = Path(scratch) / "store"
-        store.mkdir()
-        contexts = {capture_text(smollm2(), t, store): t for t in texts(target, args.tokens)}
-        flags = [*(flags or FLAGS), "--max-model-len", str(max(4096, 2 * args.tokens))]
-        flags += ["--store", str(store), "--wmatrix", str(wmatrix), *ALIGNED]
-        with running(AWARENESS, target, flags, Path(scratch) / "log") as server:
-            values = measure(Client(server.url), contexts, args.rounds)
+    flags = [*(flags or FLAGS), "--max-model-len", str(max(4096, 2 * args.tokens)), *ALIGNED]
+    with serving(smollm2(), target, wmatrix, texts(target, args.tokens), flags) as (url, contexts):
+        values = measure(Client(url), contexts, args.rounds)
     about = {"tokens": args.tokens, "rounds": args.rounds, "texts": TEXTS, "wmatrix": wmatrix.name}
     about |= {"hardware": hardware(), "versions": {**versions(), "vllm": vllm_version()}}
     print(json.dumps(values | about))

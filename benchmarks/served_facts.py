@@ -7,8 +7,9 @@ Needles of several kinds, hidden in foreign prose (`held-out/needles`; of the tw
 that no choice was made on). SmolLM2's memories on Gemma-3-270M, in these arms:
 
 - *native*: the text in the prompt;
-- *memory*: loaded, nothing re-read;
-- *default*: loaded as a server does by default, the passages that the question points at re-read;
+- *memory*: loaded, nothing re-read and nothing quoted;
+- *reread*: the passages that the question points at re-read in place;
+- *default*: loaded as a server does by default: these passages quoted;
 - *truncation*, *quotes* and *bm25*: the last tokens of the text, the passages that the server would
   choose for the question, and those that BM25 alone ranks first, each as a plain prompt of as many
   tokens as the operations of *default* for this question buy.
@@ -52,6 +53,7 @@ from awareness_vllm.models.tokens import load_tokenizer, tokenize
 from awareness_vllm.packages.capture import capture
 from awareness_vllm.packages.file import publish
 from awareness_vllm.passages.index import PassageIndex
+from awareness_vllm.passages.quotes import quote
 from awareness_vllm.passages.strategies import DEFAULT
 from awareness_vllm.passages.vectors import word_vectors
 from awareness_vllm.provenance import hardware, versions
@@ -61,7 +63,13 @@ from awareness_vllm.wmatrix.file import WMatrix
 from awareness_vllm.wmatrix.file import load as load_wmatrix
 
 CONTROLS = ("truncation", "quotes", "bm25")
-ARMS = ("native", "memory", "default", *CONTROLS)
+LOADED: dict[str, dict[str, Any]] = {
+    "memory": {"reread": 0, "quote": 0},
+    "reread": {"quote": 0},
+    "default": {},
+}
+"""What requests for a loaded memory say, by arm."""
+ARMS = ("native", *LOADED, *CONTROLS)
 Answer = tuple[bool, float]
 """Whether an answer is right, and the seconds to its first token."""
 
@@ -75,8 +83,8 @@ class Question:
     prompts: dict[str, list[int]]
     tokens: int
     """Of the expected answer."""
-    reread: int
-    """Tokens that the question points at."""
+    quoted: int
+    """Tokens of the quotes that *default* has."""
     answers: dict[str, Answer] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -88,14 +96,14 @@ class Costs:
         self.prefill = Prefill.of(load_model(target), geometry_of(target))
         self.mapped, self.sink = map_flop(wmatrix), len(wmatrix.manifest.sink)
 
-    def budget(self, tokens: int, reread: int) -> int:
-        """The tokens that a control reads beside a memory of `tokens`, `reread` of them read."""
-        flop = plan_flop(self.mapped, self.prefill, tokens, TAIL, reread, self.sink)
+    def budget(self, tokens: int, native: int) -> int:
+        """The tokens that a control reads beside a memory of `tokens`, `native` of them read."""
+        flop = plan_flop(self.mapped, self.prefill, tokens, TAIL, native, self.sink)
         return self.prefill.affordable(flop, self.sink, tokens)
 
-    def share(self, tokens: int, reread: int) -> float:
+    def share(self, tokens: int, native: int) -> float:
         """The default plan's share of reading all `tokens` natively."""
-        return plan_cost(self.mapped, self.prefill, tokens, TAIL, reread, self.sink)
+        return plan_cost(self.mapped, self.prefill, tokens, TAIL, native, self.sink)
 
 
 def questions(
@@ -109,8 +117,9 @@ def questions(
         tokens = tokenize(tokenizer, text)
         asked = tokenize(tokenizer, case["question"]).ids
         index = PassageIndex.of(text, tokens.spans, 0, vectors=vectors)
-        reread = sum(end - begin for begin, end in index.choose(case["question"]))
-        budget = costs.budget(len(tokens.ids), reread)
+        ranges = [index.characters(span) for span in index.choose(case["question"])]
+        quoted = len(tokenize(tokenizer, quote([text[a:b] for a, b in ranges])).ids)
+        budget = costs.budget(len(tokens.ids), quoted)
         quotes, bm25 = (
             [tokens.ids[p] for s in index.choose(case["question"], budget, by) for p in range(*s)]
             for by in (DEFAULT, "bm25")
@@ -127,7 +136,7 @@ def questions(
                 publish(capture(source, text, model=model), store).stem,
                 {arm: [*sink, *ids, *asked] for arm, ids in contexts.items()},
                 len(tokenize(tokenizer, case["question"] + case["answer"]).ids) - len(asked),
-                reread,
+                quoted,
             )
         )
     return made
@@ -161,9 +170,9 @@ class Client:
         asked, memory = question.case["question"], question.memory
         for arm, ids in question.prompts.items():
             question.answers[arm] = self.ask(question, ids, cache_salt=self.salt())
-        for arm, reread in (("memory", 0), ("default", "auto")):
+        for arm, fields in LOADED.items():
             self.http.delete(f"/v1/memories/{memory}").raise_for_status()
-            body = {"memory": {"ids": [memory], "reread": reread}}
+            body = {"memory": {"ids": [memory], **fields}}
             salt = self.salt()
             question.answers[arm] = self.ask(question, asked, cache_salt=salt, **body)
         for temperature, again in (("warm", self.salt()), ("hot", salt)):
@@ -188,8 +197,8 @@ def figures(asked: Sequence[Question], costs: Costs) -> dict[str, Any]:
         }
     return {
         "cases": len(asked),
-        "reread": round(statistics.mean(q.reread for q in asked), 1),
-        "cost": round(statistics.mean(costs.share(q.case["tokens"], q.reread) for q in asked), 4),
+        "quoted": round(statistics.mean(q.quoted for q in asked), 1),
+        "cost": round(statistics.mean(costs.share(q.case["tokens"], q.quoted) for q in asked), 4),
         "exact": {arm: round(float(rows.mean()), 4) for arm, rows in exact.items()},
         "of_native": shares,
         "kinds": {
@@ -205,9 +214,9 @@ def figures(asked: Sequence[Question], costs: Costs) -> dict[str, Any]:
 def table(results: dict[str, Any]) -> str:
     """The figures as a table for docs/results.md."""
     lines = [
-        "| tokens | cost | native | memory | default | truncation | quotes | bm25 | margin | "
-        "first token: native · cold · warm · hot |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| tokens | cost | native | memory | reread | default | truncation | quotes | bm25 | "
+        "margin | first token: native · cold · warm · hot |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for tokens, found in results.items():
         exact, ms = found["exact"], found["first_token_ms"]

@@ -1,16 +1,20 @@
-"""Servers of benchmarks, stock vLLM or `awareness serve`, and ratios within one run."""
+"""Servers of benchmarks, with memories in their store, and ratios within one run."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
+import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from awareness_demo.models import prepare
+from awareness_demo.servers import AWARENESS, running
 
 FLAGS = ["--enforce-eager", "--kv-cache-memory-bytes", "1G", "--max-model-len", "2048"]
 ALIGNED = ["--editions", "never"]
@@ -36,3 +40,26 @@ def smollm2() -> Path:
     """The model folder of SmolLM2, prepared if it is missing."""
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the figures
         return prepare()["smollm2-135m"]
+
+
+def capture_text(model: Path, text: str, store: Path) -> str:
+    """The ID of a text's memory."""
+    file = store / "text.txt"
+    file.write_text(text)
+    command = [*AWARENESS[:-1], "capture", "--model", model, "--text", file, "--store", store]
+    done = subprocess.run([*map(str, command), "--json"], capture_output=True, check=True)
+    return str(json.loads(done.stdout)["id"])
+
+
+@contextlib.contextmanager
+def serving(
+    source: Path, target: Path, wmatrix: Path, texts: Sequence[str], flags: Sequence[str]
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """A server of a target, with a source's memories of some texts; its URL, the texts by ID."""
+    with tempfile.TemporaryDirectory() as scratch:
+        store = Path(scratch) / "store"
+        store.mkdir()
+        contexts = {capture_text(source, text, store): text for text in texts}
+        flags = [*flags, "--store", str(store), "--wmatrix", str(wmatrix)]
+        with running(AWARENESS, target, flags, Path(scratch) / "log") as server:
+            yield server.url, contexts

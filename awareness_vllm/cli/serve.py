@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--host-cache-gib", "host_cache_gib", type=float, metavar="GIB")
     option("--disk-cache", "disk_cache", type=Path, metavar="DIR")
     option("--reread", "reread", type=int, metavar="N")
+    option("--quote", "quote", type=int, metavar="N")
     option("--reread-timeout", "reread_timeout", type=float, metavar="SECONDS")
     option("--reread-cache-gib", "reread_cache_gib", type=float, metavar="GIB")
     option("--editions", "editions", choices=["never", "idle", "always"])
@@ -63,6 +64,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         host_cache_gib=args.host_cache_gib,
         disk_cache=args.disk_cache,
         reread=args.reread,
+        quote=args.quote,
         reread_timeout=args.reread_timeout,
         reread_cache_gib=args.reread_cache_gib,
         editions=args.editions,

@@ -218,7 +218,8 @@ def evaluate_cases(
     Raises:
         BadInput: fewer than two cases.
     """
-    cases = sample_evenly(cases, limit)
+    # By kind: else an even sample of cases whose kinds take turns may be of some kinds only.
+    cases = sample_evenly(sorted(cases, key=lambda case: str(case.get("kind", ""))), limit)
     if len(cases) < 2:
         raise BadInput("too few cases", found=len(cases), expected="at least 2")
     tokenizer = load_tokenizer(str(harness.target))

@@ -45,6 +45,12 @@ class ServingConfig(FrozenModel):
         description="tokens of each memory, of those that the question points at, which the model "
         "reads itself, in place; 0 for none, unless a request asks for some",
     )
+    quote: int = Field(
+        BUDGET,
+        ge=0,
+        description="tokens of each memory, of those that the question points at, which stand once "
+        "more before a prompt with a question mark; 0 for none, unless a request asks for some",
+    )
     reread_timeout: float = Field(
         5.0, gt=0, description="seconds; passages that are not re-read by then stay aligned"
     )

@@ -12,7 +12,7 @@ from awareness_vllm.serving.connector.worker_extension import BIND, CALL, CHECK_
 from awareness_vllm.serving.params import kv_transfer_params
 from awareness_vllm.serving.passages import failure, sampling_params
 from awareness_vllm.serving.prompt import Prompt
-from awareness_vllm.serving.request import MemoryRequest, Reread
+from awareness_vllm.serving.request import MemoryRequest, Tokens
 from awareness_vllm.serving.resolver import MemoryResolver
 from awareness_vllm.serving.served_model import ServedModel
 
@@ -76,12 +76,13 @@ class OfflineMemories:
         *,
         quality_target: float | None = None,
         on_low_quality: Literal["recompute", "fail", "use"] = "recompute",
-        reread: Reread = "auto",
+        reread: Tokens = "auto",
+        quote: Tokens = "auto",
         caller_salt: str | None = None,
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """A text, or its ids, after memories: a prompt for `LLM.generate`, and `extra_args` for its
-        parameters. The attached engine reads now what the text points at, as a server would, up to
-        `reread` tokens of each memory.
+        parameters. What the text points at is quoted, or read now by the attached engine, as a
+        server would: up to `quote` and `reread` tokens of each memory.
 
         Raises:
             AwarenessError: what a server answers with a 4xx.
@@ -91,12 +92,14 @@ class OfflineMemories:
             quality_target=quality_target,
             on_low_quality=on_low_quality,
             reread=reread,
+            quote=quote,
         )
         memories = self.resolver.resolve(request, "", caller_salt)
         tokenizer = load_tokenizer(str(self.resolver.model.folder))
         question = text if isinstance(text, str) else tokenizer.decode(list(text))
         if isinstance(text, str):
             text = tokenize(tokenizer, text).ids
+        memories = self.resolver.quoted(memories, question, len(text) + 1)
         memories = self.with_passages(memories, question)
         prompt = {"prompt_token_ids": self.resolver.append_question(memories, list(text))}
         params = memories.params

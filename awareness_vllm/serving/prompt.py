@@ -6,133 +6,16 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from awareness_vllm.errors import QualityUnreachable
-from awareness_vllm.models.tokens import Spans
-from awareness_vllm.packages.origin import Origin
-from awareness_vllm.passages.index import PassageIndex, Span
-from awareness_vllm.passages.words import WordVectors
+from awareness_vllm.passages.index import Span
+from awareness_vllm.passages.quotes import NO_QUOTES, Quoting, is_question, quote
 from awareness_vllm.serving.params import Key, LoadParams, Part, edition_name, passage_params
+from awareness_vllm.serving.resolved_memory import OWN, Promise, ResolvedMemory
 from awareness_vllm.trust.policy import Signers
-from awareness_vllm.wmatrix.certificate import Plan
-from awareness_vllm.wmatrix.plans import basis_of, cheapest, with_tail
-from awareness_vllm.wmatrix.registry import WMatrixEntry
-
-PromiseBasis = Literal["measured", "extrapolated", "claimed", "own"]
-
-
-@dataclass(frozen=True)
-class Promise:
-    """The share of itself that a memory is known to keep, and how that is known; None where nobody
-    measured it.
-
-    `basis` is "own" for states of the served model itself, "measured" or "extrapolated" (a memory
-    longer than all that were measured) by a certificate, "claimed" by one that no trusted key
-    signed where one should. `margin` is the retention above what the same cost buys without a
-    memory, None where the certificate has no controls; not positive, there is no reason to load.
-    """
-
-    retention: float | None = None
-    basis: PromiseBasis | None = None
-    margin: float | None = None
-
-
-OWN = Promise(1.0, "own")
-
-
-@dataclass(frozen=True)
-class ResolvedMemory:
-    """A memory that the served model can load: the sha256 of its file, its origin, its W-Matrix
-    (None: an exact copy), its prompt ids, of which the first `prefix` stand only at the beginning
-    of a prompt, the trusted key that signed the package, and its text with the bytes [T, 2] of the
-    tokens after the prefix (None where nothing of it can be re-read), beside the served model's
-    embeddings of words, where they can be read."""
-
-    id: str
-    digest: str
-    origin: Origin
-    wmatrix: WMatrixEntry | None
-    ids: list[int]
-    prefix: int
-    signed_by: str | None = None
-    text: tuple[str, Spans] | None = None
-    vectors: WordVectors | None = None
-
-    @functools.cached_property
-    def index(self) -> PassageIndex | None:
-        """The passages that a question may point at, indexed with the first question; None for a
-        copy, whose states are exact, and for a map without the memory's tokens."""
-        if self.text is None:
-            return None
-        return PassageIndex.of(*self.text, self.prefix, vectors=self.vectors)
-
-    @property
-    def signers(self) -> Signers:
-        """The trusted keys that signed the package, the W-Matrix and its certificate."""
-        if self.wmatrix is None:
-            return Signers(package=self.signed_by)
-        return self.wmatrix.signers(self.signed_by)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of the memory's text."""
-        return len(self.ids) - self.prefix
-
-    def promise(self, tail: int = 0, reread: int = 0) -> Promise:
-        """What the memory keeps with its last `tail` tokens read natively, and up to `reread` more
-        in place: by its certificate, or all of itself for a copy whose origin is known and for a
-        text that is read natively from its first token on."""
-        if tail >= self.tokens:
-            return OWN
-        if self.wmatrix is None:
-            return Promise() if self.origin == "claimed" else OWN
-        if (certificate := self.wmatrix.certificate) is None:
-            return Promise()
-        plan = with_tail(certificate, self.tokens, tail, reread)
-        basis: PromiseBasis = basis_of(certificate, self.tokens)
-        return Promise(
-            plan.retention.mean,
-            "claimed" if self.wmatrix.claimed else basis,
-            plan.margin.mean if plan.margin else None,
-        )
-
-    def plan(self, quality_target: float, *, tails: bool, reread: int = 0) -> Plan | None:
-        """The cheapest certified way to load that reaches the target, with up to `reread` tokens
-        re-read in place, and keeps more than its cost buys without a memory; None for a copy.
-
-        Raises:
-            QualityUnreachable: no way reaches it, none was measured, or a stranger claims a copy.
-        """
-        if self.wmatrix is None:
-            if self.origin != "claimed":
-                return None
-            raise QualityUnreachable(
-                f"nobody vouches for the states of memory {self.id}",
-                found="a package that was neither captured here nor signed by a trusted key",
-                expected=f"a measured retention of {quality_target}",
-                remedy="capture it here, start the server with --trust and its author's key, or "
-                "leave quality_target out",
-            )
-        certificate = self.wmatrix.certificate
-        if certificate is None:
-            raise QualityUnreachable(
-                f"the W-Matrix of memory {self.id} is not certified",
-                found=self.wmatrix.path.name,
-                expected=f"a measured retention of {quality_target}",
-                remedy="`awareness certify`, or leave quality_target out",
-            )
-        if self.wmatrix.claimed:
-            raise QualityUnreachable(
-                f"the certificate of memory {self.id}'s W-Matrix is only claimed",
-                found=f"{self.wmatrix.path.name}, whose certificate no trusted key signed",
-                expected=f"a retention of {quality_target}, measured by whom this server trusts",
-                remedy="`awareness sign --certificate` by who measured it, or leave quality_target "
-                "out",
-            )
-        return cheapest(certificate, quality_target, self.tokens, tails=tails, reread=reread)
 
 
 @dataclass(frozen=True)
@@ -152,7 +35,9 @@ class Prompt:
     target reads all of them. In a chat, the ids of the template's `head` stand before them.
 
     A question may have `budget` tokens of each memory re-read in place: `rereads` are the spans
-    that are laid over each, with `reread_reason` why some are not.
+    that are laid over each, with `reread_reason` why some are not. Or it may have as many as
+    `quoting` says quoted: `quotes` are these spans, and `quote_ids` what stands for them between
+    the memories and the question.
 
     Of each memory `editions` says whether its edition is loaded; empty for none. Unless all are, a
     prompt with a `refusal` is refused.
@@ -167,14 +52,19 @@ class Prompt:
     budget: int = 0
     rereads: tuple[tuple[Span, ...], ...] = ()
     reread_reason: str = ""
+    quoting: Quoting = NO_QUOTES
+    quotes: tuple[tuple[Span, ...], ...] = ()
+    quote_ids: tuple[int, ...] = ()
+    editions: tuple[bool, ...] = ()
+    refusal: QualityUnreachable | None = None
 
-    def passages(self, question: str) -> list[tuple[Span, ...]]:
+    def passages(self, question: str, budget: int) -> list[tuple[Span, ...]]:
         """The spans of each memory that a question points at, but for those which are read natively
-        with the last memory's tail. Takes milliseconds."""
+        with the last memory's tail, and of editions. Takes milliseconds."""
         ends = [len(memory.ids) for memory in self.memories]
         ends[-1] -= self.tail or 0
         return [
-            tuple(span for span in memory.index.choose(question, self.budget) if span[0] < end)
+            tuple(span for span in memory.index.choose(question, budget) if span[0] < end)
             if memory.index is not None and memory.prefix < end and not self.is_edition(i)
             else ()
             for i, (memory, end) in enumerate(zip(self.memories, ends, strict=True))
@@ -190,9 +80,38 @@ class Prompt:
                 i, span, memory.ids[: span[1]], passage_params(parts[i], span, self.tenant)
             )
             for i, (memory, spans) in enumerate(
-                zip(self.memories, self.passages(question), strict=True)
+                zip(self.memories, self.passages(question, self.budget), strict=True)
             )
             for span in spans
+        ]
+
+    def with_quotes(self, question: str, tokenize: Callable[[str], Sequence[int]]) -> Prompt:
+        """The same memories, with the passages that a question points at quoted after them, if it
+        may have any. Takes milliseconds."""
+        quoting = self.quoting
+        if not (quoting.budget and self.loads) or (quoting.automatic and not is_question(question)):
+            return self
+        spans = self.passages(question, quoting.budget)
+        texts = [
+            memory.text[0][begin:end]
+            for memory, own in zip(self.memories, self._characters(spans), strict=True)
+            for begin, end in own
+            if memory.text is not None
+        ]
+        if not (quoted := quote(texts)):
+            return self
+        return replace(
+            self,
+            quotes=tuple(spans),
+            quote_ids=tuple(tokenize(quoted)),
+            budget=0 if quoting.instead else self.budget,
+        )
+
+    def _characters(self, spans: Sequence[Sequence[Span]]) -> list[list[tuple[int, int]]]:
+        """The character ranges of each memory's spans in its text."""
+        return [
+            [memory.index.characters(span) for span in own] if memory.index is not None else []
+            for memory, own in zip(self.memories, spans, strict=True)
         ]
 
     def with_passages(self, outcomes: Sequence[tuple[PassageRequest, str]]) -> Prompt:
@@ -208,9 +127,6 @@ class Prompt:
     def with_rereads(self, rereads: Sequence[tuple[Span, ...]], reason: str = "") -> Prompt:
         """The same memories with these spans laid over; `reason` says why others are not."""
         return replace(self, rereads=tuple(rereads), reread_reason=reason)
-
-    editions: tuple[bool, ...] = ()
-    refusal: QualityUnreachable | None = None
 
     def with_head(self, head: Sequence[int]) -> Prompt:
         """The same memories after a chat template's head."""
@@ -335,6 +251,7 @@ class Prompt:
             **({"reason": self.reason} if self.reason else {}),
             "native_tail": self.tail,
             **({"reread": self.reread_report()} if self.budget and self.loads else {}),
+            **({"quoted": self._quoted()} if self.quotes else {}),
             **self.promised(),
             "edition": [self.is_edition(i) for i in range(len(self.memories))],
             "origin": [memory.origin for memory in self.memories],
@@ -344,18 +261,18 @@ class Prompt:
     def reread_report(self) -> dict[str, Any]:
         """The report on what was re-read: tokens, the characters of each memory's text, and why
         something was not."""
-        spans = self.rereads or ((),) * len(self.memories)
-        characters = [
-            [memory.index.characters(span) for span in own] if memory.index is not None else []
-            for memory, own in zip(self.memories, spans, strict=True)
-        ]
-        tokens = sum(end - begin for own in spans for begin, end in own)
         reason = self.reread_reason or self._no_passages()
-        return {
-            "tokens": tokens,
-            "characters": characters,
-            **({"reason": reason} if reason else {}),
-        }
+        return {**self._shown(self.rereads), **({"reason": reason} if reason else {})}
+
+    def _quoted(self) -> dict[str, Any]:
+        """The report on quotes: their tokens in the prompt, and the characters they quote."""
+        return {**self._shown(self.quotes), "tokens": len(self.quote_ids)}
+
+    def _shown(self, spans: Sequence[tuple[Span, ...]]) -> dict[str, Any]:
+        """The tokens of some spans, and their characters in each memory's text."""
+        spans = spans or ((),) * len(self.memories)
+        tokens = sum(end - begin for own in spans for begin, end in own)
+        return {"tokens": tokens, "characters": self._characters(spans)}
 
     def _no_passages(self) -> str:
         """Why nothing of some memory can be re-read; "" where something can, or is exact."""

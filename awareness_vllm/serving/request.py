@@ -14,23 +14,25 @@ MEMORY_IDS, MEMORY = "memory_ids", "memory"
 MAX_MEMORIES = 32
 """Memories in one request: far more than fit into any context, few enough to look up at once."""
 MAX_REREAD = 256
-"""Tokens of each memory that one request may have re-read: each passage is a request to the engine,
-whose blocks hold the memory up to there."""
+"""Tokens of each memory that one request may have re-read or quoted: each passage that is re-read
+is a request to the engine, whose blocks hold the memory up to there."""
 
-Reread = Annotated[int, Field(ge=0, le=MAX_REREAD, strict=True)] | Literal["auto"]
+Tokens = Annotated[int, Field(ge=0, le=MAX_REREAD, strict=True)] | Literal["auto"]
 
 
 class MemoryRequest(FrozenModel):
     """`memory` in a request: the memories in the order in which they are read, and what to do where
     no certified way to load them reaches `quality_target`: read their text natively, fail, or use
-    them all the same. `reread` is how many tokens of each memory, those that the question points
-    at, the model reads itself; with "auto" as many as the server's --reread says. `capture`
-    publishes the prompt itself under that name instead."""
+    them all the same. Of each memory's tokens that the question points at, the model reads
+    `reread` in their place, and `quote` once more before the question. With "auto" as many as the
+    server's --reread and --quote say: only a prompt with a question mark has some quoted, and then
+    none are re-read. `capture` publishes the prompt itself under that name instead."""
 
     ids: tuple[str, ...] = Field((), max_length=MAX_MEMORIES)
     quality_target: float | None = Field(None, gt=0, le=1, strict=True)
     on_low_quality: Literal["recompute", "fail", "use"] = "recompute"
-    reread: Reread = "auto"
+    reread: Tokens = "auto"
+    quote: Tokens = "auto"
     capture: PlainName | None = None
 
 

@@ -19,10 +19,12 @@ from awareness_vllm.packages.file import PackageIndex, read_index
 from awareness_vllm.packages.manifest import Manifest, corrupt_package
 from awareness_vllm.packages.origin import Origin, is_own
 from awareness_vllm.packages.store import Store, digest_in, version_of
+from awareness_vllm.passages.quotes import Quoting
 from awareness_vllm.passages.vectors import word_vectors
 from awareness_vllm.serving.config import ServingConfig
-from awareness_vllm.serving.prompt import Prompt, ResolvedMemory
+from awareness_vllm.serving.prompt import Prompt
 from awareness_vllm.serving.request import MemoryRequest
+from awareness_vllm.serving.resolved_memory import ResolvedMemory
 from awareness_vllm.serving.served_model import ServedModel
 from awareness_vllm.serving.tenants import stores_of
 from awareness_vllm.serving.trust import trust_of, trusted_maps
@@ -57,7 +59,8 @@ class MemoryResolver:
         tail: last tokens of a realigned memory that the model reads itself.
         trust: whose signatures count.
         signed: whether packages must be signed, but for those captured here.
-        reread: tokens of each memory that a question has re-read, unless its request says how many.
+        reread, quote: tokens of each memory that a question has re-read, or quoted, unless its
+            request says how many.
     """
 
     def __init__(
@@ -70,8 +73,9 @@ class MemoryResolver:
         *,
         signed: bool = False,
         reread: int = 0,
+        quote: int = 0,
     ) -> None:
-        self.reread = reread
+        self.reread, self.quote = reread, quote
         self.model, self.stores, self.registry, self.tail = model, stores, registry, tail
         self.trust, self.signed = trust, signed
         # A file is read again where its version has changed.
@@ -84,7 +88,16 @@ class MemoryResolver:
         trust = trust_of(config)
         maps, signed = trusted_maps(config, trust), config.signed == "all"
         stores = stores_of(config)
-        return cls(model, stores, maps, config.tail, trust, signed=signed, reread=config.reread)
+        return cls(
+            model,
+            stores,
+            maps,
+            config.tail,
+            trust,
+            signed=signed,
+            reread=config.reread,
+            quote=config.quote,
+        )
 
     def with_model(self, model: ServedModel) -> MemoryResolver:
         """The same stores and maps for another model, or for another context window."""
@@ -96,6 +109,7 @@ class MemoryResolver:
             self.trust,
             signed=self.signed,
             reread=self.reread,
+            quote=self.quote,
         )
 
     def resolve(
@@ -128,7 +142,22 @@ class MemoryResolver:
                     natively = Prompt(memories, None, tenant, caller_salt or "")
                     refusal = error if fails else None
                     return replace(natively.recomputed(str(error)), refusal=refusal)
-        return Prompt(memories, tail, tenant, caller_salt or "", budget=budget)
+        quoting = Quoting(
+            self.quote if request.quote == "auto" else request.quote,
+            automatic=request.quote == "auto",
+            # A quality target may have been reached by what is re-read.
+            instead=request.reread == "auto" and request.quality_target is None,
+        )
+        return Prompt(memories, tail, tenant, caller_salt or "", budget=budget, quoting=quoting)
+
+    def quoted(self, prompt: Prompt, question: str, tokens: int) -> Prompt:
+        """A prompt with what its question points at quoted, if that is to be. Where it would not
+        leave `tokens` of the window for question and answer, nothing is: quotes never refuse what
+        fits without them. Takes milliseconds."""
+        tokenizer = load_tokenizer(str(self.model.folder))
+        quoted = prompt.with_quotes(question, lambda text: tokenize(tokenizer, text).ids)
+        used = len(prompt.ids) + len(quoted.quote_ids) + tokens
+        return quoted if used < self.model.max_model_len else prompt
 
     def resolve_one(self, memory_id: object, tenant: str) -> ResolvedMemory:
         """One memory of a tenant. Raises as `resolve` does."""
@@ -203,7 +232,7 @@ class MemoryResolver:
         )
 
     def append_question(self, prompt: Prompt, question: list[int]) -> list[int]:
-        """The memories' ids, then those of the request's own prompt.
+        """The memories' ids, those of quotes, then those of the request's own prompt.
 
         Raises:
             UnsupportedRequest: an empty question, or memories that this model cannot move;
@@ -227,7 +256,7 @@ class MemoryResolver:
             )
         names = " ".join(memory.id for memory in prompt.memories)
         check_fits(f"memory {names}", len(prompt.ids), len(question), self.model.max_model_len)
-        return [*prompt.ids, *question]
+        return [*prompt.ids, *prompt.quote_ids, *question]
 
 
 def tail_for(memories: Sequence[ResolvedMemory], quality_target: float, reread: int) -> int:

@@ -21,7 +21,7 @@ from awareness_vllm.errors import AwarenessError
 from awareness_vllm.kernels import largest
 from awareness_vllm.packages.file import Package
 from awareness_vllm.packages.manifest import Manifest
-from awareness_vllm.serving.prompt import ResolvedMemory
+from awareness_vllm.serving.resolved_memory import ResolvedMemory
 from awareness_vllm.wmatrix.file import WMatrix
 from fuzz import registry
 from fuzz.container import Container

@@ -24,8 +24,9 @@ from awareness_vllm.packages.manifest import read_manifest
 from awareness_vllm.packages.store import Store
 from awareness_vllm.serving.connector.loader import MemoryLoader, PendingAlignment
 from awareness_vllm.serving.params import Part
-from awareness_vllm.serving.prompt import Prompt, ResolvedMemory
+from awareness_vllm.serving.prompt import Prompt
 from awareness_vllm.serving.request import MemoryRequest
+from awareness_vllm.serving.resolved_memory import ResolvedMemory
 from awareness_vllm.serving.resolver import MemoryResolver
 from awareness_vllm.serving.served_model import ServedModel
 from awareness_vllm.serving.tiers import DiskTier, Key, WarmTier

@@ -19,7 +19,8 @@ from awareness_vllm.serving.connector.kv_layout import KVLayout
 from awareness_vllm.serving.connector.kv_reader import CAPTURE_KEY
 from awareness_vllm.serving.connector.worker_extension import WorkerCalls
 from awareness_vllm.serving.params import EDITION, Key, LoadParams
-from awareness_vllm.serving.prompt import Prompt, ResolvedMemory
+from awareness_vllm.serving.prompt import Prompt
+from awareness_vllm.serving.resolved_memory import ResolvedMemory
 from awareness_vllm.trust.policy import Signers
 from awareness_vllm.wmatrix.registry import WMatrixEntry
 

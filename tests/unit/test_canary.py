@@ -20,7 +20,8 @@ from awareness_vllm.serving.connector.capture_queue import PENDING, CaptureQueue
 from awareness_vllm.serving.connector.loader import LoadedSource
 from awareness_vllm.serving.connector.worker_extension import CHECK_MEMORY
 from awareness_vllm.serving.params import Part
-from awareness_vllm.serving.prompt import Prompt, ResolvedMemory
+from awareness_vllm.serving.prompt import Prompt
+from awareness_vllm.serving.resolved_memory import ResolvedMemory
 
 pytestmark = pytest.mark.unit
 

@@ -21,7 +21,8 @@ from vllm.sampling_params import SamplingParams
 from awareness_vllm.serving.admission import Admission, Admitted
 from awareness_vllm.serving.api.editions import Editions
 from awareness_vllm.serving.api.routes import AwarenessEndpoints
-from awareness_vllm.serving.prompt import Prompt, ResolvedMemory
+from awareness_vllm.serving.prompt import Prompt
+from awareness_vllm.serving.resolved_memory import ResolvedMemory
 from awareness_vllm.serving.tenants import Tenants
 
 pytestmark = pytest.mark.unit
@@ -97,7 +98,9 @@ def client() -> TestClient:
         admission=SimpleNamespace(admit=AsyncMock(return_value=Admitted(admission))),
         canary=AsyncMock(),
         resolver=SimpleNamespace(
-            resolve=lambda *_, refuse: Prompt((memory,), tail=0), append_question=append
+            resolve=lambda *_, refuse: Prompt((memory,), tail=0),
+            append_question=append,
+            quoted=lambda prompt, question, tokens: prompt,
         ),
         engine_client=SimpleNamespace(
             tokenize=lambda text: list(text.encode()),

@@ -14,7 +14,7 @@ from awareness_vllm.cli.main import main
 from awareness_vllm.compatibility.priors import published_retention
 from awareness_vllm.compatibility.report import Basis
 from awareness_vllm.errors import QualityUnreachable
-from awareness_vllm.serving.prompt import Promise, ResolvedMemory
+from awareness_vllm.serving.resolved_memory import Promise, ResolvedMemory
 from awareness_vllm.wmatrix.certificate import Certificate, Interval, Plan
 from awareness_vllm.wmatrix.file import WMatrix
 from awareness_vllm.wmatrix.plans import cheapest

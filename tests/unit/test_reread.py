@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
+from passage_stubs import ARCHIVE, LANTERN, SENTENCES, TEXT, memory, prompt, span_of
 
 from awareness_vllm.serving.api import passages as passages_module
 from awareness_vllm.serving.api.chat_template import last_words
@@ -18,41 +17,9 @@ from awareness_vllm.serving.api.report import headers_of
 from awareness_vllm.serving.config import PARAMS_KEY
 from awareness_vllm.serving.connector.metrics import RECOMPUTED
 from awareness_vllm.serving.params import LoadParams
-from awareness_vllm.serving.prompt import Prompt, ResolvedMemory
+from awareness_vllm.serving.prompt import Prompt
 
 pytestmark = pytest.mark.unit
-
-SENTENCES = (
-    "The old ferry leaves the harbour at seven every morning. ",
-    "Marta Lindqvist keeps the green lantern in the cellar. ",
-    "Rain is expected along the northern coast until Friday. ",
-    "The archive of the lighthouse was moved to Trondheim. ",
-)
-TEXT = "".join(SENTENCES)
-LANTERN, ARCHIVE = "Who keeps the green lantern?", "Where is the lighthouse archive?"
-
-
-def memory(name: str = "a", *, tokens: bool = True, exact: bool = False) -> ResolvedMemory:
-    """A memory of TEXT: two ids of the sink, then one for each word."""
-    begins = [0, *(i + 1 for i, c in enumerate(TEXT[:-1]) if c == " ")]
-    spans = np.array([*zip(begins, [*begins[1:], len(TEXT)], strict=True)])
-    entry: Any = SimpleNamespace(
-        digest="map", path=Path("m"), manifest=None, certificate=None, signers=signers
-    )
-    entry = None if exact else entry
-    text = (TEXT, spans) if tokens and not exact else None
-    ids = list(range(2 + len(spans)))
-    return ResolvedMemory(f"mem_{name}", f"digest-{name}", "own", entry, ids, 2, None, text)
-
-
-def signers(signed_by: object) -> Any:
-    from awareness_vllm.trust.policy import Signers
-
-    return Signers()
-
-
-def prompt(*memories: ResolvedMemory, budget: int = 10, tail: int = 4) -> Prompt:
-    return Prompt(memories or (memory(),), tail, "acme", budget=budget)
 
 
 class Engine:
@@ -91,12 +58,6 @@ def run(ask: Callable[[Engine, Passages], Coroutine[Any, Any, None]], **options:
         await ask(engine, Passages(engine, **options))
 
     asyncio.run(main())
-
-
-def span_of(sentence: int) -> tuple[int, int]:
-    counts = [len(one.split()) for one in SENTENCES]
-    begin = 2 + sum(counts[:sentence])
-    return begin, begin + counts[sentence]
 
 
 def test_a_questions_passage_is_read_after_what_comes_before_it_and_laid_over() -> None:
@@ -259,8 +220,8 @@ def test_what_has_no_passages_to_read_is_left_as_it_is(asked: Prompt) -> None:
 
 def test_passages_of_the_native_tail_are_not_read_twice() -> None:
     last = prompt(tail=len(SENTENCES[3].split()))
-    assert last.passages(ARCHIVE) == [()]
-    assert prompt(tail=0).passages(ARCHIVE) == [(span_of(3),)]
+    assert last.passages(ARCHIVE, 10) == [()]
+    assert prompt(tail=0).passages(ARCHIVE, 10) == [(span_of(3),)]
 
 
 def test_a_server_that_cannot_read_its_cache_back_says_so() -> None:

@@ -29,7 +29,8 @@ from awareness_vllm.serving.config import PARAMS_KEY
 from awareness_vllm.serving.connector.kv_reader import CAPTURE_KEY
 from awareness_vllm.serving.connector.metrics import RECOMPUTED
 from awareness_vllm.serving.params import LoadParams
-from awareness_vllm.serving.prompt import Prompt, ResolvedMemory
+from awareness_vllm.serving.prompt import Prompt
+from awareness_vllm.serving.resolved_memory import ResolvedMemory
 from awareness_vllm.serving.served_model import ServedModel
 from awareness_vllm.serving.tenants import Tenants
 

@@ -18,7 +18,8 @@ from awareness_vllm.models.hf import sink_ids
 from awareness_vllm.serving.api.engine_client import MemoryEngineClient
 from awareness_vllm.serving.connector.worker_extension import CHECK_MEMORY, CHECK_SINK
 from awareness_vllm.serving.params import Key, Part
-from awareness_vllm.serving.prompt import Prompt, ResolvedMemory
+from awareness_vllm.serving.prompt import Prompt
+from awareness_vllm.serving.resolved_memory import ResolvedMemory
 from awareness_vllm.wmatrix.registry import WMatrixEntry
 
 if TYPE_CHECKING:

@@ -7,6 +7,7 @@ of other places are in docs/fidelity-log.md.
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -102,8 +103,14 @@ def last_words(messages: Sequence[Any]) -> str:
     return ""
 
 
-async def placed_in_chat(front: FrontEnd, prompt: Prompt, render: Render) -> PlacedChat | None:
+async def placed_in_chat(
+    front: FrontEnd, prompt: Prompt, render: Render, answer: int = 1, *, count: bool = False
+) -> PlacedChat | None:
     """Memories in their place in a chat; None where vLLM refuses it.
+
+    Args:
+        answer: tokens that are left for it at least.
+        count: whether it is only counted, which is no use of the memories.
 
     Raises:
         UnsupportedRequest: a chat without a place for memories, or with more than text;
@@ -118,9 +125,11 @@ async def placed_in_chat(front: FrontEnd, prompt: Prompt, render: Render) -> Pla
         raise not_a_chat("a message with more than text")
     head, rest = split_at_mark(engine_input.get("prompt") or "", mark)
     prompt = prompt.with_head(front.engine_client.tokenize(head))
-    question = front.engine_client.tokenize(rest)
-    ids = front.resolver.append_question(prompt, question)
-    return PlacedChat(prompt, ids, last_words(messages).replace(mark, ""))
+    if not count:
+        prompt = await front.editions.use(prompt)
+    ids, question = front.engine_client.tokenize(rest), last_words(messages).replace(mark, "")
+    prompt = await asyncio.to_thread(front.resolver.quoted, prompt, question, len(ids) + answer)
+    return PlacedChat(prompt, front.resolver.append_question(prompt, ids), question)
 
 
 def not_a_chat(found: str) -> UnsupportedRequest:

@@ -32,8 +32,9 @@ from awareness_vllm.schema import FrozenModel
 from awareness_vllm.serving.api.capture import capture_edition
 from awareness_vllm.serving.api.prefetch import while_connected
 from awareness_vllm.serving.http import FrontEnd, caller, client_errors
-from awareness_vllm.serving.prompt import PromiseBasis, Prompt
+from awareness_vllm.serving.prompt import Prompt
 from awareness_vllm.serving.request import MemoryRequest
+from awareness_vllm.serving.resolved_memory import PromiseBasis
 from awareness_vllm.wmatrix.verdict import check_fits
 
 

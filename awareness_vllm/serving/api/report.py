@@ -54,6 +54,8 @@ def headers_of(report: dict[str, Any]) -> dict[str, str]:
         headers["Reason"] = report["reason"]
     if "reread" in report:
         headers["Reread"] = str(report["reread"]["tokens"])
+    if "quoted" in report:
+        headers["Quoted"] = str(report["quoted"]["tokens"])
     if None not in report["retention"]:
         headers["Retention"] = f"{min(report['retention']):.3f}"
         headers["Basis"] = ",".join(sorted(set(report["basis"])))

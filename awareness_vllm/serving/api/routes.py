@@ -147,10 +147,12 @@ async def create_completion(request: CompletionRequest, raw_request: Request) ->
             resolver.model.without_prefix(one["prompt_token_ids"])
             for one in cast("list[TokensInput]", rendered)
         ]
-        request.prompt = [resolver.append_question(prompt, ids) for ids in questions]
         prompt = await front.editions.use(prompt)
         # All prompts of a request share its salt, and so what is laid over.
         asked = "\n".join(map(front.engine_client.detokenize, questions))
+        tokens = max(map(len, questions), default=0) + answer_tokens(request)
+        prompt = await asyncio.to_thread(resolver.quoted, prompt, asked, tokens)
+        request.prompt = [resolver.append_question(prompt, ids) for ids in questions]
         prompt = await reread(front, prompt, asked, raw_request)
         request.add_special_tokens = False
         attach_params(request, prompt)
@@ -230,7 +232,8 @@ async def count_tokens(request: AnthropicCountTokensRequest, raw_request: Reques
     ids: list[int] = []
 
     async def insert(front: FrontEnd, prompt: Prompt) -> Prompt | None:
-        placed = await placed_in_chat(front, prompt, message_render(request, raw_request))
+        render = message_render(request, raw_request)
+        placed = await placed_in_chat(front, prompt, render, count=True)
         if placed is None:
             return None
         ids[:] = placed.ids
@@ -330,14 +333,20 @@ async def reread(front: FrontEnd, prompt: Prompt, question: str, raw_request: Re
     return await while_connected(raw_request, ensuring) or prompt
 
 
+def answer_tokens(request: AnyRequest) -> int:
+    """The tokens that an answer has room for at least."""
+    names = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+    return next((n for name in names if (n := getattr(request, name, None))), 1)
+
+
 def chat_insert(request: AnyRequest, raw_request: Request, render: Render) -> Insert:
     """The insertion of memories into a chat: after the template's head, before the user's words."""
 
     async def insert(front: FrontEnd, prompt: Prompt) -> Prompt | None:
-        placed = await placed_in_chat(front, prompt, render)
+        placed = await placed_in_chat(front, prompt, render, answer_tokens(request))
         if placed is None:
             return None
-        client, prompt = front.engine_client, await front.editions.use(placed.prompt)
+        client, prompt = front.engine_client, placed.prompt
         if prompt.loads:
             no_head, prompt = await asyncio.gather(
                 client.ensure_head(prompt.head),

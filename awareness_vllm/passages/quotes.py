@@ -1,0 +1,38 @@
+"""Quotes: the passages that a question points at, once more between a memory and the question."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+QUESTION_MARKS = "?？؟"
+ASKED = 500
+"""The last characters of a prompt, in which a question mark makes it a question."""
+
+
+@dataclass(frozen=True)
+class Quoting:
+    """How many tokens of each memory a question has quoted at most: where it is `automatic`, only
+    one with a question mark; with `instead`, nothing is re-read then."""
+
+    budget: int = 0
+    automatic: bool = False
+    instead: bool = False
+
+
+NO_QUOTES = Quoting()
+
+
+def is_question(prompt: str) -> bool:
+    """Whether a prompt asks something."""
+    return any(mark in prompt[-ASKED:] for mark in QUESTION_MARKS)
+
+
+def quote(passages: Sequence[str]) -> str:
+    """The text that quotes passages, "" without any.
+
+    Quotation marks tell them from the memory's own end: without, answers were exact 0.60 of the
+    time instead of 0.73 (docs/fidelity-log.md).
+    """
+    lines = [f'"{text}"\n' for passage in passages if (text := passage.strip())]
+    return "\n\n" + "".join(lines) if lines else ""
