@@ -170,7 +170,7 @@ def show(text: Text, native: Answer, loaded: Answer, without: Answer) -> None:
     ):
         print(f"  {name:20}{answer.text!r}{'' if answer.right else '   (wrong)'}")
         for begin, end in answer.passages:
-            print(f"  {'':20}re-read: {text.text[begin:end].strip()!r}")
+            print(f"  {'':20}it read itself: {text.text[begin:end].strip()!r}")
 
 
 def editions(server: Running, client: openai.OpenAI, texts: Sequence[Text]) -> None:
@@ -222,7 +222,7 @@ def ask(
         extra_body=body,
     )
     report = (answer.model_extra or {}).get("memory") or {}
-    ranges = (report.get("reread") or {}).get("characters") or [[]]
+    ranges = (report.get("quoted") or report.get("reread") or {}).get("characters") or [[]]
     exact = any(report.get("edition") or ())
     return Answer(case, answer.choices[0].text.strip(), ranges[0], exact)
 

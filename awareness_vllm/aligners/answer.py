@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from awareness_vllm.align.realign import AlignedMemory, copy, realign
-from awareness_vllm.align.reread import reread
+from awareness_vllm.align.reread import reread as read_again
 from awareness_vllm.errors import BadInput
 from awareness_vllm.models.chat import ChatPrompt, chat_prompt
 from awareness_vllm.models.describe import geometry_of
@@ -22,6 +22,7 @@ from awareness_vllm.models.tokens import load_tokenizer, prefix_ids, tokenize
 from awareness_vllm.packages.file import Package
 from awareness_vllm.passages import BUDGET
 from awareness_vllm.passages.index import PassageIndex
+from awareness_vllm.passages.quotes import quote
 from awareness_vllm.passages.vectors import word_vectors
 from awareness_vllm.wmatrix.file import load
 from awareness_vllm.wmatrix.registry import Registry, WMatrixEntry
@@ -41,12 +42,14 @@ Stream = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Passage:
-    """A passage that was re-read: characters begin … end-1 of the memory's text, in `tokens`."""
+    """A passage that the target read itself, `quoted` before the question or in place: characters
+    begin … end-1 of the memory's text, in `tokens`."""
 
     begin: int
     end: int
     tokens: int
     text: str
+    quoted: bool
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,9 @@ class Answer:
     Attributes:
         basis: "exact" for a memory of the target itself, otherwise "aligned".
         standing: what the W-Matrix is certified to keep, in words; empty for an exact memory.
-        passages: what was re-read; `note` says why nothing was.
-        memory_tokens, question_tokens: of the target; it read the passages and the question.
+        passages: what the target read itself; `note` says why nothing.
+        memory_tokens, question_tokens: of the target; it read the passages and the question, which
+            has the quotes.
         align_s: seconds to align the memory, once for all questions.
         answer_s: seconds from then to the first token.
         native_s: an estimate of the seconds in which the target reads the memory's text itself.
@@ -77,7 +81,8 @@ class Answer:
     @property
     def native_tokens(self) -> int:
         """Tokens that the target read itself."""
-        return sum(passage.tokens for passage in self.passages) + self.question_tokens
+        in_place = sum(passage.tokens for passage in self.passages if not passage.quoted)
+        return in_place + self.question_tokens
 
 
 class OfflineTarget:
@@ -195,7 +200,8 @@ class OfflineMemory:
         self,
         question: str,
         *,
-        budget: int = BUDGET,
+        quoted: int = BUDGET,
+        reread: int = BUDGET,
         max_tokens: int = 64,
         raw: bool = False,
         stream: Stream = lambda text: None,
@@ -203,7 +209,8 @@ class OfflineMemory:
         """The likeliest answer to a question.
 
         Args:
-            budget: tokens of the memory that are re-read natively, at most.
+            quoted: tokens of the memory at most that stand once more before the question.
+            reread: tokens of it at most that are read natively in place, where none are quoted.
             max_tokens: of the answer.
             raw: the question is the prompt as it is: no chat template, no "Question:".
 
@@ -217,20 +224,25 @@ class OfflineMemory:
         tokens = len(prompt.head) + len(self.aligned.ids)
         check_fits(f"memory {self.name}", tokens, len(prompt.rest), limit)
         started = time.perf_counter()
-        spans = self.index.choose(question, budget) if self.index else ()
-        memory = self.after_head(reread(target.model, self.aligned, spans), prompt.head)
-        token, inputs = target.read(prompt.rest, memory)
+        quotes = self.index.choose(question, quoted) if self.index else ()
+        spans = self.index.choose(question, reread) if self.index and not quotes else ()
+        passages = [self.passage(s, quoted=bool(quotes)) for s in quotes or spans]
+        rest = [*self.quotes(passages), *prompt.rest]
+        if len(rest) + tokens >= limit:
+            passages, rest = [], prompt.rest  # quotes refuse nothing that fits without them
+        memory = self.after_head(read_again(target.model, self.aligned, spans), prompt.head)
+        token, inputs = target.read(rest, memory)
         answer_s = time.perf_counter() - started
-        room = min(max_tokens, limit - tokens - len(prompt.rest))
+        room = min(max_tokens, limit - tokens - len(rest))
         text = self.decoded(target.continuation(token, inputs), room, one_line, stream)
         return Answer(
             text=text,
             basis="aligned" if self.entry else "exact",
             standing=self.entry.manifest.standing if self.entry else "",
-            passages=tuple(self.passage(span) for span in spans),
-            note=self.note(budget) if not spans else "",
+            passages=tuple(passages),
+            note="" if passages else self.note(max(quoted, reread)),
             memory_tokens=len(self.aligned.ids),
-            question_tokens=len(prompt.head) + len(prompt.rest),
+            question_tokens=len(prompt.head) + len(rest),
             align_s=self.align_s,
             answer_s=answer_s,
             native_s=self.native_s,
@@ -271,14 +283,19 @@ class OfflineMemory:
                 break
         return text
 
-    def passage(self, span: tuple[int, int]) -> Passage:
-        """What a question is told of a span that was re-read."""
+    def quotes(self, passages: Sequence[Passage]) -> list[int]:
+        """The ids of the quotes among some passages."""
+        text = quote([passage.text for passage in passages if passage.quoted])
+        return tokenize(self.target.tokenizer, text).ids if text else []
+
+    def passage(self, span: tuple[int, int], *, quoted: bool) -> Passage:
+        """What a question is told of a span that the target reads."""
         assert self.index is not None
         begin, end = self.index.characters(span)
-        return Passage(begin, end, span[1] - span[0], self.package.text[begin:end])
+        return Passage(begin, end, span[1] - span[0], self.package.text[begin:end], quoted)
 
     def note(self, budget: int) -> str:
-        """Why nothing was re-read."""
+        """Why the target read nothing of the memory itself."""
         if self.entry is None:
             return "the memory is the target's own and exact"
         if self.index is None:

@@ -19,12 +19,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", required=True, help="folder of the model that answers")
     add_wmatrices(parser)
     parser.add_argument(
+        "--quote",
+        type=int,
+        default=BUDGET,
+        metavar="TOKENS",
+        help="tokens at most, where the question points, that the target reads once more before it "
+        f"(default: {BUDGET}); 0 for none",
+    )
+    parser.add_argument(
         "--reread",
         type=int,
         default=BUDGET,
         metavar="TOKENS",
-        help="tokens that the target reads itself where the question points, at most (default: "
-        f"{BUDGET}); 0 for none",
+        help="where none are quoted, tokens at most that the target reads itself in place "
+        f"(default: {BUDGET}); 0 for none",
     )
     parser.add_argument("--max-tokens", type=int, default=64, help="of the answer (default: 64)")
     parser.add_argument(
@@ -38,18 +46,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from awareness_vllm.packages.file import verify
     from awareness_vllm.packages.store import locate
 
-    if args.reread < 0 or args.max_tokens < 1:
+    if min(args.reread, args.quote) < 0 or args.max_tokens < 1:
         raise BadInput(
             "no such number of tokens",
-            found=f"--reread {args.reread} --max-tokens {args.max_tokens}",
-            expected="--reread of 0 or more, --max-tokens of 1 or more",
+            found=f"--quote {args.quote} --reread {args.reread} --max-tokens {args.max_tokens}",
+            expected="--quote and --reread of 0 or more, --max-tokens of 1 or more",
         )
     path = locate(args.what, args.store)
     package = verify(path)
     memory = OfflineTarget(args.target, args.wmatrix).use(package, path.stem)
     answer = memory.ask(
         args.question,
-        budget=args.reread,
+        quoted=args.quote,
+        reread=args.reread,
         max_tokens=args.max_tokens,
         raw=args.raw,
         stream=(lambda text: None) if args.json else write,
@@ -71,9 +80,10 @@ def show(result: dict[str, Any]) -> None:
     print(f", map {result['standing']}" if result["standing"] else "")
     for passage in result["passages"]:
         where = f"characters {passage['begin']}–{passage['end']}, {passage['tokens']} tokens"
-        print(f"re-read   {where}: {passage['text'].strip()}")
+        way = "quoted" if passage["quoted"] else "re-read"
+        print(f"{way:10}{where}: {passage['text'].strip()}")
     if result["note"]:
-        print(f"re-read   nothing: {result['note']}")
+        print(f"read      nothing of it natively: {result['note']}")
     print(
         f"cost      {result['native_tokens']} of {tokens} tokens read natively; "
         f"{result['align_s']:.2f} s to align, once for the memory, "

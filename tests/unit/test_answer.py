@@ -6,6 +6,7 @@ import itertools
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -89,7 +90,7 @@ def greedy(target: OfflineTarget, ids: list[int], count: int) -> list[int]:
 
 def test_an_answer_says_what_was_read_again(memory: OfflineMemory) -> None:
     pieces: list[str] = []
-    answer = memory.ask(QUESTION, budget=40, max_tokens=5, raw=True, stream=pieces.append)
+    answer = memory.ask(QUESTION, quoted=0, reread=40, max_tokens=5, raw=True, stream=pieces.append)
     assert "".join(pieces) == answer.text
     assert (answer.basis, answer.note) == ("aligned", "")
     assert answer.passages
@@ -100,8 +101,29 @@ def test_an_answer_says_what_was_read_again(memory: OfflineMemory) -> None:
     assert 8 <= read <= 40
     assert answer.native_tokens == read + answer.question_tokens
     assert min(answer.align_s, answer.answer_s, answer.native_s) > 0
-    nothing = memory.ask(QUESTION, budget=0, max_tokens=5, raw=True)
+    nothing = memory.ask(QUESTION, quoted=0, reread=0, max_tokens=5, raw=True)
     assert (nothing.passages, nothing.note) == ((), "none asked for")
+
+
+def test_quotes_stand_between_the_memory_and_the_question(
+    target: OfflineTarget, memory: OfflineMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[list[int]] = []
+
+    def watched(ids: list[int], states: AlignedMemory) -> tuple[int, dict[str, Any]]:
+        assert states.keys is memory.aligned.keys  # nothing is read again in place
+        read.append(ids)
+        return OfflineTarget.read(target, ids, states)
+
+    monkeypatch.setattr(target, "read", watched)
+    answer = memory.ask(QUESTION, quoted=40, max_tokens=3, raw=True)
+    assert answer.passages
+    assert all(passage.quoted for passage in answer.passages)
+    lines = [f'"{passage.text.strip()}"\n' for passage in answer.passages]
+    texts = ("\n\n" + "".join(lines), QUESTION)
+    expected = [id for text in texts for id in tokenize(target.tokenizer, text).ids]
+    assert read == [expected]
+    assert answer.native_tokens == answer.question_tokens == len(expected)
 
 
 def test_tokens_go_on_from_the_cache_as_without_one(
@@ -201,8 +223,8 @@ def test_the_command(
     argv[1] = str(path)  # a file serves as well as an ID, and maps have their place at home
     wmatrices_dir().mkdir(parents=True, exist_ok=True)
     shutil.copy(pair, wmatrices_dir())
-    assert main([*argv, "--reread", "0", "--max-tokens", "4"]) == 0
-    assert "re-read   nothing: none asked for" in capfd.readouterr().out
+    assert main([*argv, "--quote", "0", "--reread", "0", "--max-tokens", "4"]) == 0
+    assert "read      nothing of it natively: none asked for" in capfd.readouterr().out
     (wmatrices_dir() / pair.name).unlink()
     assert main([*argv, "--reread", "-1", "--json"]) == 1
     assert json.loads(capfd.readouterr().out)["error"]["type"] == "BadInput"
