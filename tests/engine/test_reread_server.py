@@ -1,4 +1,4 @@
-"""Gemma-3 served with memories of SmolLM2 whose passages it re-reads in place."""
+"""Gemma-3 served with memories of SmolLM2 whose passages it re-reads in place, or has quoted."""
 
 from __future__ import annotations
 
@@ -39,8 +39,14 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(gemma3: Path, store: Path, wmatrix: Path) -> Iterator[Server]:
-    flags = ("--wmatrix", wmatrix, "--reread-timeout", TIMEOUT, "--max-num-seqs", 3)
-    flags = (*flags, "--enable-prompt-tokens-details", "--trust-request-chat-template")
+    flags = ("--wmatrix", wmatrix, "--quote", 0, "--reread-timeout", TIMEOUT, "--max-num-seqs", 3)
+    flags = (
+        *flags,
+        "--quote",
+        0,
+        "--enable-prompt-tokens-details",
+        "--trust-request-chat-template",
+    )
     yield from serving(gemma3, store, store.parent / "server.log", *flags, "--allow-capture")
 
 
@@ -266,8 +272,48 @@ def test_a_memory_of_the_model_itself_is_not_re_read(
     assert parting(native, server.logprobs(question, memory_ids=[made["id"]])) <= NEAR_TIE
 
 
-@pytest.mark.parametrize("reread", [-1, 257, "some", 3.5, True])
-def test_bad_values_are_refused(server: Server, memories: list[str], reread: object) -> None:
-    body = {"ids": [memories[0]], "reread": reread}
+def test_quotes_stand_between_the_memory_and_the_question(
+    server: Server, memories: list[str], store: Path, gemma3: Path
+) -> None:
+    case, memory = CASES[5], memories[5]
+    text = read(store / f"{memory}.safetensors").text
+    body: dict[str, Any] = {"return_token_ids": True, "memory": {"ids": [memory]}}
+    plain = ask(server, case["question"], **body).json()
+    body["memory"]["quote"] = BUDGET
+    quoted = ask(server, case["question"], **body)
+    answer, report = quoted.json(), quoted.json()["memory"]
+    assert ("reread" in plain["memory"], "reread" in report) == (True, False)
+    ((ranges),) = report["quoted"]["characters"]
+    passages = " ".join(text[begin:end].strip() for begin, end in ranges)
+    before, after = (a["choices"][0]["prompt_token_ids"] for a in (plain, answer))
+    extra = len(after) - len(before)
+    asked = len(tokenize(load_tokenizer(str(gemma3)), case["question"]).ids)
+    begin = len(before) - asked
+    assert (after[:begin], after[begin + extra :]) == (before[:begin], before[begin:])
+    decode = load_tokenizer(str(gemma3)).decode
+    assert decode(after[begin : begin + extra]) == f"\n\nContext: {passages}\n"
+    assert extra == report["quoted"]["tokens"] == int(quoted.headers["X-Awareness-Quoted"])
+    assert answer["choices"][0]["text"].startswith(case["answer"])
+
+
+def test_a_chat_has_its_quotes_in_the_users_turn(server: Server, memories: list[str]) -> None:
+    messages = [{"role": "user", "content": f"{CASES[1]['question'].split('?')[0]}?"}]
+    body = {"model": "served", "messages": messages, "max_tokens": 1, "return_token_ids": True}
+    body |= {"chat_template": TEMPLATE, "memory": {"ids": memories[:2], "quote": BUDGET}}
+    chat = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=120).json()
+    assert chat["memory"]["quoted"]["characters"][1]
+    ids = {"model": "served", "tokens": chat["prompt_token_ids"]}
+    prompt = httpx.post(f"{server.url}/detokenize", json=ids).json()["prompt"]
+    context, _, rest = prompt.rpartition("\n\nContext: ")[2].partition("\n")
+    assert context
+    assert rest.startswith(messages[0]["content"].strip()), rest
+
+
+@pytest.mark.parametrize("field", ["reread", "quote"])
+@pytest.mark.parametrize("value", [-1, 257, "some", 3.5, True])
+def test_bad_values_are_refused(
+    server: Server, memories: list[str], field: str, value: object
+) -> None:
+    body = {"ids": [memories[0]], field: value}
     with pytest.raises(httpx.HTTPStatusError, match="400"):
         ask(server, "\n\nWho?", memory=body)

@@ -119,8 +119,8 @@ def test_quotes_stand_between_the_memory_and_the_question(
     answer = memory.ask(QUESTION, quoted=40, max_tokens=3, raw=True)
     assert answer.passages
     assert all(passage.quoted for passage in answer.passages)
-    lines = [f'"{passage.text.strip()}"\n' for passage in answer.passages]
-    texts = ("\n\n" + "".join(lines), QUESTION)
+    quotes = " ".join(passage.text.strip() for passage in answer.passages)
+    texts = (f"\n\nContext: {quotes}\n", QUESTION)
     expected = [id for text in texts for id in tokenize(target.tokenizer, text).ids]
     assert read == [expected]
     assert answer.native_tokens == answer.question_tokens == len(expected)
