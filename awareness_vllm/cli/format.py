@@ -35,6 +35,8 @@ def plan_lines(plan: Plan) -> list[str]:
     facts = [("facts, share of native", plan.facts)] if plan.facts else []
     facts += [(f"  {name}", i) for name, i in plan.facts_controls.items()]
     facts += [("  margin", plan.facts_margin)] if plan.facts_margin else []
+    facts += [("  passages quoted instead", plan.facts_quoted)] if plan.facts_quoted else []
+    facts += [("    margin", plan.facts_quoted_margin)] if plan.facts_quoted_margin else []
     return [
         f"{interval(head, plan.retention)}   top-1 {plan.top1:.3f}",
         *(interval(f"  {kind}", i) for kind, i in sorted(plan.kinds.items())),

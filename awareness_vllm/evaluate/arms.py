@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from awareness_vllm.evaluate.conditions import EvalHarness
@@ -13,6 +14,8 @@ from awareness_vllm.evaluate.reader import Text
 from awareness_vllm.models.tokens import load_tokenizer, tokenize
 from awareness_vllm.packages.file import Package
 from awareness_vllm.passages.index import PassageIndex, Span
+from awareness_vllm.passages.quotes import quote
+from awareness_vllm.passages.vectors import word_vectors
 
 Segments = tuple[Tensor, ...]
 """States [T, W], one part after another."""
@@ -38,13 +41,15 @@ MAP_ALONE = PlanShape()
 @dataclass(frozen=True)
 class Item:
     """A memory and the ids that are read after it, the last `scored` of which are scored.
-    `question` is the text by which passages are chosen, `other` the wrong memory."""
+    `question` is the text by which passages are chosen, `other` the wrong memory. What `asks`
+    something may have passages quoted before it, as a server does."""
 
     package: Package
     ids: list[int]
     scored: int
     question: str = ""
     other: Package | None = None
+    asks: bool = False
 
 
 @dataclass
@@ -55,7 +60,9 @@ class Memory:
     ids: list[int]
     sink: int
     question: str
+    asks: bool
     index: PassageIndex | None
+    tokenizer: Tokenizer
     bases: dict[str, Tensor]
     passages: dict[tuple[str, Span], Tensor] = field(default_factory=dict)
     choices: dict[int, tuple[Span, ...]] = field(default_factory=dict)
@@ -72,6 +79,13 @@ class Memory:
             self.choices[budget] = self.index.choose(self.question, budget)
         return self.choices[budget]
 
+    def quotes(self, budget: int) -> list[int]:
+        """The ids of the quotes that a question has within a budget of tokens."""
+        assert self.index is not None
+        ranges = [self.index.characters(span) for span in self.chosen(budget)]
+        text = quote([self.index.text[begin:end] for begin, end in ranges])
+        return tokenize(self.tokenizer, text).ids if text else []
+
     def laid_over(self, base: str, shape: PlanShape) -> Segments:
         """The states of an arm before its tail, with the re-read passages laid over."""
         whole, end = self.bases[base], self.begin_of(shape.tail)
@@ -84,8 +98,13 @@ class Memory:
         return (*parts, whole[at:end])
 
     def control(self, name: str, budget: int, reread: int) -> list[int]:
-        """The ids that a control reads after the sink, at most `budget`, in order."""
+        """The ids that a control reads after the sink, at most `budget`, in order. Where something
+        is asked, passages by themselves are quoted as a server quotes them."""
         count = len(self.ids)
+        if self.asks and name in ("quotes", "passages"):
+            most = min(reread, budget) if name == "passages" else budget
+            # What stands around the passages is bought, too.
+            return self.quotes(max(0, most - len(tokenize(self.tokenizer, quote(["x"])).ids)))
         tail = range(count, count)
         spans: tuple[Span, ...] = ()
         if name == "passages":
@@ -110,7 +129,8 @@ def arms_of(
 ) -> list[dict[str, Segments]]:
     """For each item the states before its ids, by condition, *native* first.
 
-    The five arms, then *memory* and *tokens_only* by each of the `shapes`, and its `controls`.
+    The five arms, then *memory* and *tokens_only* by each of the `shapes`, and its `controls`; of
+    what asks something also *quoted*, the memory with the passages quoted that a shape re-reads.
     Without `other` packages there is no *wrong_memory*, without a map neither *tokens_only* nor
     controls: a copy costs nothing.
     """
@@ -165,16 +185,18 @@ def conditions(
 def _memory(harness: EvalHarness, item: Item) -> Memory:
     """An item's memory in the target, as far as the map alone makes it."""
     bases = {"memory": harness.flat(item.package)}
-    ids = harness.ids(item.package.text)
+    ids, tokenizer = harness.ids(item.package.text), load_tokenizer(str(harness.target))
     if harness.wmatrix is not None:
         bases["tokens_only"] = harness.flat(item.package, masked=True)
     index = None
     if len(ids) == len(bases["memory"]):  # else the map reads no tokens, and has rows of its own
-        tokens = tokenize(load_tokenizer(str(harness.target)), item.package.text)
-        index = PassageIndex.of(item.package.text, tokens.spans, len(ids) - len(tokens.ids))
+        tokens = tokenize(tokenizer, item.package.text)
+        first, vectors = len(ids) - len(tokens.ids), word_vectors(harness.target)
+        index = PassageIndex.of(item.package.text, tokens.spans, first, vectors=vectors)
     else:
         ids = [0] * len(bases["memory"])
-    return Memory(ids, harness.sink(), item.question, index, bases)
+    asks = item.asks and index is not None
+    return Memory(ids, harness.sink(), item.question, asks, index, tokenizer, bases)
 
 
 def _reread(harness: EvalHarness, memories: Sequence[Memory], shapes: Sequence[PlanShape]) -> None:
@@ -228,9 +250,26 @@ def _with_tails(
                 if shape.tail:
                     ids = memory.ids[memory.begin_of(shape.tail) :]
                     tails.append((arm, shape.condition(base), Text(before, ids)))
-    states = harness.reader.states([text for _, _, text in tails])
-    for (arm, name, text), rows in zip(tails, states, strict=True):
-        arm[name] = (*text.before, rows)
+    _read_on(harness, tails)
+    # The tail is that of the same shape without passages: the quotes follow it.
+    _read_on(
+        harness,
+        [
+            (arm, shape.condition("quoted"), Text(before, ids))
+            for memory, arm in zip(memories, arms, strict=True)
+            for shape in shapes
+            if memory.asks and shape.reread
+            for before in [arm[PlanShape(shape.tail).condition()]]
+            for ids in [memory.quotes(shape.reread)]
+        ],
+    )
+
+
+def _read_on(harness: EvalHarness, texts: Sequence[tuple[dict[str, Segments], str, Text]]) -> None:
+    """Add arms by name: the states before a text, and those of its ids, if it has any."""
+    states = harness.reader.states([text for _, _, text in texts])
+    for (arm, name, text), rows in zip(texts, states, strict=True):
+        arm[name] = (*text.before, rows) if text.ids else text.before
 
 
 def _unique_states(harness: EvalHarness, texts: Sequence[Text]) -> Iterator[Tensor]:

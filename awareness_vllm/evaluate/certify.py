@@ -295,7 +295,7 @@ def build_plan(
 def fact_fields(shape: PlanShape, cases: CaseFigures) -> dict[str, Any]:
     """A plan's figures of fact recall; no shares of native where it recalls nothing."""
     arms = {"native": "native", "memory": shape.condition()}
-    arms |= {arm: shape.condition(arm) for arm in ("tokens_only", *CONTROLS)}
+    arms |= {arm: shape.condition(arm) for arm in ("quoted", "tokens_only", *CONTROLS)}
     arms = {arm: condition for arm, condition in arms.items() if condition in cases.conditions}
     controls = {name: arms[name] for name in CONTROLS if name in arms}
     fields: dict[str, Any] = {
@@ -312,6 +312,9 @@ def fact_fields(shape: PlanShape, cases: CaseFigures) -> dict[str, Any]:
     fields["facts_controls"] = {name: cases.recall(c) for name, c in controls.items()}
     if controls:
         fields["facts_margin"] = cases.margin(arms["memory"], list(controls.values()))
+    if "quoted" in arms:
+        fields["facts_quoted"] = cases.recall(arms["quoted"])
+        fields["facts_quoted_margin"] = cases.margin(arms["quoted"], list(controls.values()))
     return fields
 
 

@@ -260,7 +260,7 @@ def case_item(tokenizer: Tokenizer, case: Case, package: Package, other: Package
     tokens = tokenize(tokenizer, case["question"] + case["answer"])
     boundary = len(case["question"].encode())
     scored = int((tokens.spans[:, 1] > boundary).sum())
-    return Item(package, tokens.ids, scored, case["question"], other)
+    return Item(package, tokens.ids, scored, case["question"], other, asks=True)
 
 
 def distance(tokenizer: Tokenizer, context: str, answer: str) -> int:

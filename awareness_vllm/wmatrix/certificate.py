@@ -92,8 +92,9 @@ class Plan(FrozenModel):
 
     `facts` is fact recall as a share of native, None where not measured; `facts_native` the share
     of the cases that the native arm recalls; `facts_controls` and `facts_margin` as `controls` and
-    `margin`, of `facts`; `facts_kinds` the exact matches of each arm by kind of case. `texts` and
-    `cases` are how many were measured, 0 where that was not recorded.
+    `margin`, of `facts`; `facts_quoted` and its margin those of the same passages quoted before the
+    question instead, as a server does by default; `facts_kinds` the exact matches of each arm by
+    kind of case. `texts` and `cases` are how many were measured, 0 where that was not recorded.
     """
 
     context: Count = Field(ge=1)
@@ -110,6 +111,8 @@ class Plan(FrozenModel):
     facts_native: Share | None = None
     facts_controls: dict[Control, Recall] = Field(default_factory=dict)
     facts_margin: Difference | None = None
+    facts_quoted: Recall | None = None
+    facts_quoted_margin: Difference | None = None
     facts_kinds: dict[PlainName, dict[PlainName, Share]] = Field(default_factory=dict)
     texts: Count = 0
     cases: Count = 0
@@ -117,9 +120,11 @@ class Plan(FrozenModel):
     @model_validator(mode="after")
     def _agrees_with_its_controls(self) -> Plan:
         """Check that each margin is the difference that its figures have."""
+        quoted = self.facts_controls if self.facts_quoted else {}
         for kept, controls, margin in (
             (self.retention, self.controls, self.margin),
             (self.facts, self.facts_controls, self.facts_margin),
+            (self.facts_quoted, quoted, self.facts_quoted_margin),
         ):
             if (margin is None) != (not controls) or (controls and kept is None):
                 raise ValueError("a margin without controls, or controls without one")

@@ -121,6 +121,8 @@ def _extrapolated(
         "margin": at("margin"),
         "facts": at("facts", 0.0),
         "facts_margin": at("facts_margin"),
+        "facts_quoted": at("facts_quoted", 0.0),
+        "facts_quoted_margin": at("facts_quoted_margin"),
     }
     return plan.model_copy(update=update)
 
