@@ -55,15 +55,15 @@ class Item:
 @dataclass
 class Memory:
     """One item's memory in the target: its ids, the index of its passages, and its states [T, W] by
-    arm, "memory" and "tokens_only"."""
+    arm, "memory" and "tokens_only". Where something is asked, passages are quoted by the target's
+    `tokenizer`."""
 
     ids: list[int]
     sink: int
     question: str
-    asks: bool
     index: PassageIndex | None
-    tokenizer: Tokenizer
     bases: dict[str, Tensor]
+    tokenizer: Tokenizer | None = None
     passages: dict[tuple[str, Span], Tensor] = field(default_factory=dict)
     choices: dict[int, tuple[Span, ...]] = field(default_factory=dict)
 
@@ -81,7 +81,8 @@ class Memory:
 
     def quotes(self, budget: int) -> list[int]:
         """The ids of the quotes that a question has within a budget of tokens."""
-        assert self.index is not None
+        if self.index is None or self.tokenizer is None:
+            return []
         ranges = [self.index.characters(span) for span in self.chosen(budget)]
         text = quote([self.index.text[begin:end] for begin, end in ranges])
         return tokenize(self.tokenizer, text).ids if text else []
@@ -101,10 +102,12 @@ class Memory:
         """The ids that a control reads after the sink, at most `budget`, in order. Where something
         is asked, passages by themselves are quoted as a server quotes them."""
         count = len(self.ids)
-        if self.asks and name in ("quotes", "passages"):
+        if self.tokenizer is not None and name in ("quotes", "passages"):
             most = min(reread, budget) if name == "passages" else budget
             # What stands around the passages is bought, too.
-            return self.quotes(max(0, most - len(tokenize(self.tokenizer, quote(["x"])).ids)))
+            while len(ids := self.quotes(most)) > budget:
+                most = max(0, most - (len(ids) - budget))
+            return ids
         tail = range(count, count)
         spans: tuple[Span, ...] = ()
         if name == "passages":
@@ -195,8 +198,8 @@ def _memory(harness: EvalHarness, item: Item) -> Memory:
         index = PassageIndex.of(item.package.text, tokens.spans, first, vectors=vectors)
     else:
         ids = [0] * len(bases["memory"])
-    asks = item.asks and index is not None
-    return Memory(ids, harness.sink(), item.question, asks, index, tokenizer, bases)
+    quoting = tokenizer if item.asks else None
+    return Memory(ids, harness.sink(), item.question, index, bases, quoting)
 
 
 def _reread(harness: EvalHarness, memories: Sequence[Memory], shapes: Sequence[PlanShape]) -> None:
@@ -258,7 +261,7 @@ def _with_tails(
             (arm, shape.condition("quoted"), Text(before, ids))
             for memory, arm in zip(memories, arms, strict=True)
             for shape in shapes
-            if memory.asks and shape.reread
+            if memory.tokenizer is not None and shape.reread
             for before in [arm[PlanShape(shape.tail).condition()]]
             for ids in [memory.quotes(shape.reread)]
         ],

@@ -21,8 +21,11 @@ from awareness_vllm.evaluate.reader import Reader, Text
 from awareness_vllm.fit import fit, gather
 from awareness_vllm.models.describe import geometry_of
 from awareness_vllm.models.hf import load_model, states
+from awareness_vllm.models.tokens import load_tokenizer, tokenize
 from awareness_vllm.packages.file import Package
 from awareness_vllm.passages.index import PassageIndex
+from awareness_vllm.passages.quotes import quote
+from awareness_vllm.passages.vectors import word_vectors
 from awareness_vllm.wmatrix.certificate import CONTROLS
 from awareness_vllm.wmatrix.features import joined
 
@@ -109,14 +112,20 @@ def test_every_arm_is_what_it_is_by_itself(
     harness: EvalHarness, packages: dict[str, Package]
 ) -> None:
     package, ids, shape = packages[TEXT], [5, 7, 9, 11], PlanShape(6, 24)
-    item = Item(package, ids, 3, QUESTION, packages[TEXT[::-1]])
-    found = conditions(harness, item, [shape])
+    item = Item(package, ids, 3, QUESTION, packages[TEXT[::-1]], asks=True)
+    found = conditions(harness, item, [PlanShape(shape.tail), shape])
     memory = harness.memory(package)
-    index = PassageIndex.of(TEXT, _spans(harness), harness.sink())
+    vectors = word_vectors(harness.target)
+    index = PassageIndex.of(TEXT, _spans(harness), harness.sink(), vectors=vectors)
+    quoted = quote([TEXT[slice(*index.characters(s))] for s in index.choose(QUESTION, 24)])
+    quote_ids = tokenize(load_tokenizer(str(harness.target)), quoted).ids
     end = len(memory.ids) - shape.tail
     spans = [(b, min(e, end)) for b, e in index.choose(QUESTION, 24) if b < end]
     assert spans
+    tail = PlanShape(shape.tail)
     expected = {
+        tail.condition(): harness.logprobs(memory, ids, 3, shape.tail),
+        shape.condition("quoted"): harness.logprobs(memory, [*quote_ids, *ids], 3, shape.tail),
         "native": harness.logprobs(harness.native(memory.ids), ids, 3),
         "memory": harness.logprobs(memory, ids, 3),
         "tokens_only": harness.logprobs(harness.memory(package, masked=True), ids, 3),
@@ -128,21 +137,21 @@ def test_every_arm_is_what_it_is_by_itself(
     }
     for name, logprobs in expected.items():
         torch.testing.assert_close(found[name], logprobs, atol=2e-3, rtol=1e-3)
-    assert found.keys() == {*expected, shape.condition("tokens_only")}
+    assert quote_ids
+    assert found.keys() == {*expected, *(s.condition("tokens_only") for s in (tail, shape))}
 
 
 def _spans(harness: EvalHarness) -> np.ndarray:
-    from awareness_vllm.models.tokens import load_tokenizer, tokenize
-
     return tokenize(load_tokenizer(str(harness.target)), TEXT).spans
 
 
+@pytest.mark.parametrize("asks", [False, True])
 def test_controls_read_no_more_than_their_plan_costs(
-    harness: EvalHarness, packages: dict[str, Package]
+    harness: EvalHarness, packages: dict[str, Package], asks: bool
 ) -> None:
     assert harness.wmatrix is not None
     shapes = [PlanShape(t, r) for t in (0, 16) for r in (0, 24)]
-    item = Item(packages[TEXT], [5, 7, 9], 2, QUESTION)
+    item = Item(packages[TEXT], [5, 7, 9], 2, QUESTION, asks=asks)
     (arms,) = arms_of(harness, [item], shapes, CONTROLS)
     sink, context = harness.sink(), harness.ids(TEXT)
     whole = arms["native"][0]
