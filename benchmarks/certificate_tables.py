@@ -27,9 +27,11 @@ def with_interval(figure: Interval | None) -> str:
 def default_table(certificate: Certificate, context: int) -> str:
     """The plan of a server's defaults at one length, beside what its cost buys otherwise."""
     plan, alone = with_tail(certificate, context, TAIL, BUDGET), with_tail(certificate, context, 0)
+    # Passages are re-read before a text's continuation, and quoted before a question.
+    facts, facts_margin = plan.facts_quoted, plan.facts_quoted_margin
     rows = [
         ("native: the target reads the text", 1.0, "1", "1"),
-        ("**memory, as served by default**", plan.cost, *arm(plan.retention, plan.facts)),
+        ("**memory, as served by default**", plan.cost, *arm(plan.retention, facts)),
         ("memory, the map alone", alone.cost, *arm(alone.retention, alone.facts)),
         *(
             (LABELS[name], plan.cost, *arm(plan.controls.get(name), plan.facts_controls.get(name)))
@@ -37,7 +39,7 @@ def default_table(certificate: Certificate, context: int) -> str:
         ),
         ("the text's tokens without the source's states", plan.cost, *arm(plan.tokens_only, None)),
         ("no memory", 0.0, "0", ""),
-        ("**margin over the best control**", plan.cost, *arm(plan.margin, plan.facts_margin)),
+        ("**margin over the best control**", plan.cost, *arm(plan.margin, facts_margin)),
     ]
     lines = [
         f"| {plan.texts} texts, {plan.cases} facts, {plan.context} tokens "
@@ -64,13 +66,14 @@ def plans_table(certificate: Certificate) -> str:
     """All plans."""
     lines = [
         "| tokens | tail | re-read | cost | retention | best control | margin | facts "
-        "| best control | margin |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| quoted instead | best control | margin | quoted |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
         f"| {p.context} | {p.tail} | {p.reread} | {p.cost:.0%} | {with_interval(p.retention)} "
         f"| {best(p.controls)} | {with_interval(p.margin)} | {with_interval(p.facts)} "
-        f"| {best(p.facts_controls)} | {with_interval(p.facts_margin)} |"
+        f"| {with_interval(p.facts_quoted)} | {best(p.facts_controls)} "
+        f"| {with_interval(p.facts_margin)} | {with_interval(p.facts_quoted_margin)} |"
         for p in certificate.plans
     ]
     return "\n".join(lines)
