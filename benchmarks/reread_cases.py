@@ -28,6 +28,7 @@ from awareness_vllm.evaluate.conditions import EvalHarness
 from awareness_vllm.models.tokens import load_tokenizer, tokenize
 from awareness_vllm.passages import BUDGET
 from awareness_vllm.passages.index import PassageIndex
+from awareness_vllm.passages.quotes import quote
 from awareness_vllm.passages.strategies import DEFAULT
 from awareness_vllm.passages.vectors import word_vectors
 from awareness_vllm.wmatrix.file import load as load_wmatrix
@@ -62,7 +63,7 @@ def arms(
     for strategy, budget in choices:
         spans = index.choose(question, budget, strategy)
         size = sum(end - begin for begin, end in spans)
-        quoted = "\n" + "\n".join(context[slice(*index.characters(span))].strip() for span in spans)
+        quoted = quote([context[slice(*index.characters(span))] for span in spans])
         native = reread(harness.target_model, memory, spans)
         ways = [
             ("reread", native, question, size),

@@ -179,8 +179,8 @@ class Client:
             question.seconds[temperature] = self.ask(question, asked, cache_salt=again, **body)[1]
 
 
-def figures(asked: Sequence[Question], costs: Costs) -> dict[str, Any]:
-    """The figures of questions of one length."""
+def figures(asked: Sequence[Question], cost: float) -> dict[str, Any]:
+    """The figures of questions of one length, at their mean cost."""
     exact = {arm: np.array([float(q.answers[arm][0]) for q in asked]) for arm in ARMS}
     native = exact["native"]
     first = {arm: [q.answers[arm][1] for q in asked] for arm in ARMS}
@@ -198,7 +198,7 @@ def figures(asked: Sequence[Question], costs: Costs) -> dict[str, Any]:
     return {
         "cases": len(asked),
         "quoted": round(statistics.mean(q.quoted for q in asked), 1),
-        "cost": round(statistics.mean(costs.share(q.case["tokens"], q.quoted) for q in asked), 4),
+        "cost": round(cost, 4),
         "exact": {arm: round(float(rows.mean()), 4) for arm, rows in exact.items()},
         "of_native": shares,
         "kinds": {
@@ -264,7 +264,8 @@ def main() -> None:
             for tokens, some in asked.items():
                 for question in some[:1] + some:  # the first one warms the server up
                     client.measure(question)
-                results[str(tokens)] = figures(some, costs)
+                cost = statistics.mean(costs.share(q.case["tokens"], q.quoted) for q in some)
+                results[str(tokens)] = figures(some, cost)
                 print(table({str(tokens): results[str(tokens)]}), file=sys.stderr)
                 if args.out:  # each length as it comes: the next one takes many minutes
                     args.out.write_text(json.dumps(document, indent=1) + "\n")

@@ -232,8 +232,8 @@ def test_lengths_and_plans_are_measured(
         result = cases()
         for shape in shapes:
             native = result.conditions["native"]
-            for arm in ("memory", "tokens_only", *CONTROLS):
-                recalls = arm == "memory" and shape.reread
+            for arm in ("memory", "tokens_only", *CONTROLS, *(["quoted"] if shape.reread else [])):
+                recalls = arm in ("memory", "quoted") and shape.reread
                 exact = native if recalls else result.conditions["memory"]
                 result.conditions[shape.condition(arm)] = exact
         return result
@@ -278,6 +278,9 @@ def test_lengths_and_plans_are_measured(
         (48, 1.0),
     }
     assert all(way.facts_margin and way.facts_kinds["city"]["native"] for way in of_facts)
+    quoted = [(way.reread, way.facts_quoted, way.facts_quoted_margin) for way in of_facts]
+    assert [bool(facts and margin) for _, facts, margin in quoted] == [bool(n) for n, *_ in quoted]
+    assert {facts.mean for _, facts, _ in quoted if facts} == {1.0}
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.unit
 
 
 def question(kind: str, **right: bool) -> served_facts.Question:
-    asked = served_facts.Question({"kind": kind, "answer": " a"}, "mem_", {}, 1)
+    asked = served_facts.Question({"kind": kind, "answer": " a"}, "mem_", {}, 1, 30)
     asked.answers = {
         arm: (right.get(arm, False), 0.1 * (i + 1)) for i, arm in enumerate(served_facts.ARMS)
     }
@@ -21,33 +21,36 @@ def question(kind: str, **right: bool) -> served_facts.Question:
 
 def test_figures_are_shares_of_native_with_margins_by_kind() -> None:
     asked = [
-        question("single", native=True, default=True, quotes=True),
+        question("single", native=True, default=True, quotes=True, reread=True),
         question("single", native=True, default=True, memory=True),
         question("spread", native=True, default=True, truncation=True),
         question("spread"),
     ]
     found = served_facts.figures(asked, 0.125)
     assert found["exact"] == {
-        "native": 0.75, "memory": 0.25, "default": 0.75, "truncation": 0.25, "quotes": 0.25
+        "native": 0.75, "memory": 0.25, "reread": 0.25, "default": 0.75,
+        "truncation": 0.25, "quotes": 0.25, "bm25": 0.0,
     }  # fmt: skip
     assert found["of_native"]["default"]["mean"] == 1
     assert found["of_native"]["margins"]["quotes"]["mean"] == pytest.approx(2 / 3)
     assert found["kinds"]["spread"]["truncation"] == 0.5
     assert found["first_token_ms"] == {
-        "native": 100, "memory": 200, "default": 300, "truncation": 400, "quotes": 500,
+        "native": 100, "memory": 200, "reread": 300, "default": 400,
+        "truncation": 500, "quotes": 600, "bm25": 700,
         "default, warm": 20, "default, hot": 10,
     }  # fmt: skip
-    assert "| 300 | 12% | 0.75 | 0.25 | 0.75 |" in served_facts.table({"300": found})
+    assert "| 300 | 12% | 0.75 | 0.25 | 0.25 | 0.75 |" in served_facts.table({"300": found})
 
 
 def test_a_length_that_native_cannot_answer_has_no_shares() -> None:
     found = served_facts.figures([question("sum", default=True)] * 2, 0.1)
     assert found["of_native"] == {}
-    assert "| 1.00 | 0.00 | 0.00 |  |" in served_facts.table({"300": found})
+    assert "| 1.00 | 0.00 | 0.00 | 0.00 |  |" in served_facts.table({"300": found})
 
 
 def test_the_tables_of_a_certificate_have_every_plan_and_control() -> None:
-    more = {"margin": interval(0.1), "facts": interval(0.8), "facts_margin": interval(0.3)}
+    more = {"margin": interval(0.1), "facts": interval(0.7), "facts_margin": interval(0.2)}
+    more |= {"facts_quoted": interval(0.8), "facts_quoted_margin": interval(0.3)}
     kinds = {"facts_kinds": {"sum": {"native": 0.5, "memory": 0.25}}}
     certificate = certified(plan(300, 0.8), plan(300, 0.9, 16, 48, **more, **kinds))
     default = certificate_tables.default_table(certificate, 300)
