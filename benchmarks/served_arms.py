@@ -90,7 +90,9 @@ def score_excerpts(
             for condition, ids in natively.items()
         }
         for condition, ids in loaded.items():
-            prompts[condition] = [offline.prompt(s, [i]) for i, s in zip(ids, starts, strict=True)]
+            prompts[condition] = [
+                offline.prompt(s, [i], reread=0, quote=0) for i, s in zip(ids, starts, strict=True)
+            ]
         scores = [ids[1:] for _, _, ids in excerpts]
         return {
             condition: scored(llm, params, scores, loaded=condition in loaded)
