@@ -119,8 +119,9 @@ def show(figures: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    for name in ("source", "target", "wmatrix"):
-        parser.add_argument(f"--{name}", required=True, type=Path)
+    parser.add_argument("--source", required=True, type=Path)
+    parser.add_argument("--target", required=True, type=Path)
+    parser.add_argument("--wmatrix", required=True, type=Path)
     parser.add_argument("--cases", type=Path, default=held_out_dir() / "needles" / "cases.jsonl")
     parser.add_argument("--each", type=int, default=6)
     parser.add_argument("--lengths", type=int, nargs="+", default=[300, 1000])
