@@ -58,14 +58,19 @@ class Prompt:
     editions: tuple[bool, ...] = ()
     refusal: QualityUnreachable | None = None
 
-    def passages(self, question: str, budget: int) -> list[tuple[Span, ...]]:
+    def passages(
+        self, question: str, budget: int, *, editions: bool = False
+    ) -> list[tuple[Span, ...]]:
         """The spans of each memory that a question points at, but for those which are read natively
-        with the last memory's tail, and of editions. Takes milliseconds."""
+        with the last memory's tail; of `editions`, which are exact, only if these are wanted. Takes
+        milliseconds."""
         ends = [len(memory.ids) for memory in self.memories]
         ends[-1] -= self.tail or 0
         return [
             tuple(span for span in memory.index.choose(question, budget) if span[0] < end)
-            if memory.index is not None and memory.prefix < end and not self.is_edition(i)
+            if memory.index is not None
+            and memory.prefix < end
+            and (editions or not self.is_edition(i))
             else ()
             for i, (memory, end) in enumerate(zip(self.memories, ends, strict=True))
         ]
@@ -91,7 +96,7 @@ class Prompt:
         quoting = self.quoting
         if not (quoting.budget and self.loads) or (quoting.automatic and not is_question(question)):
             return self
-        spans = self.passages(question, quoting.budget)
+        spans = self.passages(question, quoting.budget, editions=not quoting.automatic)
         texts = [
             memory.text[0][begin:end]
             for memory, own in zip(self.memories, self._characters(spans), strict=True)

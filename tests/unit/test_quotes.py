@@ -61,12 +61,14 @@ def test_both_where_both_are_asked_for() -> None:
     assert used.quotes == (tuple(r.span for r in used.passage_requests(LANTERN)),)
 
 
-def test_each_memory_gives_its_own_and_an_edition_none() -> None:
-    given = prompt(memory("a"), memory("b"), quoting=replace(ASKED, budget=24))
+def test_each_memory_gives_its_own_and_an_edition_what_is_asked_for() -> None:
+    given = prompt(memory("a"), memory("b"), quoting=replace(AUTOMATIC, budget=24))
     both = f"{LANTERN} {ARCHIVE}"
     assert quoted(given, both).count(SENTENCES[1].strip()) == 2
     assert quoted(replace(given, editions=(True, False)), both).count(SENTENCES[1].strip()) == 1
-    assert not quoted(replace(given, editions=(True, True)), both)
+    exact = replace(given, editions=(True, True))
+    assert not quoted(exact, both)
+    assert quoted(replace(exact, quoting=replace(ASKED, budget=24)), both).count("lantern") == 2
 
 
 @pytest.mark.parametrize(
