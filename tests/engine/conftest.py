@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -89,9 +90,12 @@ def own_memories(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, tuple[Path, str]]:
     """A memory of each model, captured by vLLM itself, and its text."""
-    store = tmp_path_factory.mktemp("own") / "store"
-    found = {}
-    for name, text in (("smollm2-135m", document(400, 1)), ("gemma3-270m", document(300, 2))):
-        memory = captured(models[name], text, store, "--engine", "vllm")
-        found[name] = store / f"{memory}.safetensors", text
-    return found
+    texts = {"smollm2-135m": document(400, 1), "gemma3-270m": document(300, 2)}
+
+    def own(name: str) -> tuple[Path, str]:
+        store = tmp_path_factory.mktemp(name) / "store"
+        memory = captured(models[name], texts[name], store, "--engine", "vllm")
+        return store / f"{memory}.safetensors", texts[name]
+
+    with ThreadPoolExecutor() as pool:  # an engine's start keeps one core busy
+        return dict(zip(texts, pool.map(own, texts), strict=True))

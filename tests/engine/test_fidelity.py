@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -117,11 +118,15 @@ def test_eval_measures_the_same_arms(
     wmatrix: Path, smollm2: Path, gemma3: Path, texts: list[Path], cases: Path
 ) -> None:
     models = ("--source", smollm2, "--target", gemma3, "--limit", 2)
-    on_texts = awareness("eval", wmatrix, *models, "--texts", *texts).out
+    with ThreadPoolExecutor() as pool:  # half of the time both only load
+        runs = [
+            pool.submit(awareness, "eval", wmatrix, *models, *what)
+            for what in (("--texts", *texts), ("--cases", cases))
+        ]
+        on_texts, on_cases = (run.result().out for run in runs)
     assert on_texts["n"] == 2
     assert on_texts["conditions"]["native"]["kl"] == 0
     assert set(on_texts["retention"]) == {"mean", "ci_low", "ci_high"}
-    on_cases = awareness("eval", wmatrix, *models, "--cases", cases).out
     assert on_cases["n"] == 2
     assert set(on_cases["conditions"]) == set(on_texts["conditions"])
 

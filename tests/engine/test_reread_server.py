@@ -56,7 +56,7 @@ def memories(smollm2: Path, store: Path, document: Callable[[int, int], str]) ->
     within other text."""
     texts = [CASES[0]["context"]]
     for i, case in enumerate(CASES[1:]):
-        texts.append(f"{document(400, i)}\n\n{case['context']}\n\n{document(300, 20 + i)}")
+        texts.append(f"{document(350, i)}\n\n{case['context']}\n\n{document(220, 30 + i)}")
     return [captured(smollm2, text, store) for text in texts]
 
 
