@@ -4,10 +4,10 @@
 
 SmolLM2's memories of 2,000 tokens on Gemma-3-270M, without editions. In each round every text is
 read natively, the question is asked alone (the lower bound), and the memory is loaded cold (evicted
-before), warm (a new question, whose passages nobody has re-read), hot (that question again) and
-known (the first question again under another salt: its passages are kept, its blocks are not);
-then cold and warm once more with nothing re-read. A ratio is native over the condition, by pairs of
-one text in one round: the median, with its 95 % bootstrap interval.
+before), warm (a new question), hot (that question again) and known (the first question again under
+another salt); then with passages re-read in place instead of quoted, and with neither. A ratio is
+native over the condition, by pairs of one text in one round: the median, with its 95 % bootstrap
+interval.
 
 `stall` is another request's longest wait for a token while nothing else runs, while a cold memory
 is loaded, and while its text is read natively instead.
@@ -115,18 +115,21 @@ def measure(client: Client, contexts: dict[str, str], rounds: int) -> dict[str, 
     for number in range(rounds):
         for memory, text in contexts.items():
             client.evict(memory)
-            first, new = (question_about(text, 2 * number + i) for i in range(2))
-            off = {"memory": {"ids": [memory], "reread": 0}}
-            salt, again, third = client.salt(), client.salt(), client.salt()
+            first, new, third = (question_about(text, 3 * number + i) for i in range(3))
+            place = {"memory": {"ids": [memory], "quote": 0}}
+            off = {"memory": {"ids": [memory], "reread": 0, "quote": 0}}
+            salt, again = client.salt(), client.salt()
             for condition, prompt, body in (
                 ("native", text + first, {"cache_salt": salt}),
                 ("question alone", first, {"cache_salt": salt}),
                 ("cold", first, {"memory_ids": [memory], "cache_salt": salt}),
                 ("warm", new, {"memory_ids": [memory], "cache_salt": again}),
                 ("hot", new, {"memory_ids": [memory], "cache_salt": again}),
-                ("known", first, {"memory_ids": [memory], "cache_salt": third}),
-                ("warm, nothing re-read", new, {**off, "cache_salt": salt}),
-                ("cold, nothing re-read", first, {**off, "cache_salt": again}),
+                ("known", first, {"memory_ids": [memory], "cache_salt": client.salt()}),
+                ("cold, re-read", first, {**place, "cache_salt": client.salt()}),
+                ("warm, re-read", third, {**place, "cache_salt": client.salt()}),
+                ("warm, the memory alone", new, {**off, "cache_salt": salt}),
+                ("cold, the memory alone", first, {**off, "cache_salt": again}),
             ):
                 if condition.startswith("cold,"):
                     client.evict(memory)
