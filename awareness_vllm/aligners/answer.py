@@ -21,8 +21,8 @@ from awareness_vllm.models.rope import rerotate
 from awareness_vllm.models.tokens import load_tokenizer, prefix_ids, tokenize
 from awareness_vllm.packages.file import Package
 from awareness_vllm.passages import BUDGET
-from awareness_vllm.passages.index import PassageIndex
-from awareness_vllm.passages.quotes import quote
+from awareness_vllm.passages.index import MIN, PassageIndex
+from awareness_vllm.passages.quotes import is_question, quote
 from awareness_vllm.passages.vectors import word_vectors
 from awareness_vllm.wmatrix.file import load
 from awareness_vllm.wmatrix.registry import Registry, WMatrixEntry
@@ -224,12 +224,16 @@ class OfflineMemory:
         tokens = len(prompt.head) + len(self.aligned.ids)
         check_fits(f"memory {self.name}", tokens, len(prompt.rest), limit)
         started = time.perf_counter()
-        quotes = self.index.choose(question, quoted) if self.index else ()
-        spans = self.index.choose(question, reread) if self.index and not quotes else ()
-        passages = [self.passage(s, quoted=bool(quotes)) for s in quotes or spans]
+        may_quote = quoted and self.index and (not raw or is_question(question))
+        quotes = self.index.choose(question, quoted) if self.index and may_quote else ()
+        passages = [self.passage(span, quoted=True) for span in quotes]
         rest = [*self.quotes(passages), *prompt.rest]
-        if len(rest) + tokens >= limit:
-            passages, rest = [], prompt.rest  # quotes refuse nothing that fits without them
+        spans: tuple[tuple[int, int], ...] = ()
+        kept = max_tokens if len(prompt.rest) + tokens + max_tokens <= limit else 1
+        if not passages or len(rest) + tokens + kept > limit:
+            # Quotes take no room of an answer that has it without them.
+            spans = self.index.choose(question, reread) if self.index else ()
+            passages, rest = [self.passage(span, quoted=False) for span in spans], prompt.rest
         memory = self.after_head(read_again(target.model, self.aligned, spans), prompt.head)
         token, inputs = target.read(rest, memory)
         answer_s = time.perf_counter() - started
@@ -302,4 +306,6 @@ class OfflineMemory:
             return "the memory has no text"
         if budget <= 0:
             return "none asked for"
-        return "no passage shares a word with the question"
+        if budget < MIN:
+            return f"fewer than {MIN} tokens asked for"
+        return "no passage matches the question"

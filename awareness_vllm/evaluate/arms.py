@@ -246,7 +246,8 @@ def _with_tails(
     """Add the memory arms of every shape, their tails read after the states before them."""
     tails: list[tuple[dict[str, Segments], str, Text]] = []
     for memory, arm in zip(memories, arms, strict=True):
-        for shape in dict.fromkeys((MAP_ALONE, *shapes)):
+        plain = [PlanShape(shape.tail) for shape in shapes if memory.tokenizer is not None]
+        for shape in dict.fromkeys((MAP_ALONE, *plain, *shapes)):
             for base in memory.bases:
                 before = memory.laid_over(base, shape)
                 arm[shape.condition(base)] = before

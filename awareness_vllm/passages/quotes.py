@@ -32,7 +32,8 @@ def quote(passages: Sequence[str]) -> str:
     """The text that quotes passages, "" without any.
 
     The word before them tells them from the memory's own end: bare lines were answered exactly 0.62
-    of the time, these 0.73 (docs/fidelity-log.md).
+    of the time, these 0.73 (docs/fidelity-log.md). One line, whatever the passages hold: none of
+    them may look like the question.
     """
-    texts = [text for passage in passages if (text := passage.strip())]
+    texts = [text for passage in passages if (text := " ".join(passage.split()))]
     return f"\n\nContext: {' '.join(texts)}\n" if texts else ""

@@ -99,7 +99,7 @@ class OfflineMemories:
         question = text if isinstance(text, str) else tokenizer.decode(list(text))
         if isinstance(text, str):
             text = tokenize(tokenizer, text).ids
-        memories = self.resolver.quoted(memories, question, len(text) + 1)
+        memories = self.resolver.quoted(memories, [question], len(text))
         memories = self.with_passages(memories, question)
         prompt = {"prompt_token_ids": self.resolver.append_question(memories, list(text))}
         params = memories.params

@@ -58,19 +58,14 @@ class Prompt:
     editions: tuple[bool, ...] = ()
     refusal: QualityUnreachable | None = None
 
-    def passages(
-        self, question: str, budget: int, *, editions: bool = False
-    ) -> list[tuple[Span, ...]]:
-        """The spans of each memory that a question points at, but for those which are read natively
-        with the last memory's tail; of `editions`, which are exact, only if these are wanted. Takes
-        milliseconds."""
+    def passages(self, question: str) -> list[tuple[Span, ...]]:
+        """The spans of each memory that a question points at and may have re-read: but for those
+        which are read natively with the last memory's tail, and of editions. Takes milliseconds."""
         ends = [len(memory.ids) for memory in self.memories]
         ends[-1] -= self.tail or 0
         return [
-            tuple(span for span in memory.index.choose(question, budget) if span[0] < end)
-            if memory.index is not None
-            and memory.prefix < end
-            and (editions or not self.is_edition(i))
+            tuple(span for span in memory.index.choose(question, self.budget) if span[0] < end)
+            if memory.index is not None and memory.prefix < end and not self.is_edition(i)
             else ()
             for i, (memory, end) in enumerate(zip(self.memories, ends, strict=True))
         ]
@@ -85,18 +80,28 @@ class Prompt:
                 i, span, memory.ids[: span[1]], passage_params(parts[i], span, self.tenant)
             )
             for i, (memory, spans) in enumerate(
-                zip(self.memories, self.passages(question, self.budget), strict=True)
+                zip(self.memories, self.passages(question), strict=True)
             )
             for span in spans
         ]
 
-    def with_quotes(self, question: str, tokenize: Callable[[str], Sequence[int]]) -> Prompt:
-        """The same memories, with the passages that a question points at quoted after them, if it
-        may have any. Takes milliseconds."""
+    def with_quotes(
+        self, questions: Sequence[str], tokenize: Callable[[str], Sequence[int]]
+    ) -> Prompt:
+        """The same memories, with the passages that questions point at quoted after them, if these
+        may have any; of editions, which are exact, only if that was said. Takes milliseconds."""
         quoting = self.quoting
-        if not (quoting.budget and self.loads) or (quoting.automatic and not is_question(question)):
+        if not (quoting.budget and self.loads):
             return self
-        spans = self.passages(question, quoting.budget, editions=not quoting.automatic)
+        if quoting.automatic and not any(map(is_question, questions)):
+            return self
+        asked = "\n".join(questions)
+        spans = [
+            memory.index.choose(asked, quoting.budget)
+            if memory.index is not None and not (quoting.automatic and self.is_edition(i))
+            else ()
+            for i, memory in enumerate(self.memories)
+        ]
         texts = [
             memory.text[0][begin:end]
             for memory, own in zip(self.memories, self._characters(spans), strict=True)

@@ -131,6 +131,12 @@ class MemoryResolver:
         last = memories[-1]
         tail: int | None = min(self.tail, last.tokens) if last.wmatrix else 0
         budget = self.reread if request.reread == "auto" else request.reread
+        quoting = Quoting(
+            self.quote if request.quote == "auto" else request.quote,
+            automatic=request.quote == "auto",
+            # A quality target may have been reached by what is re-read.
+            instead=request.reread == "auto" and request.quality_target is None,
+        )
         if request.quality_target is not None:
             try:
                 tail = tail_for(memories, request.quality_target, budget)
@@ -139,25 +145,24 @@ class MemoryResolver:
                 if fails and refuse:
                     raise
                 if request.on_low_quality != "use":
-                    natively = Prompt(memories, None, tenant, caller_salt or "")
+                    natively = Prompt(memories, None, tenant, caller_salt or "", quoting=quoting)
                     refusal = error if fails else None
                     return replace(natively.recomputed(str(error)), refusal=refusal)
-        quoting = Quoting(
-            self.quote if request.quote == "auto" else request.quote,
-            automatic=request.quote == "auto",
-            # A quality target may have been reached by what is re-read.
-            instead=request.reread == "auto" and request.quality_target is None,
-        )
         return Prompt(memories, tail, tenant, caller_salt or "", budget=budget, quoting=quoting)
 
-    def quoted(self, prompt: Prompt, question: str, tokens: int) -> Prompt:
-        """A prompt with what its question points at quoted, if that is to be. Where it would not
-        leave `tokens` of the window for question and answer, nothing is: quotes never refuse what
-        fits without them. Takes milliseconds."""
+    def quoted(
+        self, prompt: Prompt, questions: Sequence[str], tokens: int, answer: int = 1
+    ) -> Prompt:
+        """A prompt with what its questions point at quoted, if that is to be. Takes milliseconds.
+
+        Quotes never take the room of what fits without them: the longest question's `tokens`, and
+        the `answer`'s, unless the engine cuts that short anyway.
+        """
         tokenizer = load_tokenizer(str(self.model.folder))
-        quoted = prompt.with_quotes(question, lambda text: tokenize(tokenizer, text).ids)
-        used = len(prompt.ids) + len(quoted.quote_ids) + tokens
-        return quoted if used < self.model.max_model_len else prompt
+        quoted = prompt.with_quotes(questions, lambda text: tokenize(tokenizer, text).ids)
+        room = self.model.max_model_len - len(prompt.ids) - tokens
+        kept = answer if answer <= room else 1
+        return quoted if len(quoted.quote_ids) + kept <= room else prompt
 
     def resolve_one(self, memory_id: object, tenant: str) -> ResolvedMemory:
         """One memory of a tenant. Raises as `resolve` does."""

@@ -40,13 +40,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(gemma3: Path, store: Path, wmatrix: Path) -> Iterator[Server]:
     flags = ("--wmatrix", wmatrix, "--quote", 0, "--reread-timeout", TIMEOUT, "--max-num-seqs", 3)
-    flags = (
-        *flags,
-        "--quote",
-        0,
-        "--enable-prompt-tokens-details",
-        "--trust-request-chat-template",
-    )
+    flags = (*flags, "--enable-prompt-tokens-details", "--trust-request-chat-template")
     yield from serving(gemma3, store, store.parent / "server.log", *flags, "--allow-capture")
 
 

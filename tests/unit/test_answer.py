@@ -126,6 +126,22 @@ def test_quotes_stand_between_the_memory_and_the_question(
     assert answer.native_tokens == answer.question_tokens == len(expected)
 
 
+def test_a_text_to_go_on_with_has_no_quotes_nor_has_one_without_room(
+    target: OfflineTarget, memory: OfflineMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = memory.ask("The quick fox", max_tokens=1, raw=True)
+    assert plain.passages
+    assert not any(passage.quoted for passage in plain.passages)
+    asked = memory.ask(QUESTION, max_tokens=1, raw=True)
+    used = asked.memory_tokens + asked.question_tokens
+    for room, quoted in ((5, True), (4, False)):
+        geometry = target.geometry.model_copy(update={"max_positions": used + room})
+        monkeypatch.setattr(target, "geometry", geometry)
+        passages = memory.ask(QUESTION, max_tokens=5, raw=True).passages
+        assert passages
+        assert {passage.quoted for passage in passages} == {quoted}
+
+
 def test_tokens_go_on_from_the_cache_as_without_one(
     target: OfflineTarget, memory: OfflineMemory
 ) -> None:

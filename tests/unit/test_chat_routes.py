@@ -3,9 +3,10 @@ real ones, its handlers render a chat as plain lines."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
-from unittest.mock import AsyncMock
+from unittest.mock import AsyncMock, Mock
 
 import pytest
 from fastapi import FastAPI
@@ -18,6 +19,8 @@ from vllm.entrypoints.serve.exception_handling.register import init_exception_ha
 from vllm.renderers.online_renderer import ResponsesRenderResult
 from vllm.sampling_params import SamplingParams
 
+from awareness_vllm.errors import ContextTooLong
+from awareness_vllm.passages.quotes import NO_QUOTES, Quoting
 from awareness_vllm.serving.admission import Admission, Admitted
 from awareness_vllm.serving.api.editions import Editions
 from awareness_vllm.serving.api.routes import AwarenessEndpoints
@@ -100,7 +103,7 @@ def client() -> TestClient:
         resolver=SimpleNamespace(
             resolve=lambda *_, refuse: Prompt((memory,), tail=0),
             append_question=append,
-            quoted=lambda prompt, question, tokens: prompt,
+            quoted=lambda prompt, questions, tokens, answer: prompt,
         ),
         engine_client=SimpleNamespace(
             tokenize=lambda text: list(text.encode()),
@@ -113,6 +116,32 @@ def client() -> TestClient:
 
 def ask(client: TestClient, path: str, **body: Any) -> Any:
     return client.post(path, json={"model": "m", **body})
+
+
+def test_a_chat_that_is_refused_is_no_use_of_its_memories(client: TestClient) -> None:
+    front = cast(Any, client.app).state.awareness
+    front.editions.use = AsyncMock()
+    too_long = ContextTooLong("it does not fit", found=2, expected="fewer than 1")
+    front.resolver.append_question = Mock(side_effect=too_long)
+    messages = [{"role": "user", "content": QUESTION}]
+    answer = ask(client, "/v1/messages", messages=messages, max_tokens=1, **IDS)
+    assert answer.status_code == 400
+    front.resolver.append_question.assert_called_once()
+    front.editions.use.assert_not_called()
+
+
+@pytest.mark.parametrize(("turns", "automatic"), [(1, True), (2, False)])
+def test_only_a_chats_first_turn_has_quotes_unless_it_says_so(
+    client: TestClient, turns: int, automatic: bool
+) -> None:
+    front, seen = cast(Any, client.app).state.awareness, []
+    resolve, quoting = front.resolver.resolve, Quoting(16, automatic=True)
+    front.resolver.resolve = lambda *_, refuse: replace(resolve(refuse=refuse), quoting=quoting)
+    front.resolver.quoted = lambda prompt, *_: seen.append(prompt.quoting) or prompt
+    turn = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": "So."}]
+    messages = [*turn * (turns - 1), turn[0]]
+    ask(client, "/v1/messages/count_tokens", messages=messages, **IDS)
+    assert seen == [quoting if automatic else NO_QUOTES]
 
 
 def test_a_messages_count_has_its_memories(client: TestClient) -> None:

@@ -220,8 +220,8 @@ def test_what_has_no_passages_to_read_is_left_as_it_is(asked: Prompt) -> None:
 
 def test_passages_of_the_native_tail_are_not_read_twice() -> None:
     last = prompt(tail=len(SENTENCES[3].split()))
-    assert last.passages(ARCHIVE, 10) == [()]
-    assert prompt(tail=0).passages(ARCHIVE, 10) == [(span_of(3),)]
+    assert last.passages(ARCHIVE) == [()]
+    assert prompt(tail=0).passages(ARCHIVE) == [(span_of(3),)]
 
 
 def test_a_server_that_cannot_read_its_cache_back_says_so() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
@@ -18,6 +18,7 @@ from vllm.renderers.chat_utils import has_non_text_content
 
 from awareness_vllm.errors import UnsupportedRequest
 from awareness_vllm.models.chat import split_at_mark
+from awareness_vllm.passages.quotes import NO_QUOTES
 from awareness_vllm.serving.http import FrontEnd
 from awareness_vllm.serving.prompt import Prompt
 
@@ -103,14 +104,19 @@ def last_words(messages: Sequence[Any]) -> str:
     return ""
 
 
+def user_turns(messages: Sequence[Any]) -> int:
+    """How many messages are the user's."""
+    return sum(isinstance(one, dict) and one.get("role") == "user" for one in messages)
+
+
 async def placed_in_chat(
-    front: FrontEnd, prompt: Prompt, render: Render, answer: int = 1, *, count: bool = False
+    front: FrontEnd, prompt: Prompt, render: Render, answer: int = 1, *, use: bool = True
 ) -> PlacedChat | None:
     """Memories in their place in a chat; None where vLLM refuses it.
 
     Args:
-        answer: tokens that are left for it at least.
-        count: whether it is only counted, which is no use of the memories.
+        answer: tokens that it may have.
+        use: whether that is a use of the memories, or its tokens are just counted.
 
     Raises:
         UnsupportedRequest: a chat without a place for memories, or with more than text;
@@ -125,10 +131,13 @@ async def placed_in_chat(
         raise not_a_chat("a message with more than text")
     head, rest = split_at_mark(engine_input.get("prompt") or "", mark)
     prompt = prompt.with_head(front.engine_client.tokenize(head))
-    if not count:
-        prompt = await front.editions.use(prompt)
     ids, question = front.engine_client.tokenize(rest), last_words(messages).replace(mark, "")
-    prompt = await asyncio.to_thread(front.resolver.quoted, prompt, question, len(ids) + answer)
+    front.resolver.append_question(prompt, ids)  # what is refused is no use of a memory
+    prompt = await front.editions.use(prompt, count=use)
+    if prompt.quoting.automatic and user_turns(messages) > 1:
+        # Quotes stand before the first turn, far from what is asked, and would differ each time.
+        prompt = replace(prompt, quoting=NO_QUOTES)
+    prompt = await asyncio.to_thread(front.resolver.quoted, prompt, [question], len(ids), answer)
     return PlacedChat(prompt, front.resolver.append_question(prompt, ids), question)
 
 

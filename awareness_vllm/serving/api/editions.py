@@ -169,9 +169,9 @@ class Editions:
         """Whether an edition of a memory is kept, as far as this front end knows."""
         return any(known.kept and is_of(key, memory) for key, known in [*self.known.items()])
 
-    async def use(self, prompt: Prompt) -> Prompt:
+    async def use(self, prompt: Prompt, *, count: bool = True) -> Prompt:
         """The same prompt, with the editions of its memories that are kept; and a use of the
-        others. Nothing that is wrong with editions reaches a request.
+        others, if it is to `count`. Nothing that is wrong with editions reaches a request.
 
         Where passages cannot be read back, or may be read by another engine than the one that
         answers, editions cannot either."""
@@ -183,7 +183,7 @@ class Editions:
             used = prompt.with_editions([self._is_kept(key) for key in keys])
             self._check_again([key for i, key in enumerate(keys) if key and used.is_edition(i)])
             for i, key in enumerate(keys):
-                if key is not None and not used.is_edition(i):
+                if count and key is not None and not used.is_edition(i):
                     self._count(key, prompt, i)
         except Exception:
             logger.exception("editions are left out of a request")

@@ -147,13 +147,17 @@ async def create_completion(request: CompletionRequest, raw_request: Request) ->
             resolver.model.without_prefix(one["prompt_token_ids"])
             for one in cast("list[TokensInput]", rendered)
         ]
+        for ids in questions:
+            resolver.append_question(prompt, ids)  # what is refused is no use of a memory
         prompt = await front.editions.use(prompt)
-        # All prompts of a request share its salt, and so what is laid over.
-        asked = "\n".join(map(front.engine_client.detokenize, questions))
-        tokens = max(map(len, questions), default=0) + answer_tokens(request)
-        prompt = await asyncio.to_thread(resolver.quoted, prompt, asked, tokens)
+        # All prompts of a request share its salt, and so what is laid over, and its quotes.
+        asked = [*map(front.engine_client.detokenize, questions)]
+        tokens = max(map(len, questions), default=0)
+        prompt = await asyncio.to_thread(
+            resolver.quoted, prompt, asked, tokens, answer_tokens(request)
+        )
         request.prompt = [resolver.append_question(prompt, ids) for ids in questions]
-        prompt = await reread(front, prompt, asked, raw_request)
+        prompt = await reread(front, prompt, "\n".join(asked), raw_request)
         request.add_special_tokens = False
         attach_params(request, prompt)
         return prompt
@@ -233,7 +237,7 @@ async def count_tokens(request: AnthropicCountTokensRequest, raw_request: Reques
 
     async def insert(front: FrontEnd, prompt: Prompt) -> Prompt | None:
         render = message_render(request, raw_request)
-        placed = await placed_in_chat(front, prompt, render, count=True)
+        placed = await placed_in_chat(front, prompt, render, use=False)
         if placed is None:
             return None
         ids[:] = placed.ids
@@ -334,7 +338,7 @@ async def reread(front: FrontEnd, prompt: Prompt, question: str, raw_request: Re
 
 
 def answer_tokens(request: AnyRequest) -> int:
-    """The tokens that an answer has room for at least."""
+    """The tokens that an answer may have, 1 where its request does not say."""
     names = ("max_completion_tokens", "max_tokens", "max_output_tokens")
     return next((n for name in names if (n := getattr(request, name, None))), 1)
 
