@@ -23,8 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=BUDGET,
         metavar="TOKENS",
-        help="tokens at most, where the question points, that the target reads once more before it "
-        f"(default: {BUDGET}); 0 for none",
+        help="tokens of the memory at most, where the question points, that are quoted before the "
+        f"question (default: {BUDGET}); 0 for none",
     )
     parser.add_argument(
         "--reread",
