@@ -7,6 +7,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 STAMP := $(VENV)/.install-stamp
 
+# Without bytecode every process of every server would compile torch and vLLM anew: minutes in all.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help install models anchors browser demo test unit engine nightly families gpu lint lock clean
 
