@@ -85,9 +85,10 @@ def test_foreign_memory_is_loaded_not_prefilled(server: Server, foreign: tuple[s
     with_text = server.client.completions.create(
         model="served", prompt=case["context"] + case["question"], max_tokens=8, temperature=0
     )
-    assert answer.usage.prompt_tokens == with_text.usage.prompt_tokens
+    quoted = answer.memory["quoted"]["tokens"]
+    assert answer.usage.prompt_tokens == with_text.usage.prompt_tokens + quoted
     own_tokens = answer.usage.prompt_tokens - answer.usage.prompt_tokens_details.cached_tokens
-    assert own_tokens < 40 + TAIL
+    assert own_tokens < 40 + TAIL + quoted
     assert answer.choices[0].text != server.complete(case["question"], 8)
 
 
@@ -99,7 +100,7 @@ def test_it_says_what_transformers_says(
     memory, case = foreign
     answer = server.client.completions.create(
         model="served", prompt=case["question"], max_tokens=1, temperature=0, logprobs=5,
-        extra_body={"memory": {"ids": [memory], "reread": 0}},
+        extra_body={"memory": {"ids": [memory], "reread": 0, "quote": 0}},
     )  # fmt: skip
     (served,) = answer.choices[0].logprobs.top_logprobs
     tokenizer = load_tokenizer(str(gemma3))
