@@ -14,7 +14,7 @@ from awareness_vllm.passages import BUDGET
 
 pytestmark = pytest.mark.engine
 
-CASES = fact_cases(6, seed=7)
+CASES = fact_cases(9, seed=7)
 
 
 @pytest.fixture(scope="module")

@@ -62,12 +62,12 @@ def test_blocks_hold_the_captured_bits(
 def test_captured_by_transformers_is_close(
     models: dict[str, Path], name: str, document: Callable[[int, int], str], tmp_path: Path
 ) -> None:
-    for i in range(2):
+    for i in range(4):
         (tmp_path / f"{i}.txt").write_text(document(361, i))
     run = awareness(
         "eval", "--source", models[name], "--target", models[name], "--texts", tmp_path,
         "--context", 250, "--continuation", 60,
     )  # fmt: skip
     assert run.status == 0, run.stderr[-2000:]
-    assert run.out["n"] == 2
+    assert run.out["n"] == 4
     assert run.out["conditions"]["memory"]["kl"] <= 1e-3, run.out

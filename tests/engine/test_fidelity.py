@@ -137,12 +137,11 @@ def test_the_shipped_map_is_what_its_certificate_says(
     path = shipped(smollm2, gemma3)
     if path is None:
         pytest.skip("no map is shipped for these models")
-    monitor = WMatrixMonitor(load(texts), source=smollm2, target=gemma3, sample=6)
+    monitor = WMatrixMonitor(load(texts), source=smollm2, target=gemma3, sample=12)
     status = monitor.check(path)
     assert not status.drift_detected, status
 
 
-@pytest.mark.nightly  # unit tests have it on given figures
 def test_the_monitor_notices_what_does_not_hold(
     certified: Callable[[str], Path],
     smollm2: Path,
