@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 from awareness_demo.anchors import install
 from awareness_demo.models import prepare
-from first_token import QUESTION, Client, texts
-from servers import FLAGS, paired_ratio, serving, smollm2, stop_on_terminate
+from first_token import QUESTION, TEXTS, Client
+from servers import FLAGS, paired_ratio, serving, smollm2, stop_on_terminate, stretches
 
 from awareness_vllm.files import wmatrices_dir
 from awareness_vllm.provenance import hardware, versions
@@ -133,7 +133,10 @@ def main() -> None:
         target = prepare()["gemma3-270m"]
     flags = [*(flags or FLAGS), "--max-model-len", str(max(4096, 2 * args.tokens))]
     flags += ["--editions", args.policy]
-    with serving(smollm2(), target, wmatrix, texts(target, args.tokens), flags) as (url, contexts):
+    with serving(smollm2(), target, wmatrix, stretches(target, [args.tokens] * TEXTS), flags) as (
+        url,
+        contexts,
+    ):
         values = measure(Client(url), contexts, args.rounds)
     about = {"tokens": args.tokens, "rounds": args.rounds, "policy": args.policy}
     about |= {"wmatrix": wmatrix.name, "hardware": hardware()}

@@ -17,42 +17,23 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import httpx
-from awareness_demo.anchors import held_out_dir, install
+from awareness_demo.anchors import install
 from awareness_demo.models import prepare
 from awareness_demo.servers import NAME
 from awareness_demo.wmatrices import shipped
-from servers import FLAGS, serving, stop_on_terminate
+from servers import CHAT_TEMPLATE, FLAGS, serving, stop_on_terminate, stretches
 
-from awareness_vllm.anchors.corpus import load
-from awareness_vllm.models.tokens import load_tokenizer, tokenize
 from awareness_vllm.provenance import hardware, versions
 from awareness_vllm.serving.plugin import vllm_version
 
 LENGTHS = (300, 900)
 """Tokens of the texts, by turns; a window of Gemma-3 is 512."""
 QUESTION = "\n\nIn short, the text says that the"
-CHAT = (
-    "{{ bos_token }}{% for message in messages %}<start_of_turn>{{ message.role }}\n"
-    "{{ message.content }}<end_of_turn>\n{% endfor %}<start_of_turn>model\n"
-)
 PATIENCE_S = 120.0
 Answer = dict[str, Any]
-
-
-def stretches(model: Path, count: int) -> list[str]:
-    """So many stretches of a held-out document, in order."""
-    whole = "\n\n".join(d.text for d in load([held_out_dir() / "debian-history"]))
-    spans, raw = tokenize(load_tokenizer(str(model)), whole).spans, whole.encode()
-    cuts, at = [], 0
-    for i in range(count):
-        end = at + LENGTHS[i % len(LENGTHS)]
-        cuts.append((int(spans[at, 0]), int(spans[end, 0])))
-        at = end
-    return [raw[begin:end].decode(errors="ignore") for begin, end in cuts]
 
 
 class Client:
@@ -70,7 +51,12 @@ class Client:
 
     def chat(self, **fields: Any) -> Answer:
         messages = [{"role": "user", "content": QUESTION}]
-        fields |= {"messages": messages, "chat_template": CHAT, "logprobs": True, "top_logprobs": 5}
+        fields |= {
+            "messages": messages,
+            "chat_template": CHAT_TEMPLATE,
+            "logprobs": True,
+            "top_logprobs": 5,
+        }
         return self._ask("chat/completions", **fields)
 
     def from_memory(self, memory: str, is_chat: bool) -> Answer:
@@ -153,7 +139,8 @@ def main() -> None:
         if wmatrix is None:
             raise SystemExit(f"no map is shipped from {source.name} to {target.name}")
         given = [*FLAGS, *flags, "--trust-request-chat-template"]
-        with serving(source, target, wmatrix, stretches(target, args.texts), given) as (url, ids):
+        lengths = [LENGTHS[i % len(LENGTHS)] for i in range(args.texts)]
+        with serving(source, target, wmatrix, stretches(target, lengths), given) as (url, ids):
             report[target.name] = measure(Client(url), list(ids), args.chunk)
         print(target.name, report[target.name], file=sys.stderr)
     report |= {"hardware": hardware(), "versions": {**versions(), "vllm": vllm_version()}}

@@ -29,29 +29,18 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from awareness_demo.anchors import held_out_dir, install
+from awareness_demo.anchors import install
 from awareness_demo.models import prepare
 from awareness_demo.servers import NAME
-from servers import ALIGNED, FLAGS, paired_ratio, serving, smollm2, stop_on_terminate
+from servers import ALIGNED, FLAGS, paired_ratio, serving, smollm2, stop_on_terminate, stretches
 
-from awareness_vllm.anchors.corpus import load
 from awareness_vllm.files import wmatrices_dir
-from awareness_vllm.models.tokens import load_tokenizer, tokenize
 from awareness_vllm.provenance import hardware, versions
 from awareness_vllm.serving.plugin import vllm_version
 
 TEXTS = 3
 QUESTION = "\n\nIn one sentence, this text is about"
 WORD = re.compile(r"[A-Za-z]{5,}")
-
-
-def texts(model: Path, tokens: int) -> list[str]:
-    """Stretches of a held-out document."""
-    whole = "\n\n".join(d.text for d in load([held_out_dir() / "debian-history"]))
-    spans = tokenize(load_tokenizer(str(model)), whole).spans
-    raw = whole.encode()
-    cuts = [int(spans[tokens * i, 0]) for i in range(TEXTS + 1)]
-    return [raw[a:b].decode(errors="ignore") for a, b in itertools.pairwise(cuts)]
 
 
 def question_about(text: str, number: int) -> str:
@@ -171,7 +160,10 @@ def main() -> None:
         install()
         target = prepare()["gemma3-270m"]
     flags = [*(flags or FLAGS), "--max-model-len", str(max(4096, 2 * args.tokens)), *ALIGNED]
-    with serving(smollm2(), target, wmatrix, texts(target, args.tokens), flags) as (url, contexts):
+    with serving(smollm2(), target, wmatrix, stretches(target, [args.tokens] * TEXTS), flags) as (
+        url,
+        contexts,
+    ):
         values = measure(Client(url), contexts, args.rounds)
     about = {"tokens": args.tokens, "rounds": args.rounds, "texts": TEXTS, "wmatrix": wmatrix.name}
     about |= {"hardware": hardware(), "versions": {**versions(), "vllm": vllm_version()}}

@@ -1,4 +1,4 @@
-"""Both directions' maps and the attention experiment on a GPU that is lent for minutes.
+"""Both directions' maps and the experiments with variants on a GPU that is lent for minutes.
 
     PYTHONPATH=.:kernels:demo python3 benchmarks/gpu_fit.py --models DIR --anchors DIR \
         --held-out DIR --out "$OUT" --minutes 3 2 2
@@ -17,7 +17,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -110,19 +110,18 @@ def needles(path: Path, length: int) -> list[dict[str, Any]]:
     return [case for case in cases if case["tokens"] == length]
 
 
-def arms(reader: Reader, wmatrix: WMatrix, mapped: Mapped, batch: Batch) -> dict[str, Tensor]:
-    """Logits after native reading, the map, the map with what is re-read, and nothing."""
+def arms(
+    reader: Reader, wmatrix: WMatrix, maps: Mapping[str, Mapped], batch: Batch
+) -> Iterator[tuple[str, Tensor]]:
+    """Logits after native reading, nothing, each map, and each with what is re-read."""
     sinks = wmatrix.sink_keys, wmatrix.sink_values
     nothing = torch.zeros(0, reader.target_geometry.width, device=reader.device)
-    alone = replace(batch, reread=None)
-    found = {
-        "native": batch.native,
-        "memory": mapped(alone),
-        "none": logits_after(reader, sinks, nothing, [0] * len(batch.ids), batch.ids),
-    }
-    if batch.reread is not None:
-        found["re-read"] = mapped(batch)
-    return found
+    yield "native", batch.native
+    yield "none", logits_after(reader, sinks, nothing, [0] * len(batch.ids), batch.ids)
+    for name, mapped in maps.items():
+        yield name, mapped(replace(batch, reread=None))
+        if batch.reread is not None:
+            yield f"{name}, re-read", mapped(batch)
 
 
 @torch.no_grad()
@@ -132,13 +131,12 @@ def evaluate(
     held_out: Path,
     limits: Sequence[int],
     length: int,
-    mapped: Mapped | None = None,
+    maps: Mapping[str, Mapped],
 ) -> dict[str, Any]:
-    """Retention of texts and exact matches of needles at a length of contexts."""
+    """Retention of texts, exact matches of needles and their log probabilities (`logp`), of each of
+    some maps with one source, at a length of contexts."""
     examples = CalibrationExamples(reader, wmatrix, no_lesson, 0, 1, whole=True)
     wmatrix = examples.wmatrix
-    parts = {name: getattr(wmatrix, name) for name in PARTS}
-    mapped = mapped or functools.partial(mapped_logits, wmatrix, reader, parts)
     size = max(1, TOKENS_AT_ONCE // length)
     folders = [held_out / name for name in ("crawl", "debian-history", "wordnet")]
     documents = load([folder for folder in folders if folder.is_dir()])
@@ -148,32 +146,40 @@ def evaluate(
     nll: dict[str, list[float]] = {}
     for lessons in pieces(texts, size):
         batch = examples.read(lessons)
-        for name, logits in arms(reader, wmatrix, mapped, batch).items():
+        for name, logits in arms(reader, wmatrix, maps, batch):
             for own, ids in by_lesson(logits, batch.ids):
-                labels = torch.tensor(ids[1:], device=own.device)
-                loss = torch.nn.functional.cross_entropy(own[:-1].float(), labels)
-                nll.setdefault(name, []).append(loss.item())
+                nll.setdefault(name, []).append(-label_logp(own[:-1], ids[1:]).mean().item())
     found: dict[str, Any] = {}  # of texts, then of needles
     if len(texts) > 1:
         losses = {name: np.array(values) for name, values in nll.items()}
-        found["retention"] = retention(losses["native"], losses["memory"], losses["none"])
+        found["retention"] = {
+            name: retention(losses["native"], losses[name], losses["none"]) for name in maps
+        }
     cases = sample_evenly(needles(held_out / "needles" / "cases.jsonl", length), limits[1])
     exact: dict[str, list[bool]] = {}
+    logp: dict[str, list[float]] = {}
     for some in pieces(cases, size):
         lessons, counts = zip(*(case_tokens(reader, case) for case in some), strict=True)
         batch = examples.read(lessons)
-        for name, logits in arms(reader, wmatrix, mapped, batch).items():
+        for name, logits in arms(reader, wmatrix, maps, batch):
             for (own, ids), count in zip(by_lesson(logits, batch.ids), counts, strict=True):
-                labels = torch.tensor(ids[-count:], device=own.device)
-                hit = bool((own[-count - 1 : -1].argmax(-1) == labels).all())
-                exact.setdefault(name, []).append(hit)
+                answer, labels = own[-count - 1 : -1], ids[-count:]
+                exact.setdefault(name, []).append(answer.argmax(-1).tolist() == labels)
+                logp.setdefault(name, []).append(label_logp(answer, labels).sum().item())
     kinds = np.array([case["kind"] for case in cases])
     found["facts"] = {name: float(np.mean(hits)) for name, hits in exact.items()}
+    found["logp"] = {name: float(np.mean(values)) for name, values in logp.items()}
     found["kinds"] = {
         kind: {name: float(np.array(hits)[kinds == kind].mean()) for name, hits in exact.items()}
         for kind in dict.fromkeys(kinds.tolist())
     }
     return found
+
+
+def label_logp(logits: Tensor, labels: Sequence[int]) -> Tensor:
+    """The log probabilities [N] of labels, of logits [N, V]."""
+    own = torch.tensor(labels, device=logits.device)
+    return -torch.nn.functional.cross_entropy(logits.float(), own, reduction="none")
 
 
 def by_lesson(logits: Tensor, ids: list[list[int]]) -> list[tuple[Tensor, list[int]]]:
@@ -196,9 +202,9 @@ def no_lesson(number: int) -> Lesson:
 def show(name: str, found: dict[str, Any]) -> None:
     """Print an evaluation as rows of a table."""
     for length, at in found.items():
-        kept = at.get("retention", {}).get("mean", float("nan"))
+        kept = "  ".join(f"{arm} {r['mean']:.3f}" for arm, r in at.get("retention", {}).items())
         facts = "  ".join(f"{arm} {share:.2f}" for arm, share in at["facts"].items())
-        say(f"{name:24} {length:>5} tokens  retention {kept:.3f}  facts: {facts}")
+        say(f"{name:24} {length:>5} tokens  retention: {kept}  facts: {facts}")
         for kind, shares in at["kinds"].items():
             row = "  ".join(f"{arm} {share:.2f}" for arm, share in shares.items())
             say(f"{'':24} {kind:>12}  {row}")
@@ -235,37 +241,38 @@ def direction(args: argparse.Namespace, number: int, minutes: float) -> None:
     judge(args, name, {"": wmatrix, ".regression": None})
 
 
-def at_lengths(
-    args: argparse.Namespace, reader: Reader, wmatrix: WMatrix, mapped: Mapped | None = None
-) -> dict[str, Any]:
-    """The evaluation at each length."""
-    return {
-        str(length): evaluate(reader, wmatrix, args.held_out, args.limits, length, mapped)
-        for length in LENGTHS
-    }
-
-
 def judge(args: argparse.Namespace, name: str, maps: dict[str, WMatrix | None]) -> None:
     """Evaluate a direction's maps, those that are None as they were saved."""
-    source, target = (args.models / part for part in name.split("-to-"))
-    reader = Reader(source, target, 3, device=FitConfig(device=args.device).resolved().device)
+    reader = reader_of(args, name)
     for suffix, wmatrix in maps.items():
-        if wmatrix is None:
-            wmatrix = load_wmatrix(args.out / f"{name}{suffix}.wmatrix")
-        found = at_lengths(args, reader, wmatrix)
+        wmatrix = wmatrix or load_wmatrix(args.out / f"{name}{suffix}.wmatrix")
+        parts = {part: getattr(wmatrix.to(reader.device), part) for part in PARTS}
+        mapped = functools.partial(mapped_logits, wmatrix.to(reader.device), reader, parts)
+        found = {
+            str(n): evaluate(reader, wmatrix, args.held_out, args.limits, n, {"memory": mapped})
+            for n in LENGTHS
+        }
         figures(args.out, f"{name}{suffix}", found)
         show(f"{name}{suffix}", found)
 
 
-def attention(args: argparse.Namespace, number: int, minutes: float) -> None:
-    """The experiment of `latent_attention.py`, after the first direction's calibration."""
-    from latent_attention import compare
+def reader_of(args: argparse.Namespace, name: str) -> Reader:
+    """The reader of a direction's two models, on the run's device."""
+    source, target = (args.models / part for part in name.split("-to-"))
+    return Reader(source, target, 3, device=FitConfig(device=args.device).resolved().device)
 
-    evaluated = functools.partial(at_lengths, args)
+
+def variants(args: argparse.Namespace, number: int, minutes: float) -> None:
+    """The experiments of `map_variants.py` on the first direction's map."""
+    from map_variants import compare
+
     name = "-to-".join(PAIR)
-    for variant, found in compare(args, name, minutes, evaluated, say):
-        figures(args.out, f"{name}.{variant}", found)
-        show(f"{name}.{variant}", found)
+    saved = [args.out / f"{name}{suffix}.wmatrix" for suffix in ("", ".regression")]
+    wmatrix = load_wmatrix(next(path for path in saved if path.exists()))
+    args.minutes = minutes
+    found = compare(reader_of(args, name), wmatrix, args.anchors, args, LENGTHS)
+    figures(args.out, f"{name}.variants", found)
+    show(f"{name}.variants", {str(n): found[str(n)] for n in LENGTHS})
 
 
 def main() -> int:
@@ -290,7 +297,7 @@ def main() -> int:
     say(f"torch {torch.__version__}, CUDA {torch.cuda.is_available()}, {sys.version.split()[0]}")
     status = 0
     for number, (phase, minutes) in enumerate(
-        zip((direction, direction, attention), args.minutes, strict=True)
+        zip((direction, direction, variants), args.minutes, strict=True)
     ):
         if minutes <= 0:
             continue

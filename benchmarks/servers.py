@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import signal
 import subprocess
@@ -13,12 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from awareness_demo.anchors import held_out_dir
 from awareness_demo.models import prepare
 from awareness_demo.servers import AWARENESS, running
+
+from awareness_vllm.anchors.corpus import load
+from awareness_vllm.models.tokens import load_tokenizer, tokenize
 
 FLAGS = ["--enforce-eager", "--kv-cache-memory-bytes", "1G", "--max-model-len", "2048"]
 ALIGNED = ["--editions", "never"]
 """Of servers whose aligned memories are measured: an edition would take their place."""
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<start_of_turn>{{ message.role }}\n"
+    "{{ message.content }}<end_of_turn>\n{% endfor %}<start_of_turn>model\n"
+)
+"""Gemma's chats: the demo's Gemma-3 has no template of its own."""
 BOOTSTRAPS = 2000
 
 
@@ -40,6 +50,14 @@ def smollm2() -> Path:
     """The model folder of SmolLM2, prepared if it is missing."""
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the figures
         return prepare()["smollm2-135m"]
+
+
+def stretches(model: Path, lengths: Sequence[int]) -> list[str]:
+    """Stretches of a held-out document one after the other, of so many tokens of a model each."""
+    whole = "\n\n".join(d.text for d in load([held_out_dir() / "debian-history"]))
+    spans, raw = tokenize(load_tokenizer(str(model)), whole).spans, whole.encode()
+    cuts = [int(spans[at, 0]) for at in itertools.accumulate(lengths, initial=0)]
+    return [raw[begin:end].decode(errors="ignore") for begin, end in itertools.pairwise(cuts)]
 
 
 def capture_text(model: Path, text: str, store: Path) -> str:

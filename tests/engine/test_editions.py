@@ -18,6 +18,7 @@ import httpx
 import pytest
 from harness import Server, captured, parting, serving
 from openai.types.completion_choice import Logprobs
+from servers import CHAT_TEMPLATE
 
 pytestmark = pytest.mark.engine
 
@@ -25,10 +26,6 @@ EXACT = 0.001
 """Nats. Genuine differences in float32 are a hundredth of it."""
 FLOAT32 = ("--dtype", "float32")
 QUESTION = "\n\nIn short, the text says that the"
-TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}<start_of_turn>{{ message.role }}\n"
-    "{{ message.content }}<end_of_turn>\n{% endfor %}<start_of_turn>model\n"
-)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +68,7 @@ def ask(server: Server, path: str = "completions", **fields: object) -> dict:
 
 def chat(server: Server, **fields: object) -> dict:
     messages = [{"role": "user", "content": QUESTION}]
-    return ask(server, "chat/completions", messages=messages, chat_template=TEMPLATE, **fields)
+    return ask(server, "chat/completions", messages=messages, chat_template=CHAT_TEMPLATE, **fields)
 
 
 def logprobs(answer: dict) -> Logprobs:

@@ -15,6 +15,7 @@ import openai
 import pytest
 from awareness_demo.facts import fact_cases
 from harness import NEAR_TIE, Server, captured, parting, paused, serving
+from servers import CHAT_TEMPLATE
 
 from awareness_vllm.compatibility.estimate import predict
 from awareness_vllm.evaluate.conditions import EvalHarness
@@ -135,18 +136,12 @@ def test_a_prompt_has_one_bos(server: Server, own: tuple[str, str], gemma3: Path
         assert (ids[0], ids.count(bos)) == (bos, 1), prompt
 
 
-TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}<start_of_turn>{{ message.role }}\n"
-    "{{ message.content }}<end_of_turn>\n{% endfor %}<start_of_turn>model\n"
-)
-
-
 def chat(server: Server, system: str, **body: object) -> httpx.Response:
     """A chat with a system prompt; the demo's Gemma-3 has no template of its own."""
     messages = [{"role": "system", "content": system}, {"role": "user", "content": "In short?"}]
     fields = {"model": "served", "messages": messages, "max_tokens": 2, "temperature": 0}
     url = f"{server.url}/v1/chat/completions"
-    return httpx.post(url, json={**fields, "chat_template": TEMPLATE, **body}, timeout=120)
+    return httpx.post(url, json={**fields, "chat_template": CHAT_TEMPLATE, **body}, timeout=120)
 
 
 def test_a_chats_head_is_loaded_whatever_was_asked_before(

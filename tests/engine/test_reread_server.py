@@ -12,6 +12,7 @@ import httpx
 import pytest
 from awareness_demo.facts import fact_cases
 from harness import NEAR_TIE, Server, captured, parting, paused, serving
+from servers import CHAT_TEMPLATE
 
 from awareness_vllm.align.reread import reread
 from awareness_vllm.evaluate.conditions import EvalHarness
@@ -26,10 +27,6 @@ pytestmark = pytest.mark.engine
 
 TIMEOUT = 8
 CASES = fact_cases(9, seed=5)
-TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}<start_of_turn>{{ message.role }}\n"
-    "{{ message.content }}<end_of_turn>\n{% endfor %}<start_of_turn>model\n"
-)
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +174,7 @@ def test_chats_and_several_memories_re_read_each_in_its_place(
     words = f"Complete this sentence:{case['question'].splitlines()[-1]}"
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": words}]
     fields = {"model": "served", "messages": messages, "max_tokens": 8, "temperature": 0}
-    body = {**fields, "chat_template": TEMPLATE, "memory_ids": [memories[0], memories[1]]}
+    body = {**fields, "chat_template": CHAT_TEMPLATE, "memory_ids": [memories[0], memories[1]]}
     chat = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=120).json()
     assert chat["memory"]["plan"] == "load", chat["memory"]
     assert chat["memory"]["temperature"] != "recomputed", chat["memory"]
@@ -293,7 +290,7 @@ def test_quotes_stand_between_the_memory_and_the_question(
 def test_a_chat_has_its_quotes_in_the_users_turn(server: Server, memories: list[str]) -> None:
     messages = [{"role": "user", "content": f"{CASES[1]['question'].split('?')[0]}?"}]
     body = {"model": "served", "messages": messages, "max_tokens": 1, "return_token_ids": True}
-    body |= {"chat_template": TEMPLATE, "memory": {"ids": memories[:2], "quote": BUDGET}}
+    body |= {"chat_template": CHAT_TEMPLATE, "memory": {"ids": memories[:2], "quote": BUDGET}}
     chat = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=120).json()
     assert chat["memory"]["quoted"]["characters"][1]
     ids = {"model": "served", "tokens": chat["prompt_token_ids"]}
