@@ -12,7 +12,8 @@ that no choice was made on). SmolLM2's memories on Gemma-3-270M, in these arms:
 - *default*: loaded as a server does by default: these passages quoted;
 - *truncation*, *quotes* and *bm25*: the last tokens of the text, the passages that the server would
   choose for the question, and those that BM25 alone ranks first, each as a plain prompt of as many
-  tokens as the operations of *default* for this question buy.
+  tokens as the operations of *default* for this question buy. Passages stand in it as a server
+  quotes them; the few tokens that this form has are given to them.
 
 An answer is right if the greedy one begins with the expected one. Shares are of native; a margin
 is *default* less the best of the three, and less each. `first_token_ms` are medians;
@@ -117,18 +118,13 @@ def questions(
         tokens = tokenize(tokenizer, text)
         asked = tokenize(tokenizer, case["question"]).ids
         index = PassageIndex.of(text, tokens.spans, 0, vectors=vectors)
-        ranges = [index.characters(span) for span in index.choose(case["question"])]
-        quoted = len(tokenize(tokenizer, quote([text[a:b] for a, b in ranges])).ids)
+        quoted = len(quote_ids(target, index, case))
         budget = costs.budget(len(tokens.ids), quoted)
-        quotes, bm25 = (
-            [tokens.ids[p] for s in index.choose(case["question"], budget, by) for p in range(*s)]
-            for by in (DEFAULT, "bm25")
-        )
         contexts = {
             "native": prompt_ids(text, sink, target)[len(sink) :],
             "truncation": tokens.ids[len(tokens.ids) - budget :],
-            "quotes": quotes,
-            "bm25": bm25,
+            "quotes": quote_ids(target, index, case, budget, DEFAULT),
+            "bm25": quote_ids(target, index, case, budget, "bm25"),
         }
         made.append(
             Question(
@@ -140,6 +136,13 @@ def questions(
             )
         )
     return made
+
+
+def quote_ids(target: Path, index: PassageIndex, case: dict[str, Any], *choice: Any) -> list[int]:
+    """The target's ids of a case's passages as a server quotes them, by a `choice` of the index."""
+    ranges = map(index.characters, index.choose(case["question"], *choice))
+    passages = [case["context"][begin:end] for begin, end in ranges]
+    return tokenize(load_tokenizer(str(target)), quote(passages)).ids
 
 
 class Client:
