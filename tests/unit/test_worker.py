@@ -296,6 +296,8 @@ def test_the_worker_of_a_vllm_process(
             static_forward_context={name: layer for name in (*NAMES, "another")}
         ),
         parallel_config=SimpleNamespace(tensor_parallel_size=1),
+        device_config=SimpleNamespace(device=torch.device("cpu")),
+        speculative_config=None,
     )
     config = ServingConfig(
         store="none",

@@ -89,11 +89,8 @@ class MemoryEngineClient:
         return answers
 
     async def check_read_back(self) -> None:
-        """Re-read no passages where a worker cannot read its cache back, or where an answer may be
-        given by another engine than the one that has read its passages."""
+        """Re-read no passages where a worker cannot read its cache back."""
         reasons = await self.call(CHECK_READ_BACK)
-        if self.engine.vllm_config.parallel_config.data_parallel_size > 1:
-            reasons.append("data parallelism")
         self.passages.disabled = next(filter(None, reasons), "")
         if self.passages.disabled:
             logger.warning("passages are not re-read: %s", self.passages.disabled)
