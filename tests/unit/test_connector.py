@@ -139,3 +139,11 @@ def test_a_step_without_loads_sends_nothing() -> None:
     made = connector()
     assert made.build_connector_worker_meta() is None
     assert made.get_kv_connector_stats() is None
+
+
+def test_maps_are_warmed_up_with_the_kv_cache() -> None:
+    """After it vLLM's own warm-up begins, with whose end compilations count as faults."""
+    made, warmed = connector(), []
+    made.worker.warm_up = lambda: warmed.append(True)
+    made.register_kv_caches({})
+    assert warmed == [True]

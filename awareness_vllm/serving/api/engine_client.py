@@ -144,6 +144,12 @@ class MemoryEngineClient:
         # A chat that is given up does not take the head from the others.
         return await asyncio.shield(self.heads[name])
 
+    def forget_head(self, ids: tuple[int, ...]) -> None:
+        """Have a prompt's head computed again for the next chat: a load after it has failed, for
+        the workers may have dropped it for those of other API servers."""
+        if ids:
+            self.heads.pop(head_name(ids), None)
+
     def _head_ended(self, name: str, task: asyncio.Task[str]) -> None:
         """Forget a head that is not kept: at once where its request failed, else after a while."""
         if task.cancelled() or task.exception() is not None:

@@ -59,6 +59,7 @@ from awareness_vllm.serving.api.validation import (
     strip_reserved_params,
 )
 from awareness_vllm.serving.config import CONNECTOR, ServingConfig
+from awareness_vllm.serving.connector.metrics import RECOMPUTED
 from awareness_vllm.serving.connector.worker_extension import BIND
 from awareness_vllm.serving.http import (
     RETRY_AFTER,
@@ -333,6 +334,8 @@ async def answer(
             if report.get("reason") == PassageMissing.__name__:
                 for memory in used.memories:
                     front.engine_client.passages.forget(memory.id)
+            elif report.get("temperature") == RECOMPUTED:
+                front.engine_client.forget_head(used.head)
         return response
 
     return await load.until_answered(load_and_answer())
