@@ -33,7 +33,7 @@ REACH = (8, 64, 512)
 """Tokens over which the weights of a causal mean fall to 1/e."""
 HELD_OUT = 5
 """Every so many texts are left out of the regression."""
-RIDGES = (1e-4, 1e-3, 1e-2)
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Shares of the features' mean variance; each regression takes the one that serves it best."""
 SEED = 11
 
