@@ -32,6 +32,10 @@ USED = {
         "prefill_context_parallel_size tensor_parallel_size"
     ),
     "vllm.config.CacheConfig": "block_size cache_dtype kv_cache_dtype_skip_layers",
+    "vllm.engine.arg_utils.EngineArgs": (
+        "data_parallel_size decode_context_parallel_size kv_cache_dtype kv_cache_dtype_skip_layers "
+        "pipeline_parallel_size prefill_context_parallel_size"
+    ),
     "vllm.engine.protocol.EngineClient": "collective_rpc errored generate renderer vllm_config",
     "vllm.entrypoints.anthropic.serving.AnthropicServingMessages": (
         "_get_disabled_thinking_effort|disabled_thinking_effort_resolver _merge_inline_system "

@@ -267,4 +267,4 @@ def pages_of(layer: Any, key_scale: Scale, value_scale: Scale) -> Pages:
     if cache.dtype == torch.uint8:
         cache = cache.view(FLOAT8[layer.kv_cache_dtype])
     keys, values = cache.transpose(1, 2).split(layer.head_size, dim=-1)
-    return Pages(keys, values, key_scale, value_scale)
+    return Pages(keys, values, key_scale, value_scale)  # type: ignore[arg-type]
