@@ -3,6 +3,10 @@
 A kernel believes the addresses, strides and indices that it is given. What is wrong is refused here
 by a ValueError, or a TypeError for a dtype, that names the argument, what was found and what was
 expected. Parameters and letters are those of `reference`.
+
+Indices may be on the host beside tensors of a device, and there their ranges are checked. On a
+device they are not: the host would wait for it. The kernels leave out a row whose index is out of
+range, so that nothing is read or written beside the tensors.
 """
 
 from __future__ import annotations
@@ -20,6 +24,9 @@ CACHED = (*FLOATS, torch.float8_e4m3fn, torch.float8_e5m2)
 SINGLE = (torch.float32,)
 INDEX = (torch.int64,)
 ANY = torch.iinfo(torch.int64).min
+
+INDICES = ("source", "masked", "ids", "positions", "slot_mapping")
+"""Arguments that may stay on the host."""
 
 Tensors = Sequence[Tensor]
 Shape = Sequence[int | str]
@@ -63,7 +70,7 @@ def encode_states(
     _tensor("scale", scale, FLOATS, features)
     _tensor("weight", weight, FLOATS, features, "R")
     tokens = min(map(len, (keys[0], *cos)))
-    _in_range([("source", source, 0, tokens)], [("ids", ids, 0, len(embedding))])
+    _in_range(("source", source, 0, tokens), ("ids", ids, 0, len(embedding)))
 
 
 def decode_paged(
@@ -103,10 +110,10 @@ def decode_paged(
     outputs = sum(page.shape[2] * page.shape[3] for page in (*key_pages, *value_pages))
     _tensor("weight", weight, FLOATS, latent.shape[1], outputs)
     _tensor("bias", bias, FLOATS, outputs)
-    _tensor("scales", scales, SINGLE, 2 * len(key_pages))
+    _scales(scales, (*key_pages, *value_pages))
     # A sink's keys are as cached: nothing looks its positions up.
     rotated = ("positions", positions[sink:], 0, min(map(len, cos)))
-    _in_range([rotated], _slot_mapping(slot_mapping, key_pages, len(positions)))
+    _in_range(rotated, *_slot_mapping(slot_mapping, key_pages, len(positions)))
 
 
 def rotate_paged(
@@ -121,11 +128,10 @@ def rotate_paged(
     _alike(locals(), layers=0)
     _states(key_pages=(key_pages, [("pages", "page size", "H", "D")] * len(key_pages)))
     _turns(cos, sin, interleaved, key_pages)
-    _tensor("scales", scales, SINGLE, len(key_pages))
+    _scales(scales, key_pages)
     # The kernel goes through as many rows in every layer.
-    _in_range(
-        _slot_mapping(slot_mapping, key_pages, slot_mapping[0].numel() if slot_mapping else 0)
-    )
+    rows = slot_mapping[0].numel() if slot_mapping else 0
+    _in_range(*_slot_mapping(slot_mapping, key_pages, rows))
 
 
 def _require(holds: bool, name: str, what: str, found: object, expected: object) -> None:
@@ -135,17 +141,22 @@ def _require(holds: bool, name: str, what: str, found: object, expected: object)
 
 
 def _alike(arguments: Mapping[str, Any], layers: int) -> None:
-    """All lists are equally long, `layers` at least; all tensors are on one device."""
+    """All lists are equally long, `layers` at least; all tensors are on one device, but for indices
+    on the host."""
     lists = {name: x for name, x in arguments.items() if isinstance(x, (list, tuple))}
     tensors = {name: x for name, x in arguments.items() if isinstance(x, Tensor)}
     for name, items in lists.items():
         _require(len(items) >= layers, name, "layers", len(items), f"{layers} or more")
         tensors |= {f"{name}[{i}]": x for i, x in enumerate(items) if isinstance(x, Tensor)}
     lengths = {name: len(items) for name, items in lists.items()}
-    devices = {name: x.device for name, x in tensors.items()}
+    devices = {
+        name: x.device
+        for name, x in tensors.items()
+        if not (name.split("[")[0] in INDICES and x.device.type == "cpu")
+    }
     for what, values in (("layers", lengths), ("device", devices)):
         # The one that differs from most is at fault.
-        usual = Counter(values.values()).most_common(1)[0][0]
+        usual = Counter(values.values()).most_common(1)[0][0] if values else 0
         for name, value in values.items():
             _require(value == usual, name, what, value, f"{usual} as others")
 
@@ -193,6 +204,12 @@ def _turns(
         _require(w in (0, 1), f"interleaved[{i}]", "number", w, "0 or 1")
 
 
+def _scales(scales: Tensor, pages: Tensors) -> None:
+    """One for each layer's pages, or for each of their heads."""
+    heads = sum(page.shape[2] for page in pages)
+    _tensor("scales", scales, SINGLE, heads if len(scales) == heads else len(pages))
+
+
 def _slot_mapping(slot_mapping: Tensors, pages: Tensors, rows: int) -> list[Range]:
     """slot_mapping [rows] of each layer, within its pages; negative ones are skipped."""
     ranges = []
@@ -202,15 +219,15 @@ def _slot_mapping(slot_mapping: Tensors, pages: Tensors, rows: int) -> list[Rang
     return ranges
 
 
-def _in_range(*groups: Sequence[Range]) -> None:
-    """Indices are in their ranges; those of a group are equally many."""
-    groups = tuple(group for group in groups if group and len(group[0][1]))
-    if not groups:
-        return
-    # The host waits for the device once in a call, however many tensors there are.
-    extremes = [torch.stack([part[1] for part in group]).aminmax(dim=1) for group in groups]
-    lows, highs = torch.cat([torch.stack(pair) for pair in extremes], dim=1).tolist()
-    parts = [part for group in groups for part in group]
-    for (name, _, least, end), low, high in zip(parts, lows, highs, strict=True):
+def _in_range(*ranges: Range) -> None:
+    """Indices on the host are in their ranges; one tensor is looked through once."""
+    extremes: dict[tuple[int, int], list[int]] = {}
+    for name, x, least, end in ranges:
+        if not len(x) or x.device.type != "cpu":
+            continue
+        key = (x.data_ptr(), len(x))
+        if key not in extremes:
+            extremes[key] = [int(extreme) for extreme in x.aminmax()]
+        low, high = extremes[key]
         _require(low >= least, name, "least index", low, f"{least} or more")
         _require(high < end, name, "greatest index", high, f"less than {end}")
