@@ -31,8 +31,8 @@ def measure(row: Row, case: Case, why: str, repeats: int) -> None:
     row["ms"] = timed(lambda: operator(*case.arguments), repeats)
     row |= against_floors(case, moved, row["ms"]["median"], timed, repeats)
     if device.CUDA:
-        with launcher(case.operation) as launch:
-            row["device_ms"] = device_timed(lambda: launch(*case.arguments), repeats)
+        launch = launcher(case.operation)
+        row["device_ms"] = device_timed(lambda: launch(*case.arguments), repeats)
         found = against_floors(case, moved, row["device_ms"]["median"], device_timed, repeats)
         row |= {f"device_{column}": value for column, value in found.items()}
     else:

@@ -169,10 +169,11 @@ class Head:
 
     @property
     def rows(self) -> int:
-        """Rows of a tile: what a thread holds stays the same for any head. Where it reads number by
-        number it needs an address for each, and half a tile fills its registers."""
-        tile = TILE if self.dense and self.align == VECTOR else TILE // 2
-        return max(1, tile // triton.next_power_of_2(self.dims))
+        """Rows of a tile: what a thread holds stays the same for any head. It is half as much where
+        some dims rotate and others do not, and where each number needs an address of its own: a
+        whole tile would not stay in registers."""
+        simple = self.dense and self.align == VECTOR and 2 * self.rotated in (0, self.dims)
+        return max(1, (TILE if simple else TILE // 2) // triton.next_power_of_2(self.dims))
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ HEADS = {
 }
 FP8 = ("fp8e5", "fp8e4nv")
 STATES = dict.fromkeys(HEADS, ("bf16",))
-STATES |= {"64": ("bf16", *FP8), "128": ("bf16", "fp16", "fp32", *FP8), "256": ("bf16", *FP8)}
+STATES |= {"64": ("bf16", "fp8e5"), "128": ("bf16", "fp32", *FP8), "256": ("bf16", "fp8e5")}
 """The dtypes of states or pages that a head is compiled with."""
 FP8_FROM = 89
 """The first architecture with numbers of four bits of exponent."""
@@ -65,7 +65,7 @@ def cases(architecture: int) -> Iterator[Case]:
             yield scatter(f"scatter, {label}, {state}", constants, state)
             if head.rotated:
                 yield turn(f"rotate, {label}, {state}", constants, state)
-    for dtype in ("bf16", "fp16", "fp32"):
+    for dtype in ("bf16", "fp32"):
         types = {"ids": "*i64", "embedding": f"*{dtype}", "stride": "i32", "mean": "*fp32"}
         types |= {"scale": "*fp32", "packed": f"*{dtype}", "features": "i32", "begin": "i32"}
         types |= {"embed": "i32", "first": "i32", "rows": "i32", "vocabulary": "i32"}

@@ -43,7 +43,7 @@ def kernels(architecture: int) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("architecture", SHARED)
 def test_every_kernel_fits_the_card(architecture: int) -> None:
     found = kernels(architecture)
-    assert len(found) > 40
+    assert len(found) > 36
     assert [k["name"] for k in found if k["shared"] > 1024 * SHARED[architecture]] == []
     assert [k["name"] for k in found if k["stack"]] == []
     assert [k["name"] for k in found if k["name"].endswith("fp8e5")] != []
@@ -60,7 +60,7 @@ def test_models_heads_are_read_and_written_in_vectors(architecture: int) -> None
         for k in kernels(architecture)
         if k["name"].startswith("pack_embeddings") or k["name"].split(", ")[1] in HOT
     ]
-    assert len(hot) > 3 * len(HOT)
+    assert len(hot) > 6 * len(HOT)
     for kernel in hot:
         name, fp8 = kernel["name"], "fp8" in kernel["name"]
         assert "2" not in kernel["loads"], name
@@ -74,7 +74,7 @@ def test_models_heads_are_read_and_written_in_vectors(architecture: int) -> None
 @pytest.mark.parametrize("dims", [64, 128, 256])
 def test_the_configurations_are_those_that_are_launched(dims: int) -> None:
     """A thread holds as much of any head."""
-    for rotated in (0, dims // 4, dims // 2):
+    for rotated, tile in ((0, 4096), (dims // 4, 2048), (dims // 2, 4096)):
         head = Head(dims, rotated, False, 8, True)
-        assert head.rows * head.dims == 4096
+        assert head.rows * head.dims == tile
         assert head.constants["PAIRS"] == max(1, rotated)
