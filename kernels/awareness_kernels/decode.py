@@ -24,6 +24,7 @@ from awareness_kernels.launch import (
     pointer,
     scalar_type,
     scale_steps,
+    shortest,
     slots,
     store_pairs,
     store_rest,
@@ -108,22 +109,25 @@ def decode_paged(
     sink = len(positions) - tokens
     if not len(positions):
         return
-    positions, sent = upload(positions, device), upload_slots(slot_mapping, device)
-    groups = page_tables(
-        turns(cos, sin, interleaved),
-        (*sink_keys, *sink_values),
-        (*key_pages, *value_pages),
-        sent,
-        scale_steps(scales, (*key_pages, *value_pages)),
-        outputs,
-    ).upload(device)
-    held, latent = min(map(len, cos)), latent.to(weight.dtype)
+    held, latent = shortest(cos), latent.to(weight.dtype)
     block = block_rows(outputs, weight.element_size())
     mapped = weight.new_empty(min(block, tokens), outputs)
+    groups: list[tuple[Head, Tensor]] = []
     for begin in range(0, max(1, tokens), block):
         part = latent[begin : begin + block]
         if len(part):
             torch.mm(part, weight, out=mapped[: len(part)])
+        if not groups:
+            # While the first product runs already: there are hundreds of addresses to gather.
+            positions, sent = upload(positions, device), upload_slots(slot_mapping, device)
+            groups = page_tables(
+                turns(cos, sin, interleaved),
+                (*sink_keys, *sink_values),
+                (*key_pages, *value_pages),
+                sent,
+                scale_steps(scales, (*key_pages, *value_pages)),
+                outputs,
+            ).upload(device)
         first = sink + begin if begin else 0
         rows = sink + begin + len(part) - first
         for head, table in groups:
@@ -184,7 +188,7 @@ def page_tables(
         turn = turned[i] if i < count else turned[i - count].still(dims)
         slot = slot_mapping[i % count].data_ptr()
         across, inside, apart, stride = page.stride()
-        fields = [heads, column, *turn.tables, slot, page.shape[0] * size]
+        fields = [heads, column, turn.cos, turn.sin, slot, page.shape[0] * size]
         fields += [page.data_ptr(), size, across, inside, apart, stride, *step]
         fields += [own.data_ptr(), *own.stride()[:2]]
         tables.add([page, own], turn, (column, outputs), fields)

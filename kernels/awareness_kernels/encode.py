@@ -23,6 +23,7 @@ from awareness_kernels.launch import (
     narrow,
     pointer,
     scalar_type,
+    shortest,
     store_pairs,
     store_rest,
     turns,
@@ -135,7 +136,7 @@ def encode_states(
     source, masked, ids = (upload(x, device) for x in (source, masked, ids))
     tables, width = state_tables(keys, values, turns(cos, sin, interleaved), features)
     groups = tables.upload(device)
-    held = min(map(len, (keys[0], *cos)))
+    held = shortest([keys[0], *cos])
     block = block_rows(features, weight.element_size())
     packed = weight.new_empty(min(block, tokens), features)
     for begin in range(0, tokens, block):
@@ -160,7 +161,7 @@ def state_tables(
     layers += [(x, turn.still(x.shape[-1])) for x, turn in zip(values, turned, strict=True)]
     for states, turn in layers:
         _, heads, dims = states.shape
-        fields = [states.data_ptr(), *states.stride(), heads, begin, *turn.tables]
+        fields = [states.data_ptr(), *states.stride(), heads, begin, turn.cos, turn.sin]
         tables.add([states], turn, (begin, features), fields)
         begin += heads * dims
     return tables, begin

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -142,8 +142,7 @@ def paged(field, slot, PAGE: tl.constexpr, ALIGN: tl.constexpr):
     return pointer(field, PAGE, ALIGN) + at[:, None]
 
 
-@dataclass(frozen=True)
-class Head:
+class Head(NamedTuple):
     """What a kernel is compiled for: a head's dims, of which the first `2 * rotated` turn in pairs,
     the numbers that divide all strides and addresses, and whether dims lie side by side."""
 
@@ -176,24 +175,19 @@ class Head:
         return max(1, (TILE if simple else TILE // 2) // triton.next_power_of_2(self.dims))
 
 
-@dataclass(frozen=True)
-class Turn:
+class Turn(NamedTuple):
     """How a layer's keys are rotated: how many pairs, whether they are interleaved, and the
     addresses of its cosines and sines; 0 where nothing is rotated."""
 
     rotated: int
     woven: bool
-    tables: tuple[int, int]
-
-    @property
-    def addresses(self) -> list[int]:
-        """The addresses in numbers of float32."""
-        return [address // 4 for address in self.tables]
+    cos: int
+    sin: int
 
     def still(self, dims: int) -> Turn:
         """The layer's values': nothing rotates them, but they are read as the keys are, so that one
         kernel serves both."""
-        return Turn(min(self.rotated, dims // 2), self.woven, (0, 0))
+        return Turn(min(self.rotated, dims // 2), self.woven, 0, 0)
 
 
 Fields = list[list[int]]
@@ -208,7 +202,7 @@ class Tables:
         self.groups: dict[Head, Fields] = {}
 
     def add(
-        self, states: Sequence[Tensor], turn: Turn, numbers: Iterable[int], fields: Sequence[int]
+        self, states: Sequence[Tensor], turn: Turn, numbers: Sequence[int], fields: list[int]
     ) -> None:
         """A layer's keys or values.
 
@@ -218,11 +212,12 @@ class Tables:
             numbers: offsets and strides, in numbers, that the kernel adds up.
             fields: the row of the table.
         """
-        first = states[0]
-        dims, rotated = first.shape[-1], turn.rotated
-        align = math.gcd(VECTOR, dims, *numbers, *turn.addresses, *map(offsets, states))
+        first, rotated = states[0], turn.rotated
+        dims = first.shape[-1]
+        align = math.gcd(VECTOR, dims, *numbers, turn.cos // 4, turn.sin // 4)
+        align = math.gcd(align, *map(offsets, states))
         head = Head(dims, rotated, turn.woven and rotated > 0, align, first.stride(-1) == 1)
-        self.groups.setdefault(head, []).append([*fields])
+        self.groups.setdefault(head, []).append(fields)
 
     def upload(self, device: torch.device) -> list[tuple[Head, Tensor]]:
         return [
@@ -233,14 +228,18 @@ class Tables:
 
 def offsets(x: Tensor) -> int:
     """The numbers, as many as possible, that the rows of x are multiples of in memory."""
-    strides = [n for n, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1]
-    return math.gcd(x.data_ptr() // x.element_size(), *strides)
+    return math.gcd(x.data_ptr() // x.element_size(), *x.stride()[:-1])
+
+
+def shortest(tables: Sequence[Tensor]) -> int:
+    """Rows of the shortest table; most are one tensor, and to ask a tensor takes a microsecond."""
+    return min(table.shape[0] for table in {id(table): table for table in tables}.values())
 
 
 def turns(cos: Sequence[Tensor], sin: Sequence[Tensor], interleaved: Sequence[int]) -> list[Turn]:
     """How each layer's keys are rotated, by its cosines and sines [P, C] or [C]."""
     return [
-        Turn(c.shape[-1], bool(w), (c.data_ptr(), s.data_ptr()))
+        Turn(c.shape[-1], bool(w), c.data_ptr(), s.data_ptr())
         for c, s, w in zip(cos, sin, interleaved, strict=True)
     ]
 
@@ -270,7 +269,7 @@ def upload(x: Tensor, device: torch.device) -> Tensor:
 
 def upload_slots(slot_mapping: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """The slots of each layer on a device; those of a KV cache group, one tensor, go up once."""
-    sent: dict[Hashable, Tensor] = {}
+    sent: dict[int, Tensor] = {}
     for slot in slot_mapping:
         if slot.data_ptr() not in sent:
             sent[slot.data_ptr()] = upload(slot, device)

@@ -70,7 +70,7 @@ def rotate_paged(
     for turn, page, slot, step in layers:
         if turn.rotated:
             _, size, heads, _ = page.shape
-            fields = [heads, *turn.tables, slot.data_ptr(), page.shape[0] * size]
+            fields = [heads, turn.cos, turn.sin, slot.data_ptr(), page.shape[0] * size]
             fields += [page.data_ptr(), size, *page.stride(), *step]
             tables.add([page], turn, (), fields)
     for head, table in tables.upload(device):

@@ -142,6 +142,7 @@ FAULTS: dict[str, tuple[str, str, Change, type[Exception]]] = {
     "a negative number": ("encode_states", "sink", lambda _: -1, ValueError),
     "a dtype unlike the other layer's": ("encode_states", "keys[1]", Tensor.half, TypeError),
     "a dtype unlike the keys'": ("decode_paged", "value_pages[0]", Tensor.half, TypeError),
+    "a dtype unlike the sink's keys": ("decode_paged", "sink_values[1]", Tensor.half, TypeError),
     "angles of half precision": ("rotate_paged", "sin[0]", Tensor.half, TypeError),
     "an index of 32 bits": ("decode_paged", "slot_mapping[1]", Tensor.int, TypeError),
 }  # fmt: skip
