@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from awareness_kernels.blocks import block_rows
 from awareness_kernels.launch import (
     WARPS,
     Head,
@@ -17,7 +18,6 @@ from awareness_kernels.launch import (
     Turn,
     aligned,
     angles,
-    block_rows,
     load_pairs,
     load_rest,
     narrow,

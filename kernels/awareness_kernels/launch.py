@@ -18,9 +18,6 @@ SCALARS = {
     torch.float8_e4m3fn: tl.float8e4nv,
     torch.float8_e5m2: tl.float8e5,
 }
-SCRATCH = 2**28
-"""Bytes, at most, that a call takes beside its arguments: features or outputs of some rows."""
-MOST_ROWS, LEAST_ROWS = 2048, 256
 TILE = 4096
 """Numbers of a program's tile: 32 for each of its 128 threads, in four loads of 16 bytes."""
 WARPS = 4
@@ -249,15 +246,6 @@ def scalar_type(dtype: torch.dtype) -> tl.dtype:
     if dtype not in SCALARS:
         raise TypeError(f"no kernel for {dtype}; there is one for {', '.join(map(str, SCALARS))}")
     return SCALARS[dtype]
-
-
-def block_rows(width: int, itemsize: int) -> int:
-    """Rows [.., width] that a call works on at once: a power of two, so that they fill a product's
-    tiles, and SCRATCH bytes at most where LEAST_ROWS allow it."""
-    rows = MOST_ROWS
-    while rows > LEAST_ROWS and rows * width * itemsize > SCRATCH:
-        rows //= 2
-    return rows
 
 
 def upload(x: Tensor, device: torch.device) -> Tensor:

@@ -18,6 +18,9 @@ from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 
 from awareness_kernels import checks, reference
+from awareness_kernels.blocks import SCRATCH, block_rows
+
+__all__ = ["SCRATCH", "block_rows", "decode_paged", "encode_states", "rotate_paged", "tuning"]
 
 logger = logging.getLogger(__name__)
 

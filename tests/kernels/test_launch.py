@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from awareness_kernels import launch, ops
+from awareness_kernels import blocks, launch, ops
 from kernel_cases import (
     DEVICE,
     PARTIAL,
@@ -28,8 +28,7 @@ pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else [pytest.mark.unit, pytes
 def test_blocks_of_rows_are_one_memory(
     kernels: Kernels, tokens: int, sink: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "MOST_ROWS", 16)
-    monkeypatch.setattr(launch, "LEAST_ROWS", 16)
+    monkeypatch.setattr(blocks, "MOST_ROWS", 16)
     check_encode(kernels, encode_arguments(PARTIAL, tokens, torch.bfloat16, predecessors=3))
     check_decode(kernels, decode_arguments(PARTIAL, tokens, torch.bfloat16, sink=sink))
 
@@ -37,10 +36,9 @@ def test_blocks_of_rows_are_one_memory(
 @pytest.mark.parametrize("width", [704, 49_152, 65_536, 114_688, 163_840])
 def test_a_block_is_as_large_as_its_bound_allows(width: int) -> None:
     """Widths of the demo's pair and of 8B and 70B models."""
-    rows = launch.block_rows(width, 2)
-    assert 2 * rows * width <= launch.SCRATCH
-    assert rows == launch.MOST_ROWS or 4 * rows * width > launch.SCRATCH
-    assert rows >= launch.LEAST_ROWS
+    rows = blocks.block_rows(width, 2)
+    assert 2 * rows * width <= blocks.SCRATCH
+    assert rows == blocks.MOST_ROWS or 4 * rows * width > blocks.SCRATCH
 
 
 WILD = (-1, 10**6, 2**40, -(2**62), 2**62)
