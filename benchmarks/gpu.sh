@@ -1,18 +1,21 @@
 #!/bin/sh
-# The GPU tests and the kernels' benchmark in one command, for a machine that is lent for minutes.
-# Needs torch with CUDA, Triton and pytest; no vLLM and no models. Without hypothesis the tests are
-# left out, without matplotlib the plot. PYTHON, OUT and LIMIT (seconds) may be set.
+# The GPU tests, the kernels' benchmark and a cold load in one command, for a machine that is lent
+# for minutes. Needs torch with CUDA, Triton and pytest; no vLLM and no models. Without hypothesis
+# the tests are left out, without matplotlib the plot. PYTHON, OUT, TESTS and LIMIT (seconds for the
+# tests, and for the benchmark) may be set.
 set -eu
 cd "$(dirname "$0")/.."
-export PYTHONPATH="kernels:.${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH="kernels:benchmarks:.${PYTHONPATH:+:$PYTHONPATH}"
 python=${PYTHON:-python3}
+out=${OUT:-docs/figures}
 $python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'no CUDA device')"
 status=0
-# One that fails must not cost the other: the machine may not be had again.
+# One that fails must not cost the others: the machine may not be had again.
 if $python -c "import hypothesis" 2>/dev/null; then
-    $python -m pytest -q -m gpu tests/kernels || status=$?
+    timeout "${TESTS:-240}" $python -m pytest -q -m gpu tests/kernels || status=$?
 else
     echo "hypothesis is missing: THE GPU TESTS ARE LEFT OUT"
 fi
-$python benchmarks/kernels.py --seconds "${LIMIT:-420}" --out "${OUT:-docs/figures}/kernels.json" || status=$?
+$python benchmarks/kernels.py --seconds "${LIMIT:-300}" --out "$out/kernels.json" || status=$?
+$python benchmarks/cold_load.py --out "$out/cold_load.json" || status=$?
 exit $status

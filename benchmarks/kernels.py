@@ -1,13 +1,13 @@
-"""Time the fused kernels beside what the machine can do, and beside the same work in plain torch.
+"""Predict and time the operators beside what the machine can do, and beside plain torch.
 
     python benchmarks/kernels.py --out docs/figures/kernels.json
     python benchmarks/kernels.py --from docs/figures/kernels.json --plot docs/figures/kernels.png
 
 For each pair's geometry (from configs; random weights of the right shape and scale) and each number
-of tokens: verify against the reference, then time. The floors are measured in the same run: a copy
-of as many bytes, and a bfloat16 matrix product of as many operations. On a machine without CUDA the
-reference itself is timed, the CPU path, a block at a time. A number that could not be had is null
-and its row says why; rows are written as they are made, so that a run that is cut off keeps them.
+of tokens a row says what a cost model predicts; on a machine with CUDA also what was measured:
+verified against the reference, then timed beside floors of the same run, a copy of as many bytes
+and a bfloat16 product of as many operations. A number that could not be had is null and its row
+says why; rows are written as they are made, so that a run that is cut off keeps them.
 """
 
 from __future__ import annotations
@@ -24,48 +24,47 @@ from pathlib import Path
 
 import torch
 from kernel_benchmark import device
-from kernel_benchmark.cases import PAGES, PAIRS
-from kernel_benchmark.rows import NO_TIME, measure, measure_compiled, stage
-from kernel_benchmark.verdicts import Document, plot, promised, summary
-
-BLOCK = 512
-"""Tokens at once on a CPU, as `align.aligner` takes them."""
+from kernel_benchmark.cases import PAGES
+from kernel_benchmark.clock import peaks
+from kernel_benchmark.predicted import ASSUMED, CARDS
+from kernel_benchmark.rows import measure, measure_compiled, planned, stage
+from kernel_benchmark.shapes import LARGE, PAIRS
+from kernel_benchmark.verdicts import Document, plot, promised, summary, table
 
 
 def run(args: argparse.Namespace) -> Document:
     """All rows, written to `args.out` whenever one is filled in."""
-    # Those that the bars speak of come first: the time may be up before the others, and a kernel's
-    # tile is chosen at the first size.
+    # Those that the bars speak of come first: the time may be up before the others.
     jobs = sorted(itertools.product(args.pairs, args.tokens), key=lambda job: not promised(*job))
-    document = device.machine() | {
-        "measured": str(datetime.date.today()),
-        "repeats": args.repeats,
-        "pairs": {name: asdict(PAIRS[name]) for name in args.pairs},
-        "rows": [
-            {
-                "pair": pair,
-                "tokens": tokens,
-                "block": tokens if device.CUDA else min(tokens, BLOCK),
-                "operation": operation,
-                "skipped": NO_TIME,
-            }
-            for pair, tokens in jobs
-            for operation in PAGES
-        ],
-    }
-    until = time.monotonic() + args.seconds
     torch.manual_seed(0)
+    card = CARDS[args.card]
     with torch.inference_mode():
-        for fill in (measure, measure_compiled) if device.CUDA else (measure,):
-            for i in range(0, len(document["rows"]), len(PAGES)):
-                if time.monotonic() > until:
-                    break
-                rows = document["rows"][i : i + len(PAGES)]
-                for row in stage(rows, fill, args.repeats, until):
-                    print(json.dumps(row, ensure_ascii=False), flush=True)
-                    write(document, args.out)
-    write(document, args.out)
+        if device.CUDA:
+            card = peaks(card, args.repeats)
+        document = device.machine() | {
+            "measured": str(datetime.date.today()),
+            "repeats": args.repeats,
+            "pairs": {name: asdict(PAIRS[name]) for name in args.pairs},
+            "peaks": asdict(card),
+            "rows": [planned(*job, operation, card) for job in jobs for operation in PAGES],
+        }
+        write(document, args.out)
+        if device.CUDA:
+            fill(document, args)
     return document
+
+
+def fill(document: Document, args: argparse.Namespace) -> None:
+    """Measure row by row while there is time; compilers come last."""
+    until = time.monotonic() + args.seconds
+    for measured in (measure, measure_compiled):
+        for i in range(0, len(document["rows"]), len(PAGES)):
+            if time.monotonic() > until:
+                return
+            rows = document["rows"][i : i + len(PAGES)]
+            for row in stage(rows, measured, args.repeats, until):
+                print(json.dumps(row, ensure_ascii=False), flush=True)
+                write(document, args.out)
 
 
 def write(document: Document, path: Path | None) -> None:
@@ -79,9 +78,10 @@ def write(document: Document, path: Path | None) -> None:
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=list(PAIRS))
-    sizes = [128, 512, 2048, 4096, 8192, 32768]
+    parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=list(LARGE))
+    sizes = [1024, 4096, 8192, 16384]
     parser.add_argument("--tokens", type=int, nargs="+", default=sizes)
+    parser.add_argument("--card", choices=CARDS, default=ASSUMED, help="whose peaks are assumed")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=math.inf, help="start no row after these")
     parser.add_argument("--out", type=Path, help="JSON to write; the plot goes beside it")
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
     document = json.loads(args.data.read_text()) if args.data else run(args)
     lines = summary(document)
-    print("\n".join(lines))
+    print("\n".join([*lines, "", *table(document)]))
     data = args.data or args.out
     path = args.plot or (data and data.with_suffix(".png"))
     try:

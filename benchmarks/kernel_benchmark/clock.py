@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
-from unittest import mock
 
 import torch
 from awareness_kernels import ops
-from torch import Tensor
 
 from kernel_benchmark import device
-from kernel_benchmark.cases import Case, normal
+from kernel_benchmark.cases import normal
 from kernel_benchmark.device import synchronise
+from kernel_benchmark.predicted import Peaks
 
 WARM_UP = 2
 
@@ -63,32 +62,21 @@ def spread(times: list[float]) -> dict[str, float]:
     return dict(zip(("median", "p20", "p80"), found.tolist(), strict=True))
 
 
-@contextlib.contextmanager
-def launcher(name: str) -> Iterator[Callable[..., Any]]:
-    """A kernel without the operator's checks, its table of addresses sent but once: for both, the
-    host waits for the device."""
-    module = importlib.import_module(ops.KERNELS[name])
-    send = module.on_device
-    sent: list[Tensor] = []
-
-    def once(*arguments: Any) -> Tensor:
-        if not sent:
-            sent.append(send(*arguments))
-        return sent[0]
-
-    with mock.patch.object(module, "on_device", once):
-        yield getattr(module, name)
+def launcher(name: str) -> Callable[..., Any]:
+    """An operator's launcher on CUDA, without the checks of its arguments."""
+    launch: Callable[..., Any] = getattr(importlib.import_module(ops.KERNELS[name]), name)
+    return launch
 
 
 def against_floors(
-    case: Case, moved: int, median: float, clock: Clock, repeats: int
+    shape: tuple[int, int, int], moved: int, median: float, clock: Clock, repeats: int
 ) -> dict[str, float]:
     """The machine's own milliseconds for the work, a product of that shape and moving the bytes;
     and the larger one's fraction of what the operation took."""
-    rows, features, outputs = case.product
+    rows, inner, outer = shape
     product = 0.0
-    if outputs:
-        x, w = normal(rows, features), normal(features, outputs)
+    if outer:
+        x, w = normal(rows, inner), normal(inner, outer)
         product = clock(lambda: x @ w, repeats)["median"]
         del x, w
     # Half of the bytes are read, half are written.
@@ -96,3 +84,18 @@ def against_floors(
     b = torch.empty_like(a)
     copy = clock(lambda: b.copy_(a), repeats)["median"]
     return {"product_ms": product, "copy_ms": copy, "of_floor": max(product, copy) / median}
+
+
+def peaks(assumed: Peaks, repeats: int) -> Peaks:
+    """This device's rates: a copy of a gigabyte, and a product that fills every tile."""
+    size, side = 2**29, 8192
+    found = against_floors((side, side, side), 2 * size, 1.0, device_timed, repeats)
+    properties = torch.cuda.get_device_properties(0)
+    return replace(
+        assumed,
+        name=properties.name,
+        copy=2e3 * size / found["copy_ms"],
+        product=2e3 * side**3 / found["product_ms"],
+        multiprocessors=properties.multi_processor_count,
+        sheet=False,
+    )

@@ -12,35 +12,45 @@ from awareness_kernels import ops, reference
 from torch import Tensor
 
 from kernel_benchmark import device
-from kernel_benchmark.cases import PAGES, PAIRS, Case, bytes_moved, cases, flop, needed
+from kernel_benchmark.cases import PAGES, Case, cases
 from kernel_benchmark.clock import against_floors, device_timed, launcher, timed
+from kernel_benchmark.predicted import Peaks, predict
+from kernel_benchmark.shapes import KERNELS, PAIRS, bytes_moved, needed, product
 
-NO_CUDA = "no CUDA: what is timed is the reference itself"
-NO_TIME = "not reached in the time that was given"
+NO_CUDA = "not measured: no CUDA device"
+NO_TIME = "not measured: not reached in the time that was given"
 
 Row = dict[str, Any]
+
+
+def planned(pair: str, tokens: int, operation: str, peaks: Peaks) -> Row:
+    """A row before it is measured: what is predicted of it, and why there is nothing else."""
+    return {
+        "pair": pair,
+        "tokens": tokens,
+        "operation": operation,
+        "kernels": KERNELS[operation],
+        "predicted": predict(PAIRS[pair], tokens, operation, peaks),
+        "skipped": NO_TIME if device.CUDA else NO_CUDA,
+    }
 
 
 def measure(row: Row, case: Case, why: str, repeats: int) -> None:
     """All columns but the compiled reference's, whose compiler takes most of the time: that comes
     when all else is there. `why` says that the reference's temporaries cannot be had."""
     operator, plain = (getattr(module, case.operation) for module in (ops, reference))
-    moved = bytes_moved(case)
-    row |= {"bytes": moved, "flop": flop(case), "reasons": {}}
+    work = PAIRS[row["pair"]], row["tokens"], case.operation
+    shape, moved = product(*work), bytes_moved(*work)
+    row["reasons"] = {}
     attempt(row, "difference", lambda: verified(case), why)
     row["ms"] = timed(lambda: operator(*case.arguments), repeats)
-    row |= against_floors(case, moved, row["ms"]["median"], timed, repeats)
-    if device.CUDA:
-        with launcher(case.operation) as launch:
-            row["device_ms"] = device_timed(lambda: launch(*case.arguments), repeats)
-        found = against_floors(case, moved, row["device_ms"]["median"], device_timed, repeats)
-        row |= {f"device_{column}": value for column, value in found.items()}
-    else:
-        for column in ("ms", "product_ms", "copy_ms", "of_floor"):
-            leave(row, f"device_{column}", NO_CUDA)
-    without_eager = why if device.CUDA else NO_CUDA
-    attempt(row, "eager_ratio", lambda: ratio(row, plain, case, repeats), without_eager)
-    leave(row, "compiled_ratio", NO_TIME if device.CUDA else NO_CUDA)
+    row |= against_floors(shape, moved, row["ms"]["median"], timed, repeats)
+    launch = launcher(case.operation)
+    row["device_ms"] = device_timed(lambda: launch(*case.arguments), repeats)
+    found = against_floors(shape, moved, row["device_ms"]["median"], device_timed, repeats)
+    row |= {f"device_{column}": value for column, value in found.items()}
+    attempt(row, "eager_ratio", lambda: ratio(row, plain, case, repeats), why)
+    leave(row, "compiled_ratio", NO_TIME)
     row.pop("skipped")
 
 
@@ -56,7 +66,8 @@ def measure_compiled(row: Row, case: Case, why: str, repeats: int) -> None:
 
 
 def ratio(row: Row, plain: Callable[..., Any], case: Case, repeats: int) -> float:
-    return timed(lambda: plain(*case.arguments), repeats)["median"] / row["ms"]["median"]
+    arguments = case.resident()
+    return timed(lambda: plain(*arguments), repeats)["median"] / row["ms"]["median"]
 
 
 def attempt(
@@ -97,7 +108,7 @@ def skip(rows: list[Row], why: str) -> None:
 
 def stage(rows: list[Row], fill: Callable[..., None], repeats: int, until: float) -> Iterator[Row]:
     """Fill in the rows of one pair and number of tokens, one by one, while there is time."""
-    pair, tokens = PAIRS[rows[0]["pair"]], rows[0]["block"]
+    pair, tokens = PAIRS[rows[0]["pair"]], rows[0]["tokens"]
     needs = needed(pair, tokens)
     left = {row["operation"]: row for row in rows}
     try:
@@ -116,7 +127,7 @@ def stage(rows: list[Row], fill: Callable[..., None], repeats: int, until: float
 
 def verified(case: Case) -> float:
     """The relative difference between the operator's result and the reference's."""
-    ours, theirs = case.arguments, [*case.arguments]
+    ours, theirs = case.arguments, case.resident()
     for part in PAGES[case.operation]:
         if case.operation == "decode_paged":
             for page in ours[part]:

@@ -1,4 +1,5 @@
-"""Encode: a memory's source states and the target's embeddings to the latent, in one launch."""
+"""Encode: source states and embeddings are packed as features, block by block of rows, by kernels
+that memory bounds, and multiplied by cuBLAS."""
 
 from __future__ import annotations
 
@@ -9,144 +10,106 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from awareness_kernels.blocks import block_rows
 from awareness_kernels.launch import (
-    STILL,
-    Config,
-    Tuner,
+    WARPS,
+    Head,
+    Tables,
+    Turn,
+    aligned,
     angles,
-    dot_type,
+    load_pairs,
+    load_rest,
     narrow,
-    on_device,
-    padded_pairs,
-    paired,
+    pointer,
     scalar_type,
-    tables,
+    shortest,
+    store_pairs,
+    store_rest,
+    turns,
+    upload,
 )
 from awareness_kernels.reference import EPSILON
 
-CONFIGS = (
-    Config(rows=64, columns=128, depth=64, warps=4, stages=3),
-    Config(rows=128, columns=128, depth=64, warps=8, stages=3),
-    Config(rows=128, columns=256, depth=64, warps=8, stages=3),
-)
+TOKENS, DEPTH = 8, 512
+"""A tile of embeddings: rows, and dims of a step."""
 
 
-@triton.jit
-def standardised(x, mean, scale, feature, real, used):
-    """x [ROWS, N], less the mean and times the scale of each feature [N]; 0 where not used."""
-    middle = tl.load(mean + feature, mask=real, other=0.0)
-    unit = tl.load(scale + feature, mask=real, other=0.0)
-    return tl.where(used, (x - middle[None, :]) * unit[None, :], 0.0)
-
-
-@triton.jit
-def product(total, x, weight, feature, real, rank, column, DOT: tl.constexpr):
-    """total [ROWS, COLUMNS] and the product of x [ROWS, N] with the weight of its features [N]."""
-    w = tl.load(
-        weight + feature[:, None] * rank + column[None, :],
-        mask=real[:, None] & (column < rank)[None, :],
-        other=0.0,
-    )
-    return tl.dot(narrow(x, w.dtype).to(DOT), w.to(DOT), total, input_precision="ieee")
-
-
-@triton.jit
-def add_states(
-    total, field, mean, scale, weight, place, seen, rank, column,
-    STATE: tl.constexpr, PAIRS: tl.constexpr, DOT: tl.constexpr,
+@triton.jit(do_not_specialize=["rows", "held"])
+def pack_states_kernel(
+    table, source, masked, mean, scale, packed, features, rows, held,
+    STATE: tl.constexpr, FIELDS: tl.constexpr, DIMS: tl.constexpr, ROTATED: tl.constexpr,
+    PAIRS: tl.constexpr, REST: tl.constexpr, WIDTH: tl.constexpr, WOVEN: tl.constexpr,
+    ALIGN: tl.constexpr, DENSE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """total [ROWS, COLUMNS] and what one head's states of the tokens at `place` [ROWS] add."""
-    pair = tl.arange(0, PAIRS)
-    states = tl.load(field).to(tl.pointer_type(STATE))
-    token_stride, dim_stride = tl.load(field + 1), tl.load(field + 2)
-    begin, half = tl.load(field + 3), tl.load(field + 4)
-    rotated, interleaved = tl.load(field + 5), tl.load(field + 6)
-    first, second = paired(pair, rotated, half, interleaved)
-    real = pair < half
-    used = seen[:, None] & real[None, :]
-    at = states + place[:, None] * token_stride
-    a = tl.load(at + first[None, :] * dim_stride, mask=used, other=0.0).to(tl.float32)
-    b = tl.load(at + second[None, :] * dim_stride, mask=used, other=0.0).to(tl.float32)
-    if rotated > 0:
-        cos_sin = used & (pair < rotated)[None, :]
-        c, d = angles(field + 7, place[:, None] * rotated + pair[None, :], cos_sin)
-        norm = c * c + d * d
-        a, b = (a * c + b * d) / norm, (b * c - a * d) / norm
-    one, two = begin + first, begin + second
-    a = standardised(a, mean, scale, one, real, used)
-    b = standardised(b, mean, scale, two, real, used)
-    total = product(total, a, weight, one, real, rank, column, DOT)
-    return product(total, b, weight, two, real, rank, column, DOT)
-
-
-@triton.jit
-def embedded(embedding, stride, token, known, dim, embed):
-    """Some dims [DEPTH] of tokens' [ROWS] embeddings in float32; 0 for those not known."""
-    mask = known[:, None] & (dim < embed)[None, :]
-    return tl.load(embedding + token[:, None] * stride + dim[None, :], mask=mask, other=0.0).to(
-        tl.float32
-    )
-
-
-@triton.jit
-def add_embeddings(
-    total, embedding, embedding_stride, mean, scale, weight, token, known, live, first_feature,
-    embed, rank, column,
-    ROWS: tl.constexpr, DEPTH: tl.constexpr, DOT: tl.constexpr, EPS: tl.constexpr,
-):  # fmt: skip
-    """total [ROWS, COLUMNS] and what the normalised embeddings of one token a row [ROWS] add."""
-    squares = tl.zeros((ROWS,), tl.float32)
-    for begin in range(0, embed, DEPTH):
-        dim = begin + tl.arange(0, DEPTH)
-        e = embedded(embedding, embedding_stride, token, known, dim, embed)
-        squares += tl.sum(e * e, axis=1)
-    norm = tl.rsqrt(squares / embed + EPS)
-    for begin in range(0, embed, DEPTH):
-        dim = begin + tl.arange(0, DEPTH)
-        real = dim < embed
-        e = embedded(embedding, embedding_stride, token, known, dim, embed)
-        used = live[:, None] & real[None, :]
-        feature = first_feature + dim
-        e = standardised(e * norm[:, None], mean, scale, feature, real, used)
-        total = product(total, e, weight, feature, real, rank, column, DOT)
-    return total
-
-
-@triton.jit(do_not_specialize=["tokens", "sink"])
-def encode_kernel(
-    segments, count, source, masked, ids, embedding, embedding_stride, mean, scale, weight, latent,
-    tokens, rank, width, embed, predecessors, sink,
-    STATE: tl.constexpr, FIELDS: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, DOT: tl.constexpr, EPS: tl.constexpr,
-):  # fmt: skip
-    """One tile [ROWS, COLUMNS] of the latent: the states head by head, then the embeddings."""
+    """One layer's keys or values of ROWS tokens, positions off, standardised: all heads, so that
+    the angles are read once. A row that is masked, or reads none of the `held` tokens, is 0."""
+    field = table + tl.program_id(1) * FIELDS
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    live = row < tokens
-    place = tl.load(source + row, mask=live, other=0)
-    seen = live & (tl.load(masked + row, mask=live, other=1) == 0)
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for s in range(count):
-        total = add_states(
-            total, segments + s * FIELDS, mean, scale, weight, place, seen, rank, column,
-            STATE, PAIRS, DOT,
-        )  # fmt: skip
-    for j in range(predecessors + 1):
-        at = row + sink - j
-        known = live & (at >= 0)
-        token = tl.load(ids + at, mask=known, other=0)
-        total = add_embeddings(
-            total, embedding, embedding_stride, mean, scale, weight, token, known, live,
-            width + j * embed, embed, rank, column, ROWS, DEPTH, DOT, EPS,
-        )  # fmt: skip
-    tl.store(
-        latent + row[:, None] * rank + column[None, :],
-        narrow(total, latent.dtype.element_ty),
-        mask=live[:, None] & (column < rank)[None, :],
-    )
+    live = row < rows
+    place = tl.load(source + row, mask=live, other=-1)
+    seen = (place >= 0) & (place < held) & (tl.load(masked + row, mask=live, other=1) == 0)
+    live, seen, place = live[:, None], seen[:, None], place[:, None]
+    states = pointer(field, STATE, ALIGN) + place * aligned(field + 1, ALIGN)
+    apart = aligned(field + 2, ALIGN)
+    stride = 1 if DENSE else tl.load(field + 3)
+    heads, feature = tl.load(field + 4), aligned(field + 5, ALIGN)
+    TYPE: tl.constexpr = packed.dtype.element_ty
+    out = packed + row[:, None].to(tl.int64) * features
+    one = tl.zeros((1, 1), tl.int64)
+    all_ = one == 0
+    if ROTATED > 0:
+        cos, sin = angles(field + 6, place, seen, ROTATED, PAIRS, ALIGN)
+        norm = 1.0 / (cos * cos + sin * sin)
+        cos, sin = cos * norm, sin * norm
+    for head in range(heads):
+        at = states + head * apart
+        begin = feature + head * DIMS
+        if ROTATED > 0:
+            a, b = load_pairs(at, stride, seen, ROTATED, PAIRS, WOVEN)
+            a, b = a * cos + b * sin, b * cos - a * sin
+            c, d = load_pairs(mean + begin + one, 1, all_, ROTATED, PAIRS, WOVEN)
+            e, f = load_pairs(scale + begin + one, 1, all_, ROTATED, PAIRS, WOVEN)
+            a, b = tl.where(seen, (a - c) * e, 0.0), tl.where(seen, (b - d) * f, 0.0)
+            store_pairs(out + begin, 1, a, b, live, TYPE, ROTATED, PAIRS, WOVEN)
+        if REST > 0:
+            x = load_rest(at, stride, seen, ROTATED, REST, WIDTH)
+            middle = load_rest(mean + begin + one, 1, all_, ROTATED, REST, WIDTH)
+            unit = load_rest(scale + begin + one, 1, all_, ROTATED, REST, WIDTH)
+            x = tl.where(seen, (x - middle) * unit, 0.0)
+            store_rest(out + begin, 1, x, live, TYPE, ROTATED, REST, WIDTH)
 
 
-tuner = Tuner(CONFIGS)
+@triton.jit(do_not_specialize=["first", "rows", "vocabulary"])
+def pack_embeddings_kernel(
+    ids, embedding, stride, mean, scale, packed, features, begin, embed, first, rows, vocabulary,
+    PREDECESSORS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr, EPS: tl.constexpr,
+):  # fmt: skip
+    """The normalised embeddings of TOKENS tokens, each read once and written to its own row and to
+    those that it precedes. Row 0 reads the id at `first`; before the first id stand zeros."""
+    row = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS) - PREDECESSORS
+    there = (row < rows) & (row + first >= 0)
+    token = tl.load(ids + first + row, mask=there, other=-1)
+    known = ((token >= 0) & (token < vocabulary))[:, None]
+    at = embedding + token[:, None] * stride
+    squares = tl.zeros((TOKENS, 1), tl.float32)
+    for start in range(0, embed, DEPTH):
+        dim = start + tl.arange(0, DEPTH)[None, :]
+        e = tl.load(at + dim, mask=known & (dim < embed), other=0.0).to(tl.float32)
+        squares += tl.sum(e * e, axis=1, keep_dims=True)
+    norm = tl.rsqrt(squares / embed + EPS)
+    TYPE: tl.constexpr = packed.dtype.element_ty
+    for start in range(0, embed, DEPTH):
+        dim = start + tl.arange(0, DEPTH)[None, :]
+        real = dim < embed
+        e = tl.load(at + dim, mask=known & real, other=0.0).to(tl.float32) * norm
+        for j in range(PREDECESSORS + 1):
+            feature = begin + j * embed + dim
+            middle = tl.load(mean + feature, mask=real, other=0.0)
+            unit = tl.load(scale + feature, mask=real, other=0.0)
+            to = (row + j)[:, None].to(tl.int64)
+            live = (to >= 0) & (to < rows) & real
+            tl.store(packed + to * features + feature, narrow((e - middle) * unit, TYPE), mask=live)
 
 
 def encode_states(
@@ -165,67 +128,105 @@ def encode_states(
     predecessors: int,
     sink: int,
 ) -> Tensor:
-    """`reference.encode_states` in one launch; see there for arguments and result."""
-    tokens, rank = len(source), weight.shape[1]
-    latent = torch.empty(tokens, rank, dtype=weight.dtype, device=weight.device)
-    rows, width = segments(keys, values, cos, sin, interleaved)
-    table = on_device(rows, weight.device)
-
-    def launch(config: Config) -> None:
-        grid = (triton.cdiv(tokens, config.rows), triton.cdiv(rank, config.columns))
-        encode_kernel[grid](
-            table,
-            len(rows),
-            source,
-            masked,
-            ids,
-            embedding,
-            embedding.stride(0),
-            mean,
-            scale,
-            weight,
-            latent,
-            tokens,
-            rank,
-            width,
-            embedding.shape[1],
-            predecessors,
-            sink,
-            STATE=scalar_type(keys[0].dtype),
-            FIELDS=table.shape[1],
-            PAIRS=padded_pairs((*keys, *values)),
-            ROWS=config.rows,
-            COLUMNS=config.columns,
-            DEPTH=config.depth,
-            DOT=dot_type(weight.dtype),
-            EPS=EPSILON,
-            num_warps=config.warps,
-            num_stages=config.stages,
-        )
-
-    if latent.numel():
-        launch(tuner.best((width, rank), launch))
+    """`reference.encode_states` by pack and product; see there for arguments and result."""
+    tokens, (features, rank), device = len(source), weight.shape, weight.device
+    latent = torch.empty(tokens, rank, dtype=weight.dtype, device=device)
+    if not latent.numel():
+        return latent
+    source, masked, ids = (upload(x, device) for x in (source, masked, ids))
+    tables, width = state_tables(keys, values, turns(cos, sin, interleaved), features)
+    groups = tables.upload(device)
+    held = shortest([keys[0], *cos])
+    block = block_rows(features, weight.element_size())
+    packed = weight.new_empty(min(block, tokens), features)
+    for begin in range(0, tokens, block):
+        rows = min(block, tokens - begin)
+        part = slice(begin, begin + rows)
+        for head, table in groups:
+            pack_states(head, table, source[part], masked[part], mean, scale, packed, keys, held)
+        if predecessors >= 0:
+            first = begin + sink
+            pack_embeddings(ids, embedding, mean, scale, packed, rows, first, predecessors, width)
+        torch.mm(packed[:rows], weight, out=latent[part])
     return latent
 
 
-def segments(
+def state_tables(
+    keys: Sequence[Tensor], values: Sequence[Tensor], turned: Sequence[Turn], features: int
+) -> tuple[Tables, int]:
+    """For each layer's keys, then values: where they lie, which features they are, how they were
+    rotated; and the number of features."""
+    tables, begin = Tables(), 0
+    layers = [*zip(keys, turned, strict=True)]
+    layers += [(x, turn.still(x.shape[-1])) for x, turn in zip(values, turned, strict=True)]
+    for states, turn in layers:
+        _, heads, dims = states.shape
+        fields = [states.data_ptr(), *states.stride(), heads, begin, turn.cos, turn.sin]
+        tables.add([states], turn, (begin, features), fields)
+        begin += heads * dims
+    return tables, begin
+
+
+def pack_states(
+    head: Head,
+    table: Tensor,
+    source: Tensor,
+    masked: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    packed: Tensor,
     keys: Sequence[Tensor],
-    values: Sequence[Tensor],
-    cos: Sequence[Tensor],
-    sin: Sequence[Tensor],
-    interleaved: Sequence[int],
-) -> tuple[list[list[int]], int]:
-    """For each head, keys first: where it lies, which features it is, how it was turned; and the
-    number of features."""
-    rows: list[list[int]] = []
-    begin = 0
-    for states, cos_sin in ((keys, tables(cos, sin, interleaved)), (values, [STILL] * len(values))):
-        for state, turn in zip(states, cos_sin, strict=True):
-            heads, dims = state.shape[1:]
-            place, apart = state.data_ptr(), state.stride(1) * state.element_size()
-            strides = (state.stride(0), state.stride(2))
-            for head in range(heads):
-                first = begin + head * dims
-                rows.append([place + head * apart, *strides, first, dims // 2, *turn])
-            begin += heads * dims
-    return rows, begin
+    held: int,
+) -> None:
+    """Fill in the states of one group of layers for the rows that read `source`."""
+    rows = len(source)
+    pack_states_kernel[(triton.cdiv(rows, head.rows), len(table))](
+        table,
+        source,
+        masked,
+        mean,
+        scale,
+        packed,
+        packed.shape[1],
+        rows,
+        held,
+        STATE=scalar_type(keys[0].dtype),
+        FIELDS=table.shape[1],
+        ROWS=head.rows,
+        **head.constants,
+        num_warps=WARPS,
+    )
+
+
+def pack_embeddings(
+    ids: Tensor,
+    embedding: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    packed: Tensor,
+    rows: int,
+    first: int,
+    predecessors: int,
+    width: int,
+) -> None:
+    """Fill in the embeddings of rows, the first of which reads the id at `first`."""
+    vocabulary, embed = embedding.shape
+    pack_embeddings_kernel[(triton.cdiv(rows + predecessors, TOKENS),)](
+        ids,
+        embedding,
+        embedding.stride(0),
+        mean,
+        scale,
+        packed,
+        packed.shape[1],
+        width,
+        embed,
+        first,
+        rows,
+        vocabulary,
+        PREDECESSORS=predecessors,
+        TOKENS=TOKENS,
+        DEPTH=DEPTH,
+        EPS=EPSILON,
+        num_warps=WARPS,
+    )

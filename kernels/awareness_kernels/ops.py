@@ -1,6 +1,8 @@
-"""The fused operations as torch operators: Triton kernels on CUDA, the reference elsewhere.
+"""The operations as torch operators: Triton kernels and cuBLAS on CUDA, the reference elsewhere.
 
 torch's dispatcher chooses by the arguments' device; which one serves is logged at the first call.
+Indices may be on the host beside a device's tensors: the operator checks them there and sends them
+itself. On CUDA no operator makes the host wait.
 """
 
 from __future__ import annotations
@@ -9,7 +11,6 @@ import contextlib
 import functools
 import importlib
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 
 from awareness_kernels import checks, reference
+from awareness_kernels.blocks import SCRATCH, block_rows
+
+__all__ = ["SCRATCH", "block_rows", "decode_paged", "encode_states", "rotate_paged", "tuning"]
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +34,7 @@ MUTATED = {"decode_paged": ("key_pages", "value_pages"), "rotate_paged": ("key_p
 
 
 def register(name: str) -> CustomOpDef:
-    """The operator `awareness::name`: the reference of that name, and its kernel for CUDA; either
+    """The operator `awareness::name`: the reference of that name, and its launcher for CUDA; either
     runs on arguments that `checks` has passed."""
     check = getattr(checks, name)
 
@@ -41,7 +45,7 @@ def register(name: str) -> CustomOpDef:
 
     def kernel(*args: Any) -> Any:
         check(*args)
-        _log(name, "Triton")
+        _log(name, "CUDA")
         return getattr(importlib.import_module(KERNELS[name]), name)(*args)
 
     mutated = MUTATED.get(name, ())
@@ -70,21 +74,9 @@ def _(*args: Any) -> None:
     """They write into pages and give nothing back."""
 
 
-@contextlib.contextmanager
-def tuning(device: torch.device | str) -> Iterator[None]:
-    """While it lasts, a shape that is met for the first time on CUDA is measured in all tile sizes.
-    For a server's start and for benchmarks: outside of it nothing is ever measured."""
-    tuners = []
-    if torch.device(device).type == "cuda":
-        modules = map(importlib.import_module, KERNELS.values())
-        tuners = [module.tuner for module in modules if hasattr(module, "tuner")]
-    for tuner in tuners:
-        tuner.measuring = True
-    try:
-        yield
-    finally:
-        for tuner in tuners:
-            tuner.measuring = False
+def tuning(device: torch.device | str) -> contextlib.AbstractContextManager[None]:
+    """Nothing: there is no tile size left to choose."""
+    return contextlib.nullcontext()
 
 
 @functools.cache

@@ -148,20 +148,22 @@ def decode_paged(
         key_pages, value_pages: per layer [pages, page size, H, D], by any strides; written, with
             finite numbers alone (`write`).
         slot_mapping: per layer [S + T] int64, where each row belongs; negative: not written.
-        scales: [2 L] float32, what stored keys of each layer, then values, are to be multiplied by.
+        scales: [2 L] float32, what stored keys of each layer, then values, are to be multiplied by;
+            or one for each head, in the same order.
     """
     sink = len(positions) - len(latent)
     flat = decode(latent, weight, bias)
     widths = [page.shape[2] * page.shape[3] for page in (*key_pages, *value_pages)]
     states = flat.split(widths, dim=1)
     count = len(key_pages)
+    units = by_layer(scales, (*key_pages, *value_pages))
     for i, page in enumerate((*key_pages, *value_pages)):
         x = states[i].unflatten(1, page.shape[2:])
         if i < count:
             at = positions[sink:]
             x = rotate(x, cos[i][at], sin[i][at], bool(interleaved[i]))
         own = (*sink_keys, *sink_values)[i]
-        write(page, torch.cat((wide(own), x)) / scales[i], slot_mapping[i % count])
+        write(page, torch.cat((wide(own), x)) / units[i], slot_mapping[i % count])
 
 
 def rotate_paged(
@@ -178,14 +180,22 @@ def rotate_paged(
         key_pages: per layer [pages, page size, H, D], by any strides; rewritten.
         slot_mapping: per layer [T] int64, which keys; negative ones are left alone.
         cos, sin: per layer [C], of the offset's angles.
-        scales: [L] float32, what stored keys are to be multiplied by.
+        scales: [L] float32, what stored keys are to be multiplied by; or one for each head.
     """
+    units = by_layer(scales, key_pages)
     for i, (page, slot) in enumerate(zip(key_pages, slot_mapping, strict=True)):
         real = slot[slot >= 0]
         stored = raw(page)[real // page.shape[1], real % page.shape[1]].view(page.dtype)
-        keys = wide(stored) * scales[i]
+        keys = wide(stored) * units[i]
         rows = [table.expand(len(real), -1) for table in (cos[i], sin[i])]
-        write(page, rotate(keys, rows[0], rows[1], bool(interleaved[i])) / scales[i], real)
+        write(page, rotate(keys, rows[0], rows[1], bool(interleaved[i])) / units[i], real)
+
+
+def by_layer(scales: Tensor, pages: Sequence[Tensor]) -> list[Tensor]:
+    """Each layer's scales [1, 1] or [H, 1], of which there is one for each layer or each head."""
+    sizes = [page.shape[2] for page in pages]
+    parts = scales.split([1] * len(pages) if len(scales) == len(pages) else sizes)
+    return [part[:, None] for part in parts]
 
 
 def write(page: Tensor, x: Tensor, slot_mapping: Tensor) -> None:

@@ -9,47 +9,45 @@ import triton.language as tl
 from torch import Tensor
 
 from awareness_kernels.launch import (
+    WARPS,
+    Tables,
+    aligned,
     angles,
-    narrow,
-    on_device,
-    padded_pairs,
-    paired,
-    placed,
+    load_pairs,
+    paged,
     scalar_type,
-    tables,
+    scale_steps,
+    slots,
+    store_pairs,
+    turns,
+    upload_slots,
 )
 
-ROWS = 64
 
-
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def rotate_kernel(
-    segments,
-    scales,
-    rows,
-    PAGE: tl.constexpr,
-    FIELDS: tl.constexpr,
-    PAIRS: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """One head's keys of ROWS tokens, all turned by the same angles."""
-    field = segments + tl.program_id(0) * FIELDS
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    rotated, interleaved = tl.load(field), tl.load(field + 1)
-    pair = tl.arange(0, PAIRS)
-    first, second = paired(pair, rotated, rotated, interleaved)
-    cos_sin = pair < rotated
-    c, d = angles(field + 2, pair, cos_sin)
-    slot_mapping = tl.load(field + 4).to(tl.pointer_type(tl.int64))
-    slot = tl.load(slot_mapping + row, mask=row < rows, other=-1)
-    page, stride = placed(field + 5, slot, PAGE)
-    kept = (slot >= 0)[:, None] & cos_sin[None, :]
-    unit = tl.load(scales + tl.load(field + 10))
-    a = tl.load(page + first[None, :] * stride, mask=kept, other=0.0).to(tl.float32) * unit
-    b = tl.load(page + second[None, :] * stride, mask=kept, other=0.0).to(tl.float32) * unit
-    one, two = a * c[None, :] - b * d[None, :], b * c[None, :] + a * d[None, :]
-    tl.store(page + first[None, :] * stride, narrow(one / unit, PAGE), mask=kept)
-    tl.store(page + second[None, :] * stride, narrow(two / unit, PAGE), mask=kept)
+    table, scales, rows,
+    PAGE: tl.constexpr, FIELDS: tl.constexpr, DIMS: tl.constexpr, ROTATED: tl.constexpr,
+    PAIRS: tl.constexpr, REST: tl.constexpr, WIDTH: tl.constexpr, WOVEN: tl.constexpr,
+    ALIGN: tl.constexpr, DENSE: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """One layer's keys of ROWS tokens, all heads, all turned by the same angles."""
+    field = table + tl.program_id(1) * FIELDS
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    slot, written = slots(field + 3, row, row < rows)
+    page, written = paged(field + 5, slot, PAGE, ALIGN), written[:, None]
+    apart = aligned(field + 9, ALIGN)
+    stride = 1 if DENSE else tl.load(field + 10)
+    one = tl.zeros((1, 1), tl.int64)
+    cos, sin = angles(field + 1, one, one == 0, ROTATED, PAIRS, ALIGN)
+    scale, step = tl.load(field + 11), tl.load(field + 12)
+    for head in range(tl.load(field)):
+        at = page + head * apart
+        unit = tl.load(scales + scale + head * step)
+        a, b = load_pairs(at, stride, written, ROTATED, PAIRS, WOVEN)
+        a, b = a * unit, b * unit
+        a, b = (a * cos - b * sin) / unit, (b * cos + a * sin) / unit
+        store_pairs(at, stride, a, b, written, PAGE, ROTATED, PAIRS, WOVEN)
 
 
 def rotate_paged(
@@ -61,24 +59,28 @@ def rotate_paged(
     scales: Tensor,
 ) -> None:
     """`reference.rotate_paged` in one launch; see there for arguments and result."""
-    fields: list[list[int]] = []
-    for layer, (turn, page, slot) in enumerate(
-        zip(tables(cos, sin, interleaved), key_pages, slot_mapping, strict=True)
-    ):
-        where, place, apart = slot.data_ptr(), page.data_ptr(), page.stride(2) * page.element_size()
-        inside = (page.stride(0), page.stride(1), page.stride(3), layer)
-        for head in range(page.shape[2] if turn[0] else 0):
-            fields.append([*turn, where, page.shape[1], place + head * apart, *inside])
     rows = max((len(slot) for slot in slot_mapping), default=0)
-    if not rows or not fields:
+    if not rows:
         return
-    table = on_device(fields, key_pages[0].device)
-    rotate_kernel[(len(fields), triton.cdiv(rows, ROWS))](
-        table,
-        scales,
-        rows,
-        PAGE=scalar_type(key_pages[0].dtype),
-        FIELDS=table.shape[1],
-        PAIRS=padded_pairs(key_pages),
-        ROWS=ROWS,
+    device = key_pages[0].device
+    sent, tables = upload_slots(slot_mapping, device), Tables()
+    layers = zip(
+        turns(cos, sin, interleaved), key_pages, sent, scale_steps(scales, key_pages), strict=True
     )
+    for turn, page, slot, step in layers:
+        if turn.rotated:
+            _, size, heads, _ = page.shape
+            fields = [heads, turn.cos, turn.sin, slot.data_ptr(), page.shape[0] * size]
+            fields += [page.data_ptr(), size, *page.stride(), *step]
+            tables.add([page], turn, (), fields)
+    for head, table in tables.upload(device):
+        rotate_kernel[(triton.cdiv(rows, head.rows), len(table))](
+            table,
+            scales,
+            rows,
+            PAGE=scalar_type(key_pages[0].dtype),
+            FIELDS=table.shape[1],
+            ROWS=head.rows,
+            **head.constants,
+            num_warps=WARPS,
+        )

@@ -7,6 +7,7 @@ import json
 import math
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -14,16 +15,16 @@ from unittest import mock
 
 import pytest
 import torch
-from awareness_kernels import encode, launch
-from kernel_benchmark import cases, device, rows, verdicts
+from kernel_benchmark import cases, clock, device, predicted, rows, shapes, verdicts
 
 pytestmark = [pytest.mark.unit, pytest.mark.nightly]
 
 DEMO = "SmolLM2-135M → Gemma-3-270M"
 RUN = ["--pairs", DEMO, "--tokens", "32", "--repeats", "1"]
-MEASURED = {"bytes", "flop", "difference", "product_ms", "copy_ms", "of_floor"}
-ON_CUDA = {"eager_ratio", "compiled_ratio"} | {
-    f"device_{name}" for name in ("ms", "product_ms", "copy_ms", "of_floor")
+ON_CUDA = {"difference", "eager_ratio", "compiled_ratio"} | {
+    prefix + name
+    for prefix in ("", "device_")
+    for name in ("ms", "product_ms", "copy_ms", "of_floor")
 }
 
 
@@ -61,40 +62,25 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "kernels.json"
 
 
-def test_every_column_is_a_number_or_says_why_not(measured: Path) -> None:
+def test_without_a_device_every_row_is_predicted_and_says_not_measured(
+    measured: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     document = json.loads(measured.read_text())
     assert document["versions"].keys() == {"python", "torch", "triton", "cuda", "driver"}
     assert document["versions"]["torch"] == torch.__version__
     assert document["hardware"]
+    assert document["peaks"]["sheet"]
     assert document["pairs"][DEMO]["rank"] == 1024
     assert [row["operation"] for row in document["rows"]] == list(cases.PAGES)
     for row in document["rows"]:
-        assert (row["pair"], row["tokens"], row["block"]) == (DEMO, 32, 32)
-        times = [row["ms"][name] for name in ("p20", "median", "p80")]
-        assert times == sorted(times)
-        assert all(math.isfinite(x) for x in (*times, *(row[name] for name in MEASURED)))
-        assert min(times[0], row["bytes"], row["flop"], row["copy_ms"], row["of_floor"]) > 0
-        assert row["difference"] == 0  # The operator is the reference here.
-        assert row["reasons"].keys() == ON_CUDA
-        assert all(row[name] is None and row["reasons"][name] for name in ON_CUDA)
-        assert "skipped" not in row
-
-
-def test_bytes_and_operations_are_those_that_the_work_needs(measured: Path) -> None:
-    encode, decode, rotate = json.loads(measured.read_text())["rows"]
-    states, keys, embed, rank = 2 * 15 * 3 * 64, 18 * 256, 640, 1024
-    features = states + 4 * embed
-    assert encode["flop"] == 2 * 32 * features * rank
-    assert decode["flop"] == 2 * 32 * rank * 2 * keys
-    assert rotate["flop"] == 3 * 33 * keys
-    # States and embeddings, map, latent; means and scales, angles; indices and blanks.
-    numbers = 32 * states + 33 * embed + features * rank + 32 * rank
-    assert encode["bytes"] == 2 * numbers + 4 * 2 * (features + 32 * 32) + 8 * (32 + 33) + 32
-    # Latent, map, sink, states; bias, angles, scales; positions and slots.
-    numbers = 32 * rank + rank * 2 * keys + 256 + 33 * 2 * keys
-    assert decode["bytes"] == 2 * numbers + 4 * (2 * keys + 2 * 33 * 128 + 36) + 8 * 2 * 33
-    # Keys twice; angles and scales; slots.
-    assert rotate["bytes"] == 2 * 2 * 33 * keys + 4 * (2 * 128 + 18) + 8 * 33
+        assert (row["pair"], row["tokens"]) == (DEMO, 32)
+        assert all(math.isfinite(x) and x >= 0 for x in row["predicted"].values())
+        assert row["skipped"] == rows.NO_CUDA
+        assert not ON_CUDA & row.keys()
+    kernels.main(["--from", str(measured)])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(f"| {DEMO}")]
+    assert len(lines) == len(cases.PAGES)
+    assert all(line.endswith("not measured: no CUDA device |") for line in lines)
 
 
 def test_the_plot_is_drawn_from_the_data_alone(measured: Path, tmp_path: Path) -> None:
@@ -121,10 +107,11 @@ def test_without_matplotlib_it_says_so(
         assert "no plot: " in capsys.readouterr().out
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted there")
 def test_what_does_not_fit_is_left_out_with_the_reason(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gpu: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device, "free_memory", lambda: 10**6)
+    monkeypatch.setattr(device, "free_memory", lambda: 10**3)
     document = run(tmp_path)
     assert [row["operation"] for row in document["rows"]] == list(cases.PAGES)
     assert all("GB, 0.0 GB are free" in row["skipped"] for row in document["rows"])
@@ -133,17 +120,17 @@ def test_what_does_not_fit_is_left_out_with_the_reason(
     assert verdicts.summary(document)[-1] == "skipped 3"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted there")
 def test_where_only_the_reference_does_not_fit_its_columns_say_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gpu: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    side = cases.Side(1, 1, 16, 8)
-    monkeypatch.setitem(cases.PAIRS, DEMO, cases.Pair(side, side, 8))
     needs = {name: (0, 10**18) for name in cases.PAGES}
     monkeypatch.setattr(rows, "needed", lambda *_: needs)
     for row in run(tmp_path)["rows"]:
         assert row["ms"]["median"] > 0
-        assert row["difference"] is None
-        assert row["reasons"]["difference"].startswith("needs 1000000000.0 GB")
+        for column in ("difference", "eager_ratio", "compiled_ratio"):
+            assert row[column] is None
+            assert row["reasons"][column].startswith("needs 1000000000.0 GB")
 
 
 def test_a_column_that_runs_out_of_memory_is_null_with_the_reason() -> None:
@@ -160,8 +147,9 @@ def test_a_column_that_runs_out_of_memory_is_null_with_the_reason() -> None:
         rows.attempt(row, "eager_ratio", lambda: 1 / 0, "")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted there")
 def test_when_the_time_is_up_no_row_begins_and_those_measured_stay(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gpu: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved, now = [], [0.0]
 
@@ -169,6 +157,7 @@ def test_when_the_time_is_up_no_row_begins_and_those_measured_stay(
         if now[0]:
             saved.extend(json.loads((tmp_path / "kernels.json").read_text())["rows"])
         del row["skipped"]
+        row.update({name: x for name, x in made_up().items() if name not in row})
         now[0] += 60
 
     clock = SimpleNamespace(monotonic=lambda: now[0])
@@ -198,57 +187,83 @@ class Event:
         return 1e3 * (other.at - self.at)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted there")
-def test_a_gpus_columns_are_filled_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its steps on a CPU, the kernels interpreted: a machine is lent too rarely to find a typo."""
-    side = cases.Side(2, 1, 32, 64)
-    monkeypatch.setitem(cases.PAIRS, DEMO, cases.Pair(side, side, 32, 1))
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A GPU's steps on a CPU, the kernels interpreted, for a pair that is small enough: a machine
+    is lent too rarely to find a typo. What it slept, to let the host queue."""
+    side = shapes.Side(2, 1, 32, 64)
+    for module in (shapes, rows, kernels):
+        monkeypatch.setitem(module.PAIRS, DEMO, shapes.Pair(side, side, 32, 1))
     monkeypatch.setattr(device, "CUDA", True)
     monkeypatch.setattr(device, "machine", lambda: {"device": "a GPU"})
+    peaks = predicted.CARDS[predicted.ASSUMED]
+    monkeypatch.setattr(kernels, "peaks", lambda *_: peaks)
     slept: list[int] = []
     faked = {"Event": Event, "_sleep": slept.append, "mem_get_info": lambda: (10**9, 10**9)}
     for name in ("synchronize", "empty_cache"):
         faked[name] = lambda: None
     for name, fake in faked.items():
         monkeypatch.setattr(torch.cuda, name, fake)
+    return slept
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted there")
+def test_a_gpus_columns_are_filled_in(
+    gpu: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda f, dynamic: compiled.append(f.__name__) or f)
-    tables = mock.Mock(side_effect=launch.on_device)
-    monkeypatch.setattr(encode, "on_device", tables)
     for row in run(tmp_path)["rows"]:
         assert row["reasons"] == {}
         assert "skipped" not in row
-        columns = (row["device_ms"]["p20"], *(row[name] for name in ON_CUDA - {"device_ms"}))
-        assert all(math.isfinite(x) for x in columns)
+        for name in ("ms", "device_ms"):
+            times = [row[name][part] for part in ("p20", "median", "p80")]
+            assert times == sorted(times)
+        columns = [row[name] for name in ON_CUDA - {"ms", "device_ms"}]
+        assert all(math.isfinite(x) for x in (*columns, row["device_ms"]["p20"]))
+        assert row["difference"] < verdicts.RIGHT
         assert row["device_of_floor"] < 1
         assert row["eager_ratio"] > 0
     assert compiled == list(cases.PAGES)
-    # Of three runs and the floors', each sleeps but its first; the table goes to the device once.
-    assert len(slept) == 2 * (3 + 3 + 2)
-    assert tables.call_count == 1
-    assert encode.on_device is tables
+    # Of three runs and the floors', each sleeps but its first.
+    assert len(gpu) == 2 * (3 + 3 + 2)
+
+
+def test_a_devices_peaks_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"product_ms": 2.0, "copy_ms": 0.5, "of_floor": 1.0}
+    monkeypatch.setattr(clock, "against_floors", lambda *_: found)
+    card = SimpleNamespace(name="a GPU", multi_processor_count=7)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    peaks = clock.peaks(predicted.CARDS["H200"], 1)
+    assert (peaks.name, peaks.multiprocessors, peaks.sheet) == ("a GPU", 7, False)
+    assert peaks.copy == pytest.approx(2**30 / 0.5e-3)
+    assert peaks.product == pytest.approx(2 * 8192**3 / 2e-3)
 
 
 def made_up(**columns: Any) -> dict[str, Any]:
     row = {"pair": "8B → 8B", "tokens": 4096, "operation": "encode_states", "reasons": {}}
-    row |= {"difference": 0.002, "of_floor": 0.71, "device_of_floor": 0.8}
-    return row | {"eager_ratio": 3.1, "compiled_ratio": 1.6} | columns
+    row |= {"kernels": "pack + product", "device_ms": {"median": 3.0}}
+    row["predicted"] = predicted.predict(
+        shapes.PAIRS[row["pair"]], row["tokens"], row["operation"], predicted.CARDS["H200"]
+    )
+    row |= {"difference": 0.002, "of_floor": 0.7, "device_of_floor": 0.81}
+    return row | {"eager_ratio": 4.1, "compiled_ratio": 2.1} | columns
 
 
 @pytest.mark.parametrize(
     ("columns", "word"),
     [
         ({}, "reached"),
-        ({"of_floor": 0.69}, "short"),
-        ({"of_floor": 0.69, "tokens": 2048}, "reached"),
-        ({"of_floor": 0.69, "pair": DEMO}, "reached"),
-        ({"of_floor": 0.79, "operation": "rotate_paged"}, "short"),
-        ({"of_floor": 0.81, "operation": "rotate_paged"}, "reached"),
-        ({"eager_ratio": 2.9}, "short"),
-        ({"compiled_ratio": 1.4, "tokens": 128}, "short"),
+        ({"device_of_floor": 0.79}, "short"),
+        ({"device_of_floor": 0.79, "tokens": 2048}, "reached"),
+        ({"device_of_floor": 0.79, "pair": DEMO}, "reached"),
+        ({"device_of_floor": 0.89, "operation": "rotate_paged"}, "short"),
+        ({"device_of_floor": 0.91, "operation": "rotate_paged"}, "reached"),
+        ({"eager_ratio": 3.9}, "short"),
+        ({"compiled_ratio": 1.9, "tokens": 128}, "short"),
         ({"compiled_ratio": None, "reasons": {"compiled_ratio": "why"}}, "unknown"),
         (
-            {"compiled_ratio": None, "of_floor": 0.1, "reasons": {"compiled_ratio": "why"}},
+            {"compiled_ratio": None, "device_of_floor": 0.1, "reasons": {"compiled_ratio": "why"}},
             "short",
         ),
         ({"difference": 0.02}, "wrong"),
@@ -268,6 +283,8 @@ def test_bars_are_judged_row_by_row_on_a_gpu(columns: dict[str, Any], word: str)
 
 def test_wrong_results_fail_the_run(tmp_path: Path) -> None:
     data = tmp_path / "kernels.json"
-    data.write_text(json.dumps({"device": "a GPU", "rows": [made_up(difference=1.0)]}))
+    peaks = asdict(predicted.CARDS["H200"])
+    document = {"device": "a GPU", "peaks": peaks, "rows": [made_up(difference=1.0)]}
+    data.write_text(json.dumps(document))
     with mock.patch.object(kernels, "plot"), pytest.raises(SystemExit, match="wrong"):
         kernels.main(["--from", str(data)])
