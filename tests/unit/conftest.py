@@ -22,6 +22,7 @@ from awareness_vllm.wmatrix.manifest import Anchors, WMatrixManifest
 if TYPE_CHECKING:
     from memories_server import Server
     from v2_model import Served
+    from v2_stubs import Engine
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog, and the other dogs look on.",
@@ -283,3 +284,18 @@ def serve(
         return served
 
     return make
+
+
+@pytest.fixture(params=[False, True], ids=["in_step", "a_step_ahead"])
+def overlapped(request: pytest.FixtureRequest) -> bool:
+    """Whether vLLM schedules a step before it has the last one's output."""
+    return bool(request.param)
+
+
+@pytest.fixture
+def engine(serve: Callable[..., Served], overlapped: bool) -> Engine:
+    """An engine of one rank."""
+    from v2_stubs import Engine, Rank  # late: they import vLLM
+
+    served = serve()
+    return Engine(served, [Rank(served)], overlapped=overlapped)

@@ -29,17 +29,6 @@ Serve = Callable[..., Served]
 WAITING = RequestStatus.WAITING_FOR_REMOTE_KVS
 
 
-@pytest.fixture(params=[False, True], ids=["in_step", "a_step_ahead"])
-def overlapped(request: pytest.FixtureRequest) -> bool:
-    return bool(request.param)
-
-
-@pytest.fixture
-def engine(serve: Serve, overlapped: bool) -> Engine:
-    served = serve()
-    return Engine(served, [Rank(served)], overlapped=overlapped)
-
-
 def with_blocks(serve: Serve, overlapped: bool, blocks: int) -> Engine:
     served = serve()
     return Engine(served, [Rank(served)], blocks=blocks, overlapped=overlapped)

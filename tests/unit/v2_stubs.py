@@ -34,7 +34,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.worker.gpu.kv_connector import ActiveKVConnector, get_kv_connector
 from vllm.v1.worker.utils import allocate_kv_cache
 
-SECONDS = 20.0
+SECONDS = 120.0
 """A test gives up waiting after so many."""
 SAMPLED = 9
 """The token that the model always answers."""
@@ -171,6 +171,7 @@ class Rank:
     def step(self, output: SchedulerOutput) -> ModelRunnerOutput:
         """`execute_model` and `sample_tokens` of vLLM's V2 runner, as far as a connector goes."""
         self.update(output)
+        assert self.connector._connector_metadata is None  # the last step's was cleared
         with self.agent():
             if output.total_num_scheduled_tokens == 0:
                 return self.driver.no_forward(output)
