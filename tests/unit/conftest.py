@@ -21,6 +21,8 @@ from awareness_vllm.wmatrix.manifest import Anchors, WMatrixManifest
 
 if TYPE_CHECKING:
     from memories_server import Server
+    from v2_model import Served
+    from v2_stubs import Engine
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog, and the other dogs look on.",
@@ -256,3 +258,44 @@ def server(
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return server_of_tenants(tmp_path, tiny_models[1])
+
+
+@pytest.fixture(scope="session")
+def windowed_model(
+    byte_fallback_tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A small random model with a sliding window in every second layer."""
+    from v2_model import save_gemma  # late: it imports vLLM
+
+    return save_gemma(tmp_path_factory.mktemp("windowed"), byte_fallback_tokenizer)
+
+
+@pytest.fixture
+def serve(
+    windowed_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Served]:
+    """Options to that model as a server on CUDA would run it."""
+    from v2_model import serve  # late: it imports vLLM
+
+    def make(**options: object) -> Served:
+        served = serve(windowed_model, tmp_path, **options)
+        # Only now: vLLM refuses V2 without Triton where its configuration is made.
+        monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+        return served
+
+    return make
+
+
+@pytest.fixture(params=[False, True], ids=["in_step", "a_step_ahead"])
+def overlapped(request: pytest.FixtureRequest) -> bool:
+    """Whether vLLM schedules a step before it has the last one's output."""
+    return bool(request.param)
+
+
+@pytest.fixture
+def engine(serve: Callable[..., Served], overlapped: bool) -> Engine:
+    """An engine of one rank."""
+    from v2_stubs import Engine, Rank  # late: they import vLLM
+
+    served = serve()
+    return Engine(served, [Rank(served)], overlapped=overlapped)

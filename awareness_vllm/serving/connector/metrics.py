@@ -241,13 +241,13 @@ class LoadTracker:
             other = self.by_rank.get(request_id)
             self.by_rank[request_id] = outcome if other is None else merge_ranks(other, outcome)
         for request_id in ended:
-            if (merged := self.by_rank.pop(request_id, None)) is not None:
-                if request_id not in self.uncounted:
-                    self.stats.record(merged)
-                if request_id in self.outcomes:
-                    self.outcomes[request_id] = merged
-                else:
-                    self.uncounted.discard(request_id)
+            merged = self.by_rank.pop(request_id, None)  # None where it was cancelled on all ranks
+            if merged is not None and request_id not in self.uncounted:
+                self.stats.record(merged)
+            if request_id not in self.outcomes:
+                self.uncounted.discard(request_id)
+            elif merged is not None:
+                self.outcomes[request_id] = merged
 
     def record_editions(self, outcomes: Mapping[str, int]) -> None:
         """Record what came of editions."""

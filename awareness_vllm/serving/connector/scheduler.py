@@ -155,7 +155,10 @@ class ConnectorScheduler:
                 continue
             block_ids = tuple(list(ids) for ids in new.block_ids)
             tokens = len(new.prompt_token_ids)
-            self.captures[new.req_id] = PendingCapture(name, tokens, block_ids, first, passage)
+            capture = PendingCapture(name, tokens, block_ids, first, passage)
+            if (preempted := self.captures.get(new.req_id)) is not None:
+                capture.read = preempted.read  # Model Runner V2 resumes a request as a new one
+            self.captures[new.req_id] = capture
             self.plan_save(new.req_id, new.num_computed_tokens, output)
         if not self.captures:
             return
