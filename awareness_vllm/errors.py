@@ -128,6 +128,11 @@ class NoWMatrix(AwarenessError):
     status = 422
 
 
+class UnsupportedServer(AwarenessError):
+    """A vLLM whose version, flags or other plugins keep memories from being served right: it does
+    not start."""
+
+
 class UnsupportedModel(AwarenessError):
     """A model whose KV cache cannot be described or mapped."""
 

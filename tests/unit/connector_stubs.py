@@ -7,7 +7,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-from vllm.config import KVTransferConfig
+from vllm.config import KVTransferConfig, VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
     KVConnectorTransferResults,
@@ -83,7 +83,10 @@ def scheduled(
         block_ids=ids,
     )
     return SimpleNamespace(
-        scheduled_new_reqs=[new], scheduled_cached_reqs=cached(), num_scheduled_tokens={"r": step}
+        scheduled_new_reqs=[new],
+        scheduled_cached_reqs=cached(),
+        num_scheduled_tokens={"r": step},
+        total_num_scheduled_tokens=step,
     )
 
 
@@ -93,6 +96,7 @@ def later(step: int, *names: str, **fields: Any) -> Any:
         scheduled_new_reqs=[],
         scheduled_cached_reqs=cached(*names, **fields),
         num_scheduled_tokens=dict.fromkeys(names, step),
+        total_num_scheduled_tokens=step * len(names),
     )
 
 
@@ -110,6 +114,7 @@ class StubWorker:
 
     def __init__(self, finish: Callable[[LoadSpec], Loaded]) -> None:
         self.pending: dict[str, LoadSpec] = {}
+        self.idle: list[bool] = []
         self.load = finish
         self.editions = SimpleNamespace(take_counts=dict)
 
@@ -117,6 +122,7 @@ class StubWorker:
         self.pending[load.request_id] = load
 
     def ready(self, *, idle: bool) -> list[str]:
+        self.idle.append(idle)
         return [name for name in self.pending if name != "slow"]
 
     def finish(self, request: str) -> Loaded:
@@ -135,9 +141,8 @@ def no_load(load: LoadSpec) -> Loaded:
 
 def connector(finish: Callable[[LoadSpec], Loaded] = no_load) -> Any:
     """Both of a server's connectors in one; its loads end as `finish` says."""
-    config: Any = SimpleNamespace(
-        kv_transfer_config=KVTransferConfig(**transfer_config(ServingConfig(store="store")))
-    )
+    transfer = KVTransferConfig(**transfer_config(ServingConfig(store="store")))
+    config = VllmConfig(kv_transfer_config=transfer)
     spec = SimpleNamespace(block_size=BLOCK_SIZE, sliding_window=None)
     cache: Any = SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec)])
     made: Any = AwarenessConnector(config, KVConnectorRole.SCHEDULER, cache)
@@ -148,6 +153,7 @@ def connector(finish: Callable[[LoadSpec], Loaded] = no_load) -> Any:
 def step(made: Any, metadata: ConnectorMetadata, *ended: str) -> KVConnectorTransferResults:
     """One step of the worker's half."""
     made.bind_connector_metadata(metadata)
+    # vLLM's Model Runner V2 calls it outside of any forward pass: there is no attention metadata.
     made.start_load_kv(SimpleNamespace(attn_metadata=None))
     made.wait_for_save()
     return made.get_transfer_results(set(ended))

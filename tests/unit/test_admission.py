@@ -162,7 +162,13 @@ async def answered(admitted: Admitted, answer: Callable[[], Any]) -> Any:
 
 @pytest.mark.parametrize(
     ("response", "warm"),
-    [(JSONResponse({}), True), (JSONResponse({}, status_code=400), False), (None, False)],
+    [
+        (JSONResponse({}), True),
+        (JSONResponse({}, status_code=400), False),
+        # A client that has gone, to vLLM 0.32 and to 0.33.
+        (None, False),
+        (Response(), False),
+    ],
 )
 def test_a_load_ends_with_its_response(
     admission: Admission, response: Response | None, warm: bool

@@ -19,7 +19,7 @@ import pytest
 import torch
 from memories_server import Server
 from safetensors.torch import save_file
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
 from awareness_vllm.errors import AwarenessError, CaptureNotAllowed, StorageFull, TooManyLoads
@@ -106,8 +106,15 @@ def test_captures_are_off_unless_the_operator_allows_them(capturing: Capturing) 
     assert capturing.server.engine.calls == []
 
 
-def test_a_capture_is_published_and_its_file_removed(capturing: Capturing) -> None:
-    response = capturing.run()
+@pytest.mark.parametrize(
+    "response",
+    [JSONResponse({"text": "t"}), Response(b'{"text": "t"}', media_type="application/json")],
+    ids=["vLLM 0.32", "vLLM 0.33"],
+)
+def test_a_capture_is_published_and_its_file_removed(
+    capturing: Capturing, response: Response
+) -> None:
+    response = capturing.run(lambda: response)
     memory = response.headers["X-Awareness-Captured"]
     assert capturing.server.get(memory)["name"] == "a name"
     assert capturing.left == []

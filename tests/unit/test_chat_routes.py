@@ -24,6 +24,7 @@ from awareness_vllm.passages.quotes import NO_QUOTES, Quoting
 from awareness_vllm.serving.admission import Admission, Admitted
 from awareness_vllm.serving.api.editions import Editions
 from awareness_vllm.serving.api.routes import AwarenessEndpoints
+from awareness_vllm.serving.config import PARAMS_KEY
 from awareness_vllm.serving.prompt import Prompt
 from awareness_vllm.serving.resolved_memory import ResolvedMemory
 from awareness_vllm.serving.tenants import Tenants
@@ -61,7 +62,9 @@ class Responses:
         self.online_renderer = SimpleNamespace(render_responses=self.render)
 
     async def render(self, request: ResponsesRequest) -> ResponsesRenderResult:
-        messages: Any = [{"role": "user", "content": request.input}]
+        messages: Any = request.input
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
         return ResponsesRenderResult(messages, cast(Any, {"prompt": lines(messages)}))
 
     async def create_responses(self, request: ResponsesRequest, raw: Any) -> ResponsesResponse:
@@ -108,6 +111,7 @@ def client() -> TestClient:
         engine_client=SimpleNamespace(
             tokenize=lambda text: list(text.encode()),
             ensure_head=AsyncMock(return_value=""),
+            forget_head=Mock(),
             ensure_passages=AsyncMock(side_effect=lambda prompt, question: prompt),
         ),
     )
@@ -128,6 +132,47 @@ def test_a_chat_that_is_refused_is_no_use_of_its_memories(client: TestClient) ->
     assert answer.status_code == 400
     front.resolver.append_question.assert_called_once()
     front.editions.use.assert_not_called()
+
+
+@pytest.mark.parametrize(("temperature", "forgotten"), [("recomputed", 1), ("warm", 0)])
+def test_a_load_that_failed_may_have_lacked_its_head(
+    client: TestClient, temperature: str, forgotten: int
+) -> None:
+    """Several API servers fill the workers' place for heads without knowing of each other."""
+    state = cast(Any, client.app).state
+    answered = state.openai_serving_responses.create_responses
+
+    async def create_responses(request: ResponsesRequest, raw: Any) -> ResponsesResponse:
+        response = await answered(request, raw)
+        response.kv_transfer_params = {PARAMS_KEY: {"temperature": temperature}}
+        return response
+
+    state.openai_serving_responses.create_responses = create_responses
+    ask(client, "/v1/responses", input=QUESTION, **IDS)
+    ensure_head, forget_head = (
+        getattr(state.awareness.engine_client, name) for name in ("ensure_head", "forget_head")
+    )
+    assert forget_head.call_args_list == ensure_head.call_args_list * forgotten
+    assert ensure_head.call_args.args[0]
+
+
+@pytest.mark.parametrize("new", [False, True], ids=["vLLM 0.32", "vLLM 0.33"])
+def test_thinking_that_is_switched_off_is_rendered_so(client: TestClient, new: bool) -> None:
+    handler = cast(Any, client.app).state.anthropic_serving_messages
+    effort, seen = AsyncMock(return_value="low"), []
+    render = handler.render_chat_request
+    if new:
+        handler.disabled_thinking_effort_resolver = SimpleNamespace(resolve_for=effort)
+    else:
+        handler._get_disabled_thinking_effort = effort
+    handler.render_chat_request = lambda chat: seen.append(chat.reasoning_effort) or render(chat)
+    messages = [{"role": "user", "content": QUESTION}]
+    thinking = {"type": "disabled"}
+    ask(client, "/v1/messages/count_tokens", messages=messages, thinking=thinking, **IDS)
+    ask(client, "/v1/messages/count_tokens", messages=messages, **IDS)
+    assert seen[0] == "low"
+    assert seen[1] != "low"
+    effort.assert_awaited_once()
 
 
 @pytest.mark.parametrize(("turns", "automatic"), [(1, True), (2, False)])
@@ -155,13 +200,35 @@ def test_a_messages_count_has_its_memories(client: TestClient) -> None:
     assert counts[1].json()["memory"]["ids"] == [ID]
 
 
-def test_a_chat_with_more_than_text_takes_no_memories(client: TestClient) -> None:
-    image = {"type": "image", "source": {"type": "url", "url": "data:,"}}
-    content = [image, {"type": "text", "text": QUESTION}]
-    messages = [{"role": "user", "content": content}]
-    refused = ask(client, "/v1/messages/count_tokens", messages=messages, **IDS)
+def with_image(image: dict[str, Any]) -> list[dict[str, Any]]:
+    """A conversation with an image in its last turn."""
+    words = [
+        {"type": image["type"].replace("image", "text").removesuffix("_url"), "text": QUESTION}
+    ]
+    turns = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": "So."}]
+    return [*turns, {"role": "user", "content": [*words, image]}]
+
+
+URL = {"url": "data:,"}
+ANTHROPICS = with_image({"type": "image", "source": {"type": "url", "url": "data:,"}})
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": with_image({"type": "image_url", "image_url": URL})}),
+        ("/v1/responses", {"input": with_image({"type": "input_image", "image_url": "data:,"})}),
+        ("/v1/messages", {"messages": ANTHROPICS, "max_tokens": 1}),
+        ("/v1/messages/count_tokens", {"messages": ANTHROPICS}),
+    ],
+)
+def test_a_chat_with_more_than_text_takes_no_memories(
+    client: TestClient, path: str, body: dict[str, Any]
+) -> None:
+    refused = ask(client, path, **body, **IDS)
     assert refused.status_code == 400, refused.text
-    assert (refused.json()["type"], "text" in refused.text) == ("error", True)
+    assert "more than text" in refused.text
+    assert ("type" in refused.json()) is path.startswith("/v1/messages")
 
 
 def test_a_stored_response_names_its_memories(client: TestClient) -> None:

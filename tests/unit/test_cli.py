@@ -344,7 +344,12 @@ def test_serve_becomes_vllms_server(
     assert main([*argv, "--max-model-len=2048", "--enforce-eager"]) == 0
     ((file, command, environ),) = became
     assert file == command[0] == sys.executable
-    assert command[1:5] == ["-m", "vllm.entrypoints.openai.api_server", "--model", "some/model"]
+    assert command[1:5] == [
+        "-m",
+        "awareness_vllm.serving.server",
+        "some/model",
+        "--kv-transfer-config",
+    ]
     transfer = json.loads(command[command.index("--kv-transfer-config") + 1])
     assert transfer["kv_connector"] == "AwarenessConnector"
     extra = transfer["kv_connector_extra_config"]
@@ -376,6 +381,6 @@ def test_serve_prints_its_command_before_it_becomes_the_server(
         real(kept, 1)
         os.close(kept)
     out, err = capfd.readouterr()
-    assert json.loads(out)["argv"][4] == "m"
+    assert json.loads(out)["argv"][3] == "m"
     assert "the server's log" in err
     assert duplicated[-1] == (2, 1)

@@ -6,7 +6,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from connector_stubs import blocks, connector, later, plain_request, plan_with, request, step
+from connector_stubs import (
+    blocks,
+    connector,
+    later,
+    plain_request,
+    plan_with,
+    request,
+    scheduled,
+    step,
+)
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 from vllm.v1.outputs import KVConnectorOutput
 
@@ -73,6 +82,24 @@ def test_a_load_that_cannot_be_planned_fails_its_request() -> None:
     assert results.finished_recving == {"embeddings", "good"}
 
 
+def test_a_request_that_waits_for_no_load_hears_of_none() -> None:
+    """It is running by then, and vLLM dies of hearing that its load has ended."""
+    made = connector(loaded)
+    unreadable: Any = SimpleNamespace(request_id="r")
+    made.update_state_after_alloc(unreadable, blocks([1, 2]), 0)
+    assert made.build_connector_meta(later(1, "r")) == ConnectorMetadata()
+    made.update_state_after_alloc(unreadable, blocks([1, 2]), 20)
+    assert made.build_connector_meta(later(1, "s")).failed == ["r"]
+
+
+def test_a_step_is_idle_if_it_computes_nothing() -> None:
+    """The worker cannot tell: Model Runner V2 calls it outside of any forward pass."""
+    made = connector(loaded)
+    for scheduler_output in (later(3, "r"), later(0), scheduled({}, step=1)):
+        step(made, made.build_connector_meta(scheduler_output))
+    assert made.worker.idle == [False, True, False]
+
+
 def test_a_request_that_cannot_be_read_is_prefilled() -> None:
     made = connector()
     unreadable: Any = SimpleNamespace(request_id="r")
@@ -112,3 +139,11 @@ def test_a_step_without_loads_sends_nothing() -> None:
     made = connector()
     assert made.build_connector_worker_meta() is None
     assert made.get_kv_connector_stats() is None
+
+
+def test_maps_are_warmed_up_with_the_kv_cache() -> None:
+    """After it vLLM's own warm-up begins, with whose end compilations count as faults."""
+    made, warmed = connector(), []
+    made.worker.warm_up = lambda: warmed.append(True)
+    made.register_kv_caches({})
+    assert warmed == [True]

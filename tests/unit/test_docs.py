@@ -33,7 +33,15 @@ pytestmark = pytest.mark.unit
 
 SHELL = frozenset({".", "cd", "cut", "echo", "grep", "kill", "sleep"})
 VLLM_FLAGS = {"--chat-template", "--help", "--kv-transfer-config", "--max-model-len"}
-VLLM_FLAGS |= {"--api-key", "--worker-extension-cls"}
+VLLM_FLAGS |= {"--api-key", "--worker-extension-cls", "--jit-monitor-mode", "--grpc", "--nnodes"}
+VLLM_FLAGS |= {f"--{kind}-parallel-size" for kind in ("data", "pipeline", "tensor")}
+VLLM_FLAGS |= {f"--{kind}-context-parallel-size" for kind in ("decode", "prefill")}
+VLLM_FLAGS |= {
+    "--prefix-cache-retention-interval",
+    "--api-server-count",
+    "--kv-cache-dtype",
+    "--kv-cache-dtype-skip-layers",
+}
 """Flags in prose that are vLLM's own."""
 FILE = re.compile(r"(?:[\w.-]+/)+[\w-]+(?:\.(?:py|md|json|sh|png))?")
 LINK = re.compile(r"\]\(([^)#\s]*)(#[^)\s]*)?\)")

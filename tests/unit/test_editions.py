@@ -93,7 +93,7 @@ def test_it_is_made_after_so_many_uses_and_never_by_default(engine: Engine) -> N
     assert asyncio.run(uses(2, uses=3)) == 0
     assert asyncio.run(uses(3, uses=3)) == 1
     assert asyncio.run(uses(3, policy="never")) == 0
-    assert asyncio.run(uses(3, off="data parallelism")) == 0
+    assert asyncio.run(uses(3, off="an fp8 cache")) == 0
     assert Editions(cast(Any, None)).policy == "never"
 
 

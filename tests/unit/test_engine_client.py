@@ -198,3 +198,18 @@ def test_no_more_heads_are_known_than_workers_keep(monkeypatch: pytest.MonkeyPat
         assert len(client.heads) == 2
 
     asyncio.run(ask())
+
+
+def test_a_head_is_computed_again_once_it_is_forgotten() -> None:
+    async def ask() -> None:
+        chats, client = heads()
+        for ids in (SHORT, (3,), SHORT):
+            await client.ensure_head(ids)
+        client.forget_head(SHORT)
+        client.forget_head(())
+        client.forget_head((7,))
+        for ids in (SHORT, (3,)):
+            await client.ensure_head(ids)
+        assert [prompt["prompt_token_ids"] for prompt in chats.prompts] == [[1, 2], [3], [1, 2]]
+
+    asyncio.run(ask())

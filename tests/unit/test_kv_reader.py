@@ -58,8 +58,9 @@ def test_a_layout_places_every_element_once(
     assert (layer.kv_cache == EMPTY).all()
 
 
-def test_a_quantised_cache_cannot_be_captured() -> None:
-    layer = SimpleNamespace(kv_cache=torch.zeros(1, 1, 32, 8, dtype=torch.uint8), num_kv_heads=1)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_quantised_cache_cannot_be_captured(dtype: torch.dtype) -> None:
+    layer = SimpleNamespace(kv_cache=torch.zeros(1, 1, 32, 8, dtype=dtype), num_kv_heads=1)
     with pytest.raises(UnsupportedModel, match="quantised"):
         block_layout(layer, "key")
 

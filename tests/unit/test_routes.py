@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -11,7 +12,7 @@ from unittest.mock import AsyncMock
 
 import numpy as np
 import pytest
-from starlette.responses import JSONResponse, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.serve.utils.api_utils import load_aware_call
 
@@ -80,7 +81,16 @@ def reported(body: dict[str, Any], prompt: Prompt = PROMPT) -> JSONResponse:
     return response
 
 
-def test_a_response_reports_its_memories() -> None:
+def plainly_reported(body: dict[str, Any]) -> Response:
+    """The same of what vLLM answers from 0.33 on."""
+    content, headers = json.dumps(body).encode(), {"X-Other": "kept"}
+    response = Response(content, headers=headers, media_type="application/json")
+    add_report(response, PROMPT)
+    return response
+
+
+@pytest.mark.parametrize("reported", [reported, plainly_reported])
+def test_a_response_reports_its_memories(reported: Callable[[Any], Response]) -> None:
     load = {"temperature": "warm", "loaded_tokens": 2, "seconds": 0.1}
     body = {"text": "t", "kv_transfer_params": {PARAMS_KEY: load, "other": 1}}
     response = reported(body)

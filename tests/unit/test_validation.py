@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
 from awareness_vllm.errors import UnsupportedRequest
 from awareness_vllm.serving.api.validation import (
     MAX_DEPTH,
     check_engine_extras,
+    check_request,
     may_be_adapter,
 )
 
@@ -77,3 +79,31 @@ def test_a_name_that_vllm_may_resolve_to_an_adapter(
         engine_client=SimpleNamespace(vllm_config=config),
     )
     assert may_be_adapter(models, SimpleNamespace(model=name)) is expected
+
+
+TEXT = {"type": "text", "text": "what is it?"}
+MEDIA = [
+    {"type": "image_url", "image_url": {"url": "data:,"}},
+    {"image_url": {"url": "data:,"}},
+    {"type": "input_audio", "input_audio": {"data": "", "format": "wav"}},
+    {"type": "video_url", "video_url": {"url": "data:,"}},
+]
+
+
+@pytest.mark.parametrize("part", [TEXT, *MEDIA], ids=str)
+@pytest.mark.parametrize("role", ["user", "system", "assistant", "tool"])
+def test_a_chat_with_more_than_text_is_refused_as_it_came(part: dict[str, Any], role: str) -> None:
+    """vLLM renders such a chat again, without the memories. It may have made iterators of the
+    messages' contents by then, into which its own look for images does not go."""
+    message = {"role": role, "content": [TEXT, part]}
+    request = ChatCompletionRequest(messages=[{"role": "user", "content": "hello"}])
+    request.messages.append({**message, "content": iter(message["content"])})  # type: ignore[arg-type, typeddict-item]
+    models = SimpleNamespace(is_base_model=lambda name: True)
+    raw: Any = SimpleNamespace(app=SimpleNamespace(state=SimpleNamespace()))
+    raw.app.state.openai_serving_models = models
+    body = {"messages": [{"role": "user", "content": "hello"}, message]}
+    if part is TEXT:
+        check_request(request, raw, "memory_ids", body)
+        return
+    with pytest.raises(UnsupportedRequest, match="a message with more than text"):
+        check_request(request, raw, "memory_ids", body)

@@ -29,6 +29,7 @@ from worker_stubs import (
 from awareness_vllm.align.kv_writer import KVWriter
 from awareness_vllm.align.realign import AlignedMemory
 from awareness_vllm.errors import (
+    AwarenessError,
     LoadTimeout,
     PackageCorrupt,
 )
@@ -46,6 +47,7 @@ from awareness_vllm.serving.connector.worker import ConnectorWorker
 from awareness_vllm.serving.params import LoadParams, Part
 from awareness_vllm.serving.served_model import ServedModel
 from awareness_vllm.wmatrix.file import WMatrix
+from awareness_vllm.wmatrix.registry import Registry, WMatrixEntry
 
 pytestmark = pytest.mark.unit
 
@@ -296,6 +298,8 @@ def test_the_worker_of_a_vllm_process(
             static_forward_context={name: layer for name in (*NAMES, "another")}
         ),
         parallel_config=SimpleNamespace(tensor_parallel_size=1),
+        device_config=SimpleNamespace(device=torch.device("cpu")),
+        speculative_config=None,
     )
     config = ServingConfig(
         store="none",
@@ -318,3 +322,51 @@ def test_the_worker_of_a_vllm_process(
     assert made.loader.disk is not None
     assert made.loader.disk.limit == 10 * 2**30
     assert [entry.digest for entry in made.registry] == [file_digest(tmp_path / "a.wmatrix")]
+
+
+class StubModel(torch.nn.Module):
+    """A running model, as far as its embedding goes."""
+
+    def __init__(self, rows: int, width: int) -> None:
+        super().__init__()
+        self.table = torch.nn.Parameter(torch.randn(rows, width))
+        self.lookups = 0
+
+    def embed_input_ids(self, ids: torch.Tensor) -> torch.Tensor:
+        self.lookups += 1
+        return self.table[ids]
+
+
+def test_maps_are_ready_before_there_is_a_cache_and_warm_before_there_is_a_model(
+    worker: ConnectorWorker, wmatrix: WMatrix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[torch.Tensor] = []
+    monkeypatch.setattr(WMatrix, "map", lambda self, rows, embeddings: used.append(embeddings))
+    manifest = wmatrix.manifest.model_copy(update={"target": worker.model.geometry})
+    entries = [
+        WMatrixEntry(tmp_path / "ours.wmatrix", manifest, "a" * 64),
+        WMatrixEntry(tmp_path / "others.wmatrix", wmatrix.manifest, "b" * 64),
+    ]
+    monkeypatch.setattr(worker_module, "load_wmatrix", lambda path, digest: wmatrix)
+    worker.registry = Registry(tuple(entries))
+    worker.load_maps(torch.device("cpu"))
+    assert list(worker.loader.wmatrices) == ["a" * 64]
+    assert used == []
+    worker.warm_up()
+    assert [len(rows) for rows in used] == [worker_module.WARM_UP_ROWS]
+    with pytest.raises(AwarenessError, match="no model to take embeddings from"):
+        worker.loader.embed(torch.tensor([0]))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_model_is_bound_once_however_many_api_servers_ask(
+    worker: ConnectorWorker, ranks: int
+) -> None:
+    """Over several ranks each binding looks the whole table up."""
+    worker.ranks = ranks
+    model = StubModel(worker.model.geometry.vocab_size, 3)
+    worker.bind_model(model)
+    lookups, embed = model.lookups, worker.loader.embed
+    worker.bind_model(model)
+    assert (model.lookups, worker.loader.embed) == (lookups, embed)
+    assert torch.equal(embed(torch.tensor([1])), model.table[1:2])

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
 from awareness_vllm.errors import (
@@ -27,7 +27,7 @@ from awareness_vllm.packages.manifest import Manifest
 from awareness_vllm.packages.store import digest_in
 from awareness_vllm.serving.admission import Admitted
 from awareness_vllm.serving.connector.kv_reader import CAPTURE_KEY
-from awareness_vllm.serving.http import FrontEnd, caller, replace_body, set_headers
+from awareness_vllm.serving.http import FrontEnd, caller, is_whole_answer, replace_body, set_headers
 from awareness_vllm.serving.offline_capture import as_package, state_bytes
 from awareness_vllm.serving.request import MEMORY
 
@@ -53,7 +53,7 @@ class Capture:
         engine_client = self.front.engine_client
         try:
             response = await answer
-            if not isinstance(response, JSONResponse) or response.status_code != 200:
+            if not is_whole_answer(response):
                 return response
             try:
                 states = await engine_client.captured_states(self.key)

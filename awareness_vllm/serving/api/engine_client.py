@@ -89,11 +89,8 @@ class MemoryEngineClient:
         return answers
 
     async def check_read_back(self) -> None:
-        """Re-read no passages where a worker cannot read its cache back, or where an answer may be
-        given by another engine than the one that has read its passages."""
+        """Re-read no passages where a worker cannot read its cache back."""
         reasons = await self.call(CHECK_READ_BACK)
-        if self.engine.vllm_config.parallel_config.data_parallel_size > 1:
-            reasons.append("data parallelism")
         self.passages.disabled = next(filter(None, reasons), "")
         if self.passages.disabled:
             logger.warning("passages are not re-read: %s", self.passages.disabled)
@@ -146,6 +143,12 @@ class MemoryEngineClient:
         self.heads.move_to_end(name)
         # A chat that is given up does not take the head from the others.
         return await asyncio.shield(self.heads[name])
+
+    def forget_head(self, ids: tuple[int, ...]) -> None:
+        """Have a prompt's head computed again for the next chat: a load after it has failed, for
+        the workers may have dropped it for those of other API servers."""
+        if ids:
+            self.heads.pop(head_name(ids), None)
 
     def _head_ended(self, name: str, task: asyncio.Task[str]) -> None:
         """Forget a head that is not kept: at once where its request failed, else after a while."""

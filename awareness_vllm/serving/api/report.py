@@ -6,11 +6,11 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from awareness_vllm.serving.config import PARAMS_KEY
 from awareness_vllm.serving.connector.metrics import RECOMPUTED
-from awareness_vllm.serving.http import replace_body, set_headers
+from awareness_vllm.serving.http import is_whole_answer, replace_body, set_headers
 from awareness_vllm.serving.prompt import Prompt
 from awareness_vllm.serving.request import MEMORY
 
@@ -26,7 +26,7 @@ def add_report(
         the report.
     """
     report = prompt.report()
-    if isinstance(response, JSONResponse) and response.status_code == 200:
+    if is_whole_answer(response):
         body = json.loads(bytes(response.body))
         params = body.get("kv_transfer_params") or {}
         report |= params.pop(PARAMS_KEY, {})

@@ -52,12 +52,14 @@ from awareness_vllm.serving.api.front_end import build_front_end
 from awareness_vllm.serving.api.guard import Guard
 from awareness_vllm.serving.api.prefetch import while_connected
 from awareness_vllm.serving.api.report import add_report
+from awareness_vllm.serving.api.route_order import check_routes
 from awareness_vllm.serving.api.validation import (
     check_extras,
     check_request,
     strip_reserved_params,
 )
 from awareness_vllm.serving.config import CONNECTOR, ServingConfig
+from awareness_vllm.serving.connector.metrics import RECOMPUTED
 from awareness_vllm.serving.connector.worker_extension import BIND
 from awareness_vllm.serving.http import (
     RETRY_AFTER,
@@ -71,6 +73,7 @@ from awareness_vllm.serving.http import (
 from awareness_vllm.serving.params import kv_transfer_params
 from awareness_vllm.serving.prompt import Prompt
 from awareness_vllm.serving.request import MEMORY_IDS, parse_memory_request, sent_field
+from awareness_vllm.serving.supported import check_engine
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
@@ -96,6 +99,7 @@ class AwarenessEndpoints:
     required_tasks: ClassVar[tuple[str, ...]] = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
+        self.app = app
         app.include_router(router)
         app.include_router(memory_routes.router)
         answer_unauthorized(app)
@@ -116,6 +120,8 @@ class AwarenessEndpoints:
                 "memories are off: start with `awareness serve`, or --kv-transfer-config"
             )
             return
+        check_engine(engine_client.vllm_config)
+        check_routes(self.app, [*router.routes, *memory_routes.router.routes])
         config = ServingConfig.parse(transfer.kv_connector_extra_config)
         front = await asyncio.to_thread(build_front_end, config, engine_client)
         await front.engine_client.call(BIND)
@@ -276,7 +282,10 @@ async def as_chat(handler: AnthropicServingMessages, request: Message) -> ChatCo
     """The chat that vLLM makes of a message, with its system prompts and its thinking."""
     effort: Any = "none"
     if request.thinking is not None and request.thinking.type == "disabled":
-        effort = await handler._get_disabled_thinking_effort()
+        if hasattr(handler, "disabled_thinking_effort_resolver"):  # from vLLM 0.33 on
+            effort = await handler.disabled_thinking_effort_resolver.resolve_for(request)
+        else:
+            effort = await handler._get_disabled_thinking_effort()
     return handler.to_chat_completion_request(
         request,
         merge_inline_system=handler._merge_inline_system,
@@ -300,7 +309,7 @@ async def answer(
         memory_request = parse_memory_request(body)
         if memory_request is None:
             return await handler(request, raw_request)
-        check_request(request, raw_request, sent)
+        check_request(request, raw_request, sent, body)
         if memory_request.capture is not None:
             capture = await announce_capture(request, raw_request, memory_request.capture)
             return await capture.finish(handler(request, raw_request))
@@ -325,6 +334,8 @@ async def answer(
             if report.get("reason") == PassageMissing.__name__:
                 for memory in used.memories:
                     front.engine_client.passages.forget(memory.id)
+            elif report.get("temperature") == RECOMPUTED:
+                front.engine_client.forget_head(used.head)
         return response
 
     return await load.until_answered(load_and_answer())

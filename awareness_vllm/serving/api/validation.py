@@ -7,6 +7,8 @@ from typing import Any
 
 from fastapi import Request
 from vllm import envs
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.renderers.chat_utils import has_non_text_content
 
 from awareness_vllm.errors import UnsupportedRequest
 from awareness_vllm.serving.config import PARAMS_KEY
@@ -89,9 +91,9 @@ def _named(parameter: str, error: UnsupportedRequest) -> UnsupportedRequest:
     return error
 
 
-def check_request(request: Any, raw_request: Request, sent: str) -> None:
-    """Refuse fields with which a memory, `sent` in that field, would be ignored in silence, cut in
-    two, or wrong.
+def check_request(request: Any, raw_request: Request, sent: str, body: Mapping[str, Any]) -> None:
+    """Refuse fields with which a memory, `sent` in that field of the `body`, would be ignored in
+    silence, cut in two, or wrong.
 
     Raises:
         UnsupportedRequest
@@ -103,6 +105,10 @@ def check_request(request: Any, raw_request: Request, sent: str) -> None:
         "use_beam_search": bool(getattr(request, "use_beam_search", False)),
         "prompt_embeds": getattr(request, "prompt_embeds", None) is not None,
         "previous_response_id": getattr(request, "previous_response_id", None) is not None,
+        # As it came, since vLLM may have made an iterator of a message's content by now. The other
+        # APIs' messages are looked at as the chat that vLLM makes of them.
+        "a message with more than text": isinstance(request, ChatCompletionRequest)
+        and has_non_text_content(body.get("messages")),
         "a LoRA adapter": may_be_adapter(raw_request.app.state.openai_serving_models, request),
     }
     for field, present in conflicts.items():

@@ -35,6 +35,7 @@ from awareness_vllm.serving.connector.metrics import (
 )
 from awareness_vllm.serving.connector.scheduler import ConnectorMetadata, ConnectorScheduler
 from awareness_vllm.serving.connector.worker import ConnectorWorker
+from awareness_vllm.serving.supported import check_engine
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -55,6 +56,7 @@ class AwarenessConnector(KVConnectorBase_V1, SupportsHMA):
     def __init__(
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
     ) -> None:
+        check_engine(vllm_config)
         super().__init__(vllm_config, role, kv_cache_config)
         transfer = vllm_config.kv_transfer_config
         assert transfer is not None  # it named this connector
@@ -69,8 +71,8 @@ class AwarenessConnector(KVConnectorBase_V1, SupportsHMA):
 
     # Worker half
 
-    def bind_model(self, model: Any) -> None:
-        self.worker.bind_model(model)
+    def register_kv_caches(self, kv_caches: dict[str, Tensor]) -> None:
+        self.worker.warm_up()
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         metadata = self._get_connector_metadata()
@@ -80,7 +82,7 @@ class AwarenessConnector(KVConnectorBase_V1, SupportsHMA):
         for load in metadata.loads:
             with self.failing(load.request_id):
                 self.worker.begin(load)
-        for request in self.worker.ready(idle=not forward_context.attn_metadata):
+        for request in self.worker.ready(idle=metadata.idle):
             with self.failing(request):
                 self.outcomes.by_request[request] = self.worker.finish(request)
                 self.results.finished_recving.add(request)
@@ -152,8 +154,11 @@ class AwarenessConnector(KVConnectorBase_V1, SupportsHMA):
             cached = self.scheduler.plan_load(request, blocks, num_external_tokens)
         except Exception as error:
             logger.exception("request %s is prefilled instead", request.request_id)
-            self.scheduler.step.failed.append(request.request_id)
-            self.tracker.record_failure(request.request_id, error)
+            if num_external_tokens:
+                # vLLM waits for this load. A request that waits for none is running by then, and
+                # the engine dies of hearing that its load has ended.
+                self.scheduler.step.failed.append(request.request_id)
+                self.tracker.record_failure(request.request_id, error)
         else:
             if num_external_tokens:
                 plan = self.scheduler.plan_of(request)
@@ -165,7 +170,9 @@ class AwarenessConnector(KVConnectorBase_V1, SupportsHMA):
             self.scheduler.plan_saves(scheduler_output, CAPTURE_KEY)
         except Exception:
             logger.exception("a capture is not made")
-        return self.scheduler.take_step()
+        step = self.scheduler.take_step()
+        step.idle = not scheduler_output.total_num_scheduled_tokens
+        return step
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         # Of an aborted request nothing is kept.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,7 @@ from awareness_vllm.models.rope import cos_sin_table
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
 NULL_BLOCK = -1
 """The ID of a block that holds nothing: it is outside a sliding window."""
@@ -35,6 +36,7 @@ FLOAT8 = {
     "fp8_e5m2": torch.float8_e5m2,
 }
 """vLLM keeps float8 as bytes; its names of the formats."""
+Scale = float | Sequence[float]
 
 
 @dataclass(frozen=True)
@@ -50,17 +52,31 @@ class KVLayout:
     windows: Sequence[int | None] = ()
 
     @classmethod
-    def from_vllm(cls, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> KVLayout:
+    def from_vllm(
+        cls, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, count: int
+    ) -> KVLayout:
+        """The layout of a process that serves a model of `count` layers, without its draft model.
+
+        Raises:
+            UnsupportedModel: layers whose numbers do not tell them apart.
+        """
         cache_groups = kv_cache_config.kv_cache_groups
         groups = {name: g for g, group in enumerate(cache_groups) for name in group.layer_names}
-        layers = vllm_config.compilation_config.static_forward_context
-        specs = [group.kv_cache_spec for group in cache_groups]
-        block_sizes = [spec.block_size for spec in specs]
-        windows = [
-            getattr(spec, "sliding_window", None) if type(spec).__name__ in WINDOWED else None
-            for spec in specs
-        ]
-        return cls({name: layers[name] for name in groups}, groups, block_sizes, windows)
+        drafts = {
+            name
+            for name, g in groups.items()
+            if getattr(spec_of(cache_groups[g].kv_cache_spec, name), "is_draft", False)
+        }
+        table = vllm_config.compilation_config.static_forward_context
+        drafting = vllm_config.speculative_config is not None
+        built = [name for name in table if name in groups and name not in drafts]
+        names = served_layers(built, count, drafting=drafting)
+        return cls(
+            {name: table[name] for name in names},
+            {name: groups[name] for name in names},
+            [group.kv_cache_spec.block_size for group in cache_groups],
+            windows_of(kv_cache_config),
+        )
 
     def first_rows(self, tokens: int, computed: int) -> dict[int, int]:
         """The first of a memory's `tokens` tokens whose row each layer must keep, by its index in
@@ -78,9 +94,14 @@ class KVLayout:
         self, block_ids: Sequence[Sequence[int]], begin: int, end: int
     ) -> list[Tensor]:
         """Per KV cache group, the slots [end - begin] of positions begin … end-1, from its blocks'
-        IDs."""
-        pairs = zip(block_ids, self.block_sizes, strict=True)
-        return [slot_mapping(ids, size, begin, end) for ids, size in pairs]
+        IDs; all PAD_SLOT_ID in a group without a layer of ours, such as a draft model's."""
+        used = set(self.groups.values()) if self.groups else range(len(self.block_sizes))
+        return [
+            slot_mapping(ids, size, begin, end)
+            if group in used
+            else torch.full((end - begin,), PAD_SLOT_ID)
+            for group, (ids, size) in enumerate(zip(block_ids, self.block_sizes, strict=True))
+        ]
 
     def check(self, geometry: Geometry) -> None:
         """Refuse cached layers that the model's geometry lacks. Raises UnsupportedModel."""
@@ -94,7 +115,62 @@ class KVLayout:
 
     def pages(self) -> list[Pages]:
         """Each layer's pages, as the CUDA backends lay them out."""
-        return [pages_of(layer) for layer in self.layers.values()]
+        return [pages_of(layer, *self.scales[name]) for name, layer in self.layers.items()]
+
+    @cached_property
+    def scales(self) -> dict[str, tuple[Scale, Scale]]:
+        """The factors from stored to real keys and values of each layer, read once: those of single
+        heads lie on the device."""
+        return {name: scales_of(layer) for name, layer in self.layers.items()}
+
+
+def spec_of(spec: KVCacheSpec, name: str) -> KVCacheSpec:
+    """A layer's own spec, where those of a group differ (UniformTypeKVCacheSpecs)."""
+    specs: Mapping[str, KVCacheSpec] = getattr(spec, "kv_cache_specs", {})
+    return specs.get(name, spec)
+
+
+def windows_of(kv_cache_config: KVCacheConfig) -> list[int | None]:
+    """Of each KV cache group the window outside of which vLLM gives blocks back, None where it
+    keeps all of them. Layers of one group have one window."""
+    windows: list[int | None] = []
+    for group in kv_cache_config.kv_cache_groups:
+        spec = group.kv_cache_spec
+        spec = getattr(spec, "first_spec", spec)
+        windowed = any(kind.__name__ in WINDOWED for kind in type(spec).__mro__)
+        windows.append(getattr(spec, "sliding_window", None) if windowed else None)
+    return windows
+
+
+def served_layers(built: Sequence[str], count: int, *, drafting: bool) -> list[str]:
+    """The served model's layers among those that were `built`, in order.
+
+    With `drafting` a draft model's were built after them. Its layers have the served model's
+    numbers once more under another prefix (`draft_model.model.layers.0`, `mtp.layers.0`), or go on
+    counting (EAGLE).
+
+    Raises:
+        UnsupportedModel: a number is unclear, or two layers have it.
+    """
+    if drafting and built:
+        prefix = prefix_of(built[0])
+        built = [n for n in built if prefix_of(n) == prefix and layer_index(n) < count]
+    by_index: dict[int, str] = {}
+    for name in built:
+        if (other := by_index.setdefault(layer_index(name), name)) != name:
+            raise UnsupportedModel(
+                "two layers of the server's KV cache have one number",
+                found=f"{other} and {name}",
+                expected="a number of its own for each layer",
+                remedy="start without a draft model or MTP" if drafting else None,
+            )
+    return list(by_index.values())
+
+
+def prefix_of(name: str) -> str:
+    """What precedes the first number in a layer's name."""
+    found = LAYER_NUMBER.search(name)
+    return name[: found.start()] if found else name
 
 
 def slot_mapping(block_ids: Sequence[int], size: int, begin: int, end: int) -> Tensor:
@@ -173,10 +249,22 @@ def slice_of_rank(total: int, local: int) -> slice:
     return slice(begin, begin + local)
 
 
-def pages_of(layer: Any) -> Pages:
-    """A layer's pages from its cache [B, H, N, K|V], the layout of the CUDA backends."""
+def scales_of(layer: Any) -> tuple[Scale, Scale]:
+    """The factors from stored to real keys and values, one for the layer or one for each head of
+    this rank. vLLM's own number for a layer with several is the largest; one without a quantised
+    cache ignores those that its checkpoint brings."""
+    if layer.kv_cache.dtype.itemsize > 1:
+        return 1.0, 1.0
+    if layer._k_scale.numel() == 1:
+        return layer._k_scale_float, layer._v_scale_float
+    return tuple(layer._k_scale.tolist()), tuple(layer._v_scale.tolist())
+
+
+def pages_of(layer: Any, key_scale: Scale, value_scale: Scale) -> Pages:
+    """A layer's pages from its cache [B, H, N, K|V], the layout of the CUDA backends, with the
+    factors from stored to real values."""
     cache = layer.kv_cache
     if cache.dtype == torch.uint8:
         cache = cache.view(FLOAT8[layer.kv_cache_dtype])
     keys, values = cache.transpose(1, 2).split(layer.head_size, dim=-1)
-    return Pages(keys, values, layer._k_scale_float, layer._v_scale_float)
+    return Pages(keys, values, key_scale, value_scale)  # type: ignore[arg-type]

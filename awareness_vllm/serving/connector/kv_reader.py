@@ -88,7 +88,7 @@ def block_layout(layer: Any, part: str) -> Tensor:
         UnsupportedModel: a quantised cache.
     """
     cache = layer.kv_cache
-    if not cache.dtype.is_floating_point:
+    if cache.dtype.itemsize < 2:
         raise UnsupportedModel(
             "cannot capture from a quantised KV cache",
             found=str(cache.dtype),

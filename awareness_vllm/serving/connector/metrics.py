@@ -173,6 +173,7 @@ class LoadMetrics(KVConnectorPromMetrics):
             "vllm:awareness_edition_bytes",
             "Bytes of editions in host memory, on one rank.",
             labelnames=list(labelnames),
+            multiprocess_mode="mostrecent",  # of several API servers, whichever heard of it last
         )
         self.start_at_zero()
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
 
-from awareness_vllm.serving.connector.kv_layout import NULL_BLOCK
+from awareness_vllm.serving.connector.kv_layout import NULL_BLOCK, windows_of
 from awareness_vllm.serving.params import LoadParams, Passage
 
 if TYPE_CHECKING:
@@ -72,11 +72,13 @@ class PendingCapture:
 
 @dataclass
 class ConnectorMetadata(KVConnectorMetadata):
-    """The work of the worker half in one engine step."""
+    """The work of the worker half in one engine step, which computes nothing else if it is `idle`:
+    a worker cannot tell, since Model Runner V2 calls it after the forward pass, outside of it."""
 
     loads: list[LoadSpec] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     saves: list[SaveSpec] = field(default_factory=list)
+    idle: bool = False
 
 
 class ConnectorScheduler:
@@ -84,7 +86,7 @@ class ConnectorScheduler:
     blocks of a prompt that is captured.
 
     Args:
-        windows: the sliding window of each KV cache group, None for full attention.
+        windows: of each KV cache group that outside of which vLLM gives blocks back, or None.
     """
 
     def __init__(self, windows: Sequence[int | None]) -> None:
@@ -96,8 +98,7 @@ class ConnectorScheduler:
 
     @classmethod
     def from_vllm(cls, kv_cache_config: KVCacheConfig) -> ConnectorScheduler:
-        specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
-        return cls([getattr(spec, "sliding_window", None) for spec in specs])
+        return cls(windows_of(kv_cache_config))
 
     def plan_of(self, request: Request) -> LoadParams | None:
         """A request's load plan, parsed and its signature checked at first sight."""

@@ -33,6 +33,7 @@ from awareness_vllm.serving.connector.loader import (
     MemoryLoader,
     PendingAlignment,
     embedding_of,
+    no_embedding,
     overall_temperature,
 )
 from awareness_vllm.serving.connector.passages import PassageRows
@@ -99,7 +100,7 @@ class ConnectorWorker:
 
     Args:
         dtype: of the KV cache.
-        registry: the W-Matrices at hand; those that lead to the model are loaded by `bind_model`.
+        registry: the W-Matrices at hand; those that lead to the model are loaded by `load_maps`.
         load_timeout: seconds after which a load fails.
         ranks: of tensor parallelism.
     """
@@ -152,9 +153,9 @@ class ConnectorWorker:
         model = ServedModel.of(vllm_config)
         # A name only in what the user passes; vLLM has resolved it by now.
         dtype = cast(torch.dtype, vllm_config.model_config.dtype)
-        return cls(
+        worker = cls(
             model,
-            KVLayout.from_vllm(vllm_config, kv_cache_config),
+            KVLayout.from_vllm(vllm_config, kv_cache_config, len(model.geometry.layers)),
             dtype,
             MemoryLoader.from_config(config, model, dtype),
             CaptureQueue(),
@@ -162,19 +163,15 @@ class ConnectorWorker:
             load_timeout=config.load_timeout,
             ranks=vllm_config.parallel_config.tensor_parallel_size,
         )
+        worker.load_maps(torch.empty(0, device=vllm_config.device_config.device).device)
+        return worker
 
-    def bind_model(self, model: Any) -> None:
-        """Take the running model, for its embedding, and load the W-Matrices that lead to it.
-
-        Raises:
-            UnsupportedModel: it rotates its keys otherwise than its config says.
-        """
-        geometry = self.model.geometry
-        check_rotations(model, geometry, self.layout.groups)
-        self.loader.embed = embedding_of(model, geometry.vocab_size, self.ranks)
+    def load_maps(self, device: torch.device) -> None:
+        """Load the W-Matrices that lead to the model, before the KV cache is allocated, and outside
+        of the memory pools around it, which vLLM's sleep mode empties."""
         for entry in self.registry:
-            if entry.manifest.target.same_model(geometry):
-                self.prepare(entry.digest, load_wmatrix(entry.path, digest=entry.digest))
+            if entry.manifest.target.same_model(self.model.geometry):
+                self.keep_map(entry.digest, load_wmatrix(entry.path, digest=entry.digest), device)
                 logger.info("W-Matrix %s loaded (%s)", entry.path.name, entry.manifest.standing)
             else:
                 logger.warning(
@@ -183,20 +180,36 @@ class ConnectorWorker:
                     entry.manifest.target.name,
                 )
 
-    def prepare(self, digest: str, wmatrix: WMatrix) -> None:
-        """Keep a map where it will be used, and use it once.
+    def keep_map(self, digest: str, wmatrix: WMatrix, device: torch.device) -> None:
+        """Keep a map where it will be used.
 
         On CUDA the fused operators decode straight into the pages. A CPU's pages are packed in ways
         that only vLLM's own operator knows, and a residual map adds to states that it must see.
         """
         self.loader.wmatrices[digest] = wmatrix
-        device = next(iter(self.layout.layers.values())).kv_cache.device
-        if device.type != "cuda" or wmatrix.manifest.residual:
-            wmatrix.map(None, torch.zeros(WARM_UP_ROWS, wmatrix.manifest.embedding_width))
-            return
-        paged = PagedMap(wmatrix, self.writer.heads, self.model.max_model_len, device)
-        self.loader.paged[digest] = paged
-        paged.warm_up(self.layout.pages())
+        if device.type == "cuda" and not wmatrix.manifest.residual:
+            heads, positions = self.writer.heads, self.model.max_model_len
+            self.loader.paged[digest] = PagedMap(wmatrix, heads, positions, device)
+
+    def warm_up(self) -> None:
+        """Use each map once, as soon as there is a KV cache: no request is the first, and nothing
+        is compiled once vLLM watches for that (`--jit-monitor-mode`)."""
+        for digest, wmatrix in self.loader.wmatrices.items():
+            if digest in self.loader.paged:
+                self.loader.paged[digest].warm_up(self.layout.pages())
+            else:
+                wmatrix.map(None, torch.zeros(WARM_UP_ROWS, wmatrix.manifest.embedding_width))
+
+    def bind_model(self, model: Any) -> None:
+        """Take the running model, for its embedding; once, however many API servers ask.
+
+        Raises:
+            UnsupportedModel: it rotates its keys otherwise than its config says.
+        """
+        if self.loader.embed is no_embedding:
+            geometry = self.model.geometry
+            check_rotations(model, geometry, self.layout.groups)
+            self.loader.embed = embedding_of(model, geometry.vocab_size, self.ranks)
 
     def begin(self, load: LoadSpec) -> None:
         """Request a load's memories; `ready` says when it can be finished."""

@@ -54,6 +54,7 @@ class AwarenessWorkerExtension:
                 "the memories' workers take calls from their own server only",
                 found="a call without its signature",
                 expected="the routes of docs/serving.md",
+                remedy="over several machines, give AWARENESS_SECRET one value on all of them",
             )
         from vllm.distributed.kv_transfer import get_kv_transfer_group
 
