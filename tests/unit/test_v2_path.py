@@ -58,8 +58,8 @@ def test_pages_are_where_flash_attention_reads_them(serve: Serve, layout: str) -
     engine = Engine(served, [rank])
     engine.add(request("a", memory))
     engine.until(lambda: "a" in rank.rows)
-    layout = rank.worker.layout
-    for name, pages in zip(layout.layers, layout.pages(), strict=True):
+    kept = rank.worker.layout
+    for name, pages in zip(kept.layers, kept.pages(), strict=True):
         i, layer = layer_index(name), rank.layers[name]
         blocks = rank.rows["a"].blocks[rank.groups[name]]
         assert layer.kv_cache.data_ptr() == pages.keys.data_ptr()
