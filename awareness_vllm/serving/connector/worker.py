@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from vllm.logger import init_logger
 
+from awareness_vllm.align.encoding import warm_up
 from awareness_vllm.align.kv_writer import KVWriter
 from awareness_vllm.align.paged import Latent, PagedMap
 from awareness_vllm.align.realign import AlignedMemory
@@ -188,15 +189,15 @@ class ConnectorWorker:
         """
         self.loader.wmatrices[digest] = wmatrix
         if device.type == "cuda" and not wmatrix.manifest.residual:
-            heads, positions = self.writer.heads, self.model.max_model_len
-            self.loader.paged[digest] = PagedMap(wmatrix, heads, positions, device)
+            workspace = self.loader.workspace_on(device)
+            self.loader.paged[digest] = PagedMap(wmatrix, self.writer.heads, workspace)
 
     def warm_up(self) -> None:
         """Use each map once, as soon as there is a KV cache: no request is the first, and nothing
         is compiled once vLLM watches for that (`--jit-monitor-mode`)."""
         for digest, wmatrix in self.loader.wmatrices.items():
             if digest in self.loader.paged:
-                self.loader.paged[digest].warm_up(self.layout.pages())
+                warm_up(self.loader.paged[digest], self.layout.pages())
             else:
                 wmatrix.map(None, torch.zeros(WARM_UP_ROWS, wmatrix.manifest.embedding_width))
 
@@ -222,9 +223,9 @@ class ConnectorWorker:
         With `idle` there is nothing else to do than to align, or to wait a moment for a file.
         """
         pending = list(self.pending.values())
-        sources = [alignment.source for entry in pending for alignment in entry.alignments]
-        if idle and pending and not any(source.done() for source in sources):
-            wait(sources, IDLE_WAIT_S, FIRST_COMPLETED)
+        running = [f for entry in pending for a in entry.alignments for f in a.running]
+        if idle and pending and not any(future.done() for future in running):
+            wait(running, IDLE_WAIT_S, FIRST_COMPLETED)
         self.loader.advance()
         self.prefetcher.stepped = time.perf_counter()
         requests: list[str] = []
@@ -294,7 +295,8 @@ class ConnectorWorker:
         if isinstance(memory, Latent):
             by_layer = [slot_mappings[group] for group in self.layout.groups.values()]
             paged = self.loader.paged[span.part.wmatrix]
-            paged.write(memory, self.layout.pages(), by_layer, begin, offset)
+            with self.loader.remembering(span.part.key):
+                paged.write(memory, self.layout.pages(), by_layer, begin, offset)
             return
         length = len(memory.ids)
         self.writer.place(memory.keys, memory.values, begin, offset, slot_mappings, length=length)
