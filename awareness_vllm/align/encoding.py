@@ -37,6 +37,10 @@ class LatentEncoding:
         self.paged, self.keys, self.values = paged, keys, values
         self.source, self.embed = source, embed
         self.memory = Latent(ids, torch.empty(len(source), paged.rank, dtype=paged.encode.dtype))
+        # A package of a wider dtype than the map's source had takes no more memory.
+        expected: torch.dtype = getattr(torch, paged.manifest.source.dtype)
+        wider = -(-keys[paged.manifest.layers[0]].element_size() // expected.itemsize)
+        self.chunk_rows = max(1, paged.chunk_rows // wider)
         self.begin = 0
         self.running: list[Future[None]] = []
 
@@ -58,7 +62,7 @@ class LatentEncoding:
             self.running.remove(ended)
             ended.result()
         if self.begin < len(self.source):
-            end = min(self.begin + self.paged.chunk_rows, len(self.source))
+            end = min(self.begin + self.chunk_rows, len(self.source))
             job = functools.partial(self.encode_chunk, self.begin, end)
             if (future := self.paged.workspace.submit(job)) is not None:
                 self.running.append(future)
@@ -73,7 +77,7 @@ class LatentEncoding:
         first, last = int(source.min()), int(source.max())
         tokens: slice | Tensor = slice(first, last + 1)
         index, positions = source - first, torch.arange(first, last + 1)
-        if len(positions) > paged.chunk_rows:  # only those that are read
+        if len(positions) > self.chunk_rows:  # only those that are read
             tokens, index, positions = source, torch.arange(len(source)), source
         schemes = [manifest.source.layers[i].positions for i in manifest.layers]
         angles = {scheme: cos_sin_table(positions, scheme) for scheme in dict.fromkeys(schemes)}

@@ -20,6 +20,8 @@ ROW_STEP = 128
 """What a chunk's rows are a multiple of where CHUNK_BYTES bounds them: a tile of a product."""
 SCRATCH_BYTES = 2**28
 """Bytes that an operator needs at most while it runs."""
+UPLOAD_BYTES = 2**25
+"""Bytes of one layer's keys and values that copies and heads are uploaded by."""
 FLOAT = 4
 """Bytes of a float32."""
 
@@ -67,7 +69,7 @@ class Footprint:
 def device_bytes(
     manifests: Iterable[tuple[WMatrixManifest, int]], heads: Mapping[int, slice], positions: int
 ) -> int:
-    """What maps take of a device together, while they load and write.
+    """What maps, and copies, take of a device together, while they load and write.
 
     Args:
         manifests: of each map, with the bytes of a number of its products.
@@ -76,13 +78,14 @@ def device_bytes(
     """
     maps = [(m, Footprint.of(m, heads, itemsize)) for m, itemsize in manifests]
     if not maps:
-        return 0
+        return WRITES * UPLOAD_BYTES
     schemes = {m.target.layers[i].positions for m, _ in maps for i in heads}
     tables = sum(2 * FLOAT * positions * pairs(scheme) for scheme in schemes)
     sizes = [size for _, size in maps]
     lane = max(size.chunk for size in sizes) + max(size.encoding for size in sizes)
-    writes = WRITES * max(size.write for size in sizes) + max(size.writing for size in sizes)
-    return sum(size.tensors for size in sizes) + tables + LANES * lane + writes
+    writes = WRITES * max(UPLOAD_BYTES, *(size.write for size in sizes))
+    writing = max(size.writing for size in sizes)
+    return sum(size.tensors for size in sizes) + tables + LANES * lane + writes + writing
 
 
 def chunk_rows(manifest: WMatrixManifest) -> int:

@@ -29,6 +29,10 @@ class Latent:
         return self.rows.numel() * self.rows.element_size()
 
 
+Scale = float | Sequence[float]
+"""A layer's factor from stored to real values, or one for each of its heads here."""
+
+
 @dataclass(frozen=True)
 class Pages:
     """One layer's paged cache: keys and values [pages, page size, H, D] of any strides, and the
@@ -36,8 +40,8 @@ class Pages:
 
     keys: Tensor
     values: Tensor
-    key_scale: float = 1.0
-    value_scale: float = 1.0
+    key_scale: Scale = 1.0
+    value_scale: Scale = 1.0
 
 
 class PagedMap:
@@ -166,8 +170,8 @@ class PagedMap:
         sink = len(self.manifest.sink)
         end = begin + len(slot_mapping[0])
         host_rows = latent.rows[max(0, begin - sink) : max(0, end - sink)]
-        scales = [p.key_scale for p in pages] + [p.value_scale for p in pages]
-        rows, scale_table = staging.upload([host_rows, torch.tensor(scales)])
+        sides = [(p.key_scale, p.keys) for p in pages] + [(p.value_scale, p.values) for p in pages]
+        rows, scales = staging.upload([host_rows, scale_table(sides)])
         staging.begin_use()
         ops.decode_paged(
             rows,
@@ -180,6 +184,18 @@ class PagedMap:
             [p.keys for p in pages],
             [p.values for p in pages],
             slot_mapping,
-            scale_table,
+            scales,
         )
         staging.end_use()
+
+
+def scale_table(sides: Sequence[tuple[Scale, Tensor]]) -> Tensor:
+    """The factors of states [..., H, D] in float32 on the host: one for each of them, or, where one
+    has several, one for each of all their heads."""
+    if all(isinstance(scale, float) for scale, _ in sides):
+        return torch.tensor([scale for scale, _ in sides], dtype=torch.float32)
+    by_head = [
+        [scale] * states.shape[2] if isinstance(scale, float) else list(scale)
+        for scale, states in sides
+    ]
+    return torch.tensor([factor for heads in by_head for factor in heads], dtype=torch.float32)

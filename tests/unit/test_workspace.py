@@ -31,12 +31,13 @@ from awareness_vllm.align.footprint import (
     CHUNK_ROWS,
     FLOAT,
     ROW_STEP,
+    UPLOAD_BYTES,
     Footprint,
     chunk_rows,
     device_bytes,
     staged_row_bytes,
 )
-from awareness_vllm.align.paged import PagedMap
+from awareness_vllm.align.paged import PagedMap, scale_table
 from awareness_vllm.align.workspace import (
     LANES,
     PADDING,
@@ -62,13 +63,15 @@ def package(make_package: Callable[..., Package]) -> Package:
     return make_package(TEXT)
 
 
-def random_encoding(paged: PagedMap, source: Tensor, seed: int = 0) -> LatentEncoding:
+def random_encoding(
+    paged: PagedMap, source: Tensor, seed: int = 0, dtype: torch.dtype = torch.bfloat16
+) -> LatentEncoding:
     """An encoding of a memory of random states, whose rows read these source tokens."""
     generator = torch.Generator().manual_seed(seed)
     layers = paged.manifest.source.layers
     tokens = int(source.max()) + 1
     keys, values = (
-        [torch.randn(tokens, g.heads, g.head_dim, generator=generator) for g in layers]
+        [torch.randn(tokens, g.heads, g.head_dim, generator=generator).to(dtype) for g in layers]
         for _ in range(2)
     )
     ids = torch.randint(1000, (len(paged.manifest.sink) + len(source),), generator=generator)
@@ -131,14 +134,15 @@ def test_a_maps_footprint_is_what_it_allocates(wmatrix: WMatrix) -> None:
         tables = sum(t.nbytes for pair in workspace.rotations.tables.values() for t in pair)
         total = device_bytes([(map_.manifest, dtype.itemsize)], HEADS, 64)
         lanes = LANES * (size.chunk + size.encoding)
-        assert total == size.tensors + tables + lanes + WRITES * size.write + size.writing
+        writes = WRITES * max(size.write, UPLOAD_BYTES) + size.writing
+        assert total == size.tensors + tables + lanes + writes
         assert tables == 2 * FLOAT * 64 * (2 + 2 + 0)
 
 
 def test_maps_of_one_target_share_tables_and_lanes(wmatrix: WMatrix) -> None:
     one = (wmatrix.manifest, 4)
     size = Footprint.of(*one[:1], HEADS, 4)
-    assert device_bytes([], HEADS, 64) == 0
+    assert device_bytes([], HEADS, 64) == WRITES * UPLOAD_BYTES
     assert device_bytes([one] * 3, HEADS, 64) == device_bytes([one], HEADS, 64) + 2 * size.tensors
 
 
@@ -154,7 +158,7 @@ def shapes(manifest: WMatrixManifest, layers: int, hidden: int) -> WMatrixManife
 
 
 @pytest.mark.parametrize(
-    ("layers", "hidden", "rows", "gib"), [(32, 4096, 2048, 2.1), (80, 8192, 1280, 3.5)]
+    ("layers", "hidden", "rows", "gib"), [(32, 4096, 2048, 2.1), (80, 8192, 1280, 3.6)]
 )
 def test_the_shapes_of_an_8b_and_a_70b_take_bounded_memory(
     wmatrix: WMatrix, layers: int, hidden: int, rows: int, gib: float
@@ -175,8 +179,8 @@ def most_bytes(paged: PagedMap, rows: int) -> int:
     lane = paged.workspace.lanes[0]
     before = [*encoding.keys, *encoding.values, encoding.source, encoding.memory.rows]
     with LiveBytes([*before, lane.host, lane.device]) as counted:
-        for begin in range(0, rows, paged.chunk_rows):
-            encoding.encode_chunk(begin, min(begin + paged.chunk_rows, rows), lane)
+        for begin in range(0, rows, encoding.chunk_rows):
+            encoding.encode_chunk(begin, min(begin + encoding.chunk_rows, rows), lane)
     return counted.most
 
 
@@ -193,14 +197,18 @@ def test_a_long_memory_takes_no_more_than_a_short_one(wmatrix: WMatrix) -> None:
     assert [lane.device.data_ptr() for lane in paged.workspace.lanes] == lanes
 
 
-def test_a_memory_of_many_more_source_tokens_takes_no_more(wmatrix: WMatrix) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("stride", [1, 4])
+def test_a_memory_that_is_wider_or_denser_takes_no_more(
+    wmatrix: WMatrix, stride: int, dtype: torch.dtype
+) -> None:
+    """By more source tokens than a chunk has rows, or by a wider dtype than the map's source."""
     rows = chunk_rows(wmatrix.manifest)
     paged = paged_map(wmatrix, rows)
     sizes = [lane.bytes for lane in paged.workspace.lanes]
-    dense = random_encoding(paged, torch.arange(1, 4 * rows, 4))
-    dense.encode_chunk(0, rows, paged.workspace.lanes[0])
+    states = finished(random_encoding(paged, torch.arange(0, stride * rows, stride), dtype=dtype))
+    assert states.isfinite().all()
     assert [lane.bytes for lane in paged.workspace.lanes] == sizes
-    assert dense.memory.rows.isfinite().all()
 
 
 # Chunks
@@ -273,6 +281,14 @@ def test_a_chunk_that_fails_gives_its_lane_back(wmatrix: WMatrix) -> None:
         with pytest.raises(PackageCorrupt):
             finished(LatentEncoding(paged, *states, poisoned.memory.ids, poisoned.source, embed))
     assert finished(random_encoding(paged, torch.arange(12))).isfinite().all()
+
+
+def test_scales_of_heads_stand_head_by_head() -> None:
+    states = [torch.empty(2, 4, heads, 4) for heads in (2, 3)]
+    layers: list[tuple[float | tuple[float, ...], Tensor]] = [(0.5, states[0]), (2.0, states[1])]
+    assert scale_table(layers).tolist() == [0.5, 2.0]
+    layers[1] = ((1.0, 2.0, 4.0), states[1])
+    assert scale_table(layers).tolist() == [0.5, 0.5, 1.0, 2.0, 4.0]
 
 
 # Order, on a device with streams: a recorder, since a CPU has none

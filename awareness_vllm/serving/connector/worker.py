@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from vllm.logger import init_logger
 
+from awareness_vllm.align.device_writer import DeviceKVWriter
 from awareness_vllm.align.encoding import warm_up
 from awareness_vllm.align.kv_writer import KVWriter
 from awareness_vllm.align.paged import Latent, PagedMap
@@ -22,6 +23,7 @@ from awareness_vllm.errors import AwarenessError, LoadTimeout, PackageCorrupt
 from awareness_vllm.serving.config import ServingConfig
 from awareness_vllm.serving.connector.canary import Canary
 from awareness_vllm.serving.connector.capture_queue import CaptureQueue, keys_and_values
+from awareness_vllm.serving.connector.device_memory import check_device_memory
 from awareness_vllm.serving.connector.editions import EditionDrafts
 from awareness_vllm.serving.connector.kv_layout import (
     KVLayout,
@@ -150,6 +152,9 @@ class ConnectorWorker:
 
         Each W-Matrix is hashed here as in the front end: a request names its map by that digest, so
         a file that was replaced in between is refused, not used under another one's name.
+
+        Raises:
+            OutOfDeviceMemory: the W-Matrices do not fit beside the KV cache.
         """
         model = ServedModel.of(vllm_config)
         # A name only in what the user passes; vLLM has resolved it by now.
@@ -164,8 +169,21 @@ class ConnectorWorker:
             load_timeout=config.load_timeout,
             ranks=vllm_config.parallel_config.tensor_parallel_size,
         )
-        worker.load_maps(torch.empty(0, device=vllm_config.device_config.device).device)
+        served, heads = worker.registry, worker.writer.heads
+        check_device_memory(served, model.geometry, heads, vllm_config, kv_cache_config)
+        device = torch.empty(0, device=vllm_config.device_config.device).device
+        worker.use_device(device)
+        worker.load_maps(device)
         return worker
+
+    def use_device(self, device: torch.device) -> None:
+        """On CUDA, copies and heads are uploaded through the device's staging buffers."""
+        if device.type == "cuda":
+            workspace = self.loader.workspace_on(device)
+            self.writer, self.own_writer = (
+                DeviceKVWriter.of(writer, self.layout.pages, workspace)
+                for writer in (self.writer, self.own_writer)
+            )
 
     def load_maps(self, device: torch.device) -> None:
         """Load the W-Matrices that lead to the model, before the KV cache is allocated, and outside
