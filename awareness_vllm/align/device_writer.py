@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from awareness_vllm.align.footprint import UPLOAD_BYTES
@@ -51,8 +52,7 @@ class DeviceKVWriter(KVWriter):
         rows = list(self.rows(keys, values, begin, slot_mapping, length))
         turns = self.turns(offset)  # refuses before anything is written
         pages = list(self.pages())
-        # A rounding to eight bits before the rotation would be a second one, as coarse as the last.
-        coarse = any(page.keys.element_size() == 1 for page in pages)
+        coarse = is_coarse(pages)
         slots: dict[int, Tensor] = {}
         for i, key, value, mapped in rows:
             if id(mapped) not in slots:  # once for each group
@@ -61,6 +61,14 @@ class DeviceKVWriter(KVWriter):
             self.write_staged(i, key, value, slots[id(mapped)], turn)
         if offset and not coarse:
             self.rotate(turns, pages, slot_mapping)
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Rotate keys of no slots, so that no request is the first to."""
+        pages = list(self.pages())
+        if not self.geometry.additive and not is_coarse(pages):
+            nowhere = torch.full((1,), -1)
+            self.rotate(self.turns(1), pages, [nowhere] * (1 + max(self.groups.values())))
 
     def write_staged(
         self,
@@ -131,3 +139,9 @@ class DeviceKVWriter(KVWriter):
         if self.workspace.device.type == "cuda":
             tensor = tensor.pin_memory()
         return tensor.to(self.workspace.device, non_blocking=True)
+
+
+def is_coarse(pages: Sequence[Pages]) -> bool:
+    """Whether keys are stored in eight bits: rounded before a rotation, they would be rounded once
+    more after it, as coarsely."""
+    return any(page.keys.element_size() == 1 for page in pages)

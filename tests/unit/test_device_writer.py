@@ -145,6 +145,20 @@ def test_all_layers_are_rotated_at_once_and_after_they_are_written(
     assert "rotate" not in log
 
 
+@pytest.mark.parametrize("schemes", [SCHEMES, (SCHEMES[0], Positions(scheme="learned"))])
+def test_a_warm_up_writes_nothing(
+    geometry: Geometry, schemes: Sequence[Positions], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It rotates once where keys can move: with `--jit-monitor-mode=error` no request may."""
+    log: list[str] = []
+    real = ops.rotate_paged
+    monkeypatch.setattr(ops, "rotate_paged", lambda *a: (log.append("rotate"), real(*a))[1])
+    writer = made_writer(geometry, torch.bfloat16, log, schemes)
+    on_device(writer).warm_up()
+    assert log == ["rotate"] * (len(schemes) == len(SCHEMES))
+    assert not any(cache.any() for cache in caches(writer))
+
+
 def test_uploads_are_bounded(geometry: Geometry) -> None:
     """One layer's rows at a time, through the two buffers that all loads use."""
     writer = on_device(made_writer(geometry, torch.bfloat16, [], SCHEMES[:1]))

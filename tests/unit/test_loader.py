@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import wait
@@ -285,6 +286,28 @@ def test_a_latent_takes_a_step_for_each_chunk(
     expected = latent_of(device, package, loader.model.folder, embed)
     assert latent.ids == expected.ids
     assert torch.equal(latent.rows, expected.rows)
+
+
+def test_a_step_passes_by_a_chunk_that_is_on_its_way(
+    loader: MemoryLoader, device: PagedMap, make_package: Callable[..., Package], tmp_path: Path
+) -> None:
+    go_on = threading.Event()
+    loader.embed = lambda ids: (go_on.wait(SECONDS), embed(ids))[1]
+    alignment = loader.request(part(publish(make_package(), tmp_path).stem), "")
+    wait([alignment.source], SECONDS)
+    for _ in range(3):
+        assert loader.advance()
+    chunks = list(alignment.running)
+    assert chunks
+    assert not any(chunk.done() for chunk in chunks)
+    # Another memory for which no lane is left waits for the same.
+    other = loader.request(part(publish(make_package("a fox"), tmp_path).stem), "")
+    wait([other.source], SECONDS)
+    loader.advance()
+    assert list(other.running) == chunks
+    go_on.set()
+    for one in (alignment, other):
+        assert result_of(loader, one)[1] == "cold"
 
 
 def test_memories_that_need_no_lane_do_not_wait_for_one(

@@ -27,18 +27,16 @@ from worker_stubs import (
 )
 
 from awareness_vllm.align.kv_writer import KVWriter
-from awareness_vllm.align.paged import Latent
 from awareness_vllm.align.realign import AlignedMemory
 from awareness_vllm.errors import (
     AwarenessError,
     LoadTimeout,
-    OutOfDeviceMemory,
     PackageCorrupt,
 )
 from awareness_vllm.files import file_digest
 from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.models.rope import rotate, unrotate
-from awareness_vllm.packages.store import Store, digest_in
+from awareness_vllm.packages.store import Store
 from awareness_vllm.serving import tenants
 from awareness_vllm.serving.config import ServingConfig
 from awareness_vllm.serving.connector import worker as worker_module
@@ -223,28 +221,6 @@ def test_a_load_that_times_out_is_warm_for_the_next(
     slow.end("m")
     assert worker.ready() == []
     assert load_now(worker, cold_load("s", "m")).temperature == "warm"
-
-
-def test_a_write_that_the_device_has_no_room_for_fails_alone_and_is_not_tried_again(
-    worker: ConnectorWorker,
-) -> None:
-    def full(*args: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    worker.layout = replace(worker.layout, layers={})  # their pages are a CPU's
-    worker.loader.paged[""] = SimpleNamespace(write=full)  # type: ignore[assignment]
-    latent = Latent(list(range(12)), torch.zeros(12, 1))
-    worker.loader.warm.put((digest_in("mem"), ""), latent)
-    worker.begin(cold_load("r", "mem"))
-    worker.begin(cold_load("s", MEMORY))
-    assert worker.ready() == ["r", "s"]
-    with pytest.raises(OutOfDeviceMemory):
-        worker.finish("r")
-    assert worker.finish("s").temperature == "warm"
-    worker.begin(cold_load("t", "mem"))
-    assert worker.ready() == ["t"]
-    with pytest.raises(OutOfDeviceMemory):
-        worker.finish("t")
 
 
 def test_an_alignment_that_fails_fails_its_loads_alone(

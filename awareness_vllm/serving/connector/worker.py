@@ -213,6 +213,8 @@ class ConnectorWorker:
     def warm_up(self) -> None:
         """Use each map once, as soon as there is a KV cache: no request is the first, and nothing
         is compiled once vLLM watches for that (`--jit-monitor-mode`)."""
+        if isinstance(self.writer, DeviceKVWriter):
+            self.writer.warm_up()
         for digest, wmatrix in self.loader.wmatrices.items():
             if digest in self.loader.paged:
                 warm_up(self.loader.paged[digest], self.layout.pages())
@@ -292,8 +294,9 @@ class ConnectorWorker:
             check_ids(memory, span, load)
             part = slice(span.begin - load.begin, span.end - load.begin)
             slots = [group[part] for group in slot_mappings]
-            self.write(memory, span, slots)
-            self.lay_over(span, slots)
+            with self.loader.remembering(span.part.key):
+                self.write(memory, span, slots)
+                self.lay_over(span, slots)
         temperature = "hot" if load.begin else overall_temperature(t for _, t in results)
         tokens, seconds = load.end - load.begin, time.perf_counter() - entry.since
         logger.info(
@@ -313,8 +316,7 @@ class ConnectorWorker:
         if isinstance(memory, Latent):
             by_layer = [slot_mappings[group] for group in self.layout.groups.values()]
             paged = self.loader.paged[span.part.wmatrix]
-            with self.loader.remembering(span.part.key):
-                paged.write(memory, self.layout.pages(), by_layer, begin, offset)
+            paged.write(memory, self.layout.pages(), by_layer, begin, offset)
             return
         length = len(memory.ids)
         self.writer.place(memory.keys, memory.values, begin, offset, slot_mappings, length=length)
