@@ -1,5 +1,5 @@
-"""The worker half on a device: it waits for chunks only when idle, and a load that the device has no
-room for fails alone."""
+"""The worker half on a device: only idle it waits for chunks; a load without room on the device
+fails alone."""
 
 from __future__ import annotations
 
