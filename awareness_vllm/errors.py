@@ -143,6 +143,11 @@ class LoadTimeout(AwarenessError):
     """A memory that was not aligned in time; the request falls back to reading the text."""
 
 
+class OutOfDeviceMemory(AwarenessError):
+    """Maps that a device has no room for beside the KV cache, at start; a load that it had no room
+    for, which falls back to reading the text."""
+
+
 class PassageMissing(AwarenessError):
     """A re-read passage that is no longer kept; the request falls back to reading the text."""
 

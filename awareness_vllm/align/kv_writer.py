@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +48,19 @@ class KVWriter:
         Raises:
             UnsupportedModel: a token with a slot whose row is not there.
         """
+        for i, key, value, slots in self.rows(keys, values, begin, slot_mapping, length):
+            self.write(i, rerotate(key, offset, self.geometry.layers[i].positions), value, slots)
+
+    def rows(
+        self,
+        keys: Layers,
+        values: Layers,
+        begin: int,
+        slot_mapping: Sequence[Tensor],
+        length: int | None,
+    ) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+        """Each layer's index, the keys and values [N, H, D] of the tokens that have a slot, and
+        their slots [N]. Args and errors as of `place`."""
         end, mapped = begin + len(slot_mapping[0]), [mapped_tokens(g) for g in slot_mapping]
         for i, group in self.groups.items():
             tokens, slots = mapped[group]
@@ -55,7 +68,7 @@ class KVWriter:
                 tokens, slots = _beyond(lost - begin, slot_mapping[group], i)
             first, last = max(0, begin - lost), max(0, end - lost)
             key, value = (states[i][first:last][tokens] for states in (keys, values))
-            self.write(i, rerotate(key, offset, self.geometry.layers[i].positions), value, slots)
+            yield i, key, value, slots
 
     def write(self, index: int, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
         """Write one layer's keys and values [N, H, D] into slots [N]."""

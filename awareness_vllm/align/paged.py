@@ -8,14 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from awareness_vllm.align.footprint import Footprint, chunk_rows
+from awareness_vllm.align.workspace import DeviceWorkspace, Staging
 from awareness_vllm.kernels import ops
-from awareness_vllm.models.geometry import Positions
-from awareness_vllm.models.rope import cos_sin_table
-from awareness_vllm.packages.file import Package
-from awareness_vllm.wmatrix.features import Embed, masked_rows, split_states
+from awareness_vllm.wmatrix.features import masked_rows, split_states
 from awareness_vllm.wmatrix.file import WMatrix, check_plausible
-
-WARM_UP_ROWS = 2048
 
 
 @dataclass(frozen=True)
@@ -32,6 +29,10 @@ class Latent:
         return self.rows.numel() * self.rows.element_size()
 
 
+Scale = float | Sequence[float]
+"""A layer's factor from stored to real values, or one for each of its heads here."""
+
+
 @dataclass(frozen=True)
 class Pages:
     """One layer's paged cache: keys and values [pages, page size, H, D] of any strides, and the
@@ -39,8 +40,8 @@ class Pages:
 
     keys: Tensor
     values: Tensor
-    key_scale: float = 1.0
-    value_scale: float = 1.0
+    key_scale: Scale = 1.0
+    value_scale: Scale = 1.0
 
 
 class PagedMap:
@@ -48,19 +49,14 @@ class PagedMap:
 
     Args:
         heads: this rank's target layers, in order, and its KV heads of each.
-        positions: the number of target positions in use.
+        workspace: of the device; its maps share it.
     """
 
     def __init__(
-        self,
-        wmatrix: WMatrix,
-        heads: Mapping[int, slice],
-        positions: int,
-        device: torch.device | str,
+        self, wmatrix: WMatrix, heads: Mapping[int, slice], workspace: DeviceWorkspace
     ) -> None:
-        self.manifest = wmatrix.manifest
-        self.positions = positions
-        self.device = torch.device(device)
+        self.manifest, self.workspace = wmatrix.manifest, workspace
+        device = self.device = workspace.device
         target = self.manifest.target
         outputs = split_states(target, torch.arange(target.width)[None])
         columns = torch.cat(
@@ -70,7 +66,8 @@ class PagedMap:
         self.mean, self.scale = wmatrix.mean[:width].to(device), wmatrix.scale[:width].to(device)
         self.encode = wmatrix.encode[:width].to(device).contiguous()
         # No latent is larger than this times its feature that lies furthest off.
-        self.reach = self.encode.float().abs().sum(0).clamp_min(torch.finfo(torch.float32).tiny)
+        reach = wmatrix.encode[:width].float().abs().sum(0)
+        self.reach = reach.clamp_min(torch.finfo(torch.float32).tiny).to(device)
         self.position_embeddings = wmatrix.position_latents()
         self.decode = wmatrix.decode[:, columns].to(device).contiguous()
         self.bias = wmatrix.bias[columns].to(device)
@@ -78,75 +75,60 @@ class PagedMap:
             [states[i][:, rank].to(device) for i, rank in heads.items()]
             for states in (wmatrix.sink_keys, wmatrix.sink_values)
         ]
-        self.cos_sin = self.cos_sin_tables([target.layers[i].positions for i in heads], positions)
+        self.schemes = [target.layers[i].positions for i in heads]
+        tables = [workspace.rotations.table(scheme) for scheme in self.schemes]
+        self.cos_sin = [list(part) for part in zip(*tables, strict=True)]
+        self.chunk_rows = chunk_rows(self.manifest)
+        size = Footprint.of(self.manifest, heads, self.encode.element_size())
+        workspace.reserve(size.chunk, size.write)
 
-    def cos_sin_tables(
-        self, schemes: Sequence[Positions], count: int
-    ) -> tuple[list[Tensor], list[Tensor], list[int]]:
-        """Cosines and sines [count, C] of each layer's positions, and 1 where it is interleaved."""
-        tables = [cos_sin_table(torch.arange(count), scheme) for scheme in schemes]
-        cos, sin = ([part.to(self.device) for part in parts] for parts in zip(*tables, strict=True))
-        return cos, sin, [int(scheme.interleaved) for scheme in schemes]
+    @property
+    def rank(self) -> int:
+        """The width R of a latent."""
+        return self.encode.shape[1]
 
-    @torch.inference_mode()
-    def latent(self, package: Package, ids: list[int], source: Tensor, embed: Embed) -> Latent:
-        """The latent of a package; `ids` and `source` are from `realign.sources`.
+    def encode_rows(
+        self,
+        keys: list[Tensor],
+        values: list[Tensor],
+        cos_sin: Sequence[tuple[Tensor, Tensor]],
+        index: Tensor,
+        source: Tensor,
+        embeddings: Tensor,
+        before: int,
+        out: Tensor,
+    ) -> None:
+        """The latent [T, R] of source tokens [T], copied into `out` on the host.
+
+        Args:
+            keys, values, cos_sin: per source layer that is read, on the device, of the tokens that
+                `index` [T] points into.
+            embeddings: [before + T, E], the target's; the first `before` rows are predecessors.
 
         Raises:
-            PackageCorrupt: states that no model computes. The features are never in memory here:
-                what their latent shows is less than `WMatrix.map` sees, but numbers that are not
-                finite, or far too large.
+            PackageCorrupt: states that no model computes.
         """
-        keys, values = (
-            [part[i].to(self.device) for i in self.manifest.layers]
-            for part in (package.keys, package.values)
-        )
-        encoded = self._encode(keys, values, source, embed(torch.tensor(ids)))
-        check_plausible(encoded / self.reach)
-        rows = encoded.cpu()
-        where = {"source": source, "target": torch.arange(len(self.manifest.sink), len(ids))}
-        for side, latents in self.position_embeddings.items():
-            rows += latents[where[side]]
-        return Latent(ids, rows)
-
-    def _encode(
-        self, keys: list[Tensor], values: list[Tensor], source: Tensor, embeddings: Tensor
-    ) -> Tensor:
-        """The latent [T, R] of source tokens [T]; embeddings [S + T, E] are the target's."""
-        manifest = self.manifest
-        schemes = [manifest.source.layers[i].positions for i in manifest.layers]
-        return ops.encode_states(
+        cos, sin = ([pair[i] for pair in cos_sin] for i in range(2))
+        layers = [self.manifest.source.layers[i] for i in self.manifest.layers]
+        encoded = ops.encode_states(
             keys,
             values,
-            *self.cos_sin_tables(schemes, len(keys[0])),
-            source.to(self.device),
-            masked_rows(source).to(self.device),
+            cos,
+            sin,
+            [int(layer.positions.interleaved) for layer in layers],
+            index,
+            masked_rows(source),
             # Embedded already by the model: with tensor parallelism no rank has all rows.
-            torch.arange(len(embeddings), device=self.device),
-            embeddings.to(self.device),
+            torch.arange(len(embeddings)),
+            embeddings,
             self.mean,
             self.scale,
             self.encode,
-            -1 if manifest.predecessors is None else manifest.predecessors,
-            len(manifest.sink),
+            -1 if self.manifest.predecessors is None else self.manifest.predecessors,
+            before,
         )
-
-    @torch.inference_mode()
-    def warm_up(self, pages: Sequence[Pages]) -> None:
-        """Compile the operators and tune their tile sizes, on rows without slots."""
-        source, sink = self.manifest.source, len(self.manifest.sink)
-        dtype = getattr(torch, source.dtype)
-        count = min(WARM_UP_ROWS, self.positions - sink)
-        states = [
-            torch.zeros(count, layer.heads, layer.head_dim, dtype=dtype, device=self.device)
-            for layer in (source.layers[i] for i in self.manifest.layers)
-        ]
-        embeddings = torch.zeros(sink + count, self.manifest.target.hidden_size)
-        nowhere = torch.full((len(embeddings),), -1)
-        with ops.tuning(self.device):
-            rows = self._encode(states, states, torch.arange(count), embeddings)
-            latent = Latent([0] * len(embeddings), rows)
-            self.write(latent, pages, [nowhere] * len(pages), begin=0)
+        check_plausible(encoded / self.reach)
+        out.copy_(encoded)
 
     @torch.inference_mode()
     def write(
@@ -162,22 +144,58 @@ class PagedMap:
 
         Args:
             pages, slot_mapping: per layer of this rank; slots [N] int64 of tokens
-                begin … begin+N-1, negative where nothing is to be written.
+                begin … begin+N-1, negative where nothing is to be written. Layers of one KV cache
+                group have the same tensor, which goes up once.
         """
+        end = begin + len(slot_mapping[0])
+        for first in range(begin, end, self.chunk_rows):
+            last = min(end, first + self.chunk_rows)
+            part = slice(first - begin, last - begin)
+            slots = {id(group): group[part] for group in slot_mapping}
+            by_layer = [slots[id(group)] for group in slot_mapping]
+            self.write_chunk(
+                latent, pages, by_layer, first, offset, next(self.workspace.next_write)
+            )
+
+    def write_chunk(
+        self,
+        latent: Latent,
+        pages: Sequence[Pages],
+        slot_mapping: Sequence[Tensor],
+        begin: int,
+        offset: int,
+        staging: Staging,
+    ) -> None:
+        """`write` of at most `chunk_rows` tokens, uploaded through a staging buffer."""
         sink = len(self.manifest.sink)
         end = begin + len(slot_mapping[0])
-        rows = latent.rows[max(0, begin - sink) : max(0, end - sink)]
-        sinks = [[states[begin:end].contiguous() for states in part] for part in self.sinks]
-        scales = [p.key_scale for p in pages] + [p.value_scale for p in pages]
+        host_rows = latent.rows[max(0, begin - sink) : max(0, end - sink)]
+        sides = [(p.key_scale, p.keys) for p in pages] + [(p.value_scale, p.values) for p in pages]
+        rows, scales = staging.upload([host_rows, scale_table(sides)])
+        staging.begin_use()
         ops.decode_paged(
-            rows.to(self.device),
+            rows,
             self.decode,
             self.bias,
-            torch.arange(begin + offset, end + offset, device=self.device),
+            torch.arange(begin + offset, end + offset),
             *self.cos_sin,
-            *sinks,
+            [int(scheme.interleaved) for scheme in self.schemes],
+            *[[states[begin:end].contiguous() for states in part] for part in self.sinks],
             [p.keys for p in pages],
             [p.values for p in pages],
-            [s.to(self.device) for s in slot_mapping],
-            torch.tensor(scales, device=self.device),
+            slot_mapping,
+            scales,
         )
+        staging.end_use()
+
+
+def scale_table(sides: Sequence[tuple[Scale, Tensor]]) -> Tensor:
+    """The factors of states [..., H, D] in float32 on the host: one for each of them, or, where one
+    has several, one for each of all their heads."""
+    if all(isinstance(scale, float) for scale, _ in sides):
+        return torch.tensor([scale for scale, _ in sides], dtype=torch.float32)
+    by_head = [
+        [scale] * states.shape[2] if isinstance(scale, float) else list(scale)
+        for scale, states in sides
+    ]
+    return torch.tensor([factor for heads in by_head for factor in heads], dtype=torch.float32)

@@ -221,6 +221,18 @@ def rerotate(keys: Tensor, offset: int, descriptor: Positions) -> Tensor:
     """
     if not offset:
         return keys
+    cos, sin = offset_angles(offset, descriptor)
+    return kernels.rotate(
+        keys, cos.expand(len(keys), -1), sin.expand(len(keys), -1), descriptor.interleaved
+    )
+
+
+def offset_angles(offset: int, descriptor: Positions) -> tuple[Tensor, Tensor]:
+    """cos and sin [1, C] that move a key as cached by `offset` positions.
+
+    Raises:
+        UnsupportedModel: learned positions, which cannot be moved.
+    """
     if descriptor.additive:
         raise UnsupportedModel(
             "states with learned positions cannot be moved",
@@ -230,7 +242,4 @@ def rerotate(keys: Tensor, offset: int, descriptor: Positions) -> Tensor:
     cos, sin = cos_sin_table(
         torch.tensor([abs(offset)]), descriptor.model_copy(update={"scale": None})
     )
-    sin = sin if offset > 0 else -sin
-    return kernels.rotate(
-        keys, cos.expand(len(keys), -1), sin.expand(len(keys), -1), descriptor.interleaved
-    )
+    return cos, sin if offset > 0 else -sin

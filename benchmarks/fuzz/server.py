@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 
 from awareness_vllm.align.paged import Latent, PagedMap, Pages
 from awareness_vllm.align.realign import AlignedMemory
+from awareness_vllm.align.workspace import DeviceWorkspace
 from awareness_vllm.kernels import largest
 from awareness_vllm.packages import file as package_file
 from awareness_vllm.packages.file import publish
@@ -81,7 +82,8 @@ class Server:
         loader.embed = lambda ids: self.seeds.embedding[ids]
         heads = {i: slice(None) for i in range(len(self.model.geometry.layers))}
         if paged:
-            loader.paged = {d: PagedMap(w, heads, POSITIONS, "cpu") for d, w in maps.items()}
+            workspace = DeviceWorkspace("cpu", POSITIONS)
+            loader.paged = {d: PagedMap(w, heads, workspace) for d, w in maps.items()}
         return loader
 
     def load(self, part: Part, loader: MemoryLoader | None = None) -> Any:
@@ -91,7 +93,7 @@ class Server:
         source.set_result(loader.read_source(part, ""))
         alignment = PendingAlignment(part, source)
         while not loader.step(alignment):
-            pass
+            wait(alignment.running)
         loader.warm.memories.clear()
         memory = alignment.result.result()[0]
         if isinstance(memory, Latent):

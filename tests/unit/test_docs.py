@@ -39,6 +39,7 @@ VLLM_FLAGS |= {f"--{kind}-context-parallel-size" for kind in ("decode", "prefill
 VLLM_FLAGS |= {
     "--prefix-cache-retention-interval",
     "--api-server-count",
+    "--gpu-memory-utilization",
     "--kv-cache-dtype",
     "--kv-cache-dtype-skip-layers",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import wait
@@ -13,14 +14,18 @@ from typing import Any
 import pytest
 import torch
 from loader_stubs import ALIGNED, SECONDS, StubAlignment, loader_of, part
+from paged_stubs import embed, latent_of, paged_map
 from torch import Tensor
 
+from awareness_vllm.align.encoding import LatentEncoding
+from awareness_vllm.align.paged import PagedMap
 from awareness_vllm.align.realign import realign
-from awareness_vllm.errors import PackageCorrupt, UnsupportedModel
+from awareness_vllm.errors import OutOfDeviceMemory, PackageCorrupt, UnsupportedModel
 from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.packages.file import Package, publish
 from awareness_vllm.serving.connector.loader import (
     MAX_HEADS,
+    OUT_OF_MEMORY_S,
     STEP_BUDGET_S,
     LoadedSource,
     MemoryLoader,
@@ -247,3 +252,109 @@ def test_a_package_of_another_digest_is_never_used(
         with pytest.raises(PackageCorrupt, match="sha256"):
             result_of(loader, alignment)
         assert loader.warm.get(forged.key) is None
+
+
+# On a device
+
+
+@pytest.fixture
+def device(loader: MemoryLoader, wmatrix: WMatrix) -> PagedMap:
+    """The device's map of `loader`, in chunks of 7 rows."""
+    loader.wmatrices["map"] = wmatrix
+    loader.embed = embed
+    paged = loader.paged["map"] = paged_map(wmatrix, 7)
+    return paged
+
+
+def test_a_latent_takes_a_step_for_each_chunk(
+    loader: MemoryLoader, device: PagedMap, make_package: Callable[..., Package], tmp_path: Path
+) -> None:
+    package = make_package("the quick brown fox, naïve dogs")
+    alignment = loader.request(part(publish(package, tmp_path).stem), "")
+    assert list(alignment.running) == [alignment.source]
+    wait([alignment.source], SECONDS)
+    begun = []
+    while not alignment.result.done():
+        loader.advance()
+        assert isinstance(alignment.work, LatentEncoding)
+        begun.append(alignment.work.begin)
+        wait(alignment.running, SECONDS)
+    chunks = [begin - before for before, begin in itertools.pairwise([0, *begun])]
+    assert set(chunks[:-2]) == {7}
+    latent, temperature = alignment.result.result()
+    assert temperature == "cold"
+    expected = latent_of(device, package, loader.model.folder, embed)
+    assert latent.ids == expected.ids
+    assert torch.equal(latent.rows, expected.rows)
+
+
+def test_a_step_passes_by_a_chunk_that_is_on_its_way(
+    loader: MemoryLoader, device: PagedMap, make_package: Callable[..., Package], tmp_path: Path
+) -> None:
+    go_on = threading.Event()
+    loader.embed = lambda ids: (go_on.wait(SECONDS), embed(ids))[1]
+    alignment = loader.request(part(publish(make_package(), tmp_path).stem), "")
+    wait([alignment.source], SECONDS)
+    for _ in range(3):
+        assert loader.advance()
+    chunks = list(alignment.running)
+    assert chunks
+    assert not any(chunk.done() for chunk in chunks)
+    # Another memory for which no lane is left waits for the same.
+    other = loader.request(part(publish(make_package("a fox"), tmp_path).stem), "")
+    wait([other.source], SECONDS)
+    loader.advance()
+    assert list(other.running) == chunks
+    go_on.set()
+    for one in (alignment, other):
+        assert result_of(loader, one)[1] == "cold"
+
+
+def test_memories_that_need_no_lane_do_not_wait_for_one(
+    loader: MemoryLoader, device: PagedMap, make_package: Callable[..., Package], tmp_path: Path
+) -> None:
+    """All lanes are taken: the step neither waits nor turns in circles, and a copy is loaded."""
+    lanes = [device.workspace.free.get() for _ in device.workspace.lanes]
+    memory = publish(make_package(), tmp_path).stem
+    mapped, copied = (loader.request(part(memory, map_), "") for map_ in ("map", ""))
+    wait([mapped.source, copied.source], SECONDS)
+    assert loader.advance()
+    assert copied.result.done()
+    assert not mapped.result.done()
+    assert mapped.work is not None
+    for lane in lanes:
+        device.workspace.free.put(lane)
+    assert result_of(loader, mapped)[1] == "cold"
+
+
+def test_a_memory_that_the_device_has_no_room_for_fails_alone_and_is_not_tried_again_at_once(
+    loader: MemoryLoader,
+    device: PagedMap,
+    make_package: Callable[..., Package],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    large, small = (publish(make_package(text), tmp_path).stem for text in ("naïve dogs", "a fox"))
+    first = loader.request(part(large), "")
+    wait([first.source], SECONDS)
+
+    def full(ids: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    loader.embed = full
+    with pytest.raises(OutOfDeviceMemory, match="--gpu-memory-utilization"):
+        result_of(loader, first)
+    loader.embed = embed
+    assert result_of(loader, loader.request(part(small), ""))[1] == "cold"
+    with monkeypatch.context() as patch:
+        patch.setattr(loader, "read", lambda *args: pytest.fail("it was tried again"))
+        again = loader.request(part(large), "")
+        with pytest.raises(OutOfDeviceMemory):
+            again.result.result(0)
+    assert loader.pending == {}
+    now = time.perf_counter()
+    monkeypatch.setattr(
+        "awareness_vllm.serving.connector.loader.time",
+        SimpleNamespace(perf_counter=lambda: now + OUT_OF_MEMORY_S),
+    )
+    assert result_of(loader, loader.request(part(large), ""))[1] == "cold"

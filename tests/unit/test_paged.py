@@ -10,10 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from paged_stubs import EMPTY, SIZE, embed, empty_pages, latent_of, paged_map
 
+from awareness_vllm.align.encoding import warm_up
 from awareness_vllm.align.paged import Latent, PagedMap, Pages
-from awareness_vllm.align.realign import AlignedMemory, realign, sources
+from awareness_vllm.align.realign import AlignedMemory, realign
+from awareness_vllm.align.workspace import DeviceWorkspace
 from awareness_vllm.errors import PackageCorrupt
 from awareness_vllm.packages.file import Package
 from awareness_vllm.wmatrix.file import WMatrix
@@ -21,12 +23,6 @@ from awareness_vllm.wmatrix.file import WMatrix
 pytestmark = pytest.mark.unit
 
 TEXT = "the quick brown fox, naïve dogs"
-SIZE = 4
-EMPTY = 7.0
-
-
-def embed(ids: Tensor) -> Tensor:
-    return torch.randn(1000, 6, generator=torch.Generator().manual_seed(3))[ids]
 
 
 @pytest.fixture(scope="module")
@@ -41,19 +37,12 @@ def plain(package: Package, wmatrix: WMatrix, folder: Path) -> AlignedMemory:
 
 @pytest.fixture(scope="module")
 def paged(wmatrix: WMatrix) -> PagedMap:
-    heads = {i: slice(0, 1) for i in range(len(wmatrix.manifest.target.layers))}
-    return PagedMap(wmatrix, heads, positions=64, device="cpu")
+    return paged_map(wmatrix)
 
 
 @pytest.fixture(scope="module")
 def latent(paged: PagedMap, package: Package, folder: Path) -> Latent:
-    return paged.latent(package, *sources(package, paged.manifest, folder), embed)
-
-
-def empty_pages(layers: int, pages: int) -> list[Pages]:
-    """As vLLM's CUDA backends lay them out: [B, H, N, K|V], seen as two of [B, N, H, D]."""
-    caches = [torch.full((pages, 1, SIZE, 8), EMPTY) for _ in range(layers)]
-    return [Pages(*cache.transpose(1, 2).split(4, dim=-1)) for cache in caches]
+    return latent_of(paged, package, folder, embed)
 
 
 def test_the_latent_has_the_memorys_ids_and_is_smaller(
@@ -67,8 +56,9 @@ def test_the_latent_has_the_memorys_ids_and_is_smaller(
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_pages_have_the_states_of_the_reference_and_nothing_else(
-    data: st.DataObject, paged: PagedMap, latent: Latent, plain: AlignedMemory
+    data: st.DataObject, wmatrix: WMatrix, latent: Latent, plain: AlignedMemory
 ) -> None:
+    paged = paged_map(wmatrix, data.draw(st.sampled_from([1, 3, 7, 64])))
     count = len(latent.ids)
     begin = data.draw(st.integers(0, count - 1))
     length = data.draw(st.integers(1, count - begin))
@@ -99,7 +89,7 @@ def test_states_that_no_model_computes_have_no_latent(
     values[1][:, 0, 3] = value  # not every source token is read
     poisoned = replace(package, values=values)
     with pytest.raises(PackageCorrupt):
-        paged.latent(poisoned, *sources(package, paged.manifest, folder), embed)
+        latent_of(paged, poisoned, folder, embed)
 
 
 def test_stored_numbers_are_divided_by_the_layers_scales(
@@ -134,8 +124,8 @@ def test_a_rank_writes_its_own_layers_and_heads(
         *([torch.randn(2, heads, 4, generator=generator) for heads in (1, 3)] for _ in range(2)),
     )
     expected = realign(package, whole, folder, embed, dtype=torch.float32)
-    rank = PagedMap(whole, {1: slice(1, 3)}, positions=64, device="cpu")
-    latent = rank.latent(package, *sources(package, rank.manifest, folder), embed)
+    rank = PagedMap(whole, {1: slice(1, 3)}, DeviceWorkspace("cpu", 64))
+    latent = latent_of(rank, package, folder, embed)
     cache = torch.zeros(16, 2, SIZE, 8)
     page = Pages(*cache.transpose(1, 2).split(4, dim=-1))
     slot_mapping = torch.arange(len(latent.ids))
@@ -146,10 +136,9 @@ def test_a_rank_writes_its_own_layers_and_heads(
         torch.testing.assert_close(result, states[1][:, 1:], rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("positions", [4096, 100])
+@pytest.mark.parametrize("positions", [4096, 100, 2])
 def test_a_warm_up_writes_nothing(wmatrix: WMatrix, positions: int) -> None:
-    heads = {i: slice(None) for i in range(3)}
-    paged = PagedMap(wmatrix, heads, positions=positions, device="cpu")
+    paged = PagedMap(wmatrix, {i: slice(None) for i in range(3)}, DeviceWorkspace("cpu", positions))
     pages = empty_pages(3, 2)
-    paged.warm_up(pages)
+    warm_up(paged, pages)
     assert all((part == EMPTY).all() for page in pages for part in (page.keys, page.values))

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from paged_stubs import latent_of
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from awareness_vllm.align.paged import PagedMap
-from awareness_vllm.align.realign import realign, sources
+from awareness_vllm.align.realign import realign
+from awareness_vllm.align.workspace import DeviceWorkspace
 from awareness_vllm.errors import UnsupportedModel, WMatrixCorrupt
 from awareness_vllm.fit.reader import Reader
 from awareness_vllm.models.position_embeddings import position_embeddings
@@ -158,8 +160,9 @@ def test_a_memory_differs_by_its_position_embeddings(
 
 def test_the_fused_operators_add_the_same(placed: WMatrix, package: Package, folder: Path) -> None:
     heads = {i: slice(0, 1) for i in range(len(placed.manifest.target.layers))}
-    paged = PagedMap(placed, heads, positions=64, device="cpu")
-    latent = paged.latent(package, *sources(package, placed.manifest, folder), embed)
+    paged = PagedMap(placed, heads, DeviceWorkspace("cpu", 64))
+    paged.chunk_rows = 3
+    latent = latent_of(paged, package, folder, embed)
     plain = realign(package, placed, folder, embed, dtype=torch.float32)
     values = latent.rows.float() @ placed.decode.float() + placed.bias
     sink = len(placed.manifest.sink)

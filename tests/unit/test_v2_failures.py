@@ -126,6 +126,20 @@ def test_a_load_that_takes_too_long_is_given_up(serve: Serve, overlapped: bool) 
     assert engine.reports["a"]["awareness"]["reason"] == "LoadTimeout"
 
 
+def test_a_load_that_cannot_be_planned_is_computed(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> int:
+        raise RuntimeError("no plan")
+
+    monkeypatch.setattr(engine.connector.scheduler, "plan_load", fail)
+    engine.add(request("a", engine.served.memory(96)), request("other"))
+    engine.finish()
+    (rank,) = engine.ranks
+    assert rank.first_sight("a") == ("", "")
+    assert engine.tokens == {"a": 3, "other": 3}
+
+
 # Tensor parallelism
 
 

@@ -16,7 +16,8 @@ from v2_model import Gate, Served, request
 from v2_stubs import Engine, Rank, numbers, runs
 
 from awareness_vllm.packages.manifest import tensor_name
-from awareness_vllm.serving.connector.kv_layout import pages_of
+from awareness_vllm.serving.connector import worker as worker_module
+from awareness_vllm.serving.connector.kv_layout import layer_index
 from awareness_vllm.serving.params import LoadParams, passage_params
 
 pytestmark = pytest.mark.unit
@@ -57,9 +58,10 @@ def test_pages_are_where_flash_attention_reads_them(serve: Serve, layout: str) -
     engine = Engine(served, [rank])
     engine.add(request("a", memory))
     engine.until(lambda: "a" in rank.rows)
-    for i, (name, layer) in enumerate(rank.layers.items()):
+    kept = rank.worker.layout
+    for name, pages in zip(kept.layers, kept.pages(), strict=True):
+        i, layer = layer_index(name), rank.layers[name]
         blocks = rank.rows["a"].blocks[rank.groups[name]]
-        pages = pages_of(layer)
         assert layer.kv_cache.data_ptr() == pages.keys.data_ptr()
         # The last two blocks of the memory are in every layer's window.
         for paged, states in ((pages.keys, memory.keys[i]), (pages.values, memory.values[i])):
@@ -92,6 +94,26 @@ def test_beside_another_request_a_load_is_written_after_the_forward(
     assert rank.first_sight("a") == ("65. 31m", "96m")
     engine.finish()
     assert engine.tokens == {"busy": 40, "a": 3}
+
+
+def test_only_an_engine_without_other_work_waits_for_a_file(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """V2 calls the connector outside of any forward context: nothing there says what runs."""
+    (rank,) = engine.ranks
+    waits: list[int] = []
+    monkeypatch.setattr(worker_module, "wait", lambda *args: waits.append(1))
+    gate = Gate(rank.worker)
+    engine.add(request("busy", answer=40), request("a", engine.served.memory(96)))
+    engine.until(lambda: "a" in rank.worker.pending and engine.tokens.get("busy", 0) > 5)
+    waits.clear()
+    for _ in range(5):
+        engine.step()
+    assert not waits
+    engine.until(lambda: "busy" in engine.reports)
+    engine.until(lambda: waits)
+    gate.open()
+    engine.finish()
 
 
 @pytest.mark.parametrize(("retention", "hot"), [(None, True), (0, False)])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from awareness_vllm.align.encoding import LatentEncoding
 from awareness_vllm.align.paged import PagedMap
 from awareness_vllm.align.realign import AlignedMemory, Realignment, copy, sources
-from awareness_vllm.errors import AwarenessError, MemoryNotFound, UnsupportedModel
+from awareness_vllm.align.workspace import DeviceWorkspace
+from awareness_vllm.errors import (
+    AwarenessError,
+    MemoryNotFound,
+    OutOfDeviceMemory,
+    UnsupportedModel,
+)
 from awareness_vllm.packages.file import Package, read_ahead
 from awareness_vllm.packages.store import Store
 from awareness_vllm.serving.config import ServingConfig
@@ -38,6 +46,8 @@ EMBEDDING_ROWS = 4096
 STEP_BUDGET_S = 0.005
 """Seconds to align in a step: one block of tokens, which takes longer, or any number of memories
 that only had to be read. Other requests wait for a step, and may arrive in an idle one."""
+OUT_OF_MEMORY_S = 60.0
+"""How long a memory that the device had no room for is not tried again."""
 
 
 @dataclass(frozen=True)
@@ -62,13 +72,18 @@ class PendingAlignment:
     part: Part
     source: Future[LoadedSource]
     result: Future[tuple[Memory, str]] = field(default_factory=Future)
-    work: Realignment | None = None
+    work: Realignment | LatentEncoding | None = None
     waiters: int = 1
     tenants: set[str] = field(default_factory=set)
 
     @property
     def key(self) -> Key:
         return self.part.key
+
+    @property
+    def running(self) -> Sequence[Future[Any]]:
+        """What goes on beside the engine's steps: chunks on a device, or the read of the source."""
+        return self.work.awaited if isinstance(self.work, LatentEncoding) else [self.source]
 
 
 class MemoryLoader:
@@ -107,6 +122,8 @@ class MemoryLoader:
         self.heads: OrderedDict[str, AlignedMemory] = OrderedDict()
         self.wmatrices: dict[str, WMatrix] = {}
         self.paged: dict[str, PagedMap] = {}
+        self.workspace: DeviceWorkspace | None = None
+        self.refused: dict[Key, float] = {}
         self.embed: Embed = no_embedding
 
     @classmethod
@@ -124,12 +141,20 @@ class MemoryLoader:
         editions = WarmTier(int(config.edition_gib * GIB))
         return cls(model, stores_of(config), dtype, warm, disk, reads, passages, editions)
 
+    def workspace_on(self, device: torch.device) -> DeviceWorkspace:
+        """What the maps on the KV cache's device share."""
+        if self.workspace is None:
+            self.workspace = DeviceWorkspace(device, self.model.max_model_len)
+        return self.workspace
+
     def tier(self, key: Key) -> WarmTier:
         """The tier that keeps a memory in host memory."""
         return self.editions if is_edition(key) else self.warm
 
     def request(self, part: Part, tenant: str) -> PendingAlignment:
         """A memory, ready or on its way; whoever requests it uses its result or releases it."""
+        if self.is_refused(part.key):
+            return failed(part, out_of_memory(part.key))
         if part.memory in self.heads:
             self.heads.move_to_end(part.memory)
             return completed(part, self.heads[part.memory])
@@ -143,6 +168,25 @@ class MemoryLoader:
         alignment = PendingAlignment(part, self.read(part, tenant), tenants={tenant})
         self.pending[part.key] = alignment
         return alignment
+
+    @contextlib.contextmanager
+    def remembering(self, key: Key) -> Iterator[None]:
+        """A memory that the device turns out to have no room for is refused for OUT_OF_MEMORY_S.
+
+        Raises:
+            OutOfDeviceMemory
+        """
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            self.refused[key] = time.perf_counter() + OUT_OF_MEMORY_S
+            raise out_of_memory(key) from error
+
+    def is_refused(self, key: Key) -> bool:
+        """Whether the device had no room for a memory a moment ago."""
+        now = time.perf_counter()
+        self.refused = {key: until for key, until in self.refused.items() if until > now}
+        return key in self.refused
 
     def read(self, part: Part, tenant: str) -> Future[LoadedSource]:
         """What `read_source` gives, as soon as its bytes fit; whoever asks releases the read."""
@@ -191,14 +235,18 @@ class MemoryLoader:
         return LoadedSource("cold", None, package, ids, source, check)
 
     def advance(self, seconds: float = STEP_BUDGET_S) -> bool:
-        """Align memories whose sources are read, in order, for about so long: a block at least.
-        Whether there was one."""
+        """Align memories whose sources are read, in order, for about so long: a block at least, or
+        a chunk of each that a device aligns. Whether there was one."""
         until = time.perf_counter() + seconds
         ready = [a for a in self.pending.values() if a.source.done()]
         for alignment in ready:
-            while not self.step(alignment):
+            complete = self.step(alignment)
+            while not (complete or isinstance(alignment.work, LatentEncoding)):
                 if time.perf_counter() >= until:
                     return True
+                complete = self.step(alignment)
+            if not complete:
+                continue
             del self.pending[alignment.key]
             self.reads.release(alignment.source)
             if time.perf_counter() >= until:
@@ -209,7 +257,8 @@ class MemoryLoader:
         """Align a block; whether the memory is complete, or has failed: its result says why."""
         try:
             source = alignment.source.result()
-            memory = source.memory or self.align_block(alignment, source)
+            with self.remembering(alignment.key):
+                memory = source.memory or self.align_block(alignment, source)
             if memory is None:
                 return False
             source.check()
@@ -230,12 +279,15 @@ class MemoryLoader:
         """Align a package's next block of tokens; the memory when it is complete."""
         assert source.package is not None
         assert source.source is not None
-        digest = alignment.part.wmatrix
-        if digest in self.paged:
-            return self.paged[digest].latent(source.package, source.ids, source.source, self.embed)
-        if alignment.work is None:
+        digest, package = alignment.part.wmatrix, source.package
+        if alignment.work is None and digest in self.paged:
+            states = package.keys, package.values
+            alignment.work = LatentEncoding(
+                self.paged[digest], *states, source.ids, source.source, self.embed
+            )
+        elif alignment.work is None:
             alignment.work = Realignment(
-                source.package,
+                package,
                 self.wmatrices[digest],
                 source.ids,
                 source.source,
@@ -286,6 +338,23 @@ def completed(part: Part, memory: Memory) -> PendingAlignment:
     alignment.source.set_result(LoadedSource("warm", memory))
     alignment.result.set_result((memory, "warm"))
     return alignment
+
+
+def failed(part: Part, error: Exception) -> PendingAlignment:
+    """A memory that is not loaded."""
+    alignment = PendingAlignment(part, Future())
+    for future in (alignment.source, alignment.result):
+        future.set_exception(error)
+    return alignment
+
+
+def out_of_memory(key: Key) -> OutOfDeviceMemory:
+    """The error of a load that the device has no room for."""
+    return OutOfDeviceMemory(
+        f"the device has no room to load {key[0]}",
+        expected=f"room for it in {OUT_OF_MEMORY_S:g} s; until then its text is read",
+        remedy="a lower --gpu-memory-utilization leaves more beside the KV cache",
+    )
 
 
 def overall_temperature(temperatures: Iterable[str]) -> str:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from vllm.logger import init_logger
 
+from awareness_vllm.align.device_writer import DeviceKVWriter
+from awareness_vllm.align.encoding import warm_up
 from awareness_vllm.align.kv_writer import KVWriter
 from awareness_vllm.align.paged import Latent, PagedMap
 from awareness_vllm.align.realign import AlignedMemory
@@ -21,6 +23,7 @@ from awareness_vllm.errors import AwarenessError, LoadTimeout, PackageCorrupt
 from awareness_vllm.serving.config import ServingConfig
 from awareness_vllm.serving.connector.canary import Canary
 from awareness_vllm.serving.connector.capture_queue import CaptureQueue, keys_and_values
+from awareness_vllm.serving.connector.device_memory import check_device_memory
 from awareness_vllm.serving.connector.editions import EditionDrafts
 from awareness_vllm.serving.connector.kv_layout import (
     KVLayout,
@@ -149,6 +152,9 @@ class ConnectorWorker:
 
         Each W-Matrix is hashed here as in the front end: a request names its map by that digest, so
         a file that was replaced in between is refused, not used under another one's name.
+
+        Raises:
+            OutOfDeviceMemory: the W-Matrices do not fit beside the KV cache.
         """
         model = ServedModel.of(vllm_config)
         # A name only in what the user passes; vLLM has resolved it by now.
@@ -163,8 +169,21 @@ class ConnectorWorker:
             load_timeout=config.load_timeout,
             ranks=vllm_config.parallel_config.tensor_parallel_size,
         )
-        worker.load_maps(torch.empty(0, device=vllm_config.device_config.device).device)
+        served, heads = worker.registry, worker.writer.heads
+        check_device_memory(served, model.geometry, heads, vllm_config, kv_cache_config)
+        device = torch.empty(0, device=vllm_config.device_config.device).device
+        worker.use_device(device)
+        worker.load_maps(device)
         return worker
+
+    def use_device(self, device: torch.device) -> None:
+        """On CUDA, copies and heads are uploaded through the device's staging buffers."""
+        if device.type == "cuda":
+            workspace = self.loader.workspace_on(device)
+            self.writer, self.own_writer = (
+                DeviceKVWriter.of(writer, self.layout.pages, workspace)
+                for writer in (self.writer, self.own_writer)
+            )
 
     def load_maps(self, device: torch.device) -> None:
         """Load the W-Matrices that lead to the model, before the KV cache is allocated, and outside
@@ -188,15 +207,17 @@ class ConnectorWorker:
         """
         self.loader.wmatrices[digest] = wmatrix
         if device.type == "cuda" and not wmatrix.manifest.residual:
-            heads, positions = self.writer.heads, self.model.max_model_len
-            self.loader.paged[digest] = PagedMap(wmatrix, heads, positions, device)
+            workspace = self.loader.workspace_on(device)
+            self.loader.paged[digest] = PagedMap(wmatrix, self.writer.heads, workspace)
 
     def warm_up(self) -> None:
         """Use each map once, as soon as there is a KV cache: no request is the first, and nothing
         is compiled once vLLM watches for that (`--jit-monitor-mode`)."""
+        if isinstance(self.writer, DeviceKVWriter):
+            self.writer.warm_up()
         for digest, wmatrix in self.loader.wmatrices.items():
             if digest in self.loader.paged:
-                self.loader.paged[digest].warm_up(self.layout.pages())
+                warm_up(self.loader.paged[digest], self.layout.pages())
             else:
                 wmatrix.map(None, torch.zeros(WARM_UP_ROWS, wmatrix.manifest.embedding_width))
 
@@ -222,9 +243,9 @@ class ConnectorWorker:
         With `idle` there is nothing else to do than to align, or to wait a moment for a file.
         """
         pending = list(self.pending.values())
-        sources = [alignment.source for entry in pending for alignment in entry.alignments]
-        if idle and pending and not any(source.done() for source in sources):
-            wait(sources, IDLE_WAIT_S, FIRST_COMPLETED)
+        running = [f for entry in pending for a in entry.alignments for f in a.running]
+        if idle and pending and not any(future.done() for future in running):
+            wait(running, IDLE_WAIT_S, FIRST_COMPLETED)
         self.loader.advance()
         self.prefetcher.stepped = time.perf_counter()
         requests: list[str] = []
@@ -273,8 +294,9 @@ class ConnectorWorker:
             check_ids(memory, span, load)
             part = slice(span.begin - load.begin, span.end - load.begin)
             slots = [group[part] for group in slot_mappings]
-            self.write(memory, span, slots)
-            self.lay_over(span, slots)
+            with self.loader.remembering(span.part.key):
+                self.write(memory, span, slots)
+                self.lay_over(span, slots)
         temperature = "hot" if load.begin else overall_temperature(t for _, t in results)
         tokens, seconds = load.end - load.begin, time.perf_counter() - entry.since
         logger.info(
