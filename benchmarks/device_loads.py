@@ -3,8 +3,9 @@
     python benchmarks/device_loads.py --out docs/figures/device_loads.json
 
 A memory in pageable host memory goes through the lanes of `align/workspace` and is written into
-pages. States and weights are constants, since times do not depend on them. `engine_ms` is the time that the engine's thread spends, in all steps together: what a model's
-steps wait for. Rows are written as they are made; without a CUDA device they say so.
+pages. States and weights are constants, since times do not depend on them. `engine_ms` is what the
+engine's thread spends, in all steps together: what a model's steps wait for. Rows are written as
+they are made; without a CUDA device they say so.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""The benchmark of loads on a device: rows are written as they are made, or say why they are not."""
+"""The benchmark of loads on a device: rows are written as they are made, or say why not."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -20,16 +21,15 @@ def script() -> ModuleType:
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look their annotations up
     spec.loader.exec_module(module)
     return module
 
 
 def test_a_load_is_timed_in_parts(script: ModuleType, tmp_path: Path) -> None:
     out = tmp_path / "rows.json"
-    script.main(
-        ["--shapes", "tiny", "--device", "cpu", "--tokens", "3000", "--repeats", "1"]
-        + ["--out", str(out)]
-    )
+    options = ["--shapes", "tiny", "--device", "cpu", "--tokens", "3000", "--repeats", "1", "--out"]
+    script.main([*options, str(out)])
     (row,) = json.loads(out.read_text())["rows"]
     found = row["measured"]
     assert 0 < found["write_ms"] <= found["engine_ms"] < found["ms"]
