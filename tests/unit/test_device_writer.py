@@ -77,8 +77,8 @@ def made_writer(
     return KVWriter(layers, groups, heads, model, torch.bfloat16)
 
 
-def on_device(writer: KVWriter) -> DeviceKVWriter:
-    workspace = DeviceWorkspace("cpu", 64)
+def on_device(writer: KVWriter, device: str = "cpu") -> DeviceKVWriter:
+    workspace = DeviceWorkspace(device, 64)
     return DeviceKVWriter.of(
         writer, lambda: [pages_of(x) for x in writer.layers.values()], workspace
     )
@@ -177,3 +177,20 @@ def test_learned_positions_are_refused_before_anything_is_written(geometry: Geom
     with pytest.raises(UnsupportedModel, match="learned positions"):
         on_device(writer).place(keys, keys, 0, 4, SLOTS)
     assert not any(cache.any() for cache in caches(writer))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("offset", [0, 5])
+def test_a_cuda_device_writes_what_a_cpu_writes(geometry: Geometry, offset: int) -> None:
+    """Pinned uploads, events, and the kernel that rotates in place."""
+    keys, values = states(TOKENS, 0), states(TOKENS, 1)
+    plain, device = (made_writer(geometry, torch.bfloat16, []) for _ in range(2))
+    for layer in device.layers.values():
+        layer.kv_cache = layer.kv_cache.cuda()
+    for _ in range(3):  # the staging buffers are used again
+        for writer in (plain, on_device(device, "cuda")):
+            writer.place(keys, values, 1, offset, SLOTS, length=TOKENS)
+    for i, layer in plain.layers.items():
+        found = device.layers[i].kv_cache.cpu()
+        torch.testing.assert_close(found, layer.kv_cache, rtol=2**-7, atol=2**-7)

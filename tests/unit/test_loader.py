@@ -20,6 +20,7 @@ from torch import Tensor
 from awareness_vllm.align.encoding import LatentEncoding
 from awareness_vllm.align.paged import PagedMap
 from awareness_vllm.align.realign import realign
+from awareness_vllm.align.workspace import LANES
 from awareness_vllm.errors import OutOfDeviceMemory, PackageCorrupt, UnsupportedModel
 from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.packages.file import Package, publish
@@ -293,17 +294,18 @@ def test_a_step_passes_by_a_chunk_that_is_on_its_way(
 ) -> None:
     go_on = threading.Event()
     loader.embed = lambda ids: (go_on.wait(SECONDS), embed(ids))[1]
-    alignment = loader.request(part(publish(make_package(), tmp_path).stem), "")
+    package = make_package("the quick brown fox, naïve dogs")
+    alignment = loader.request(part(publish(package, tmp_path).stem), "")
     wait([alignment.source], SECONDS)
-    for _ in range(3):
-        assert loader.advance()
+    # A chunk on each lane; then nothing is begun, and nobody need ask again at once.
+    assert [loader.advance() for _ in range(LANES + 1)] == [True] * LANES + [False]
     chunks = list(alignment.running)
-    assert chunks
+    assert len(chunks) == LANES
     assert not any(chunk.done() for chunk in chunks)
     # Another memory for which no lane is left waits for the same.
     other = loader.request(part(publish(make_package("a fox"), tmp_path).stem), "")
     wait([other.source], SECONDS)
-    loader.advance()
+    assert not loader.advance()
     assert list(other.running) == chunks
     go_on.set()
     for one in (alignment, other):

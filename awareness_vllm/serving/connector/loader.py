@@ -81,6 +81,11 @@ class PendingAlignment:
         return self.part.key
 
     @property
+    def begun(self) -> int:
+        """The rows that are aligned, or that a device has begun to align."""
+        return self.work.begin if self.work else 0
+
+    @property
     def running(self) -> Sequence[Future[Any]]:
         """What goes on beside the engine's steps: chunks on a device, or the read of the source."""
         return self.work.awaited if isinstance(self.work, LatentEncoding) else [self.source]
@@ -236,22 +241,24 @@ class MemoryLoader:
 
     def advance(self, seconds: float = STEP_BUDGET_S) -> bool:
         """Align memories whose sources are read, in order, for about so long: a block at least, or
-        a chunk of each that a device aligns. Whether there was one."""
+        a chunk of each that a device aligns. Whether anything was aligned, or begun."""
         until = time.perf_counter() + seconds
-        ready = [a for a in self.pending.values() if a.source.done()]
-        for alignment in ready:
+        aligned = False
+        for alignment in [a for a in self.pending.values() if a.source.done()]:
+            begun = alignment.begun
             complete = self.step(alignment)
             while not (complete or isinstance(alignment.work, LatentEncoding)):
                 if time.perf_counter() >= until:
                     return True
                 complete = self.step(alignment)
+            aligned = aligned or complete or alignment.begun > begun
             if not complete:
                 continue
             del self.pending[alignment.key]
             self.reads.release(alignment.source)
             if time.perf_counter() >= until:
                 break
-        return bool(ready)
+        return aligned
 
     def step(self, alignment: PendingAlignment) -> bool:
         """Align a block; whether the memory is complete, or has failed: its result says why."""
