@@ -49,7 +49,9 @@ class Load:
         if device.CUDA:
             states = [x.pin_memory() for x in states]
         chunk = min(CHUNK, tokens)
-        stages = [[x.new_empty(chunk, *x.shape[1:]) for x in encode[0] + encode[1]] for _ in "ab"]
+        stages = [
+            [x.new_empty(chunk, *x.shape[1:]) for x in encode[0] + encode[1]] for _ in range(2)
+        ]
         encode[0] = encode[1] = []
         latent = torch.empty(tokens, pair.rank, dtype=torch.bfloat16, device=device.DEVICE)
         return cls(states, encode, decode_arguments(pair, latent), stages)

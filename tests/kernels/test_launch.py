@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from awareness_kernels import blocks, launch, ops
+from awareness_kernels import blocks, decode, encode, launch, ops, rotate
 from kernel_cases import (
     DEVICE,
     PARTIAL,
@@ -92,6 +93,47 @@ def test_the_slots_of_a_group_go_up_once(monkeypatch: pytest.MonkeyPatch) -> Non
     found = launch.upload_slots(layers, torch.device(DEVICE))
     assert [x.data_ptr() for x in found] == [x.data_ptr() for x in layers]
     assert [x.data_ptr() for x in sent] == [x.data_ptr() for x in groups]
+
+
+class Recorder:
+    """A kernel that is launched and does nothing."""
+
+    def __init__(self) -> None:
+        self.launches = 0
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*arguments: Any, **constants: Any) -> None:
+            self.launches += 1
+
+        return launch
+
+
+def test_a_launcher_asks_the_device_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tensor on "meta" has no numbers: whoever asked for one would raise."""
+    recorder = Recorder()
+    for module, name in (
+        (encode, "pack_states_kernel"),
+        (encode, "pack_embeddings_kernel"),
+        (decode, "scatter_kernel"),
+        (rotate, "rotate_kernel"),
+    ):
+        monkeypatch.setattr(module, name, recorder)
+    decoded = decode_arguments(PLAIN, 63, torch.bfloat16)
+    turn = [[table[5].contiguous() for table in decoded[part]] for part in (4, 5)]
+    rotated = [decoded[9], decoded[11], *turn, decoded[6], decoded[12][: PLAIN.layers]]
+    calls = (
+        (encode.encode_states, encode_arguments(PLAIN, 63, torch.bfloat16), (5, 6, 7)),
+        (decode.decode_paged, decoded, (3, 11)),
+        (rotate.rotate_paged, rotated, (1,)),
+    )
+    for launch_, arguments, indices in calls:
+        launch_(
+            *(
+                each([x], Tensor.cpu if i in indices else lambda y: y.to("meta"))[0]
+                for i, x in enumerate(arguments)
+            )
+        )
+    assert recorder.launches == 4
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="a CPU has nothing to wait for")
