@@ -3,6 +3,7 @@ workers' memories. What cannot work does not start."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ TEXT = (
     "Anna Kowalski looks after the maps, and Otto Brandt after the reading room. "
 ) * 3
 QUESTION = "\nQuestion: Who looks after the maps?\nAnswer:"
-COUNT = 3
+COUNT = 2
 
 
 @pytest.fixture(scope="module")
@@ -41,19 +42,20 @@ def test_every_api_server_answers_with_the_memory(server: Server, memory: tuple[
     log = server.log.read_text()
     assert log.count("memories are served from") == COUNT
     assert log.count(".wmatrix loaded") == 1
-    answers, pids = set(), set()
-    body = {"model": "served", "prompt": QUESTION, "max_tokens": 8, "temperature": 0}
-    for _ in range(64):  # a connection each: the kernel deals them out
-        answer = httpx.post(f"{server.url}/v1/completions", json=body | {"memory_ids": [memory[0]]})
+    body = {"model": "served", "prompt": QUESTION, "max_tokens": 4, "temperature": 0}
+    answers = set()
+    for _ in range(24):  # a connection each: the kernel deals them out
+        answer = httpx.post(
+            f"{server.url}/v1/completions", json=body | {"memory_ids": [memory[0]]}, timeout=60
+        )
         assert answer.status_code == 200, answer.text
         report = answer.json()["memory"]
         assert (report["ids"], report["plan"]) == ([memory[0]], "load")
         assert report["temperature"] != "recomputed"
         answers.add(answer.json()["choices"][0]["text"])
-        pids |= {line.split("pid=")[1].split(")")[0] for line in server.log.read_text().splitlines()
-                 if "POST /v1/completions" in line and "pid=" in line}  # fmt: skip
     assert len(answers) == 1, answers
-    assert len(pids) == COUNT, pids
+    answered = re.findall(r"\(ApiServer_(\d) .*\"POST /v1/completions ", server.log.read_text())
+    assert {*answered} == {str(i) for i in range(COUNT)}
 
 
 @pytest.mark.parametrize(
