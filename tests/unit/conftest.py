@@ -295,7 +295,8 @@ def overlapped(request: pytest.FixtureRequest) -> bool:
 @pytest.fixture
 def engine(serve: Callable[..., Served], overlapped: bool) -> Engine:
     """An engine of one rank."""
-    from v2_stubs import Engine, Rank  # late: they import vLLM
+    from v2_stubs import Engine  # late: it imports vLLM
+    from v2_worker import Rank
 
     served = serve()
     return Engine(served, [Rank(served)], overlapped=overlapped)

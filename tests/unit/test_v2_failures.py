@@ -1,4 +1,4 @@
-"""Loads that fail, are aborted, or end on one rank before another, on CUDA's path through vLLM."""
+"""Loads that fail or are aborted, and ranks that differ, on CUDA's path through vLLM."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from typing import Any
 
 import pytest
 from v2_model import Gate, Memory, Served, request
-from v2_stubs import Engine, Rank, runs
+from v2_stubs import Engine
+from v2_worker import Rank, runs
+
+from awareness_vllm.models.geometry import Geometry
+from awareness_vllm.packages.file import Package
 
 pytestmark = pytest.mark.unit
 
@@ -198,3 +202,20 @@ def test_an_abort_while_one_rank_still_loads_gives_all_blocks_back(pair: Engine)
     pair.abort("a")
     pair.finish()
     gate.open()
+
+
+def test_each_rank_decodes_its_own_heads(
+    serve: Serve,
+    make_package: Callable[..., Package],
+    geometry: Geometry,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    served = serve(heads=1)
+    served.map_from(geometry)
+    memory = served.mapped(make_package(" ".join(str(37 * i) for i in range(40))))
+    engine = Engine(served, ranks_of(served, monkeypatch))
+    engine.add(request("a", memory))
+    engine.finish()
+    count = len(memory.ids)
+    for rank in engine.ranks:
+        assert rank.first_sight("a") == (f"{count - 31}. 31m", f"{count}m")

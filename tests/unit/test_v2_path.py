@@ -13,8 +13,11 @@ from typing import Any
 import pytest
 import torch
 from v2_model import Gate, Served, request
-from v2_stubs import Engine, Rank, numbers, runs
+from v2_stubs import Engine
+from v2_worker import Rank, numbers, runs
 
+from awareness_vllm.models.geometry import Geometry
+from awareness_vllm.packages.file import Package
 from awareness_vllm.packages.manifest import tensor_name
 from awareness_vllm.serving.connector import worker as worker_module
 from awareness_vllm.serving.connector.kv_layout import layer_index
@@ -143,6 +146,30 @@ def test_memories_in_a_batch_do_not_mix(engine: Engine) -> None:
     for i, name in enumerate("abcd"):
         assert rank.first_sight(name)[1] == f"{40 + 16 * i}m"
     assert engine.tokens == dict.fromkeys("abcde", 3)
+
+
+def test_a_second_memory_is_moved_to_its_place_within_the_pages(engine: Engine) -> None:
+    (rank,) = engine.ranks
+    first, second = engine.served.memory(45), engine.served.memory(70, seed=1)
+    engine.add(request("a", first, second))
+    engine.finish()
+    assert rank.first_sight("a") == ("84. 31m", "115m")
+
+
+def test_a_mapped_memory_is_decoded_into_the_pages(
+    serve: Serve, overlapped: bool, make_package: Callable[..., Package], geometry: Geometry
+) -> None:
+    served = serve()
+    served.map_from(geometry)
+    memory = served.mapped(make_package(" ".join(str(37 * i) for i in range(40))))
+    rank = Rank(served)
+    engine = Engine(served, [rank], overlapped=overlapped)
+    engine.add(request("busy", answer=30), request("a", memory))
+    engine.finish()
+    count = len(memory.ids)
+    assert count > 2 * Served.WINDOW
+    assert rank.first_sight("a") == (f"{count - 31}. 31m", f"{count}m")
+    assert engine.reports["a"]["awareness"]["temperature"] == "cold"
 
 
 def test_a_step_of_vllm_itself_is_none_of_the_connectors(engine: Engine) -> None:

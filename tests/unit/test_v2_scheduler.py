@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 from v2_model import Gate, Memory, Served, request
-from v2_stubs import Engine, Rank, numbers, runs
+from v2_stubs import Engine
+from v2_worker import Rank, numbers, runs
 from vllm.distributed.kv_transfer.kv_connector.v1.base import supports_hma
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
+from collections.abc import Sequence
 from concurrent.futures import wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,14 +34,20 @@ from vllm.v1.core.kv_cache_utils import (
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, SlidingWindowSpec
 from vllm.v1.request import Request
 
+from awareness_vllm.align.realign import realign
 from awareness_vllm.files import file_digest
 from awareness_vllm.models.describe import geometry_of
-from awareness_vllm.packages.file import build, publish
+from awareness_vllm.models.geometry import Geometry
+from awareness_vllm.packages.file import Package, build, publish
 from awareness_vllm.serving.config import ServingConfig, transfer_config
 from awareness_vllm.serving.connector.kv_reader import CAPTURE_KEY
 from awareness_vllm.serving.params import LoadParams, Part, kv_transfer_params
+from awareness_vllm.wmatrix.file import WMatrix
+from awareness_vllm.wmatrix.manifest import Anchors, WMatrixManifest
 
 MAX_MODEL_LEN = 512
+MAP = "b" * 64
+"""The digest of a map."""
 SECONDS = 30.0
 """A gate that nobody opens fails the test rather than hang it."""
 
@@ -52,6 +60,10 @@ class Memory:
     ids: list[int]
     keys: list[Tensor]
     values: list[Tensor]
+
+    def begins(self, tokens: Sequence[int]) -> bool:
+        """Whether these tokens begin with the memory, or are its beginning."""
+        return list(tokens[: len(self.ids)]) == self.ids[: len(tokens)]
 
 
 @dataclass
@@ -70,6 +82,33 @@ class Served:
     folder: Path
     store: Path
     memories: list[Memory] = field(default_factory=list)
+    maps: dict[str, WMatrix] = field(default_factory=dict)
+
+    @functools.cached_property
+    def geometry(self) -> Geometry:
+        return geometry_of(self.folder, MAX_MODEL_LEN)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """The model's embedding of ids [T], [T, E]."""
+        table = torch.randn(
+            500, self.geometry.hidden_size, generator=torch.Generator().manual_seed(3)
+        )
+        return table[ids.cpu()]
+
+    def map_from(self, source: Geometry) -> None:
+        """Add a random map from another model: shapes matter here, not worth."""
+        self.maps[MAP] = random_map(source, self.geometry)
+
+    def mapped(self, package: Package) -> Memory:
+        """A new memory of another model, whose map is here."""
+        wmatrix = self.maps[MAP]
+        aligned = realign(package, wmatrix, self.folder, self.embed, dtype=torch.bfloat16)
+        path = publish(package, self.store)
+        part = Part(
+            memory=path.stem, digest=file_digest(path), wmatrix=MAP, tokens=len(aligned.ids)
+        )
+        self.memories.append(Memory(part, aligned.ids, aligned.keys, aligned.values))
+        return self.memories[-1]
 
     def window(self, layer_name: str) -> int | None:
         (group,) = (g for g in self.kv_cache_config.kv_cache_groups if layer_name in g.layer_names)
@@ -91,7 +130,7 @@ class Served:
         ids = [(7 * i + seed) % 190 + 10 for i in range(tokens)]
         ends = np.arange(1, tokens + 1, dtype=np.int64)
         package = build(
-            geometry=geometry_of(self.folder, MAX_MODEL_LEN),
+            geometry=self.geometry,
             text="a" * tokens,
             tokens=ids,
             spans=np.stack((ends - 1, ends), axis=1),
@@ -159,6 +198,40 @@ def serve(
     }
     (cache,) = get_kv_cache_configs(config, [dict(specs)], [2**20])
     return Served(config, cache, folder, store)
+
+
+def random_map(source: Geometry, target: Geometry) -> WMatrix:
+    """A map of rank 8 through the source's two layers."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    rank, predecessors, sink = 8, 2, (2, 7)
+    features = source.width + (1 + predecessors) * target.hidden_size
+    sinks = [[random(len(sink), g.heads, g.head_dim) for g in target.layers] for _ in range(2)]
+    return WMatrix(
+        WMatrixManifest(
+            source=source,
+            target=target,
+            layers=tuple(range(len(source.layers))),
+            rank=rank,
+            predecessors=predecessors,
+            sink=sink,
+            anchors=Anchors(digest="a" * 64, documents=1, tokens=100),
+            fit={"seed": 0},
+            r2={"keys": 0.5, "values": 0.25},
+            reconstruction_error=0.1,
+            versions={"torch": "0"},
+        ),
+        mean=random(features),
+        scale=random(features).abs() + 0.5,
+        encode=random(features, rank),
+        decode=random(rank, target.width),
+        bias=random(target.width),
+        sink_keys=sinks[0],
+        sink_values=sinks[1],
+    )
 
 
 def save_gemma(folder: Path, tokenizer: Tokenizer) -> Path:
