@@ -12,6 +12,7 @@ those with a window, and for values.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -34,7 +35,8 @@ REACH = (8, 64, 512)
 HELD_OUT = 5
 """Every so many texts are left out of the regression."""
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-"""Shares of the features' mean variance; each regression takes the one that serves it best."""
+"""Shares of the features' mean variance, for the latent and for what stands beside it; each
+regression takes the two that serve it best."""
 SEED = 11
 
 
@@ -72,12 +74,16 @@ class Regression:
         old = self.sums.get(held_out)
         self.sums[held_out] = new if old is None else tuple(map(torch.add, old, new))  # type: ignore[assignment]
 
-    def explained(self, columns: Mapping[str, Tensor]) -> dict[str, float]:
-        """The share of variance that is explained of some columns of what was held out."""
+    def explained(self, columns: Mapping[str, Tensor], rank: int) -> dict[str, float]:
+        """The share of variance that is explained of some columns of what was held out; the first
+        `rank` features are the latent."""
         (gram, cross, _), (others, wanted, about) = self.sums[False], self.sums[True]
         best: dict[str, float] = {}
-        for ridge in RIDGES:
-            penalty = torch.full((len(gram),), ridge * float(gram.diagonal()[:-1].mean()))
+        beside = RIDGES if len(gram) > rank + 1 else RIDGES[:1]
+        for own_ridge, ridge in itertools.product(RIDGES, beside):
+            penalty = torch.full((len(gram),), ridge)
+            penalty[:rank] = own_ridge
+            penalty *= gram.diagonal()[:-1].mean()
             penalty[-1] = 0
             weights = torch.linalg.solve(gram + penalty.diag(), cross)
             total = about[1] - about[0].square() / about[2]
@@ -111,7 +117,9 @@ def main() -> None:
         held_out = number % HELD_OUT == 0
         alone.add(latent, y, held_out=held_out)
         beside.add(torch.cat((latent, context), 1), y, held_out=held_out)
-    found = {"latent": alone.explained(columns), "latent and context": beside.explained(columns)}
+    rank = wmatrix.manifest.rank
+    found = {"latent": alone.explained(columns, rank)}
+    found["latent and context"] = beside.explained(columns, rank)
     about = {"tokens": args.tokens, "hardware": hardware(), "versions": versions()}
     print(json.dumps({"explained": found, **about}))
 
