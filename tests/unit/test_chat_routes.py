@@ -11,6 +11,7 @@ from unittest.mock import AsyncMock, Mock
 import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
+from vllm.entrypoints.anthropic import serving
 from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.responses.api_router import router as response_router
@@ -46,6 +47,9 @@ class Messages(AnthropicServingMessages):
 
     def __init__(self) -> None:
         self._merge_inline_system = True
+        # vLLM's own, where it has one: from 0.33 on.
+        if resolver := getattr(serving, "DisabledThinkingEffortResolver", None):
+            self.disabled_thinking_effort_resolver = resolver(None, "none")
 
     async def render_chat_request(self, request: ChatCompletionRequest) -> Any:
         text = lines(cast(Any, request.messages))
@@ -161,6 +165,7 @@ def test_thinking_that_is_switched_off_is_rendered_so(client: TestClient, new: b
     handler = cast(Any, client.app).state.anthropic_serving_messages
     effort, seen = AsyncMock(return_value="low"), []
     render = handler.render_chat_request
+    vars(handler).pop("disabled_thinking_effort_resolver", None)
     if new:
         handler.disabled_thinking_effort_resolver = SimpleNamespace(resolve_for=effort)
     else:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from connector_stubs import connector
-from vllm.config import CacheConfig, VllmConfig
+from vllm.config import VllmConfig
+from vllm.config.cache import CacheDType
 from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability
@@ -49,11 +50,7 @@ def test_an_engine_without_all_layers_and_tokens_in_each_rank_is_refused(name: s
         ("fp8", [], (8, 6), "fp8 with compute capability 8.6"),
         ("fp8_e4m3", [], (8, 0), "fp8_e4m3 with compute capability 8.0"),
         ("fp8_e5m2", ["0", "sliding_window"], (9, 0), "0 sliding_window"),
-        *(
-            (dtype, [], (10, 0), dtype)
-            for dtype in CacheConfig.__annotations__["cache_dtype"].__args__
-            if dtype not in KV_DTYPES
-        ),
+        *((dtype, [], (10, 0), dtype) for dtype in get_args(CacheDType) if dtype not in KV_DTYPES),
     ],
 )
 def test_a_cache_that_holds_no_plain_states_is_refused(
@@ -69,7 +66,7 @@ def test_a_cache_that_holds_no_plain_states_is_refused(
 
 
 def test_the_kv_dtypes_are_vllms() -> None:
-    assert set(KV_DTYPES) < set(CacheConfig.__annotations__["cache_dtype"].__args__)
+    assert set(KV_DTYPES) < set(get_args(CacheDType))
 
 
 @pytest.mark.parametrize(
