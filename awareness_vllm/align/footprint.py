@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from awareness_vllm.align.workspace import LANES, PADDING, WRITES
+from awareness_vllm.kernels import ops
 from awareness_vllm.models.geometry import Positions
 from awareness_vllm.models.rope import cos_sin_table
 from awareness_vllm.wmatrix.manifest import WMatrixManifest
@@ -18,8 +19,6 @@ CHUNK_BYTES = 2**28
 """Bytes that a chunk's states take at most, on the device and in pinned host memory."""
 ROW_STEP = 128
 """What a chunk's rows are a multiple of where CHUNK_BYTES bounds them: a tile of a product."""
-SCRATCH_BYTES = 2**28
-"""Bytes that an operator needs at most while it runs."""
 UPLOAD_BYTES = 2**25
 """Bytes of one layer's keys and values that copies and heads are uploaded by."""
 FLOAT = 4
@@ -60,9 +59,9 @@ class Footprint:
             # Embeddings where the device looks them up; the latent, and its check in float32.
             encoding=FLOAT * rows * hidden
             + before
-            + min(SCRATCH_BYTES, itemsize * rows * features)
+            + min(ops.SCRATCH, itemsize * rows * features)
             + rows * rank * (itemsize + 2 * FLOAT),
-            writing=min(SCRATCH_BYTES, itemsize * rows * outputs),
+            writing=min(ops.SCRATCH, itemsize * rows * outputs),
         )
 
 

@@ -7,7 +7,6 @@ itself. On CUDA no operator makes the host wait.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import logging
@@ -20,7 +19,7 @@ from torch._library.custom_ops import CustomOpDef
 from awareness_kernels import checks, reference
 from awareness_kernels.blocks import SCRATCH, block_rows
 
-__all__ = ["SCRATCH", "block_rows", "decode_paged", "encode_states", "rotate_paged", "tuning"]
+__all__ = ["SCRATCH", "block_rows", "decode_paged", "encode_states", "rotate_paged"]
 
 logger = logging.getLogger(__name__)
 
@@ -72,11 +71,6 @@ def _(*args: Any) -> Tensor:
 @rotate_paged.register_fake
 def _(*args: Any) -> None:
     """They write into pages and give nothing back."""
-
-
-def tuning(device: torch.device | str) -> contextlib.AbstractContextManager[None]:
-    """Nothing: there is no tile size left to choose."""
-    return contextlib.nullcontext()
 
 
 @functools.cache
