@@ -350,9 +350,9 @@ def test_a_choice_takes_milliseconds_and_long_input_bounded_time(strategy: str) 
     def least(ask: str) -> float:
         times = []
         for _ in range(5):
-            start = time.perf_counter()
+            start = time.process_time()
             index.choose(ask, BUDGET, strategy)
-            times.append(time.perf_counter() - start)
+            times.append(time.process_time() - start)
         return min(times)
 
     # Generous, for busy machines: benchmarks/passages.py prints what it takes, under 1 ms.
@@ -364,6 +364,6 @@ def test_a_choice_takes_milliseconds_and_long_input_bounded_time(strategy: str) 
 def test_the_cut_takes_time_linear_in_the_text(run: str) -> None:
     text = run * (100_000 // len(run)) + "b"
     spans = np.array([(i, i + 1) for i in range(len(text.encode()))])
-    start = time.perf_counter()
+    start = time.process_time()  # the wall's time is others' too
     PassageIndex.of(text, spans, 0)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
