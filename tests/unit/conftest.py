@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
+from random_maps import random_map
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from awareness_vllm.anchors.corpus import Document
 from awareness_vllm.models.geometry import Geometry, LayerGeometry, Positions
 from awareness_vllm.packages.file import Package, build
 from awareness_vllm.wmatrix.file import WMatrix
-from awareness_vllm.wmatrix.manifest import Anchors, WMatrixManifest
 
 if TYPE_CHECKING:
     from memories_server import Server
@@ -160,7 +160,6 @@ def make_package(geometry: Geometry) -> Callable[..., Package]:
 @pytest.fixture(scope="session")
 def wmatrix(geometry: Geometry) -> WMatrix:
     """A random map from the tiny geometry to another: shapes matter here, not worth."""
-    generator = torch.Generator().manual_seed(0)
     schemes = (
         Positions(scheme="rope", theta=1e4, rotary_dim=4),
         Positions(scheme="rope", theta=1e5, rotary_dim=4, interleaved=True),
@@ -170,34 +169,7 @@ def wmatrix(geometry: Geometry) -> WMatrix:
     target = geometry.model_copy(
         update={"name": "target", "hidden_size": 6, "layers": layers, "weights": "v" * 64}
     )
-    predecessors, rank, sink = 2, 5, (2, 7)
-    features = geometry.width + (1 + predecessors) * target.hidden_size
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    return WMatrix(
-        WMatrixManifest(
-            source=geometry,
-            target=target,
-            layers=(0, 1),
-            rank=rank,
-            predecessors=predecessors,
-            sink=sink,
-            anchors=Anchors(digest="a" * 64, documents=1, tokens=100),
-            fit={"seed": 0},
-            r2={"keys": 0.5, "values": 0.25},
-            reconstruction_error=0.1,
-            versions={"torch": "0"},
-        ),
-        mean=random(features),
-        scale=random(features).abs() + 0.5,
-        encode=random(features, rank),
-        decode=random(rank, target.width),
-        bias=random(target.width),
-        sink_keys=[random(len(sink), g.heads, g.head_dim) for g in layers],
-        sink_values=[random(len(sink), g.heads, g.head_dim) for g in layers],
-    )
+    return random_map(geometry, target, rank=5)
 
 
 def save_model(folder: Path, tokenizer: Tokenizer, hidden: int, layers: int, heads: int) -> Path:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from random_maps import random_map
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
@@ -43,7 +44,6 @@ from awareness_vllm.serving.config import ServingConfig, transfer_config
 from awareness_vllm.serving.connector.kv_reader import CAPTURE_KEY
 from awareness_vllm.serving.params import LoadParams, Part, kv_transfer_params
 from awareness_vllm.wmatrix.file import WMatrix
-from awareness_vllm.wmatrix.manifest import Anchors, WMatrixManifest
 
 MAX_MODEL_LEN = 512
 MAP = "b" * 64
@@ -97,7 +97,7 @@ class Served:
 
     def map_from(self, source: Geometry) -> None:
         """Add a random map from another model: shapes matter here, not worth."""
-        self.maps[MAP] = random_map(source, self.geometry)
+        self.maps[MAP] = random_map(source, self.geometry, rank=8)
 
     def mapped(self, package: Package) -> Memory:
         """A new memory of another model, whose map is here."""
@@ -198,40 +198,6 @@ def serve(
     }
     (cache,) = get_kv_cache_configs(config, [dict(specs)], [2**20])
     return Served(config, cache, folder, store)
-
-
-def random_map(source: Geometry, target: Geometry) -> WMatrix:
-    """A map of rank 8 through the source's two layers."""
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    rank, predecessors, sink = 8, 2, (2, 7)
-    features = source.width + (1 + predecessors) * target.hidden_size
-    sinks = [[random(len(sink), g.heads, g.head_dim) for g in target.layers] for _ in range(2)]
-    return WMatrix(
-        WMatrixManifest(
-            source=source,
-            target=target,
-            layers=tuple(range(len(source.layers))),
-            rank=rank,
-            predecessors=predecessors,
-            sink=sink,
-            anchors=Anchors(digest="a" * 64, documents=1, tokens=100),
-            fit={"seed": 0},
-            r2={"keys": 0.5, "values": 0.25},
-            reconstruction_error=0.1,
-            versions={"torch": "0"},
-        ),
-        mean=random(features),
-        scale=random(features).abs() + 0.5,
-        encode=random(features, rank),
-        decode=random(rank, target.width),
-        bias=random(target.width),
-        sink_keys=sinks[0],
-        sink_values=sinks[1],
-    )
 
 
 def save_gemma(folder: Path, tokenizer: Tokenizer) -> Path:
