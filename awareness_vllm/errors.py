@@ -163,6 +163,30 @@ class QualityUnreachable(AwarenessError):
         self.best = best
 
 
+class RegistryError(AwarenessError):
+    """A registry that cannot be reached, or answers what it should not."""
+
+    status = 502
+
+
+class RegistryDenied(RegistryError):
+    """A registry that does not let this user in."""
+
+    status = 403
+
+
+class ArtefactNotFound(RegistryError):
+    """A tag or a digest that a repository does not have."""
+
+    status = 404
+
+
+class ArtefactCorrupt(RegistryError):
+    """An artefact whose bytes, size or media type contradict its descriptor or its listing."""
+
+    status = 422
+
+
 class BadInput(AwarenessError):
     """Unusable input of a command or function."""
 

@@ -1,0 +1,28 @@
+"""The repository that a reference names: a folder, or one in a registry."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from awareness_vllm.oci.layout import Layout
+from awareness_vllm.oci.reference import Reference
+from awareness_vllm.oci.repository import Repository
+
+
+def open_repository(where: str | Path | Reference, *, api_key: str | None = None) -> Repository:
+    """The repository of a reference.
+
+    Args:
+        api_key: a registry's token, or "user:password"; by default docker's own configuration
+            says how to log in.
+
+    Raises:
+        BadInput: not a reference.
+    """
+    reference = where if isinstance(where, Reference) else Reference.parse(where)
+    if reference.host is None:
+        return Layout(reference)
+    # Late: it needs requests, and a folder does not.
+    from awareness_vllm.oci.remote import Remote
+
+    return Remote(reference, api_key=api_key)

@@ -1,0 +1,57 @@
+"""A repository of artefacts, in a registry or in a folder: what both can do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+from awareness_vllm.oci.artefact import Descriptor, Layer
+from awareness_vllm.oci.reference import Reference
+
+Progress = Callable[[int], None]
+"""Called with the number of bytes that have gone through since the last call."""
+
+
+def no_progress(_: int) -> None:
+    """Progress that nobody watches."""
+
+
+class Repository(Protocol):
+    """A repository. Blobs and manifests are named by their digests, tags name manifests.
+
+    Whatever is returned or written has the digest and the size that it should have: errors are
+    typed (`RegistryError` and its kin), and leave nothing half-written.
+    """
+
+    reference: Reference
+
+    def manifest(self, name: str) -> tuple[Descriptor, bytes]:
+        """A manifest by tag or digest. Raises ArtefactNotFound, ArtefactCorrupt, RegistryError."""
+        ...
+
+    def blob(self, descriptor: Descriptor, limit: int) -> bytes:
+        """A small blob of at most `limit` bytes. Raises as `manifest` does."""
+        ...
+
+    def fetch(self, descriptor: Descriptor, draft: Path, progress: Progress = no_progress) -> None:
+        """Write a blob to a file, going on where an interrupted `fetch` of the same blob into this
+        file has stopped. Raises as `manifest` does; OSError for a disk that is full."""
+        ...
+
+    def upload(self, layer: Layer, progress: Progress = no_progress) -> None:
+        """Write a blob, unless it is there. Raises RegistryError."""
+        ...
+
+    def put_manifest(self, raw: bytes, media_type: str, tag: str | None = None) -> Descriptor:
+        """Write a manifest, whose blobs are there, and perhaps have a tag name it; its descriptor.
+        Raises RegistryError."""
+        ...
+
+    def tags(self) -> Iterator[str]:
+        """All tags. Raises RegistryError."""
+        ...
+
+    def referrers(self, digest: str) -> list[Descriptor]:
+        """The artefacts whose subject is a manifest. Raises RegistryError."""
+        ...

@@ -1,0 +1,136 @@
+"""The listing of a W-Matrix: both geometries and the certificate, before the map is pulled."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from awareness_vllm.errors import ArtefactCorrupt
+from awareness_vllm.models.geometry import Geometry
+from awareness_vllm.oci.artefact import TITLE, Artefact, Descriptor, Layer
+from awareness_vllm.oci.transfer import Found
+from awareness_vllm.schema import FrozenModel, PlainName, PlainText
+from awareness_vllm.tensor_file import FileRefused, parse_document
+from awareness_vllm.wmatrix.certificate import Certificate, parse_certificate
+from awareness_vllm.wmatrix.manifest import WMatrixManifest, read_digest, read_manifest
+
+ARTEFACT = "application/vnd.awareness.wmatrix.v1"
+CONFIG = "application/vnd.awareness.wmatrix.config.v1+json"
+LAYER = "application/vnd.awareness.wmatrix.v1.safetensors"
+
+
+class WMatrixListing(FrozenModel):
+    """The config blob of a W-Matrix's artefact, the word of whoever pushed it as a `PackageListing`
+    is.
+
+    `digest` is the sha256, in hex, of the file, which has so many `bytes`.
+    """
+
+    format: Literal["awareness-wmatrix-listing/1"] = "awareness-wmatrix-listing/1"
+    digest: str = Field(pattern="^[0-9a-f]{64}$")
+    bytes: int = Field(ge=0, le=1 << 50)
+    manifest: WMatrixManifest
+    label: PlainName | None = None
+    description: PlainText | None = Field(None, max_length=2000)
+    license: PlainName | None = None
+
+    @property
+    def name(self) -> str:
+        """The name that it was listed by, or else its models'."""
+        return self.label or f"{self.source_model}--{self.target_model}"
+
+    @property
+    def source_model(self) -> str:
+        return self.manifest.source.name
+
+    @property
+    def target_model(self) -> str:
+        return self.manifest.target.name
+
+    @property
+    def certificate(self) -> Certificate | None:
+        """The measured figures, as far as the listing is believed. Raises ValueError."""
+        return parse_certificate(self.manifest.certificate)
+
+    @property
+    def pair(self) -> str:
+        return pair_of(self.manifest.source, self.manifest.target)
+
+    @property
+    def tag(self) -> str:
+        """The tag that this map is found by."""
+        return f"{self.pair}.{self.digest[:16]}"
+
+    def check_file(self, path: Path) -> None:
+        """Check that a pulled file, whose digest is known to be right, is what was listed.
+
+        Raises:
+            ArtefactCorrupt, WMatrixCorrupt
+        """
+        if read_manifest(path) != self.manifest:
+            raise ArtefactCorrupt(
+                f"the listing of the W-Matrix {self.name} is not that of its file",
+                found="a file with another manifest",
+                expected="the manifest in the listing",
+                remedy="push the W-Matrix again",
+            )
+
+
+def pair_of(source: Geometry, target: Geometry) -> str:
+    """The beginning of the tags of all maps between two models, by their fingerprints: `pair_` and
+    32 hexadecimal digits."""
+    about = "\n".join((source.weights, source.tokenizer, target.weights, target.tokenizer))
+    return f"pair_{hashlib.sha256(about.encode()).hexdigest()[:32]}"
+
+
+def artefact_of(
+    path: Path,
+    *,
+    name: str | None = None,
+    description: str | None = None,
+    license: str | None = None,
+) -> Artefact:
+    """The artefact of a W-Matrix's file. Raises WMatrixCorrupt: not a W-Matrix."""
+    manifest, digest = read_digest(path)
+    listing = WMatrixListing(
+        digest=digest,
+        bytes=path.stat().st_size,
+        manifest=manifest,
+        label=name,
+        description=description,
+        license=license,
+    )
+    layer = Descriptor(
+        media_type=LAYER,
+        digest=f"sha256:{digest}",
+        size=listing.bytes,
+        annotations={TITLE: path.name},
+    )
+    return Artefact(ARTEFACT, CONFIG, listing.model_dump_json().encode(), [Layer(path, layer)])
+
+
+def listing_of(found: Found) -> WMatrixListing:
+    """The listing in an artefact that was looked up.
+
+    Raises:
+        ArtefactCorrupt: another kind of artefact, or one whose listing and layer disagree.
+    """
+    try:
+        if found.manifest.config.media_type != CONFIG:
+            raise FileRefused(f"a config of {found.manifest.config.media_type!r}"[:200], CONFIG)
+        listing = parse_document(WMatrixListing, found.config, "listing")
+        parse_certificate(listing.manifest.certificate)
+        layers = [(layer.media_type, layer.hex, layer.size) for layer in found.manifest.layers]
+        if layers != [(LAYER, listing.digest, listing.bytes)]:
+            raise FileRefused(f"layers {layers}"[:300], "the one that the listing describes")
+    except (FileRefused, ValueError) as error:
+        refused = error if isinstance(error, FileRefused) else FileRefused(str(error)[:200])
+        raise ArtefactCorrupt(
+            f"{found.descriptor.digest} is no W-Matrix's artefact",
+            found=refused.found,
+            expected=refused.expected,
+        ) from error
+    return listing

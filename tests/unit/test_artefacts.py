@@ -1,0 +1,107 @@
+"""Memories and W-Matrices pushed into a layout folder, and pulled from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from awareness_vllm.errors import ArtefactCorrupt, ArtefactNotFound, BadInput
+from awareness_vllm.marketplace.files import listing, pull_file, push_file
+from awareness_vllm.oci.reference import Reference
+from awareness_vllm.oci.connect import open_repository
+from awareness_vllm.packages.file import Package, publish
+from awareness_vllm.packages.listing import PackageListing
+from awareness_vllm.wmatrix.file import WMatrix
+from awareness_vllm.wmatrix.listing import WMatrixListing
+
+pytestmark = pytest.mark.unit
+DIGEST = "sha256:" + 64 * "0"
+
+
+@pytest.fixture
+def package_file(make_package: Callable[..., Package], tmp_path: Path) -> Path:
+    return publish(make_package(), tmp_path / "author")
+
+
+@pytest.mark.parametrize(
+    ("text", "host", "repository", "tag", "digest"),
+    [
+        ("oci://localhost:5000/team/memories:v1", "localhost:5000", "team/memories", "v1", None),
+        ("oci://ghcr.io/a/b", "ghcr.io", "a/b", None, None),
+        (f"oci://ghcr.io/a/b:v1@{DIGEST}", "ghcr.io", "a/b", None, DIGEST),
+        ("folder/a:v1", None, "folder/a", "v1", None),
+        ("folder:x/a", None, "folder:x/a", None, None),
+    ],
+)
+def test_references(
+    text: str, host: str | None, repository: str, tag: str | None, digest: str | None
+) -> None:
+    assert Reference.parse(text) == Reference(host, repository, tag, digest)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "oci://",
+        "oci://host",
+        "oci://host/UPPER",
+        "oci://ho st/a",
+        "oci://h/a:b c",
+        "http://h/a",
+    ],
+)
+def test_what_is_no_reference_is_refused(text: str) -> None:
+    with pytest.raises(BadInput, match="reference"):
+        Reference.parse(text)
+
+
+def test_a_package_comes_back_as_it_was_pushed(package_file: Path, tmp_path: Path) -> None:
+    repository = open_repository(tmp_path / "layout")
+    pushed, descriptor = push_file(package_file, repository, tags=["notes"], license="CC0-1.0")
+    for name in (pushed.id, "notes", descriptor.digest):
+        assert listing(repository, name) == pushed
+    pulled = pull_file(repository, "notes", tmp_path / "store")
+    assert pulled.read_bytes() == package_file.read_bytes()
+    assert pulled.stem == pushed.id == package_file.stem
+    assert isinstance(pushed, PackageListing)
+    assert pushed.token_count == pushed.manifest.tokens > 0
+
+
+def test_a_map_comes_back_as_it_was_pushed(wmatrix: WMatrix, tmp_path: Path) -> None:
+    wmatrix.save(tmp_path / "a.wmatrix")
+    repository = open_repository(tmp_path / "layout")
+    pushed, _ = push_file(tmp_path / "a.wmatrix", repository, name="a to b")
+    assert isinstance(pushed, WMatrixListing)
+    assert list(repository.tags()) == [pushed.tag]
+    pulled = pull_file(repository, pushed.tag, tmp_path / "maps")
+    assert pulled.name == "a-to-b.wmatrix"
+    assert pulled.read_bytes() == (tmp_path / "a.wmatrix").read_bytes()
+
+
+def test_other_bytes_in_the_layout_are_refused(package_file: Path, tmp_path: Path) -> None:
+    repository = open_repository(tmp_path / "layout")
+    pushed, _ = push_file(package_file, repository)
+    blob = tmp_path / "layout" / "blobs" / "sha256" / pushed.digest
+    blob.write_bytes(blob.read_bytes()[:-1] + b"x")
+    with pytest.raises(ArtefactCorrupt, match="sha256"):
+        pull_file(repository, pushed.id, tmp_path / "store")
+    assert list((tmp_path / "store").iterdir()) == []
+
+
+def test_what_is_not_there_is_not_found(tmp_path: Path) -> None:
+    with pytest.raises(ArtefactNotFound):
+        listing(open_repository(tmp_path / "nowhere"), "mem_" + 32 * "0")
+
+
+def test_the_folder_is_an_oci_image_layout(package_file: Path, tmp_path: Path) -> None:
+    push_file(package_file, open_repository(tmp_path))
+    push_file(package_file, open_repository(tmp_path), tags=["again"])
+    assert json.loads((tmp_path / "oci-layout").read_bytes()) == {"imageLayoutVersion": "1.0.0"}
+    index = json.loads((tmp_path / "index.json").read_bytes())
+    assert index["schemaVersion"] == 2
+    names = [m["annotations"]["org.opencontainers.image.ref.name"] for m in index["manifests"]]
+    assert names == [package_file.stem, "again"]
