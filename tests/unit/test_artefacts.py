@@ -10,8 +10,8 @@ import pytest
 
 from awareness_vllm.errors import ArtefactCorrupt, ArtefactNotFound, BadInput
 from awareness_vllm.marketplace.files import listing, pull_file, push_file
-from awareness_vllm.oci.reference import Reference
 from awareness_vllm.oci.connect import open_repository
+from awareness_vllm.oci.reference import Reference
 from awareness_vllm.packages.file import Package, publish
 from awareness_vllm.packages.listing import PackageListing
 from awareness_vllm.wmatrix.file import WMatrix
