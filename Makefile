@@ -56,13 +56,14 @@ UNIT := $(BIN)/python -m pytest -n 2 --dist loadfile
 ENGINE := $(BIN)/python -m pytest
 
 # All of it even where one part fails; the status is the first failure's. An engine's start keeps one
-# core busy for half a minute: what needs no engine runs beside, in the time that is left over.
+# core busy for half a minute: what starts none runs beside, in the time that is left over.
 test: $(STAMP) models anchors browser
 	@log=$$(mktemp); status=0; \
-	OMP_NUM_THREADS=1 nice -n 19 $(UNIT) -m "unit and not nightly" >$$log 2>&1 & unit=$$!; \
-	trap 'kill $$unit 2>/dev/null; rm -f $$log' EXIT; trap 'exit 130' INT TERM; \
-	$(ENGINE) -m "(engine or browser) and not nightly" || status=$$?; \
-	wait $$unit || { last=$$?; [ $$status != 0 ] || status=$$last; }; \
+	OMP_NUM_THREADS=1 setsid nice -n 19 sh -c '$(ENGINE) -m "beside and not nightly"; beside=$$?; \
+	  $(UNIT) -m "unit and not nightly" && exit $$beside' >$$log 2>&1 & rest=$$!; \
+	trap 'kill -- -$$rest 2>/dev/null; rm -f $$log' EXIT; trap 'exit 130' INT TERM; \
+	$(ENGINE) -m "(engine or browser) and not beside and not nightly" || status=$$?; \
+	wait $$rest || { last=$$?; [ $$status != 0 ] || status=$$last; }; \
 	cat $$log; exit $$status
 
 unit: $(STAMP)

@@ -11,6 +11,7 @@ import pytest
 from awareness_demo.anchors import held_out_dir, install
 from awareness_demo.models import prepare
 from awareness_demo.wmatrices import is_readable, shipped
+from filelock import FileLock
 from harness import CLI, captured
 
 from awareness_vllm.anchors.corpus import load
@@ -61,11 +62,13 @@ def small(source: Path, target: Path) -> Path:
 
 
 def fitted(source: Path, target: Path, path: Path, flags: tuple[object, ...] = ()) -> Path:
-    if not is_readable(path):
-        install()
-        command = [*CLI, "fit", "--source", source, "--target", target, *flags]
-        command += ["--anchors", anchors_dir(), "--out", path]
-        subprocess.run(list(map(str, command)), check=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):  # of several processes of tests, one fits
+        if not is_readable(path):
+            install()
+            command = [*CLI, "fit", "--source", source, "--target", target, *flags]
+            command += ["--anchors", anchors_dir(), "--out", path]
+            subprocess.run(list(map(str, command)), check=True)
     return path
 
 

@@ -12,7 +12,8 @@ from awareness_vllm.aligners.answer import OfflineTarget
 from awareness_vllm.packages.file import verify
 from awareness_vllm.passages import BUDGET
 
-pytestmark = pytest.mark.engine
+# The first test may wait for the fit.
+pytestmark = [pytest.mark.engine, pytest.mark.beside, pytest.mark.timeout(3600)]
 
 CASES = fact_cases(9, seed=7)
 

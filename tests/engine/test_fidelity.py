@@ -24,7 +24,7 @@ from awareness_vllm.wmatrix.certificate import TAIL
 from awareness_vllm.wmatrix.file import load as load_wmatrix
 
 # The first test waits for the fit (of the default, ten minutes on two cores) and the certificate.
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.engine, pytest.mark.beside, pytest.mark.timeout(3600)]
 
 SOURCES = ("crawl", "debian-history", "wordnet")
 LIMITS = {"small_wmatrix": 6, "full_wmatrix": 24}
