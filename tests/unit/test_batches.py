@@ -203,7 +203,7 @@ def double(state: int, number: int) -> int:
     return state * number
 
 
-@pytest.mark.parametrize("count", [0, 2])
+@pytest.mark.parametrize("count", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_workers_keep_the_order(count: int) -> None:
     workers = Workers(count, 2)
     assert list(workers.map(double, range(30))) == list(range(0, 60, 2))

@@ -274,6 +274,7 @@ def short(learn: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *args: learn(*args, rows=600)
 
 
+@pytest.mark.slow
 def test_a_missing_model_is_named(three: tuple[list[Path], Path], anchors: list[Document]) -> None:
     folders, maps = three
     aligner = MultiHopAligner([maps / "01.wmatrix", maps / "12.wmatrix"])
@@ -283,6 +284,7 @@ def test_a_missing_model_is_named(three: tuple[list[Path], Path], anchors: list[
     assert aligner.compose(path).manifest.fit == {"bridge_rows": 0}
 
 
+@pytest.mark.slow
 def test_the_command_finds_and_composes(
     three: tuple[list[Path], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

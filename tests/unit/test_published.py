@@ -300,6 +300,7 @@ def test_a_published_path_is_neither_loaded_over_nor_composed(world: World) -> N
     assert aligner.find_optimal_path("gpt-4", "GPT-4").basis == "exact"
 
 
+@pytest.mark.slow
 def test_a_model_at_hand_has_no_published_path(world: World) -> None:
     aligner = awareness_vllm.MultiHopAligner()
     assert aligner.find_optimal_path("source", "third").basis == "estimated"

@@ -23,6 +23,7 @@ def installed() -> Path:
 FOLDERS = [installed(), *map(Path, filter(None, os.environ.get("VLLM_SOURCES", "").split(":")))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", FOLDERS, ids=str)
 def test_all_that_is_used_of_vllm_is_there(folder: Path) -> None:
     sources = Sources(folder)

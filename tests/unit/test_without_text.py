@@ -146,6 +146,7 @@ def fitted(
     return path
 
 
+@pytest.mark.slow
 def test_it_is_fitted_and_certified_like_any_other(
     fitted: Path,
     tiny_models: tuple[Path, Path],
