@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from awareness_vllm.errors import ArtefactCorrupt, ArtefactNotFound, RegistryError
+from awareness_vllm.errors import ArtefactNotFound, RegistryError
 from awareness_vllm.files import put_in_place, scratch_folder
 from awareness_vllm.oci.artefact import (
     MAX_MANIFEST,
@@ -21,11 +21,11 @@ from awareness_vllm.oci.artefact import (
     descriptor_of,
     parse_image_manifest,
 )
-from awareness_vllm.oci.reference import DIGEST, Reference
+from awareness_vllm.oci.download import CHUNK, corrupt_blob, download
+from awareness_vllm.oci.reference import Reference
 from awareness_vllm.oci.repository import Progress, no_progress
 from awareness_vllm.tensor_file import FileRefused, opened
 
-CHUNK = 1 << 20
 MARKER = "oci-layout"
 LAYOUT = b'{"imageLayoutVersion": "1.0.0"}'
 
@@ -71,32 +71,29 @@ class Layout:
 
     def blob(self, descriptor: Descriptor, limit: int) -> bytes:
         if descriptor.size > limit:
-            raise _corrupt(descriptor, f"{descriptor.size} bytes", f"{limit} at most")
+            raise corrupt_blob(descriptor, f"{descriptor.size} bytes", f"{limit} at most")
         try:
             with opened(self.blob_path(descriptor), limit=descriptor.size) as (file, _):
                 content = file.read(descriptor.size + 1)
         except (FileRefused, OSError) as error:
-            raise _corrupt(descriptor, str(error)) from error
+            raise corrupt_blob(descriptor, str(error)) from error
         digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
         if (digest, len(content)) != (descriptor.digest, descriptor.size):
-            raise _corrupt(descriptor, f"{len(content)} bytes with {digest}")
+            raise corrupt_blob(descriptor, f"{len(content)} bytes with {digest}")
         return content
 
     def fetch(self, descriptor: Descriptor, draft: Path, progress: Progress = no_progress) -> None:
-        sha, done = hashlib.sha256(), 0
         try:
-            path = self.blob_path(descriptor)
-            with opened(path, limit=descriptor.size) as (file, _), draft.open("wb") as copy:
+            with (
+                opened(self.blob_path(descriptor), limit=descriptor.size) as (file, _),
+                download(draft, descriptor, progress) as into,
+            ):
+                file.seek(into.done)
                 while chunk := file.read(CHUNK):
-                    sha.update(chunk)
-                    copy.write(chunk)
-                    done += len(chunk)
-                    progress(len(chunk))
+                    into.write(chunk)
+                into.check()
         except FileRefused as error:
-            raise _corrupt(descriptor, str(error)) from error
-        if (sha.hexdigest(), done) != (descriptor.hex, descriptor.size):
-            draft.unlink()
-            raise _corrupt(descriptor, f"{done} bytes with sha256:{sha.hexdigest()}")
+            raise corrupt_blob(descriptor, str(error)) from error
 
     def upload(self, layer: Layer, progress: Progress = no_progress) -> None:
         path = self.blob_path(layer.descriptor)
@@ -121,7 +118,7 @@ class Layout:
                 copy.write(chunk)
                 progress(len(chunk))
         if sha.hexdigest() != descriptor.hex:
-            raise _corrupt(descriptor, f"sha256:{sha.hexdigest()}, of a file that has changed")
+            raise corrupt_blob(descriptor, f"sha256:{sha.hexdigest()}, of a file that has changed")
 
     def put_manifest(self, raw: bytes, media_type: str, tag: str | None = None) -> Descriptor:
         plain = descriptor_of(raw, media_type)
@@ -182,13 +179,3 @@ def _replaces(new: Descriptor, old: Descriptor) -> bool:
     if _tag(old) is None:
         return old.digest == new.digest
     return _tag(old) == _tag(new)
-
-
-def _corrupt(descriptor: Descriptor, found: str, expected: str | None = None) -> ArtefactCorrupt:
-    assert DIGEST.fullmatch(descriptor.digest)
-    return ArtefactCorrupt(
-        f"the blob {descriptor.digest} cannot be used",
-        found=found,
-        expected=expected or f"{descriptor.size} bytes with that digest",
-        remedy="push it again",
-    )

@@ -1,17 +1,19 @@
-"""Memories and W-Matrices pushed into a layout folder, and pulled from it."""
+"""Memories and W-Matrices pushed into a layout folder and into a registry, and pulled from them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from registry_server import RegistryServer, registry_server
 
 from awareness_vllm.errors import ArtefactCorrupt, ArtefactNotFound, BadInput
 from awareness_vllm.marketplace.files import listing, pull_file, push_file
 from awareness_vllm.oci.connect import open_repository
 from awareness_vllm.oci.reference import Reference
+from awareness_vllm.oci.repository import Repository
 from awareness_vllm.packages.file import Package, publish
 from awareness_vllm.packages.listing import PackageListing
 from awareness_vllm.wmatrix.file import WMatrix
@@ -24,6 +26,22 @@ DIGEST = "sha256:" + 64 * "0"
 @pytest.fixture
 def package_file(make_package: Callable[..., Package], tmp_path: Path) -> Path:
     return publish(make_package(), tmp_path / "author")
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RegistryServer]:
+    with registry_server(tmp_path_factory.mktemp("registry")) as server:
+        yield server
+
+
+@pytest.fixture(params=["layout", "registry"])
+def repository(
+    request: pytest.FixtureRequest, registry: RegistryServer, tmp_path: Path
+) -> Repository:
+    """A repository of the test's own: a folder, or one in a registry."""
+    if request.param == "layout":
+        return open_repository(tmp_path / "layout")
+    return open_repository(registry.reference(f"test/{tmp_path.name.replace('_', '-').lower()}"))
 
 
 @pytest.mark.parametrize(
@@ -59,8 +77,9 @@ def test_what_is_no_reference_is_refused(text: str) -> None:
         Reference.parse(text)
 
 
-def test_a_package_comes_back_as_it_was_pushed(package_file: Path, tmp_path: Path) -> None:
-    repository = open_repository(tmp_path / "layout")
+def test_a_package_comes_back_as_it_was_pushed(
+    package_file: Path, repository: Repository, tmp_path: Path
+) -> None:
     pushed, descriptor = push_file(package_file, repository, tags=["notes"], license="CC0-1.0")
     for name in (pushed.id, "notes", descriptor.digest):
         assert listing(repository, name) == pushed
@@ -71,9 +90,10 @@ def test_a_package_comes_back_as_it_was_pushed(package_file: Path, tmp_path: Pat
     assert pushed.token_count == pushed.manifest.tokens > 0
 
 
-def test_a_map_comes_back_as_it_was_pushed(wmatrix: WMatrix, tmp_path: Path) -> None:
+def test_a_map_comes_back_as_it_was_pushed(
+    wmatrix: WMatrix, repository: Repository, tmp_path: Path
+) -> None:
     wmatrix.save(tmp_path / "a.wmatrix")
-    repository = open_repository(tmp_path / "layout")
     pushed, _ = push_file(tmp_path / "a.wmatrix", repository, name="a to b")
     assert isinstance(pushed, WMatrixListing)
     assert list(repository.tags()) == [pushed.tag]

@@ -1,0 +1,277 @@
+"""A repository in a registry."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import quote, urljoin, urlsplit
+
+import requests
+from pydantic import BaseModel
+from urllib3.exceptions import HTTPError
+
+from awareness_vllm.errors import ArtefactCorrupt, ArtefactNotFound, RegistryError, escaped
+from awareness_vllm.oci.artefact import (
+    INDEX,
+    MANIFEST,
+    MAX_INDEX,
+    MAX_MANIFEST,
+    Descriptor,
+    ImageIndex,
+    Layer,
+    descriptor_of,
+)
+from awareness_vllm.oci.download import CHUNK, Download, corrupt_blob, download
+from awareness_vllm.oci.reference import DIGEST, Reference
+from awareness_vllm.oci.repository import Progress, no_progress
+from awareness_vllm.oci.session import ATTEMPTS, Session
+from awareness_vllm.tensor_file import FileRefused, parse_document
+
+PAGE = 1000
+"""Tags that are asked for at once."""
+MAX_PAGES = 10_000
+CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
+
+
+class Remote:
+    """A repository in a registry, by the OCI distribution specification. Threads may share it."""
+
+    def __init__(self, reference: Reference, *, api_key: str | None = None) -> None:
+        self.reference = reference
+        self.session = Session(reference, api_key=api_key)
+
+    def manifest(self, name: str) -> tuple[Descriptor, bytes]:
+        response = self.session.request(
+            "GET",
+            f"manifests/{name}",
+            headers={"Accept": f"{MANIFEST}, {INDEX}"},
+            stream=True,
+            expect=(200, 404),
+        )
+        if response.status_code == 404:
+            response.close()
+            raise self._not_found(name, "no such tag or digest")
+        limit = MAX_INDEX if _type(response) == INDEX else MAX_MANIFEST
+        raw = self._body(response, limit)
+        if _type(response) not in (MANIFEST, INDEX):
+            raise ArtefactCorrupt(
+                f"{self.reference.at(name)} cannot be used",
+                found=f"a document of type {escaped(_type(response))!r}"[:200],
+                expected=MANIFEST,
+                remedy="check that it is a memory or a W-Matrix",
+            )
+        descriptor = descriptor_of(raw, _type(response))
+        claimed = name if DIGEST.fullmatch(name) else response.headers.get("Docker-Content-Digest")
+        if claimed not in (None, descriptor.digest):
+            raise corrupt_blob(descriptor.model_copy(update={"digest": claimed}), descriptor.digest)
+        return descriptor, raw
+
+    def blob(self, descriptor: Descriptor, limit: int) -> bytes:
+        if descriptor.size > limit:
+            raise corrupt_blob(descriptor, f"{descriptor.size} bytes", f"{limit} at most")
+        response = self._get(descriptor, 0)
+        content = self._body(response, descriptor.size)
+        digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
+        if (digest, len(content)) != (descriptor.digest, descriptor.size):
+            raise corrupt_blob(descriptor, f"{len(content)} bytes with {digest}")
+        return content
+
+    def fetch(self, descriptor: Descriptor, draft: Path, progress: Progress = no_progress) -> None:
+        with download(draft, descriptor, progress) as into:
+            resumed = into.resumed
+            self._receive(descriptor, into)
+            if resumed and into.digest != descriptor.hex:
+                into.restart()  # what was there already may have been at fault
+                self._receive(descriptor, into)
+            into.check()
+
+    def _receive(self, descriptor: Descriptor, into: Download) -> None:
+        """Write the rest of a blob, over as many connections as it takes: each must bring some."""
+        idle = 0
+        while into.done < descriptor.size:
+            before = into.done
+            response = self._get(descriptor, before)
+            if response.status_code == 200 and before:
+                into.restart()
+            try:
+                while chunk := response.raw.read(CHUNK, decode_content=False):
+                    into.write(chunk)
+            except HTTPError as error:
+                found = str(error)[:200]
+            else:
+                found = f"{into.done} bytes"
+            finally:
+                response.close()
+            idle = 0 if into.done > before else idle + 1
+            if idle == ATTEMPTS:
+                raise corrupt_blob(descriptor, found)
+
+    def _get(self, descriptor: Descriptor, begin: int) -> requests.Response:
+        """A blob's bytes from `begin` on; status 200: all of them."""
+        response = self.session.request(
+            "GET",
+            f"blobs/{descriptor.digest}",
+            headers={"Range": f"bytes={begin}-"} if begin else {},
+            stream=True,
+            expect=(200, 206, 404),
+        )
+        if response.status_code == 404:
+            response.close()
+            raise self._not_found(descriptor.digest, "no such blob")
+        length = response.headers.get("Content-Length", "")
+        if response.status_code == 206:
+            found = CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+            if found is None or int(found[1]) != begin:
+                response.close()
+                raise corrupt_blob(descriptor, "other bytes", f"those from {begin} on")
+        else:
+            begin = 0
+        if length.isdigit() and int(length) != descriptor.size - begin:
+            response.close()
+            raise corrupt_blob(descriptor, f"{length} bytes", f"{descriptor.size - begin}")
+        return response
+
+    def upload(self, layer: Layer, progress: Progress = no_progress) -> None:
+        descriptor = layer.descriptor
+        path = f"blobs/{descriptor.digest}"
+        if self.session.request("HEAD", path, expect=(200, 404)).status_code == 200:
+            progress(descriptor.size)
+            return
+        begun = self.session.request("POST", "blobs/uploads/", expect=(202,))
+        location = self.session.url(begun.headers.get("Location", ""))
+        query = "&" if urlsplit(location).query else "?"
+        self.session.request(
+            "PUT",
+            f"{location}{query}digest={quote(descriptor.digest, safe='')}",
+            headers={"Content-Type": "application/octet-stream"},
+            data=_Body(layer, progress),
+            expect=(201,),
+        )
+
+    def put_manifest(self, raw: bytes, media_type: str, tag: str | None = None) -> Descriptor:
+        descriptor = descriptor_of(raw, media_type)
+        response = self.session.request(
+            "PUT",
+            f"manifests/{tag or descriptor.digest}",
+            headers={"Content-Type": media_type},
+            data=raw,
+            expect=(201,),
+        )
+        stored = response.headers.get("Docker-Content-Digest")
+        if stored not in (None, descriptor.digest):
+            raise RegistryError(
+                f"{self.reference} has changed a manifest", found=stored, expected=descriptor.digest
+            )
+        return descriptor
+
+    def tags(self) -> Iterator[str]:
+        path = f"tags/list?n={PAGE}"
+        for _ in range(MAX_PAGES):
+            response = self.session.request("GET", path, expect=(200, 404))
+            if response.status_code == 404:
+                return  # nobody has pushed anything yet
+            yield from self._tags(response)
+            if not (link := response.links.get("next", {}).get("url")):
+                return
+            path = urljoin(self.session.url(path), link)
+        raise self._unreadable(b"a list without end", f"{MAX_PAGES} pages of tags at most")
+
+    def _tags(self, response: requests.Response) -> list[str]:
+        try:
+            return _TagList.model_validate_json(response.content).tags or []
+        except ValueError as error:
+            raise self._unreadable(response.content, "a list of tags in JSON") from error
+
+    def referrers(self, digest: str) -> list[Descriptor]:
+        """The artefacts whose subject is a manifest, by the referrers API, or else by the index
+        under the tag that the specification has registries without the API keep."""
+        response = self.session.request("GET", f"referrers/{digest}", expect=(200, 404, 405))
+        if response.status_code == 200:
+            return list(self._index(response.content).manifests)
+        return list(self._tagged_referrers(digest).manifests)
+
+    def _tagged_referrers(self, digest: str) -> ImageIndex:
+        try:
+            _, raw = self.manifest(referrers_tag(digest))
+        except ArtefactNotFound:
+            return ImageIndex()
+        return self._index(raw)
+
+    def _index(self, raw: bytes) -> ImageIndex:
+        try:
+            return parse_document(ImageIndex, raw, "image index")
+        except FileRefused as error:
+            raise self._unreadable(raw, "an image index") from error
+
+    def _body(self, response: requests.Response, limit: int) -> bytes:
+        """A small body as a whole. Raises RegistryError."""
+        try:
+            content = response.raw.read(limit + 1, decode_content=False)
+        except HTTPError as error:
+            raise self._unreadable(str(error).encode(), "a whole answer") from error
+        finally:
+            response.close()
+        if len(content) > limit:
+            raise self._unreadable(content, f"{limit} bytes at most")
+        return bytes(content)
+
+    def _unreadable(self, found: bytes, expected: str) -> RegistryError:
+        return RegistryError(
+            f"{self.reference} answers what it should not",
+            found=repr(found[:80]),
+            expected=expected,
+            remedy="check that it is an OCI registry",
+        )
+
+    def _not_found(self, name: str, found: str) -> ArtefactNotFound:
+        return ArtefactNotFound(
+            f"{self.reference} has no {name}",
+            found=found,
+            expected="one that `awareness search` shows",
+        )
+
+
+class _TagList(BaseModel):
+    """The answer to `tags/list`."""
+
+    tags: list[str] | None
+
+
+class _Body:
+    """The bytes of a layer to send, from the beginning each time that they are iterated: once for
+    each attempt."""
+
+    def __init__(self, layer: Layer, progress: Progress) -> None:
+        self.layer, self.progress, self.sent = layer, progress, 0
+
+    def __len__(self) -> int:
+        return self.layer.descriptor.size
+
+    def __iter__(self) -> Iterator[bytes]:
+        self.progress(-self.sent)
+        self.sent = 0
+        if isinstance(self.layer.content, bytes):
+            self._count(self.layer.content)
+            yield self.layer.content
+            return
+        with self.layer.content.open("rb", buffering=0) as file:
+            # No more than announced, should the file have grown.
+            while chunk := file.read(min(CHUNK, len(self) - self.sent)):
+                self._count(chunk)
+                yield chunk
+
+    def _count(self, chunk: bytes) -> None:
+        self.sent += len(chunk)
+        self.progress(len(chunk))
+
+
+def referrers_tag(digest: str) -> str:
+    """The tag of the index of a manifest's referrers."""
+    return digest.replace(":", "-", 1)
+
+
+def _type(response: requests.Response) -> str:
+    """The media type of a response."""
+    return response.headers.get("Content-Type", "").split(";")[0].strip().lower()
