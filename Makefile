@@ -11,10 +11,10 @@ STAMP := $(VENV)/.install-stamp
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install models anchors browser demo test unit engine nightly families gpu lint lock clean
+.PHONY: help install models anchors browser registry demo test unit engine nightly families gpu lint lock clean
 
 help:
-	@echo "make demo | test | unit | engine | nightly | families | gpu | lint | lock | install | models | anchors | browser | clean"
+	@echo "make demo | test | unit | engine | nightly | families | gpu | lint | lock | install | models | anchors | browser | registry | clean"
 
 $(STAMP): requirements.lock pyproject.toml demo/pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not installed; set PYTHON to a Python 3.11"; exit 1; }
@@ -41,15 +41,23 @@ anchors: $(STAMP)
 demo: $(STAMP) models
 	@$(BIN)/python examples/quickstart.py
 
-# Debian's own browser, which the tests of the page look through.
-browser:
-	@command -v chromium >/dev/null || { \
-	  echo "[browser] installing chromium with apt-get"; \
-	  if [ "$$(id -u)" != 0 ]; then echo "chromium is not installed: run 'apt-get install chromium' as root"; exit 1; fi; \
-	  install="apt-get -qq install -y --no-install-recommends chromium chromium-sandbox"; \
+# What the tests need of Debian: a browser for the page, a registry for memories that travel.
+# $(call debian,COMMAND,PACKAGES)
+define debian
+	@command -v $(1) >/dev/null || { \
+	  echo "[$@] installing $(1) with apt-get"; \
+	  if [ "$$(id -u)" != 0 ]; then echo "$(1) is not installed: run 'apt-get install $(2)' as root"; exit 1; fi; \
+	  install="apt-get -qq install -y --no-install-recommends $(2)"; \
 	  $$install >/dev/null || { apt-get -qq update && $$install >/dev/null; } || \
-	    { echo "chromium cannot be installed with apt-get: install it by other means and have it on the PATH"; exit 1; }; \
+	    { echo "$(1) cannot be installed with apt-get: install it by other means and have it on the PATH"; exit 1; }; \
 	}
+endef
+
+browser:
+	$(call debian,chromium,chromium chromium-sandbox)
+
+registry:
+	$(call debian,docker-registry,docker-registry)
 
 # Two processes for what needs no engine, of one thread each: of two, they would wait for each other.
 UNIT := $(BIN)/python -m pytest -n 2 --dist loadfile
@@ -57,7 +65,7 @@ ENGINE := $(BIN)/python -m pytest
 
 # All of it even where one part fails; the status is the first failure's. An engine's start keeps one
 # core busy for half a minute: what starts none runs beside, in the time that is left over.
-test: $(STAMP) models anchors browser
+test: $(STAMP) models anchors browser registry
 	@log=$$(mktemp); status=0; \
 	OMP_NUM_THREADS=1 setsid nice -n 19 sh -c '$(ENGINE) -m "beside and not nightly"; beside=$$?; \
 	  $(UNIT) -m "unit and not nightly" && exit $$beside' >$$log 2>&1 & rest=$$!; \
@@ -66,13 +74,13 @@ test: $(STAMP) models anchors browser
 	wait $$rest || { last=$$?; [ $$status != 0 ] || status=$$last; }; \
 	cat $$log; exit $$status
 
-unit: $(STAMP)
+unit: $(STAMP) registry
 	@OMP_NUM_THREADS=1 $(UNIT) -m "unit and not slow and not nightly"
 
-engine: $(STAMP) models anchors
+engine: $(STAMP) models anchors registry
 	@$(ENGINE) -m "engine and not nightly"
 
-nightly: $(STAMP) models anchors
+nightly: $(STAMP) models anchors registry
 	@echo "[nightly] the default fit and its floors, every family, the benchmarks' own tests: some 30 minutes"
 	@$(ENGINE) -m nightly
 
