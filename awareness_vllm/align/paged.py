@@ -65,9 +65,7 @@ class PagedMap:
         width = self.manifest.source_width + self.manifest.token_width
         self.mean, self.scale = wmatrix.mean[:width].to(device), wmatrix.scale[:width].to(device)
         self.encode = wmatrix.encode[:width].to(device).contiguous()
-        # No latent is larger than this times its feature that lies furthest off.
-        reach = wmatrix.encode[:width].float().abs().sum(0)
-        self.reach = reach.clamp_min(torch.finfo(torch.float32).tiny).to(device)
+        self.reach = wmatrix.reach.to(device)
         self.position_embeddings = wmatrix.position_latents()
         self.decode = wmatrix.decode[:, columns].to(device).contiguous()
         self.bias = wmatrix.bias[columns].to(device)

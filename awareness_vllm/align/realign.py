@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from awareness_vllm.errors import BadInput
+from awareness_vllm.errors import BadInput, PackageCorrupt
 from awareness_vllm.models.rope import rotate
-from awareness_vllm.models.tokens import align, load_tokenizer, tokenize
-from awareness_vllm.packages.file import Package
+from awareness_vllm.models.tokens import Tokens, align, load_tokenizer, tokenize
+from awareness_vllm.packages.file import AnyPackage, Package, with_states
+from awareness_vllm.packages.latent import LatentPackage
 from awareness_vllm.wmatrix.features import (
     Embed,
     embedding_features,
@@ -20,7 +22,7 @@ from awareness_vllm.wmatrix.features import (
     masked_rows,
     with_position_embeddings,
 )
-from awareness_vllm.wmatrix.file import WMatrix
+from awareness_vllm.wmatrix.file import WMatrix, check_plausible
 from awareness_vllm.wmatrix.manifest import WMatrixManifest
 
 BLOCK = 512
@@ -58,10 +60,10 @@ def prompt_ids(text: str, sink: Sequence[int], target: str | Path) -> list[int]:
 
 
 def sources(
-    package: Package, manifest: WMatrixManifest, target: str | Path
+    package: AnyPackage, manifest: WMatrixManifest, target: str | Path
 ) -> tuple[list[int], Tensor]:
     """The target's ids [S + T] of an aligned memory, the sink first, and the index [T] of the
-    source token that each token's states are mapped from.
+    source token that each token's states are mapped from; of a latent, that of its row.
 
     A map that reads no tokens gives one row for each source token but the first, its sink; as
     placeholders their ids are the last of the target's sink.
@@ -69,6 +71,7 @@ def sources(
     Raises:
         BadInput: the map reads tokens, and the package has no text.
         UnsupportedRequest: a sliding window has lost states that the map reads.
+        PackageCorrupt: the ids of a latent are not the target's of its text.
     """
     package.manifest.check_whole(manifest.layers)
     sink = manifest.sink
@@ -83,11 +86,29 @@ def sources(
             remedy="fit one with `awareness fit --without-text`",
         )
     tokens = tokenize(load_tokenizer(str(target)), package.text)
+    if isinstance(package, LatentPackage):
+        check_tokens(package, tokens)
+        return [*sink, *tokens.ids], torch.arange(len(tokens.ids))
     return [*sink, *tokens.ids], torch.from_numpy(align(package.spans, tokens.spans))
 
 
+def check_tokens(package: LatentPackage, tokens: Tokens) -> None:
+    """Check that a latent's rows are those of the target's `tokens` of its text.
+
+    Raises:
+        PackageCorrupt
+    """
+    if package.tokens != tokens.ids or not np.array_equal(package.spans, tokens.spans):
+        raise PackageCorrupt(
+            "the latent's tokens are not those of its text",
+            found=f"{len(package.tokens)} other ids or spans",
+            expected=f"the {len(tokens.ids)} that {package.info.target.name} has of the text",
+            remedy="export the latent again with this version's tokenizer",
+        )
+
+
 def realign(
-    package: Package,
+    package: AnyPackage,
     wmatrix: WMatrix,
     target: str | Path,
     embed: Embed,
@@ -104,7 +125,7 @@ def realign(
         masked: whether the source's states are masked (the tokens-only arm).
 
     Raises:
-        BadInput, UnsupportedRequest: as `sources` says.
+        BadInput, UnsupportedRequest, PackageCorrupt: as `sources` and `Realignment` say.
     """
     ids, source = sources(package, wmatrix.manifest, target)
     work = Realignment(package, wmatrix, ids, source, embed, dtype=dtype, masked=masked)
@@ -113,12 +134,12 @@ def realign(
     return work.memory
 
 
-class Realignment:
-    """`realign` in steps of one block, for callers with other work in between.
+class Features:
+    """What a map reads of a package, a block of tokens at a time.
 
     Args:
         ids, source: from `sources`.
-        embed, dtype, masked: as for `realign`.
+        embed, masked: as for `realign`.
     """
 
     @torch.inference_mode()
@@ -130,19 +151,60 @@ class Realignment:
         source: Tensor,
         embed: Embed,
         *,
+        masked: bool = False,
+    ) -> None:
+        manifest = wmatrix.manifest
+        self.package, self.layers, self.masked = package, manifest.layers, masked
+        self.source = source.to(wmatrix.encode.device)
+        self.sink_rows = masked_rows(self.source)
+        sink = len(manifest.sink)
+        embeddings = embedding_features(embed, ids, sink, manifest.predecessors)
+        self.embeddings = with_position_embeddings(
+            embeddings, wmatrix.position_embeddings, self.source, torch.arange(sink, len(ids))
+        )
+
+    def block(self, part: slice) -> tuple[Tensor | None, Tensor, Tensor]:
+        """The arguments of `WMatrix.map`, and of `WMatrix.latent`, for some of the tokens."""
+        package, states = self.package, None
+        if not self.masked:
+            rows = self.source[part]
+            states = flat_states(package.geometry, package.keys, package.values, rows, self.layers)
+        return states, self.embeddings[part], self.sink_rows[part]
+
+
+class Realignment:
+    """`realign` in steps of one block, for callers with other work in between.
+
+    Args:
+        ids, source: from `sources`.
+        embed, dtype, masked: as for `realign`.
+
+    Raises:
+        UnsupportedRequest: a latent, `masked`.
+        PackageCorrupt: a latent that no states give.
+    """
+
+    @torch.inference_mode()
+    def __init__(
+        self,
+        package: AnyPackage,
+        wmatrix: WMatrix,
+        ids: list[int],
+        source: Tensor,
+        embed: Embed,
+        *,
         dtype: torch.dtype,
         masked: bool = False,
     ) -> None:
         manifest = wmatrix.manifest
-        source = source.to(wmatrix.encode.device)
-        self.package, self.wmatrix, self.source, self.masked = package, wmatrix, source, masked
-        self.sink_rows = masked_rows(source)
+        self.wmatrix, self.rows, self.features = wmatrix, len(source), None
+        if isinstance(package, LatentPackage) and not masked:
+            self.latent = latent_of(package, wmatrix)
+        else:
+            self.features = Features(
+                with_states(package), wmatrix, ids, source, embed, masked=masked
+            )
         self.sink = len(manifest.sink)
-        positions = torch.arange(self.sink, len(ids))
-        embeddings = embedding_features(embed, ids, self.sink, manifest.predecessors)
-        self.embeddings = with_position_embeddings(
-            embeddings, wmatrix.position_embeddings, source, positions
-        )
         self.begin = 0
         shapes = [(len(ids), layer.heads, layer.head_dim) for layer in manifest.target.layers]
         keys, values = ([torch.empty(shape, dtype=dtype) for shape in shapes] for _ in range(2))
@@ -151,6 +213,12 @@ class Realignment:
             values[i][: self.sink] = wmatrix.sink_values[i]
         self.memory = AlignedMemory(ids, keys, values)
 
+    def mapped(self, block: slice) -> tuple[list[Tensor], list[Tensor]]:
+        """Position-free keys, and values, of a block of tokens. Raises PackageCorrupt."""
+        if self.features is None:
+            return self.wmatrix.states(self.latent[block])
+        return self.wmatrix.map(*self.features.block(block))
+
     @torch.inference_mode()
     def step(self) -> bool:
         """Align the next block of tokens; whether the memory is complete.
@@ -158,22 +226,24 @@ class Realignment:
         Raises:
             PackageCorrupt: states, or images of theirs, that are not plausible.
         """
-        package, manifest = self.package, self.wmatrix.manifest
-        block = slice(self.begin, self.begin + BLOCK)
-        source = self.source[block]
-        states = (
-            None
-            if self.masked
-            else flat_states(
-                package.geometry, package.keys, package.values, source, manifest.layers
-            )
-        )
-        free, mapped = self.wmatrix.map(states, self.embeddings[block], self.sink_rows[block])
+        end = min(self.begin + BLOCK, self.rows)
+        free, mapped = self.mapped(slice(self.begin, end))
         # Assigning into a slice casts without another copy.
-        positions = torch.arange(len(source)) + self.sink + self.begin
-        rows = slice(self.sink + self.begin, self.sink + self.begin + len(source))
-        for i, layer in enumerate(manifest.target.layers):
+        rows = slice(self.sink + self.begin, self.sink + end)
+        positions = torch.arange(rows.start, rows.stop)
+        for i, layer in enumerate(self.wmatrix.manifest.target.layers):
             self.memory.keys[i][rows] = rotate(free[i], positions, layer.positions)
             self.memory.values[i][rows] = mapped[i]
-        self.begin += BLOCK
-        return self.begin >= len(self.source)
+        self.begin = end
+        return self.begin >= self.rows
+
+
+def latent_of(package: LatentPackage, wmatrix: WMatrix) -> Tensor:
+    """The latent [T, R] that a package holds for this map, of its dtype and on its device.
+
+    Raises:
+        PackageCorrupt: one that no states give.
+    """
+    rows = package.rows.to(wmatrix.encode.device)
+    check_plausible(rows / wmatrix.reach)
+    return rows.to(wmatrix.encode.dtype)

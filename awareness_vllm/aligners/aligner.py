@@ -25,7 +25,9 @@ from awareness_vllm.evaluate.evaluate import evaluate_texts
 from awareness_vllm.models.describe import geometry_of
 from awareness_vllm.models.folder import resolve_folder
 from awareness_vllm.models.hf import cache_states, inputs_after, load_model, sink_ids, states
-from awareness_vllm.packages.file import Package, verify
+from awareness_vllm.packages.file import AnyPackage, Package, verify, with_states
+from awareness_vllm.packages.latent import LatentPackage
+from awareness_vllm.packages.manifest import Manifest
 from awareness_vllm.packages.store import locate
 from awareness_vllm.wmatrix.certificate import Interval, Plan
 from awareness_vllm.wmatrix.file import WMatrix, load
@@ -125,7 +127,7 @@ class KVCacheAligner:
 
     def align(
         self,
-        kv_cache: Package | str | Path,
+        kv_cache: AnyPackage | str | Path,
         quality_target: float | None = None,
         *,
         texts: Sequence[Document] | None = None,
@@ -142,6 +144,7 @@ class KVCacheAligner:
 
         Raises:
             InvalidMemoryId, MemoryNotFound, PackageCorrupt: no such memory, or a damaged one.
+            UnsupportedRequest: a latent package, and no learned map.
             UnsupportedModel: captured on another model, or heads that cannot be mapped.
             NoWMatrix: no learned map leads from the source to the target.
             QualityUnreachable: no measured retention reaches it; `best` is the highest.
@@ -149,8 +152,9 @@ class KVCacheAligner:
         package = self._package(kv_cache)
         if self.configuration.learned and self.source_geometry.same_model(self.target_geometry):
             basis = Basis("exact", package.manifest.payload, package.manifest.tokens)
-            return AlignedState(**vars(copy(package)), quality_score=1.0, basis=basis)
-        wmatrix, entry = self._map(package.manifest.has_text)
+            whole = copy(with_states(package))
+            return AlignedState(**vars(whole), quality_score=1.0, basis=basis)
+        wmatrix, entry = self._map(package.manifest)
         context = len(sources(package, wmatrix.manifest, self.target)[1])
         if texts is not None:
             interval = self.measured(wmatrix, texts, context, limit)
@@ -184,7 +188,7 @@ class KVCacheAligner:
 
     def head_mapping_summary(self, top: int = 3) -> str:
         """A table of each target head's `top` source heads, by their share of the map's weight."""
-        wmatrix, _ = self._map(has_text=True)
+        wmatrix, _ = self._map()
         if isinstance(wmatrix, TrainingFree):
             return table(wmatrix.head_mapping())
         return table(head_mapping_summary(wmatrix, top))
@@ -193,10 +197,12 @@ class KVCacheAligner:
     def target_model(self) -> PreTrainedModel:
         return load_model(self.target)
 
-    def _package(self, kv_cache: Package | str | Path) -> Package:
+    def _package(self, kv_cache: AnyPackage | str | Path) -> AnyPackage:
         """The memory. Raises UnsupportedModel for one of another model than the source."""
         package = (
-            kv_cache if isinstance(kv_cache, Package) else verify(locate(kv_cache, self.store))
+            kv_cache
+            if isinstance(kv_cache, Package | LatentPackage)
+            else verify(locate(kv_cache, self.store))
         )
         if not package.geometry.same_model(self.source_geometry):
             other, source = package.geometry, self.source_geometry
@@ -206,10 +212,11 @@ class KVCacheAligner:
                 expected=source.identity,
                 remedy="give the model that made the memory as source_model",
             )
-        return package
+        return package if self.configuration.learned else with_states(package)
 
-    def _map(self, has_text: bool) -> tuple[WMatrix, WMatrixEntry | None]:
-        """The map, and its entry in the registry where it is a learned one."""
+    def _map(self, manifest: Manifest | None = None) -> tuple[WMatrix, WMatrixEntry | None]:
+        """The map for a package, by default for any with its text, and its entry in the registry
+        where it is a learned one."""
         if not self.configuration.learned:
             warn(self.configuration, self.source_geometry, self.target_geometry)
             sink = sink_ids(self.target)
@@ -221,10 +228,14 @@ class KVCacheAligner:
                 states(self.target_model, sink),
             ), None
         registry = Registry.read(self.paths)
-        entry = registry.find(self.source_geometry, self.target_geometry, has_text)
+        source, target = self.source_geometry, self.target_geometry
+        if manifest is None:
+            entry = registry.find(source, target, has_text=True)
+        else:
+            entry = registry.find_for(manifest, target)
         return load(entry.path), entry
 
-    def _realign(self, package: Package, wmatrix: WMatrix) -> AlignedMemory:
+    def _realign(self, package: AnyPackage, wmatrix: WMatrix) -> AlignedMemory:
         embed = self.target_model.get_input_embeddings()
         dtype = getattr(torch, self.target_geometry.dtype)
         return realign(package, wmatrix, self.target, embed, dtype=dtype)

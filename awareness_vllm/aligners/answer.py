@@ -19,7 +19,7 @@ from awareness_vllm.models.folder import resolve_folder
 from awareness_vllm.models.hf import inputs_after, load_model, states
 from awareness_vllm.models.rope import rerotate
 from awareness_vllm.models.tokens import load_tokenizer, prefix_ids, tokenize
-from awareness_vllm.packages.file import Package
+from awareness_vllm.packages.file import AnyPackage, with_states
 from awareness_vllm.passages import BUDGET
 from awareness_vllm.passages.index import MIN, PassageIndex
 from awareness_vllm.passages.quotes import is_question, quote
@@ -107,7 +107,7 @@ class OfflineTarget:
         self.model: PreTrainedModel = load_model(self.folder)
         self.tokenizer = load_tokenizer(str(self.folder))
 
-    def use(self, package: Package, name: str = "") -> OfflineMemory:
+    def use(self, package: AnyPackage, name: str = "") -> OfflineMemory:
         """A memory of a package, to ask about; `name` is for messages.
 
         Raises:
@@ -118,12 +118,13 @@ class OfflineTarget:
         """
         return OfflineMemory(self, package, name or package.manifest.name or "")
 
-    def entry(self, package: Package, name: str) -> WMatrixEntry | None:
+    def entry(self, package: AnyPackage, name: str) -> WMatrixEntry | None:
         """The map for a package; None where it is the model's own. Raises NoWMatrix."""
-        if package.geometry.same_model(self.geometry):
+        is_latent = package.manifest.latent is not None
+        if package.geometry.same_model(self.geometry) and not is_latent:
             return None
         check_positions(name, package.geometry, self.geometry)
-        return self.registry.find(package.geometry, self.geometry, package.manifest.has_text)
+        return self.registry.find_for(package.manifest, self.geometry)
 
     def prompt(self, question: str, raw: bool) -> tuple[ChatPrompt, bool]:
         """The ids around a memory for a question, and whether the answer ends with its line.
@@ -176,14 +177,14 @@ class OfflineTarget:
 class OfflineMemory:
     """A memory in a target's cache, from `OfflineTarget.use`."""
 
-    def __init__(self, target: OfflineTarget, package: Package, name: str) -> None:
+    def __init__(self, target: OfflineTarget, package: AnyPackage, name: str) -> None:
         self.target, self.package, self.name = target, package, name
         self.entry = target.entry(package, name)
-        check_fits(f"memory {name}", package.manifest.tokens, 1, target.geometry.max_positions)
+        check_fits(f"memory {name}", package.manifest.rows, 1, target.geometry.max_positions)
         wmatrix = load(self.entry.path, digest=self.entry.digest) if self.entry else None
         started = time.perf_counter()
         if wmatrix is None:
-            self.aligned, self.first = copy(package), len(prefix_ids(target.tokenizer))
+            self.aligned, self.first = copy(with_states(package)), len(prefix_ids(target.tokenizer))
         else:
             embed, dtype = target.model.get_input_embeddings(), target.model.dtype
             self.aligned = realign(package, wmatrix, target.folder, embed, dtype=dtype)

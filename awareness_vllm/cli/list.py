@@ -27,13 +27,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     store = Store(args.store or default_store())
     memories: list[dict[str, Any]] = []
     for memory_id in store.ids():
-        row: dict[str, Any] = {"id": memory_id, "bytes": None}
+        row: dict[str, Any] = {"id": memory_id, "bytes": None, "latent_of": None}
         try:
             path = store.path(memory_id)
             row["bytes"] = path.stat().st_size
             manifest = read_manifest(path)
             row |= {"name": manifest.name, "tokens": manifest.tokens, "engine": manifest.engine}
             row |= {"source": manifest.geometry.name, "edition_of": manifest.edition_of}
+            latent = manifest.latent
+            row |= {"latent_of": latent.package, "target": latent.target.name} if latent else {}
             row["error"] = None
             if trust:
                 row["signed_by"] = signer_of(path, trust)
@@ -48,5 +50,6 @@ def show(result: dict[str, Any]) -> None:
         what = row["error"] or f"{row['tokens']} tokens of {row['source']}  {row['name'] or ''}"
         signed = f"  signed by {row['signed_by']}" if row.get("signed_by") else ""
         edition = f"  edition of {row['edition_of']}" if row.get("edition_of") else ""
-        print(f"{row['id']}  {what}{edition}{signed}")
+        latent = f"  latent for {row['target']}" if row.get("latent_of") else ""
+        print(f"{row['id']}  {what}{edition}{latent}{signed}")
     print(f"{len(result['memories'])} memories in {result['store']}")

@@ -15,7 +15,7 @@ from typing import Any
 from awareness_vllm.errors import AwarenessError, BadInput, escaped
 
 SUBCOMMANDS = (
-    *("ask", "capture", "fit", "quantize", "eval", "certify", "path", "heads", "check"),
+    *("ask", "capture", "export", "fit", "quantize", "eval", "certify", "path", "heads", "check"),
     *("matrix", "list", "inspect", "verify", "keygen", "sign", "serve", "doctor"),
 )
 

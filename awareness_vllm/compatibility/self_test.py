@@ -20,7 +20,7 @@ from awareness_vllm.evaluate.bootstrap import retention
 from awareness_vllm.evaluate.conditions import EvalHarness, token_nll
 from awareness_vllm.models.folder import resolve_folder
 from awareness_vllm.models.tokens import load_tokenizer, tokenize
-from awareness_vllm.packages.file import Package, beginning, read, verify
+from awareness_vllm.packages.file import Package, beginning, read, verify, with_states
 from awareness_vllm.packages.manifest import read_manifest
 from awareness_vllm.wmatrix.certificate import Interval
 from awareness_vllm.wmatrix.file import WMatrix, load
@@ -42,7 +42,7 @@ def with_self_test(check: CheckContext, memory: object, target: str | Path) -> C
     Raises:
         BadInput: no package, target folder or W-Matrix to measure with.
     """
-    package = verify(check.memory.path) if check.memory.path else memory
+    package = with_states(verify(check.memory.path)) if check.memory.path else memory
     reachable = check.target.geometry is not None and (check.exact or check.entry is not None)
     if not isinstance(package, Package) or not reachable:
         raise BadInput(
@@ -67,7 +67,8 @@ def other_memory(memory: MemoryInfo) -> Package | None:
     for path in sorted(others, key=lambda p: (p.stat().st_size, p.name)):
         with contextlib.suppress(PackageCorrupt):  # a damaged neighbour is not checked here
             manifest = read_manifest(path)
-            if manifest.has_text and manifest.geometry.same_model(memory.source.geometry):
+            usable = manifest.has_text and manifest.latent is None
+            if usable and manifest.geometry.same_model(memory.source.geometry):
                 return read(path)
     return None
 

@@ -2,7 +2,8 @@
 
 Its tensors are `tokens` [T] int32, `spans` [T, 2] int64, `text` [B] uint8 (UTF-8), and for each
 layer i `layers.i.key` and `layers.i.value` [T, H, D] in the model's dtype, keys as cached
-(positions applied); it has no others.
+(positions applied); it has no others. A latent package has a map's latent instead of the states
+(`packages.latent`); whoever needs the states refuses it.
 """
 
 from __future__ import annotations
@@ -12,18 +13,20 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from awareness_vllm.errors import UnsupportedRequest
 from awareness_vllm.files import put_in_place, scratch_folder
 from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.models.tokens import Spans
+from awareness_vllm.packages.latent import LatentPackage
 from awareness_vllm.packages.manifest import (
     METADATA_KEY,
     Manifest,
@@ -76,6 +79,10 @@ class Package:
         return self.manifest.geometry
 
 
+AnyPackage = Package | LatentPackage
+P = TypeVar("P", Package, LatentPackage)
+
+
 def build(
     *,
     geometry: Geometry,
@@ -111,11 +118,15 @@ def build(
         first_tokens=first_tokens if any(first_tokens) else (),
         edition_of=edition_of,
     )
-    if hashed:
-        tensors = _tensors(text, tokens, spans, keys, values)
-        payload = payload_digest(manifest.model_dump_json(), sorted(tensors.items()))
-        manifest = manifest.model_copy(update={"payload": payload})
-    return Package(manifest, text, tokens, spans, keys, values)
+    package = Package(manifest, text, tokens, spans, keys, values)
+    return with_payload(package) if hashed else package
+
+
+def with_payload(package: P) -> P:
+    """A package with the payload's digest in its manifest."""
+    manifest, tensors = package.manifest, sorted(_tensors(package).items())
+    payload = payload_digest(manifest.model_dump_json(), tensors)
+    return replace(package, manifest=manifest.model_copy(update={"payload": payload}))
 
 
 def without_text(package: Package) -> Package:
@@ -160,7 +171,7 @@ def is_boundary(raw: bytes, end: int) -> bool:
     return end >= len(raw) or raw[end] & 0xC0 != 0x80
 
 
-def publish(package: Package, store: Path, *, sealed: bool = True) -> Path:
+def publish(package: AnyPackage, store: Path, *, sealed: bool = True) -> Path:
     """Write a package atomically into a store folder, under its ID; the file's path. A whole file
     of that ID that is there already stays.
 
@@ -169,7 +180,7 @@ def publish(package: Package, store: Path, *, sealed: bool = True) -> Path:
     it.
     """
     store.mkdir(parents=True, exist_ok=True)
-    tensors = _tensors(package.text, package.tokens, package.spans, package.keys, package.values)
+    tensors = _tensors(package)
     with scratch_folder(store) as scratch:
         draft = scratch / "package"
         save_file(tensors, draft, {METADATA_KEY: package.manifest.model_dump_json()})
@@ -200,11 +211,24 @@ def read(path: Path, *, digest: str | None = None, largest: float = math.inf) ->
     Raises:
         PackageCorrupt: unreadable, another file, tensors that contradict the manifest, or states
             that are not finite.
+        UnsupportedRequest: a latent package, which has no states of the source.
     """
-    return _read(path, digest, largest)[1]
+    return with_states(_read(path, digest, largest)[1])
 
 
-def read_ahead(path: Path, digest: str, largest: float) -> tuple[Package, Callable[[], None]]:
+def with_states(package: AnyPackage) -> Package:
+    """The package itself. Raises UnsupportedRequest for a latent one."""
+    if isinstance(package, LatentPackage):
+        raise UnsupportedRequest(
+            "a latent package has no states of its source",
+            found=f"the latent of a map to {package.info.target.name}",
+            expected="the source's states",
+            remedy=f"use the package that it was made of, {package.info.package}",
+        )
+    return package
+
+
+def read_ahead(path: Path, digest: str, largest: float) -> tuple[AnyPackage, Callable[[], None]]:
     """A whole package before its bytes are hashed, and the function that waits for that: whatever
     is made of the package must not be used before.
 
@@ -229,8 +253,8 @@ def read_index(path: Path, *, digest: str | None = None, largest: float = math.i
         return PackageIndex(manifest, file.digest, *_index(manifest, file))
 
 
-def verify(path: Path) -> Package:
-    """A whole package, its manifest and tensors checked against the payload digest.
+def verify(path: Path) -> AnyPackage:
+    """A whole package, latent or not, its manifest and tensors checked against the payload digest.
 
     The file's name does not matter: `read` with a digest proves more, but needs one.
 
@@ -245,10 +269,13 @@ def verify(path: Path) -> Package:
     return package
 
 
-def _read(path: Path, digest: str | None, largest: float) -> tuple[TensorFile, Package]:
+def _read(path: Path, digest: str | None, largest: float) -> tuple[TensorFile, AnyPackage]:
     with refusing(path):
         manifest, file = _read_file(path, digest, largest, keep=lambda name: True)
         text, tokens, spans = _index(manifest, file)
+    if manifest.latent is not None:
+        stored = {name: file.tensor(name) for name in file.buffers if name not in INDEX}
+        return file, LatentPackage(manifest, text, tokens, spans, stored)
     keys, values = (
         [file.tensor(tensor_name(i, part)) for i in range(len(manifest.geometry.layers))]
         for part in ("key", "value")
@@ -316,7 +343,7 @@ def _index(manifest: Manifest, file: TensorFile) -> tuple[str, list[int], Spans]
         text = raw.numpy().tobytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise FileRefused(f"text that is not UTF-8 ({error.reason})") from error
-    vocabulary = manifest.geometry.vocab_size if manifest.has_text else 1
+    vocabulary = manifest.reader.vocab_size if manifest.has_text else 1
     if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
         found = f"ids from {int(tokens.min())} to {int(tokens.max())}"
         raise FileRefused(found, f"ids below {vocabulary}")
@@ -329,17 +356,19 @@ def _index(manifest: Manifest, file: TensorFile) -> tuple[str, list[int], Spans]
     return text, tokens.tolist(), spans.numpy()
 
 
-def _tensors(
-    text: str, tokens: list[int], spans: Spans, keys: list[Tensor], values: list[Tensor]
-) -> dict[str, Tensor]:
+def _tensors(package: AnyPackage) -> dict[str, Tensor]:
+    """The file's tensors by name."""
+    text = package.text.encode()
     tensors = {
-        "tokens": torch.tensor(tokens, dtype=torch.int32),
-        "spans": torch.from_numpy(np.ascontiguousarray(spans)),
-        "text": torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+        "tokens": torch.tensor(package.tokens, dtype=torch.int32),
+        "spans": torch.from_numpy(np.ascontiguousarray(package.spans)),
+        "text": torch.frombuffer(bytearray(text), dtype=torch.uint8)
         if text
         else torch.empty(0, dtype=torch.uint8),
     }
-    for i, (key, value) in enumerate(zip(keys, values, strict=True)):
+    if isinstance(package, LatentPackage):
+        return tensors | package.stored
+    for i, (key, value) in enumerate(zip(package.keys, package.values, strict=True)):
         tensors[tensor_name(i, "key")] = key.contiguous()
         tensors[tensor_name(i, "value")] = value.contiguous()
     return tensors

@@ -6,13 +6,14 @@ import contextlib
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AliasChoices,
     Field,
     SerializerFunctionWrapHandler,
     model_serializer,
+    model_validator,
 )
 
 from awareness_vllm.errors import InvalidMemoryId, PackageCorrupt, UnsupportedRequest
@@ -34,6 +35,24 @@ STATE_DTYPES = ("bfloat16", "float16", "float32")
 MAX_TOKEN_BYTES = 512
 """Bytes of text that a token can stand for: vocabularies have runs of blanks of some 128."""
 MEMORY_ID = re.compile(r"mem_[0-9a-f]{32}")
+LATENT_FORMAT = "awareness-latent/1"
+
+
+class StoredLatent(FrozenModel):
+    """What a latent package holds instead of the source's states: one row for each of the target's
+    tokens of the text, as a map encodes them.
+
+    `package` is the memory that it was made of; `wmatrix` is the digest of the map's tensors, which
+    a new certificate leaves as it is (`wmatrix.manifest.read_digests`); `target` the map's target,
+    which reads the text in `tokens`. The rows [tokens, rank] are of `dtype`; int8 has scales.
+    """
+
+    package: str = Field(pattern=f"^{MEMORY_ID.pattern}$", max_length=36)
+    wmatrix: str = Field(pattern="^[0-9a-f]{64}$", max_length=64)
+    target: Geometry
+    tokens: int = Field(ge=1, le=1 << 31)
+    rank: int = Field(ge=1, le=1 << 20)
+    dtype: Literal["bfloat16", "float16", "float32", "int8"]
 
 
 class Manifest(FrozenModel):
@@ -43,10 +62,11 @@ class Manifest(FrozenModel):
     the states: a load into the same engine is exact. Without text (`has_text` false) the package
     has no token ids and no spans either: all of them are zero. `first_tokens` [layers] are the
     first tokens whose states each layer holds, empty unless a sliding window has lost some.
-    `edition_of` is the memory whose text this one's model has read.
+    `edition_of` is the memory whose text this one's model has read. `geometry` and `tokens` are the
+    source's, also where the file holds a `latent`.
     """
 
-    format: Literal["awareness-memory/1"] = "awareness-memory/1"
+    format: Literal["awareness-memory/1", "awareness-latent/1"] = "awareness-memory/1"
     name: PlainName | None = None
     geometry: Geometry
     tokens: int = Field(ge=0, le=1 << 31)
@@ -58,12 +78,31 @@ class Manifest(FrozenModel):
         (), validation_alias=AliasChoices("first_tokens", "begins")
     )
     edition_of: str | None = Field(None, pattern=f"^{MEMORY_ID.pattern}$", max_length=36)
+    latent: StoredLatent | None = None
+
+    @model_validator(mode="after")
+    def _check_format(self) -> Self:
+        if (self.latent is not None) != (self.format == LATENT_FORMAT):
+            raise ValueError(f"a latent, and only that, is of format {LATENT_FORMAT}")
+        if self.latent is not None and (self.first_tokens or not self.has_text):
+            raise ValueError("a latent of a package without text, or with states lost")
+        return self
 
     @model_serializer(mode="wrap")
     def _short(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without what most packages do not have: their files stay as they were."""
-        rare = ("first_tokens", "edition_of")
+        rare = ("first_tokens", "edition_of", "latent")
         return {k: v for k, v in handler(self).items() if k not in rare or v}
+
+    @property
+    def reader(self) -> Geometry:
+        """The model whose tokens of the text the file has: the source, or a latent's target."""
+        return self.geometry if self.latent is None else self.latent.target
+
+    @property
+    def rows(self) -> int:
+        """The number of those tokens."""
+        return self.tokens if self.latent is None else self.latent.tokens
 
     def first_token(self, layer: int) -> int:
         """The index of the first token whose states a layer holds."""
@@ -160,12 +199,17 @@ def parse_manifest(header: Header) -> Manifest:
 
 def layout_of(manifest: Manifest, text: int) -> Layout:
     """The tensors of a package with so many bytes of text."""
-    tokens = manifest.tokens
+    tokens = manifest.rows
     layout: Layout = {
         "tokens": ("int32", (tokens,)),
         "spans": ("int64", (tokens, 2)),
         "text": ("uint8", (text,)),
     }
+    if (latent := manifest.latent) is not None:
+        layout["latent"] = (latent.dtype, (tokens, latent.rank))
+        if latent.dtype == "int8":
+            layout["latent_scale"] = ("float32", (latent.rank,))
+        return layout
     for i, layer in enumerate(manifest.geometry.layers):
         shape = (tokens - manifest.first_token(i), layer.heads, layer.head_dim)
         for part in ("key", "value"):
@@ -176,9 +220,9 @@ def layout_of(manifest: Manifest, text: int) -> Layout:
 def check_text_length(manifest: Manifest, text: int) -> None:
     """Raises FileRefused where a text of so many bytes cannot be the one of the tokens: reading it
     would take work that the states do not account for."""
-    limit = MAX_TOKEN_BYTES * manifest.tokens if manifest.has_text else 0
+    limit = MAX_TOKEN_BYTES * manifest.rows if manifest.has_text else 0
     if text > limit:
-        raise FileRefused(f"{text} bytes of text for {manifest.tokens} tokens", f"at most {limit}")
+        raise FileRefused(f"{text} bytes of text for {manifest.rows} tokens", f"at most {limit}")
 
 
 def tensor_name(layer: int, part: str) -> str:

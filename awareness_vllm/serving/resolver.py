@@ -218,7 +218,9 @@ class MemoryResolver:
         ids = [*sink, *tokens.ids]
         may_reread = manifest is not None and manifest.predecessors is not None
         text = (index.text, tokens.spans) if may_reread else None
-        if decision.entry is None and ids != index.tokens:
+        # A latent has the served model's ids, but not its sink's.
+        expected = ids if decision.entry is None else tokens.ids
+        if (decision.entry is None or index.manifest.latent) and index.tokens != expected:
             raise corrupt_package(
                 path,
                 "token ids that are not those of its text",

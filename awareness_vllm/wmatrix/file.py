@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -22,10 +24,12 @@ from awareness_vllm.wmatrix.features import split_states
 from awareness_vllm.wmatrix.int8 import dequantized, quantized
 from awareness_vllm.wmatrix.manifest import (
     PRODUCTS,
+    TensorDigest,
     WMatrixManifest,
     current_name,
     parse_manifest,
     refusing,
+    tensors_digest,
 )
 
 MAX_STANDARDISED = 100.0
@@ -71,6 +75,22 @@ class WMatrix:
         """sha256, in hex, of manifest and tensors: the identity of this map, saved or not."""
         return payload_digest(self.manifest.model_dump_json(), sorted(self._tensors().items()))
 
+    @property
+    def tensors_digest(self) -> str:
+        """sha256, in hex, of the tensors, as the file has them."""
+        return tensors_digest(
+            {
+                name: TensorDigest(
+                    str(tensor.dtype).removeprefix("torch."),
+                    tuple(tensor.shape),
+                    hashlib.sha256(
+                        tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+                    ).hexdigest(),
+                )
+                for name, tensor in self._tensors().items()
+            }
+        )
+
     def register(self, name: str) -> Path:
         """Save under a name in `$AWARENESS_HOME/wmatrices`; the file's path. Raises BadInput."""
         if not REGISTERED.fullmatch(name):
@@ -84,10 +104,7 @@ class WMatrix:
     ) -> tuple[list[Tensor], list[Tensor]]:
         """The target's states of each token, keys position-free.
 
-        Args:
-            source: [T, source_width] float32 at the aligned source tokens; None masks all of them.
-            embeddings: [T, embedding_width] float32, tokens' embeddings, then position embeddings.
-            masked: [T] bool, rows whose source states are masked: replaced by their mean.
+        Args: as of `latent`.
 
         Returns:
             keys and values per target layer, [T, H, D] float32.
@@ -95,6 +112,23 @@ class WMatrix:
         Raises:
             PackageCorrupt: states that no model computes, further than MAX_STANDARDISED off, or
                 that become such.
+        """
+        latent = self.latent(source, embeddings, masked)
+        base = self.base_states(source, masked, len(latent)) if self.manifest.residual else None
+        return self.states(latent, base)
+
+    def latent(
+        self, source: Tensor | None, embeddings: Tensor, masked: Tensor | None = None
+    ) -> Tensor:
+        """The latent [T, R] of each token, of the dtype of `encode`.
+
+        Args:
+            source: [T, source_width] float32 at the aligned source tokens; None masks all of them.
+            embeddings: [T, embedding_width] float32, tokens' embeddings, then position embeddings.
+            masked: [T] bool, rows whose source states are masked: replaced by their mean.
+
+        Raises:
+            PackageCorrupt: states that no model computes, further than MAX_STANDARDISED off.
         """
         width = self.manifest.source_width
         features = torch.zeros(len(embeddings), len(self.mean), dtype=self.encode.dtype)
@@ -105,11 +139,25 @@ class WMatrix:
             features[masked.nonzero()[:, 0], :width] = 0
         check_plausible(features[:, :width])
         features[:, width:] = (embeddings - self.mean[width:]) * self.scale[width:]
-        flat = decode(encode(features, self.encode), self.decode, self.bias)
-        if self.manifest.residual:
-            flat += self.base_states(source, masked, len(flat))
+        return encode(features, self.encode)
+
+    def states(
+        self, latent: Tensor, base: Tensor | None = None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The target's states of a latent [T, R], as `map` gives them, added to `base` where the
+        map is a residual one. Raises PackageCorrupt."""
+        flat = decode(latent, self.decode, self.bias)
+        if base is not None:
+            flat += base
         check_states(flat)
         return split_states(self.manifest.target, flat)
+
+    @functools.cached_property
+    def reach(self) -> Tensor:
+        """The magnitude [R] float32 that no latent exceeds whose features all lie within a standard
+        deviation of their means."""
+        reach = self.encode.float().abs().sum(0)
+        return reach.clamp_min(torch.finfo(torch.float32).tiny)
 
     def base_states(self, source: Tensor | None, masked: Tensor | None, rows: int) -> Tensor:
         """The states [rows, source_width] that a residual map adds to: the source's, or their mean

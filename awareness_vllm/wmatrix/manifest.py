@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import re
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AliasChoices, Field
 
@@ -159,14 +162,42 @@ def read_manifest(path: Path) -> WMatrixManifest:
 
 def read_digest(path: Path) -> tuple[WMatrixManifest, str]:
     """A W-Matrix's manifest and the sha256, in hex, of its file. Raises WMatrixCorrupt."""
+    manifest, digest, _ = read_digests(path)
+    return manifest, digest
+
+
+def read_digests(path: Path) -> tuple[WMatrixManifest, str, str]:
+    """A W-Matrix's manifest, the sha256, in hex, of its file, and its `tensors_digest`. Raises
+    WMatrixCorrupt."""
     manifests: list[WMatrixManifest] = []
+    by_begin: dict[int, Any] = defaultdict(hashlib.sha256)
     with refusing(path):
         file = read_file(
             path.resolve(),
             lambda header: manifests.append(parse_manifest(header)),
             keep=lambda name: False,
+            visit=lambda entry, chunk: by_begin[entry.begin].update(chunk.data),
         )
-    return manifests[0], file.digest
+    digests = {
+        name: TensorDigest(entry.dtype, entry.shape, by_begin[entry.begin].hexdigest())
+        for name, entry in file.header.tensors.items()
+    }
+    return manifests[0], file.digest, tensors_digest(digests)
+
+
+class TensorDigest(NamedTuple):
+    """A tensor's dtype, by torch's name, its shape, and the sha256, in hex, of its bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    sha256: str
+
+
+def tensors_digest(tensors: Mapping[str, TensorDigest]) -> str:
+    """sha256, in hex, of a map's tensors: what a latent names its map by, whatever certificate and
+    name the map has by now."""
+    lines = sorted((current_name(name), *tensor) for name, tensor in tensors.items())
+    return hashlib.sha256(json.dumps(lines).encode()).hexdigest()
 
 
 def parse_manifest(header: Header) -> WMatrixManifest:

@@ -14,16 +14,18 @@ from awareness_vllm.files import wmatrices_dir
 from awareness_vllm.models.describe import geometry_of
 from awareness_vllm.models.folder import is_model_folder
 from awareness_vllm.models.geometry import Geometry
+from awareness_vllm.packages.manifest import Manifest
 from awareness_vllm.trust.policy import Signers, TrustPolicy
 from awareness_vllm.wmatrix.certificate import Certificate
-from awareness_vllm.wmatrix.manifest import WMatrixManifest, read_digest
+from awareness_vllm.wmatrix.manifest import WMatrixManifest, read_digests
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class WMatrixEntry:
-    """A W-Matrix file; aligned memories and cache salts are keyed by its `digest`.
+    """A W-Matrix file; aligned memories and cache salts are keyed by its `digest`, latents by that
+    of its `tensors`.
 
     `signed_by` and `certificate_signed_by` are the names of the trusted keys that signed the file
     and its certificate. The certificate is `claimed` where there is a trust policy, and none of its
@@ -33,6 +35,7 @@ class WMatrixEntry:
     path: Path
     manifest: WMatrixManifest
     digest: str
+    tensors: str = ""
     signed_by: str | None = None
     certificate_signed_by: str | None = None
     claimed: bool = False
@@ -40,7 +43,7 @@ class WMatrixEntry:
     @classmethod
     def read(cls, path: Path, trust: TrustPolicy | None = None) -> WMatrixEntry:
         """A file, and by a trust policy who signed it. Raises WMatrixCorrupt, SignatureInvalid."""
-        entry = cls(path, *read_digest(path))
+        entry = cls(path, *read_digests(path))
         if not trust:
             return entry
         signed_by = trust.signer(path, entry.digest, "wmatrix")
@@ -150,6 +153,39 @@ class Registry:
             + ("" if has_text else " that reads no text (`awareness fit --without-text`)"),
             remedy="fit one with `awareness fit` and give it with --wmatrix FILE, or look for a "
             "route through other models with `awareness path`",
+        )
+
+    def find_for(self, manifest: Manifest, target: Geometry) -> WMatrixEntry:
+        """The map that serves a package on another model; of a latent it is the one that made it.
+
+        Raises:
+            NoWMatrix: it is not among these.
+        """
+        latent, source = manifest.latent, manifest.geometry
+        if latent is None:
+            return self.find(source, target, manifest.has_text)
+        if not latent.target.same_model(target):
+            if error := self._only_tokenizers_differ(source, target):
+                raise error
+            raise NoWMatrix(
+                f"the latent was made for {latent.target.name}, not for {target.name}",
+                found=latent.target.identity,
+                expected=target.identity,
+                remedy=f"use the package that it was made of, {latent.package}, or export its "
+                "latent for this model",
+            )
+        for entry in self.entries:
+            # What a residual map adds to is not in its latent.
+            made = entry.tensors == latent.wmatrix and not entry.manifest.residual
+            if made and entry.leads(source, target) and entry.manifest.rank == latent.rank:
+                return entry
+        from_source = [f"{e} {e.tensors[:12]}" for e in self.entries if e.leads(source, target)]
+        raise NoWMatrix(
+            f"the W-Matrix that made the latent, from {source.name} to {target.name}, is not here",
+            found=", ".join(from_source) or str(self),
+            expected=f"a map whose tensors have the digest {latent.wmatrix[:12]}…",
+            remedy=f"give that .wmatrix file, or use the package that it was made of, "
+            f"{latent.package}",
         )
 
     def _only_tokenizers_differ(self, source: Geometry, target: Geometry) -> NoWMatrix | None:

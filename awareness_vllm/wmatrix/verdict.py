@@ -43,13 +43,18 @@ def verdict(
         manifest: the package's; without one (a listing) the package is taken to be whole and to
             have its text.
     """
-    exact, entry = source.same_model(target), None
+    latent = manifest is not None and manifest.latent is not None
+    exact, entry = source.same_model(target) and not latent, None
     try:
         if manifest is not None:
             check_text(memory, manifest)
         if not exact:
             check_positions(memory, source, target)
-            entry = registry.find(source, target, has_text=True)
+            entry = (
+                registry.find(source, target, has_text=True)
+                if manifest is None
+                else registry.find_for(manifest, target)
+            )
         if manifest is not None:
             layers = entry.manifest.layers if entry else range(len(source.layers))
             manifest.check_whole(layers)

@@ -255,6 +255,7 @@ def test_unknown_flags_are_refused(name: str, capfd: pytest.CaptureFixture[str])
     needed = {
         "ask": ["x", "q", "--target", "t"],
         "capture": ["--model", "m", "--text", "t"],
+        "export": ["x", "--latent", "w"],
         "fit": ["--source", "a", "--target", "b", "--anchors", "x", "--out", "o"],
         "quantize": ["w", "--out", "o"],
         "eval": ["--source", "a", "--target", "b", "--texts", "x"],

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from awareness_vllm.align.encoding import LatentEncoding
-from awareness_vllm.align.paged import PagedMap
-from awareness_vllm.align.realign import AlignedMemory, Realignment, copy, sources
+from awareness_vllm.align.paged import Latent, PagedMap
+from awareness_vllm.align.realign import AlignedMemory, Realignment, copy, latent_of, sources
 from awareness_vllm.align.workspace import DeviceWorkspace
 from awareness_vllm.errors import (
     AwarenessError,
@@ -25,7 +25,8 @@ from awareness_vllm.errors import (
     OutOfDeviceMemory,
     UnsupportedModel,
 )
-from awareness_vllm.packages.file import Package, read_ahead
+from awareness_vllm.packages.file import AnyPackage, read_ahead, with_states
+from awareness_vllm.packages.latent import LatentPackage
 from awareness_vllm.packages.store import Store
 from awareness_vllm.serving.config import ServingConfig
 from awareness_vllm.serving.connector.holders import Holders
@@ -58,7 +59,7 @@ class LoadedSource:
 
     temperature: str
     memory: Memory | None = None
-    package: Package | None = None
+    package: AnyPackage | None = None
     ids: list[int] = field(default_factory=list)
     source: Tensor | None = None
     check: Callable[[], None] = lambda: None
@@ -232,11 +233,14 @@ class MemoryLoader:
         package, check = read_ahead(path, part.digest, self.model.largest)
         if not part.wmatrix:
             check()
-            return LoadedSource("cold", copy(package))
+            return LoadedSource("cold", copy(with_states(package)))
         if part.wmatrix not in self.wmatrices:
             raise UnsupportedModel("the request was resolved with another W-Matrix")
-        manifest = self.wmatrices[part.wmatrix].manifest
-        ids, source = sources(package, manifest, self.model.folder)
+        wmatrix = self.wmatrices[part.wmatrix]
+        ids, source = sources(package, wmatrix.manifest, self.model.folder)
+        if isinstance(package, LatentPackage) and part.wmatrix in self.paged:
+            check()
+            return LoadedSource("cold", Latent(ids, latent_of(package, wmatrix)))
         return LoadedSource("cold", None, package, ids, source, check)
 
     def advance(self, seconds: float = STEP_BUDGET_S) -> bool:
@@ -288,7 +292,7 @@ class MemoryLoader:
         assert source.source is not None
         digest, package = alignment.part.wmatrix, source.package
         if alignment.work is None and digest in self.paged:
-            states = package.keys, package.values
+            states = (whole := with_states(package)).keys, whole.values
             alignment.work = LatentEncoding(
                 self.paged[digest], *states, source.ids, source.source, self.embed
             )
