@@ -156,12 +156,13 @@ class Layout:
         return plain.model_copy(update=update)
 
     def tags(self, prefix: str = "") -> Iterator[str]:
-        return (tagged.tag for tagged in self.tagged() if tagged.tag.startswith(prefix))
+        tags = (tag_of(entry) for entry in entries(self.index_file))
+        return (tag for tag in tags if tag is not None and tag.startswith(prefix))
 
     def tagged(self) -> Iterator[Tagged]:
         for entry in entries(self.index_file):
             if (tag := tag_of(entry)) is not None:
-                yield Tagged(tag, entry["digest"], entry.get("artifactType"))
+                yield Tagged(tag, self._descriptor(entry))
 
     def version(self) -> str | None:
         try:

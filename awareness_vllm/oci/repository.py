@@ -14,11 +14,11 @@ Progress = Callable[[int], None]
 
 
 class Tagged(NamedTuple):
-    """A tag, and what a repository says of its manifest without being asked for each."""
+    """A tag, and its manifest's descriptor where a repository knows it without being asked for
+    each."""
 
     tag: str
-    digest: str | None = None
-    artifact_type: str | None = None
+    descriptor: Descriptor | None = None
 
 
 def no_progress(_: int) -> None:
@@ -61,7 +61,7 @@ class Repository(Protocol):
         ...
 
     def tagged(self) -> Iterator[Tagged]:
-        """All tags, with what is known of their manifests. Raises RegistryError."""
+        """All tags, with the manifests that are known. Raises RegistryError."""
         ...
 
     def version(self) -> str | None:

@@ -52,11 +52,15 @@ def look(repository: Repository, name: str) -> Found:
     Raises:
         ArtefactNotFound, ArtefactCorrupt, RegistryError
     """
-    descriptor, raw = repository.manifest(name)
+    return found(repository, *repository.manifest(name))
+
+
+def found(repository: Repository, descriptor: Descriptor, raw: bytes) -> Found:
+    """The artefact of a manifest that has been read. Raises ArtefactCorrupt, RegistryError."""
     try:
         manifest = parse_image_manifest(raw)
     except FileRefused as error:
         raise ArtefactCorrupt(
-            f"{name} cannot be used", found=error.found, expected="an image manifest"
+            f"{descriptor.digest} cannot be used", found=error.found, expected="an image manifest"
         ) from error
     return Found(descriptor, manifest, repository.blob(manifest.config, MAX_CONFIG))
