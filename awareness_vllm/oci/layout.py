@@ -209,5 +209,3 @@ def _replaced(old: Entry, digests: Set[str], tags: Set[str]) -> bool:
     one."""
     tag = tag_of(old)
     return old["digest"] in digests if tag is None else tag in tags
-
-

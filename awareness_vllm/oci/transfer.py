@@ -52,15 +52,16 @@ def look(repository: Repository, name: str) -> Found:
     Raises:
         ArtefactNotFound, ArtefactCorrupt, RegistryError
     """
-    return found(repository, *repository.manifest(name))
+    descriptor, raw = repository.manifest(name)
+    manifest = parsed(descriptor, raw)
+    return Found(descriptor, manifest, repository.blob(manifest.config, MAX_CONFIG))
 
 
-def found(repository: Repository, descriptor: Descriptor, raw: bytes) -> Found:
-    """The artefact of a manifest that has been read. Raises ArtefactCorrupt, RegistryError."""
+def parsed(descriptor: Descriptor, raw: bytes) -> ImageManifest:
+    """An image manifest that was read. Raises ArtefactCorrupt."""
     try:
-        manifest = parse_image_manifest(raw)
+        return parse_image_manifest(raw)
     except FileRefused as error:
         raise ArtefactCorrupt(
             f"{descriptor.digest} cannot be used", found=error.found, expected="an image manifest"
         ) from error
-    return Found(descriptor, manifest, repository.blob(manifest.config, MAX_CONFIG))
