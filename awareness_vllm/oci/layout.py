@@ -7,12 +7,13 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Set
 from pathlib import Path
 
 from awareness_vllm.errors import ArtefactNotFound, RegistryError
 from awareness_vllm.files import put_in_place, scratch_folder
 from awareness_vllm.oci.artefact import (
+    INDEX,
     MAX_MANIFEST,
     REF_NAME,
     Descriptor,
@@ -22,11 +23,14 @@ from awareness_vllm.oci.artefact import (
     parse_image_manifest,
 )
 from awareness_vllm.oci.download import CHUNK, corrupt_blob, download
+from awareness_vllm.oci.index_file import Entry, entries, tag_of
 from awareness_vllm.oci.reference import Reference
-from awareness_vllm.oci.repository import Progress, no_progress
+from awareness_vllm.oci.repository import Progress, Tagged, no_progress
 from awareness_vllm.tensor_file import FileRefused, opened
 
 MARKER = "oci-layout"
+NewManifest = tuple[bytes, str, str | None]
+"""A manifest's bytes, its media type, and a tag or None."""
 LAYOUT = b'{"imageLayoutVersion": "1.0.0"}'
 
 
@@ -41,33 +45,36 @@ class Layout:
         self.reference = reference
         self.folder = Path(reference.repository)
 
+    @property
+    def index_file(self) -> Path:
+        return self.folder / "index.json"
+
     def blob_path(self, descriptor: Descriptor) -> Path:
         """The file of a blob."""
         return self.folder / "blobs" / "sha256" / descriptor.hex
 
     def index(self) -> ImageIndex:
         """All manifests, tagged or not; none where there is no folder yet. Raises RegistryError."""
-        try:
-            raw = (self.folder / "index.json").read_bytes()
-            return ImageIndex.model_validate_json(raw)
-        except FileNotFoundError:
-            return ImageIndex()
-        except (OSError, ValueError) as error:
-            raise RegistryError(
-                f"{self.folder} cannot be used as a layout",
-                found=str(error)[:200],
-                expected="an index.json of the OCI image layout",
-            ) from error
+        return ImageIndex(manifests=[self._descriptor(e) for e in entries(self.index_file)])
 
     def manifest(self, name: str) -> tuple[Descriptor, bytes]:
-        matches = [m for m in self.index().manifests if name in (m.digest, _tag(m))]
-        if not matches:
+        found = [e for e in entries(self.index_file) if name in (e["digest"], tag_of(e))]
+        if not found:
             raise ArtefactNotFound(
                 f"{self.reference} has no {name}",
                 found="no such tag or digest in its index.json",
                 expected="one that `awareness search` shows",
             )
-        return matches[-1], self.blob(matches[-1], MAX_MANIFEST)
+        descriptor = self._descriptor(found[-1])
+        return descriptor, self.blob(descriptor, MAX_MANIFEST)
+
+    def _descriptor(self, entry: Entry) -> Descriptor:
+        try:
+            return Descriptor.model_validate(entry)
+        except ValueError as error:
+            raise RegistryError(
+                f"{self.folder} cannot be used as a layout", found=str(error)[:200]
+            ) from error
 
     def blob(self, descriptor: Descriptor, limit: int) -> bytes:
         if descriptor.size > limit:
@@ -121,24 +128,48 @@ class Layout:
             raise corrupt_blob(descriptor, f"sha256:{sha.hexdigest()}, of a file that has changed")
 
     def put_manifest(self, raw: bytes, media_type: str, tag: str | None = None) -> Descriptor:
+        (entry,) = self.put_manifests([(raw, media_type, tag)])
+        return entry
+
+    def put_manifests(self, manifests: Iterable[NewManifest]) -> list[Descriptor]:
+        """Write manifests, whose blobs are there, and the tags that are to name them: the index is
+        written once. Raises RegistryError."""
+        new = [self._upload_manifest(*manifest) for manifest in manifests]
+        digests = {entry.digest for entry in new}
+        named = {tag: entry for entry in new if (tag := _tag(entry)) is not None}
+        with self._locked():
+            old = list(entries(self.index_file))
+            kept = [e for e in old if not _replaced(e, digests, named.keys())]
+            tagged = {e["digest"] for e in kept if tag_of(e) is not None}
+            tagged |= {entry.digest for entry in named.values()}
+            plain = {e.digest: e for e in new if e.digest not in tagged}
+            added = (*plain.values(), *named.values())
+            self._write([*kept, *(e.model_dump(by_alias=True, exclude_none=True) for e in added)])
+        return new
+
+    def _upload_manifest(self, raw: bytes, media_type: str, tag: str | None) -> Descriptor:
         plain = descriptor_of(raw, media_type)
         self.upload(Layer(raw, plain))
         parsed = parse_image_manifest(raw)
         notes = {**(parsed.annotations or {}), **({REF_NAME: tag} if tag else {})}
         update = {"artifact_type": parsed.artifact_type, "annotations": notes or None}
-        entry = plain.model_copy(update=update)
-        with self._locked():
-            index = self.index()
-            kept = [m for m in index.manifests if not _replaces(entry, m)]
-            if tag is not None or not any(m.digest == entry.digest for m in kept):
-                kept.append(entry)
-            self._write(index.model_copy(update={"manifests": kept}))
-        return entry
+        return plain.model_copy(update=update)
 
-    def tags(self) -> Iterator[str]:
-        for manifest in self.index().manifests:
-            if (tag := _tag(manifest)) is not None:
-                yield tag
+    def tags(self, prefix: str = "") -> Iterator[str]:
+        tags = (tag_of(entry) for entry in entries(self.index_file))
+        return (tag for tag in tags if tag is not None and tag.startswith(prefix))
+
+    def tagged(self) -> Iterator[Tagged]:
+        for entry in entries(self.index_file):
+            if (tag := tag_of(entry)) is not None:
+                yield Tagged(tag, self._descriptor(entry))
+
+    def version(self) -> str | None:
+        try:
+            facts = self.index_file.stat()
+        except OSError:  # whoever reads it will say so
+            return None
+        return f"{facts.st_ino} {facts.st_size} {facts.st_mtime_ns} {facts.st_ctime_ns}"
 
     def referrers(self, digest: str) -> list[Descriptor]:
         found = []
@@ -158,12 +189,12 @@ class Layout:
         finally:
             os.close(handle)
 
-    def _write(self, index: ImageIndex) -> None:
-        document = index.model_dump(by_alias=True, exclude_none=True)
+    def _write(self, manifests: list[Entry]) -> None:
+        index = {"schemaVersion": 2, "mediaType": INDEX, "manifests": manifests}
         with scratch_folder(self.folder) as scratch:
             for name, content in (
                 (MARKER, LAYOUT),
-                ("index.json", json.dumps(document, separators=(",", ":")).encode()),
+                (self.index_file.name, json.dumps(index, separators=(",", ":")).encode()),
             ):
                 (scratch / name).write_bytes(content)
                 put_in_place(scratch / name, self.folder / name)
@@ -173,9 +204,8 @@ def _tag(manifest: Descriptor) -> str | None:
     return (manifest.annotations or {}).get(REF_NAME)
 
 
-def _replaces(new: Descriptor, old: Descriptor) -> bool:
-    """Whether an entry of the index takes another one's place: of its tag, or of the same manifest
-    without one."""
-    if _tag(old) is None:
-        return old.digest == new.digest
-    return _tag(old) == _tag(new)
+def _replaced(old: Entry, digests: Set[str], tags: Set[str]) -> bool:
+    """Whether new manifests take an entry's place: that of their tags, or of themselves without
+    one."""
+    tag = tag_of(old)
+    return old["digest"] in digests if tag is None else tag in tags

@@ -25,7 +25,7 @@ from awareness_vllm.oci.artefact import (
 )
 from awareness_vllm.oci.download import CHUNK, Download, corrupt_blob, download
 from awareness_vllm.oci.reference import DIGEST, Reference
-from awareness_vllm.oci.repository import Progress, no_progress
+from awareness_vllm.oci.repository import Progress, Tagged, no_progress
 from awareness_vllm.oci.session import ATTEMPTS, Session
 from awareness_vllm.tensor_file import FileRefused, parse_document
 
@@ -166,17 +166,27 @@ class Remote:
             )
         return descriptor
 
-    def tags(self) -> Iterator[str]:
-        path = f"tags/list?n={PAGE}"
+    def tags(self, prefix: str = "") -> Iterator[str]:
+        # Tags come in the order of the alphabet; a registry that cannot begin in the middle
+        # (Distribution 2.8) gives all of them.
+        path = f"tags/list?n={PAGE}" + (f"&last={quote(prefix)}" if prefix else "")
         for _ in range(MAX_PAGES):
             response = self.session.request("GET", path, expect=(200, 404))
             if response.status_code == 404:
                 return  # nobody has pushed anything yet
-            yield from self._tags(response)
-            if not (link := response.links.get("next", {}).get("url")):
+            tags = self._tags(response)
+            yield from (tag for tag in tags if tag.startswith(prefix))
+            link = response.links.get("next", {}).get("url")
+            if not link or (tags and tags[-1] > prefix and not tags[-1].startswith(prefix)):
                 return
             path = urljoin(self.session.url(path), link)
         raise self._unreadable(b"a list without end", f"{MAX_PAGES} pages of tags at most")
+
+    def tagged(self) -> Iterator[Tagged]:
+        return map(Tagged, self.tags())
+
+    def version(self) -> str | None:
+        return None
 
     def _tags(self, response: requests.Response) -> list[str]:
         try:

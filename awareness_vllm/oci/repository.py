@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from awareness_vllm.oci.artefact import Descriptor, Layer
 from awareness_vllm.oci.reference import Reference
 
 Progress = Callable[[int], None]
 """Called with the number of bytes that have gone through since the last call."""
+
+
+class Tagged(NamedTuple):
+    """A tag, and its manifest's descriptor where a repository knows it without being asked for
+    each."""
+
+    tag: str
+    descriptor: Descriptor | None = None
 
 
 def no_progress(_: int) -> None:
@@ -48,8 +56,16 @@ class Repository(Protocol):
         Raises RegistryError."""
         ...
 
-    def tags(self) -> Iterator[str]:
-        """All tags. Raises RegistryError."""
+    def tags(self, prefix: str = "") -> Iterator[str]:
+        """All tags, or those that begin so. Raises RegistryError."""
+        ...
+
+    def tagged(self) -> Iterator[Tagged]:
+        """All tags, with the manifests that are known. Raises RegistryError."""
+        ...
+
+    def version(self) -> str | None:
+        """What changes whenever a tag does; None where only asking for all of them can tell."""
         ...
 
     def referrers(self, digest: str) -> list[Descriptor]:

@@ -53,10 +53,15 @@ def look(repository: Repository, name: str) -> Found:
         ArtefactNotFound, ArtefactCorrupt, RegistryError
     """
     descriptor, raw = repository.manifest(name)
+    manifest = parsed(descriptor, raw)
+    return Found(descriptor, manifest, repository.blob(manifest.config, MAX_CONFIG))
+
+
+def parsed(descriptor: Descriptor, raw: bytes) -> ImageManifest:
+    """An image manifest that was read. Raises ArtefactCorrupt."""
     try:
-        manifest = parse_image_manifest(raw)
+        return parse_image_manifest(raw)
     except FileRefused as error:
         raise ArtefactCorrupt(
-            f"{name} cannot be used", found=error.found, expected="an image manifest"
+            f"{descriptor.digest} cannot be used", found=error.found, expected="an image manifest"
         ) from error
-    return Found(descriptor, manifest, repository.blob(manifest.config, MAX_CONFIG))
