@@ -9,12 +9,18 @@ from awareness_vllm.oci.reference import Reference
 from awareness_vllm.oci.repository import Repository
 
 
-def open_repository(where: str | Path | Reference, *, api_key: str | None = None) -> Repository:
+def open_repository(
+    where: str | Path | Reference,
+    *,
+    api_key: str | None = None,
+    timeout: tuple[float, float] | None = None,
+) -> Repository:
     """The repository of a reference.
 
     Args:
         api_key: a registry's token, or "user:password"; by default docker's own configuration
             says how to log in.
+        timeout: seconds to wait for a registry's connection, and for its next bytes.
 
     Raises:
         BadInput: not a reference.
@@ -24,5 +30,6 @@ def open_repository(where: str | Path | Reference, *, api_key: str | None = None
         return Layout(reference)
     # Late: it needs requests, and a folder does not.
     from awareness_vllm.oci.remote import Remote
+    from awareness_vllm.oci.session import TIMEOUT
 
-    return Remote(reference, api_key=api_key)
+    return Remote(reference, api_key=api_key, timeout=timeout or TIMEOUT)

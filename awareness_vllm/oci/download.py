@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
 
-from awareness_vllm.errors import ArtefactCorrupt
+from awareness_vllm.errors import ArtefactCorrupt, StorageFull
 from awareness_vllm.oci.artefact import Descriptor
 from awareness_vllm.oci.repository import Progress
 
@@ -40,14 +41,24 @@ class Download:
         """Take the next bytes, which are hashed while they are written.
 
         Raises:
-            ArtefactCorrupt: more than the blob has; OSError.
+            ArtefactCorrupt: more than the blob has; StorageFull; OSError.
         """
         if self.done + len(chunk) > self.descriptor.size:
             raise corrupt_blob(self.descriptor, f"more than {self.descriptor.size} bytes")
         self._count(chunk)
         rest = memoryview(chunk)
-        while rest:
-            rest = rest[self._file.write(rest) :]
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise StorageFull(
+                "there is no room for what is pulled",
+                found=str(error),
+                expected=f"{self.descriptor.size} bytes",
+                remedy="make room, by `awareness gc --limit-gib 0` if need be, and pull again",
+            ) from error
 
     def restart(self) -> None:
         """Forget what is there."""

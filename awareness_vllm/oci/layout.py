@@ -31,6 +31,8 @@ from awareness_vllm.tensor_file import FileRefused, opened
 MARKER = "oci-layout"
 NewManifest = tuple[bytes, str, str | None]
 """A manifest's bytes, its media type, and a tag or None."""
+SUBJECT = "vnd.awareness.subject"
+"""Annotation of an entry of the index: the digest of the manifest that it refers to."""
 LAYOUT = b'{"imageLayoutVersion": "1.0.0"}'
 
 
@@ -151,7 +153,11 @@ class Layout:
         plain = descriptor_of(raw, media_type)
         self.upload(Layer(raw, plain))
         parsed = parse_image_manifest(raw)
-        notes = {**(parsed.annotations or {}), **({REF_NAME: tag} if tag else {})}
+        notes = dict(parsed.annotations or {})
+        if tag is not None:
+            notes[REF_NAME] = tag
+        if parsed.subject is not None:
+            notes[SUBJECT] = parsed.subject.digest
         update = {"artifact_type": parsed.artifact_type, "annotations": notes or None}
         return plain.model_copy(update=update)
 
@@ -172,13 +178,22 @@ class Layout:
         return f"{facts.st_ino} {facts.st_size} {facts.st_mtime_ns} {facts.st_ctime_ns}"
 
     def referrers(self, digest: str) -> list[Descriptor]:
-        found = []
-        for entry in self.index().manifests:
-            # A manifest that refers to another one says so; the index need not.
-            manifest = parse_image_manifest(self.blob(entry, MAX_MANIFEST))
-            if manifest.subject is not None and manifest.subject.digest == digest:
-                found.append(entry)
-        return found
+        found = (e for e in entries(self.index_file) if self._subject(e) == digest)
+        return [self._descriptor(entry) for entry in found]
+
+    def _subject(self, entry: Entry) -> str | None:
+        """The digest of the manifest that an artefact refers to."""
+        if tag_of(entry) is not None:
+            return None  # it is known by its own name
+        if isinstance(ours := (entry.get("annotations") or {}).get(SUBJECT), str):
+            return ours
+        # Written by another program: the manifest says it, and the index need not.
+        raw = self.blob(self._descriptor(entry), MAX_MANIFEST)
+        try:
+            subject = parse_image_manifest(raw).subject
+        except FileRefused:  # an index, say, which refers to nothing
+            return None
+        return subject and subject.digest
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import random
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote, urljoin, urlsplit
@@ -22,25 +24,30 @@ from awareness_vllm.oci.artefact import (
     ImageIndex,
     Layer,
     descriptor_of,
+    parse_image_manifest,
 )
 from awareness_vllm.oci.download import CHUNK, Download, corrupt_blob, download
 from awareness_vllm.oci.reference import DIGEST, Reference
 from awareness_vllm.oci.repository import Progress, Tagged, no_progress
-from awareness_vllm.oci.session import ATTEMPTS, Session
+from awareness_vllm.oci.session import ATTEMPTS, TIMEOUT, Session, Timeout
 from awareness_vllm.tensor_file import FileRefused, parse_document
 
 PAGE = 1000
 """Tags that are asked for at once."""
 MAX_PAGES = 10_000
+REFERRERS = re.compile(r"sha256-[0-9a-f]{64}")
+"""Tags of the indexes of referrers."""
 CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 
 
 class Remote:
     """A repository in a registry, by the OCI distribution specification. Threads may share it."""
 
-    def __init__(self, reference: Reference, *, api_key: str | None = None) -> None:
+    def __init__(
+        self, reference: Reference, *, api_key: str | None = None, timeout: Timeout = TIMEOUT
+    ) -> None:
         self.reference = reference
-        self.session = Session(reference, api_key=api_key)
+        self.session = Session(reference, api_key=api_key, timeout=timeout)
 
     def manifest(self, name: str) -> tuple[Descriptor, bytes]:
         response = self.session.request(
@@ -164,7 +171,35 @@ class Remote:
             raise RegistryError(
                 f"{self.reference} has changed a manifest", found=stored, expected=descriptor.digest
             )
+        subject = None if media_type == INDEX else parse_image_manifest(raw).subject
+        if subject is not None and "OCI-Subject" not in response.headers:
+            self._refer(subject, descriptor, raw)
         return descriptor
+
+    def _refer(self, subject: Descriptor, descriptor: Descriptor, raw: bytes) -> None:
+        """Add an artefact to the tagged index of its subject's referrers, which a registry without
+        the API has clients keep.
+
+        Two that write at once may overwrite each other's, and no request of the protocol prevents
+        that: each looks again, a moment later, and writes again until its own is there.
+        """
+        kind = parse_image_manifest(raw)
+        entry = descriptor.model_copy(
+            update={"artifact_type": kind.artifact_type, "annotations": kind.annotations}
+        )
+        for _ in range(3 * ATTEMPTS):
+            index = self._tagged_referrers(subject.digest)
+            if any(other.digest == entry.digest for other in index.manifests):
+                return
+            added = index.model_copy(update={"manifests": [*index.manifests, entry]})
+            document = added.model_dump_json(by_alias=True, exclude_none=True).encode()
+            self.put_manifest(document, INDEX, referrers_tag(subject.digest))
+            time.sleep(random.uniform(0, 0.1))
+        raise RegistryError(
+            f"{self.reference} does not keep who refers to {subject.digest}",
+            found="an index that others overwrite",
+            remedy="push again",
+        )
 
     def tags(self, prefix: str = "") -> Iterator[str]:
         # Tags come in the order of the alphabet; a registry that cannot begin in the middle
@@ -175,7 +210,7 @@ class Remote:
             if response.status_code == 404:
                 return  # nobody has pushed anything yet
             tags = self._tags(response)
-            yield from (tag for tag in tags if tag.startswith(prefix))
+            yield from (t for t in tags if t.startswith(prefix) and not REFERRERS.fullmatch(t))
             link = response.links.get("next", {}).get("url")
             if not link or (tags and tags[-1] > prefix and not tags[-1].startswith(prefix)):
                 return

@@ -25,8 +25,9 @@ from awareness_vllm.oci.reference import Reference
 
 PLAIN_HTTP = "AWARENESS_PLAIN_HTTP"
 """Environment variable: hosts, with their ports, that are spoken to over http."""
-TIMEOUT = (10.0, 60.0)
+Timeout = tuple[float, float]
 """Seconds to wait for a connection, and for the next bytes."""
+TIMEOUT: Timeout = (10.0, 60.0)
 ATTEMPTS = 5
 LONGEST_WAIT = 30.0
 """Seconds: of a registry that asks for more patience, the error says so."""
@@ -67,8 +68,9 @@ class _Limited:
 class _Adapter(HTTPAdapter):
     """Requests that end: oras sets no timeouts, and reads what it is sent."""
 
-    def __init__(self) -> None:
+    def __init__(self, timeout: Timeout) -> None:
         super().__init__(pool_maxsize=CONNECTIONS)
+        self.timeout = timeout
 
     def send(
         self,
@@ -79,7 +81,7 @@ class _Adapter(HTTPAdapter):
         cert: Any = None,
         proxies: Any = None,
     ) -> requests.Response:
-        response = super().send(request, stream, timeout or TIMEOUT, verify, cert, proxies)
+        response = super().send(request, stream, timeout or self.timeout, verify, cert, proxies)
         response.raw = _Limited(response.raw)
         return response
 
@@ -123,7 +125,9 @@ class Session:
             in.
     """
 
-    def __init__(self, reference: Reference, *, api_key: str | None = None) -> None:
+    def __init__(
+        self, reference: Reference, *, api_key: str | None = None, timeout: Timeout = TIMEOUT
+    ) -> None:
         assert reference.host is not None
         self.reference = reference
         plain = is_plain(reference.host)
@@ -134,7 +138,7 @@ class Session:
         http.auth = _as_it_is  # else a netrc file would replace the login
         http.max_redirects = REDIRECTS
         for scheme in ("http://", "https://"):
-            http.mount(scheme, _Adapter())
+            http.mount(scheme, _Adapter(timeout))
         login = _Login(api_key)
         login.session, login.prefix, login._tls_verify = http, self.registry.prefix, True
         login.hostname = reference.host
