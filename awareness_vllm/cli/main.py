@@ -16,7 +16,8 @@ from awareness_vllm.errors import AwarenessError, BadInput, escaped
 
 SUBCOMMANDS = (
     *("ask", "capture", "export", "fit", "quantize", "eval", "certify", "path", "heads", "check"),
-    *("matrix", "list", "inspect", "verify", "keygen", "sign", "serve", "doctor"),
+    *("matrix", "list", "inspect", "verify", "keygen", "sign", "push", "pull", "gc"),
+    *("serve", "doctor"),
 )
 
 

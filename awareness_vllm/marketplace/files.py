@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import os
+import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from awareness_vllm.errors import ArtefactCorrupt, BadInput
 from awareness_vllm.files import put_in_place, scratch_folder
-from awareness_vllm.oci.artefact import Artefact, Descriptor
+from awareness_vllm.marketplace.signatures import (
+    Listing,
+    choose,
+    not_signed,
+    push_signatures,
+    roles_of,
+    signatures,
+)
+from awareness_vllm.oci.artefact import MANIFEST, Artefact, Descriptor, descriptor_of
+from awareness_vllm.oci.cache import Cache
+from awareness_vllm.oci.download import storage_full
 from awareness_vllm.oci.repository import Progress, Repository, no_progress
 from awareness_vllm.oci.transfer import Found, look, push
 from awareness_vllm.packages import listing as package_listing
 from awareness_vllm.packages.listing import PackageListing
+from awareness_vllm.tensor_file import FileRefused, digest_of
+from awareness_vllm.trust.policy import Signers, TrustPolicy
 from awareness_vllm.wmatrix import listing as wmatrix_listing
 from awareness_vllm.wmatrix.listing import WMatrixListing
 
-Listing = PackageListing | WMatrixListing
+NO_TRUST = TrustPolicy()
 
 
 def push_file(
@@ -29,16 +46,19 @@ def push_file(
     progress: Progress = no_progress,
 ) -> tuple[Listing, Descriptor]:
     """Push a package or a W-Matrix: its listing, and the descriptor of its manifest. A memory is
-    tagged with its ID, a map with `WMatrixListing.tag`, and both with `tags`.
+    tagged with its ID, a map with `WMatrixListing.tag`, and both with `tags`. The signatures beside
+    it are pushed, too.
 
     Raises:
-        PackageCorrupt, WMatrixCorrupt, RegistryError; BadInput: another kind of file.
+        PackageCorrupt, WMatrixCorrupt, RegistryError; BadInput: another kind of file;
+        SignatureInvalid: one beside it that cannot be read.
     """
     facts = {"name": name, "description": description, "license": license}
     artefact = artefact_of(path, **facts)
     listing = listing_in(artefact)
-    own = listing.id if isinstance(listing, PackageListing) else listing.tag
-    return listing, push(repository, artefact, (own, *tags), progress)
+    # Nobody sees the file before its signatures, which may refer to what is not there yet.
+    push_signatures(repository, path, listing, descriptor_of(artefact.document, MANIFEST))
+    return listing, push(repository, artefact, (listing.tag, *tags), progress)
 
 
 def artefact_of(path: Path, **facts: str | None) -> Artefact:
@@ -77,29 +97,130 @@ def listing(repository: Repository, name: str) -> Listing:
     return listing_of(look(repository, name))
 
 
+@dataclass(frozen=True)
+class Pulled:
+    """A file that was pulled, and the names of the trusted keys that signed it."""
+
+    path: Path
+    listing: Listing
+    signers: Signers
+
+
 def pull_file(
     repository: Repository, name: str, folder: Path, progress: Progress = no_progress
 ) -> Path:
-    """A package or W-Matrix in a folder, under its ID or its listed name: checked as every file of
-    a stranger's is, and in place only then.
+    """A package or W-Matrix in a folder; as `pull`."""
+    return pull(repository, look(repository, name), folder, progress=progress).path
+
+
+def pull(
+    repository: Repository,
+    found: Found,
+    folder: Path,
+    *,
+    trust: TrustPolicy = NO_TRUST,
+    require_signed: bool = False,
+    cache: Cache | None = None,
+    progress: Progress = no_progress,
+) -> Pulled:
+    """Pull a package or W-Matrix, and its signatures, into a folder, under its ID or its listed
+    name: checked as every file of a stranger's is, and in place only then. A file that is there
+    stays: of another W-Matrix the name is made longer.
+
+    Args:
+        require_signed: whether a key of the trust file must have signed it.
+        cache: where it is kept besides; by default the one of this home.
 
     Raises:
-        ArtefactNotFound, ArtefactCorrupt, PackageCorrupt, WMatrixCorrupt, RegistryError
+        ArtefactNotFound, ArtefactCorrupt, PackageCorrupt, WMatrixCorrupt, RegistryError,
+        StorageFull; SignatureInvalid: before anything of the file is pulled.
     """
-    found = look(repository, name)
     what = listing_of(found)
-    (layer,) = found.manifest.layers
     folder.mkdir(parents=True, exist_ok=True)
+    path, there = _destination(folder, what)
+    with scratch_folder(folder) as scratch:
+        signed = signatures(repository, found.descriptor.digest)
+        signers = choose(what, signed, path, scratch, trust)
+        role = roles_of(what)[0]
+        if require_signed and getattr(signers, role) is None:
+            raise not_signed(what, role, signed)
+        beside = list(scratch.iterdir())
+        draft = scratch / path.name
+        if not there:
+            _bring(repository, found, what, draft, cache or Cache(), progress)
+            check_file(what, draft)
+        # A file is never seen without its signature.
+        for signature in beside:
+            put_in_place(signature, folder / signature.name)
+        if not there:
+            put_in_place(draft, path)
+    return Pulled(path, what, signers)
+
+
+def _destination(folder: Path, what: Listing) -> tuple[Path, bool]:
+    """Where a file goes, and whether it is there."""
     if isinstance(what, PackageListing):
         path = folder / f"{what.id}.safetensors"
-    else:
-        path = folder / f"{file_name(what.name)}.wmatrix"
-    with scratch_folder(folder) as scratch:
-        draft = scratch / path.name
-        repository.fetch(layer, draft, progress)
-        check_file(what, draft)
-        put_in_place(draft, path)
-    return path
+        return path, _has(path, what)
+    name = file_name(what.name)
+    path = folder / f"{name}.wmatrix"
+    if not path.exists() or _has(path, what):
+        return path, path.exists()
+    path = folder / f"{name}.{what.digest[:8]}.wmatrix"
+    return path, _has(path, what)
+
+
+def _has(path: Path, what: Listing) -> bool:
+    try:
+        return path.stat().st_size == what.bytes and digest_of(path.resolve()) == what.digest
+    except (FileNotFoundError, FileRefused):
+        return False
+
+
+def _bring(
+    repository: Repository,
+    found: Found,
+    what: Listing,
+    draft: Path,
+    cache: Cache,
+    progress: Progress,
+) -> None:
+    """Have a draft be the file of an artefact, whose digest is right."""
+    (layer,) = found.manifest.layers
+    check = functools.partial(check_file, what)
+    if layer.size > cache.limit:
+        with cache.draft(layer, progress) as partial:
+            repository.fetch(layer, partial, progress)
+            _link(partial, draft)
+            partial.unlink()
+        return
+    name = cache_name(what)
+    while True:
+        if (cached := cache.path(name)) and digest_of(cached) != what.digest:
+            cache.remove(name)  # somebody wrote to it
+        with contextlib.suppress(FileNotFoundError):  # or it was collected meanwhile
+            _link(cache.fetch(repository, layer, name, check=check, progress=progress), draft)
+            return
+
+
+def _link(path: Path, draft: Path) -> None:
+    """Give a file a second name, or a copy of it where a name cannot be given."""
+    try:
+        os.link(path, draft)
+    except FileNotFoundError:
+        raise
+    except OSError:  # another disk, or one without hard links
+        try:
+            shutil.copyfile(path, draft)
+        except OSError as error:
+            raise storage_full(error, path.stat().st_size) from error
+
+
+def cache_name(what: Listing) -> str:
+    """The name of a file in the cache, which has its digest."""
+    if isinstance(what, PackageListing):
+        return f"{what.id}.safetensors"
+    return f"{what.digest}.wmatrix"
 
 
 def check_file(what: Listing, path: Path) -> None:

@@ -187,16 +187,21 @@ class Cache:
 
     def _entries(self) -> Iterator[_Entry]:
         """What takes room."""
-        for folder, partial in ((".", False), ("listings", False), ("partial", True)):
-            with contextlib.suppress(FileNotFoundError):
-                for file in os.scandir(self.folder / folder):
-                    if folder == "." and not file.name.endswith(SUFFIXES):
-                        continue
-                    with contextlib.suppress(FileNotFoundError):
-                        facts = file.stat(follow_symlinks=False)
-                        if file.is_file(follow_symlinks=False) and facts.st_nlink == 1:
-                            used = _stamp(Path(file.path), facts.st_mtime)
-                            yield _Entry(self.folder / folder / file.name, facts.st_size, used, partial)
+        for folder in (self.folder, self.folder / "listings", self.folder / "partial"):
+            partial = folder.name == "partial"
+            for path in _files(folder):
+                if folder == self.folder and path.suffix not in SUFFIXES:
+                    continue
+                with contextlib.suppress(FileNotFoundError):
+                    facts = path.stat(follow_symlinks=False)
+                    if facts.st_nlink == 1:
+                        yield _Entry(path, facts.st_size, _used(path, facts.st_mtime), partial)
+
+
+def caches() -> list[Path]:
+    """The folders of all caches of this home: the one of the commands, and servers'."""
+    folder = home() / "cache"
+    return [folder, *sorted(path for path in folder.glob("served/*") if path.is_dir())]
 
 
 def default_limit() -> int:
@@ -211,12 +216,18 @@ def default_limit() -> int:
     return int(gib * 2**30)
 
 
-def _stamp(path: Path, otherwise: float) -> float:
-    """When a file was used, in seconds since 1970."""
+def _files(folder: Path) -> Iterator[Path]:
+    """The regular files in a folder, which need not be there."""
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+        yield from (Path(e.path) for e in entries if e.is_file(follow_symlinks=False))
+
+
+def _used(path: Path, modified: float) -> float:
+    """When a file was used last, in seconds since 1970."""
     try:
-        return max(otherwise, path.with_name(f"{path.name}.used").stat().st_mtime)
+        return max(modified, path.with_name(f"{path.name}.used").stat().st_mtime)
     except FileNotFoundError:
-        return otherwise
+        return modified
 
 
 def _opened(path: Path) -> int:

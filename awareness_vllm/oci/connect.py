@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from awareness_vllm.oci.layout import Layout
-from awareness_vllm.oci.reference import Reference
+from awareness_vllm.oci.reference import Reference, default_registry
 from awareness_vllm.oci.repository import Repository
+
+KEY = "AWARENESS_REGISTRY_KEY"
+"""Environment variable: the API key of the registry that `$AWARENESS_REGISTRY` names."""
 
 
 def open_repository(
@@ -18,8 +22,8 @@ def open_repository(
     """The repository of a reference.
 
     Args:
-        api_key: a registry's token, or "user:password"; by default docker's own configuration
-            says how to log in.
+        api_key: a registry's token, or "user:password". By default that of the environment, if the
+            registry is the environment's; or else docker's own configuration says how to log in.
         timeout: seconds to wait for a registry's connection, and for its next bytes.
 
     Raises:
@@ -28,6 +32,8 @@ def open_repository(
     reference = where if isinstance(where, Reference) else Reference.parse(where)
     if reference.host is None:
         return Layout(reference)
+    if api_key is None and reference.host == Reference.parse(default_registry()).host:
+        api_key = os.environ.get(KEY) or None
     # Late: it needs requests, and a folder does not.
     from awareness_vllm.oci.remote import Remote
     from awareness_vllm.oci.session import TIMEOUT

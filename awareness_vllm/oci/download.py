@@ -51,14 +51,7 @@ class Download:
             while rest:
                 rest = rest[self._file.write(rest) :]
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise StorageFull(
-                "there is no room for what is pulled",
-                found=str(error),
-                expected=f"{self.descriptor.size} bytes",
-                remedy="make room, by `awareness gc --limit-gib 0` if need be, and pull again",
-            ) from error
+            raise storage_full(error, self.descriptor.size) from error
 
     def restart(self) -> None:
         """Forget what is there."""
@@ -99,6 +92,18 @@ def download(draft: Path, descriptor: Descriptor, progress: Progress) -> Iterato
     handle = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     with FileIO(handle, "r+") as file, ThreadPoolExecutor(1, "awareness-hash") as thread:
         yield Download(file, descriptor, progress, thread)
+
+
+def storage_full(error: OSError, size: int) -> Exception:
+    """The typed error about a disk or quota without room; any other error as it is."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return error
+    return StorageFull(
+        "there is no room for what is pulled",
+        found=str(error),
+        expected=f"room for {size} bytes",
+        remedy="make some, by `awareness gc --limit-gib 0` if need be, and pull again",
+    )
 
 
 def corrupt_blob(

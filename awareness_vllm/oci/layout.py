@@ -193,7 +193,7 @@ class Layout:
             subject = parse_image_manifest(raw).subject
         except FileRefused:  # an index, say, which refers to nothing
             return None
-        return subject and subject.digest
+        return None if subject is None else subject.digest
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:

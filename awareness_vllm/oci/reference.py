@@ -64,6 +64,11 @@ class Reference:
         """The tag or the digest; None for a repository alone."""
         return self.digest or self.tag
 
+    @property
+    def repository_only(self) -> Reference:
+        """The repository, without an artefact."""
+        return replace(self, tag=None, digest=None)
+
     def at(self, name: str) -> Reference:
         """Another artefact of the repository, by its tag or digest. Raises BadInput."""
         if DIGEST.fullmatch(name):

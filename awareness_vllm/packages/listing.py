@@ -41,6 +41,11 @@ class PackageListing(FrozenModel):
         return id_of(self.digest)
 
     @property
+    def tag(self) -> str:
+        """The tag that this memory is found by: its ID."""
+        return self.id
+
+    @property
     def name(self) -> str:
         """The name that it was listed by, or else its package's, or its ID."""
         return self.label or self.manifest.name or self.id

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,8 +22,11 @@ from awareness_vllm.wmatrix.file import WMatrix
 
 if TYPE_CHECKING:
     from memories_server import Server
+    from registry_server import RegistryServer
     from v2_model import Served
     from v2_stubs import Engine
+
+    from awareness_vllm.oci.repository import Repository
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog, and the other dogs look on.",
@@ -79,6 +83,33 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWARENESS_HOME", str(path))
         yield path
+
+
+@pytest.fixture
+def empty_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home of the test's own, whose cache has nothing of the others'."""
+    monkeypatch.setenv("AWARENESS_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture(scope="session")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RegistryServer]:
+    """A real registry, without logins."""
+    from registry_server import registry_server
+
+    with registry_server(tmp_path_factory.mktemp("registry")) as server:
+        yield server
+
+
+@pytest.fixture(params=["layout", "registry"])
+def repository(request: pytest.FixtureRequest, tmp_path: Path) -> Repository:
+    """A repository of the test's own: a folder, or one in a registry."""
+    from awareness_vllm.oci.connect import open_repository
+
+    if request.param == "layout":
+        return open_repository(tmp_path / "layout")
+    registry: RegistryServer = request.getfixturevalue("registry")
+    return open_repository(registry.reference(f"test/{uuid.uuid4().hex}"))
 
 
 @pytest.fixture(scope="session")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from registry_server import RegistryServer, registry_server
 
 from awareness_vllm.errors import ArtefactCorrupt, ArtefactNotFound, BadInput
 from awareness_vllm.marketplace.files import listing, pull_file, push_file
@@ -19,29 +18,15 @@ from awareness_vllm.packages.listing import PackageListing
 from awareness_vllm.wmatrix.file import WMatrix
 from awareness_vllm.wmatrix.listing import WMatrixListing
 
-pytestmark = pytest.mark.unit
 DIGEST = "sha256:" + 64 * "0"
+
+
+pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("empty_home")]
 
 
 @pytest.fixture
 def package_file(make_package: Callable[..., Package], tmp_path: Path) -> Path:
     return publish(make_package(), tmp_path / "author")
-
-
-@pytest.fixture(scope="module")
-def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RegistryServer]:
-    with registry_server(tmp_path_factory.mktemp("registry")) as server:
-        yield server
-
-
-@pytest.fixture(params=["layout", "registry"])
-def repository(
-    request: pytest.FixtureRequest, registry: RegistryServer, tmp_path: Path
-) -> Repository:
-    """A repository of the test's own: a folder, or one in a registry."""
-    if request.param == "layout":
-        return open_repository(tmp_path / "layout")
-    return open_repository(registry.reference(f"test/{tmp_path.name.replace('_', '-').lower()}"))
 
 
 @pytest.mark.parametrize(

@@ -269,6 +269,9 @@ def test_unknown_flags_are_refused(name: str, capfd: pytest.CaptureFixture[str])
         "verify": ["x"],
         "keygen": ["x"],
         "sign": ["x", "--key", "k"],
+        "push": ["x", "y"],
+        "pull": ["x"],
+        "gc": [],
         "doctor": [],
     }
     with pytest.raises(SystemExit) as end:

@@ -1,0 +1,109 @@
+"""`awareness pull`: memories and W-Matrices out of a registry, or a folder in OCI layout."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from awareness_vllm.cli.push import described
+from awareness_vllm.cli.transfers import Bar, in_parallel
+
+if TYPE_CHECKING:
+    from awareness_vllm.oci.reference import Reference
+
+HELP = "pull memories and W-Matrices out of a registry, or a folder in OCI layout"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "what",
+        nargs="+",
+        metavar="REF|ID",
+        help="oci://HOST/REPOSITORY:TAG, FOLDER:TAG (or @DIGEST), or an ID or a tag in --from",
+    )
+    parser.add_argument(
+        "--from",
+        dest="registry",
+        metavar="REGISTRY",
+        help="where IDs and tags are looked up (default: $AWARENESS_REGISTRY, or the folder "
+        "$AWARENESS_HOME/registry)",
+    )
+    parser.add_argument(
+        "--store", type=Path, help="folder for memories (default: $AWARENESS_HOME/store)"
+    )
+    parser.add_argument(
+        "--wmatrices",
+        type=Path,
+        help="folder for W-Matrices (default: $AWARENESS_HOME/wmatrices)",
+    )
+    parser.add_argument(
+        "--trust", type=Path, metavar="FILE", help="trust file: say which of its keys signed what"
+    )
+    parser.add_argument(
+        "--require-signed",
+        action="store_true",
+        help="pull only what a key of the trust file has signed",
+    )
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    from awareness_vllm.errors import BadInput
+    from awareness_vllm.files import default_store, wmatrices_dir
+    from awareness_vllm.marketplace.files import listing_of, pull
+    from awareness_vllm.oci.connect import open_repository
+    from awareness_vllm.oci.transfer import look
+    from awareness_vllm.packages.listing import PackageListing
+    from awareness_vllm.trust.policy import TrustPolicy
+
+    trust = TrustPolicy.read(args.trust)
+    if args.require_signed and not trust:
+        raise BadInput("--require-signed needs --trust", expected="a trust file with the keys")
+    references = [located(what, args.registry) for what in args.what]
+    repositories = {r.repository_only: open_repository(r.repository_only) for r in references}
+    stores = args.store or default_store(), args.wmatrices or wmatrices_dir()
+    with Bar("pull") as bar:
+
+        def one(reference: Reference) -> dict[str, Any]:
+            repository = repositories[reference.repository_only]
+            assert reference.name is not None
+            found = look(repository, reference.name)
+            listing = listing_of(found)
+            bar.expect(listing.bytes)
+            pulled = pull(
+                repository,
+                found,
+                stores[0 if isinstance(listing, PackageListing) else 1],
+                trust=trust,
+                require_signed=args.require_signed,
+                progress=bar.update,
+            )
+            signed = pulled.signers.model_dump() if trust else None
+            return described(listing) | {"path": str(pulled.path), "signers": signed}
+
+        return {"pulled": in_parallel(one, references)}
+
+
+def located(what: str, registry: str | None) -> Reference:
+    """The reference of what a user names. Raises BadInput."""
+    from awareness_vllm.errors import BadInput
+    from awareness_vllm.oci.reference import DIGEST, TAG, Reference, default_registry
+
+    if TAG.fullmatch(what) or DIGEST.fullmatch(what):
+        return Reference.parse(registry or default_registry()).at(what)
+    reference = Reference.parse(what)
+    if reference.name is None:
+        raise BadInput(
+            f"{what} names no memory and no W-Matrix",
+            expected="a :TAG or @sha256:DIGEST after the repository",
+            remedy="`awareness search` shows what there is",
+        )
+    return reference
+
+
+def show(result: dict[str, Any]) -> None:
+    for pulled in result["pulled"]:
+        print(f"{pulled.get('id') or pulled['digest']}  {pulled['name']}  {pulled['path']}")
+        for role, signer in (pulled["signers"] or {}).items():
+            if signer is not None:
+                print(f"  {role} signed by {signer}")

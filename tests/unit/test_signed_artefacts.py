@@ -1,0 +1,190 @@
+"""Signatures that travel with memories and W-Matrices, by a folder and by a registry."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from awareness_vllm.cli.main import main
+from awareness_vllm.errors import SignatureInvalid
+from awareness_vllm.marketplace.files import pull, pull_file, push_file
+from awareness_vllm.marketplace.signatures import push_signatures, signatures
+from awareness_vllm.oci.artefact import INDEX, Descriptor
+from awareness_vllm.oci.connect import open_repository
+from awareness_vllm.oci.remote import Remote
+from awareness_vllm.oci.repository import Repository
+from awareness_vllm.oci.transfer import look
+from awareness_vllm.packages.file import Package, publish
+from awareness_vllm.trust.policy import Signers, TrustPolicy, signature_path
+from awareness_vllm.trust.signing import KeyPair, keygen
+from awareness_vllm.wmatrix.file import WMatrix, load
+
+pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("empty_home")]
+
+Keys = dict[str, KeyPair]
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Keys:
+    return {name: keygen(tmp_path / name) for name in ("alice", "bob")}
+
+
+@pytest.fixture
+def trust(keys: Keys, tmp_path: Path) -> TrustPolicy:
+    """Alice is trusted with everything, nobody else with anything."""
+    entry = {"public_key": "alice.pub", "roles": ["package", "wmatrix", "certificate"]}
+    (tmp_path / "trust.json").write_text(json.dumps({"keys": {"alice": entry}}))
+    return TrustPolicy.read(tmp_path / "trust.json")
+
+
+@pytest.fixture
+def memory(make_package: Callable[..., Package], tmp_path: Path) -> Path:
+    return publish(make_package(), tmp_path / "author")
+
+
+def signed(path: Path, key: KeyPair, *what: str) -> None:
+    assert main(["sign", str(path), "--key", str(key.private), *what]) == 0
+
+
+def alter_signature(path: Path) -> None:
+    """Change a signature, and nothing else of its bundle."""
+    file = signature_path(path, "package")
+    bundle = json.loads(file.read_text())
+    signature = bundle["dsseEnvelope"]["signatures"][0]
+    raw = bytearray(base64.b64decode(signature["sig"]))
+    raw[-1] ^= 1
+    signature["sig"] = base64.b64encode(raw).decode()
+    file.write_text(json.dumps(bundle))
+
+
+def test_a_signature_comes_with_its_memory(
+    memory: Path,
+    repository: Repository,
+    keys: Keys,
+    trust: TrustPolicy,
+    tmp_path: Path,
+) -> None:
+    signed(memory, keys["alice"])
+    listing, _ = push_file(memory, repository)
+    pulled = pull(
+        repository, look(repository, listing.id), tmp_path / "s", trust=trust, require_signed=True
+    )
+    assert pulled.signers.package == "alice"
+    there = signature_path(pulled.path, "package")
+    assert there.read_bytes() == signature_path(memory, "package").read_bytes()
+    # Without a trust file it comes too, for whoever has one later.
+    assert signature_path(pull_file(repository, listing.id, tmp_path / "t"), "package").is_file()
+
+
+def test_map_and_certificate_have_their_own(
+    wmatrix: WMatrix,
+    repository: Repository,
+    keys: Keys,
+    trust: TrustPolicy,
+    tmp_path: Path,
+) -> None:
+    certificate = load(Path(__file__).parents[1] / "data/v0.1/pair.wmatrix").manifest.certificate
+    manifest = wmatrix.manifest.model_copy(update={"certificate": certificate})
+    path = tmp_path / "a.wmatrix"
+    replace(wmatrix, manifest=manifest).save(path)
+    signed(path, keys["bob"])
+    signed(path, keys["alice"], "--certificate")
+    listing, _ = push_file(path, repository)
+    pulled = pull(repository, look(repository, listing.tag), tmp_path / "s", trust=trust)
+    assert pulled.signers == Signers(certificate="alice")
+    assert trust.signer(pulled.path, listing.digest, "wmatrix") is None
+    assert signature_path(pulled.path, "wmatrix").is_file()
+
+
+def test_what_nobody_trusted_has_signed_is_not_even_pulled(
+    memory: Path,
+    repository: Repository,
+    keys: Keys,
+    trust: TrustPolicy,
+    tmp_path: Path,
+) -> None:
+    signed(memory, keys["bob"])
+    listing, _ = push_file(memory, repository)
+    found, brought = look(repository, listing.id), []
+    with pytest.raises(SignatureInvalid, match="not signed by a trusted key"):
+        pull(
+            repository,
+            found,
+            tmp_path / "s",
+            trust=trust,
+            require_signed=True,
+            progress=brought.append,
+        )
+    assert (brought, list((tmp_path / "s").iterdir())) == ([], [])
+    assert pull(repository, found, tmp_path / "s", trust=trust).signers == Signers()
+
+
+def test_of_several_signatures_the_trusted_one_counts(
+    memory: Path,
+    repository: Repository,
+    keys: Keys,
+    trust: TrustPolicy,
+    tmp_path: Path,
+) -> None:
+    for name in ("bob", "alice", "bob"):
+        signed(memory, keys[name])
+        listing, descriptor = push_file(memory, repository)
+    assert len(signatures(repository, descriptor.digest)) == 3
+    found = look(repository, listing.id)
+    assert pull(repository, found, tmp_path / "s", trust=trust).signers.package == "alice"
+    # One that is altered is not believed, nor does it keep the good one away.
+    signed(memory, keys["alice"])
+    alter_signature(memory)
+    push_signatures(repository, memory, listing, descriptor)
+    assert len(signatures(repository, descriptor.digest)) == 4
+    assert pull(repository, found, tmp_path / "t", trust=trust).signers.package == "alice"
+
+
+def test_an_altered_signature_alone_is_refused(
+    memory: Path, keys: Keys, trust: TrustPolicy, tmp_path: Path
+) -> None:
+    repository = open_repository(tmp_path / "layout")
+    signed(memory, keys["alice"])
+    alter_signature(memory)
+    listing, _ = push_file(memory, repository)
+    with pytest.raises(SignatureInvalid, match="cannot be trusted"):
+        pull(repository, look(repository, listing.id), tmp_path / "s", trust=trust)
+    assert list((tmp_path / "s").iterdir()) == []
+
+
+def test_an_unreadable_signature_is_not_pushed(memory: Path, tmp_path: Path) -> None:
+    signature_path(memory, "package").write_bytes(b"{}")
+    repository = open_repository(tmp_path / "layout")
+    with pytest.raises(SignatureInvalid):
+        push_file(memory, repository)
+    assert list(repository.tags()) == []
+
+
+def test_two_that_sign_at_once(
+    memory: Path, registry: Any, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The registry has no referrers API: the second pusher has read the index before the first one
+    wrote it, and overwrites it."""
+    repository = open_repository(registry.reference("test/two-pushers"))
+    signed(memory, keys["bob"])
+    _, descriptor = push_file(memory, repository)
+    put, before = Remote.put_manifest, repository.manifest(f"sha256-{descriptor.hex}")[1]
+    overwritten = []
+
+    def late(self: Remote, raw: bytes, media_type: str, tag: str | None = None) -> Descriptor:
+        done = put(self, raw, media_type, tag)
+        if media_type == INDEX and not overwritten:
+            overwritten.append(put(self, before, INDEX, tag))
+        return done
+
+    monkeypatch.setattr(Remote, "put_manifest", late)
+    signed(memory, keys["alice"])
+    push_file(memory, repository)
+    assert overwritten
+    assert len(signatures(repository, descriptor.digest)) == 2
