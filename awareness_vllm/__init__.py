@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from awareness_vllm.compatibility.pair_checker import CompatibilityChecker
     from awareness_vllm.evaluate.monitor import WMatrixMonitor
     from awareness_vllm.fit.trainer import WMatrixTrainer
-    from awareness_vllm.published import Marketplace, MultiHopAligner, MultiHopMemoryAligner
+    from awareness_vllm.marketplace.market import Marketplace
+    from awareness_vllm.published import MultiHopAligner, MultiHopMemoryAligner
 
 __all__ = [
     "CompatibilityChecker",
@@ -31,7 +32,7 @@ __version__ = "0.1.0"
 MODULES = {
     "CompatibilityChecker": "compatibility.pair_checker",
     "KVCacheAligner": "aligners.aligner",
-    "Marketplace": "published",
+    "Marketplace": "marketplace.market",
     "MemoryCompatibilityChecker": "compatibility.memory_checker",
     "MultiHopAligner": "published",
     "MultiHopMemoryAligner": "published",

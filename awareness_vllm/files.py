@@ -143,6 +143,11 @@ def geometries_dir() -> Path:
     return home() / "geometries"
 
 
+def listings_dir() -> Path:
+    """Derived from what registries list; may be deleted at any time."""
+    return home() / "cache" / "listings"
+
+
 def anchors_dir() -> Path:
     return home() / "anchors"
 

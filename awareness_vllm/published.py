@@ -13,7 +13,7 @@ from awareness_vllm.anchors.corpus import Document
 from awareness_vllm.compatibility.context import MemoryListing, memory_info
 from awareness_vllm.compatibility.models import model
 from awareness_vllm.compatibility.priors import COLUMN, find_name, published_route
-from awareness_vllm.errors import BadInput, NotAvailable, UnsupportedModel
+from awareness_vllm.errors import BadInput, UnsupportedModel
 from awareness_vllm.packages.file import Package
 
 State = MemoryListing | Package | str | Path
@@ -116,20 +116,3 @@ class MultiHopAligner(MultiHopRouter):
 
 
 MultiHopMemoryAligner = MultiHopAligner
-
-
-class Marketplace:
-    """The published marketplace, which does not exist yet.
-
-    Raises:
-        NotAvailable: always.
-    """
-
-    def __init__(self, api_key: str) -> None:
-        raise NotAvailable(
-            "there is no marketplace yet",
-            found="Marketplace(api_key=…)",
-            expected="memory packages and W-Matrices as files, from a folder or another person",
-            remedy="check a package's file or ID with MemoryCompatibilityChecker, or any object "
-            "with source_model and token_count in the place of a listing",
-        )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -32,7 +30,7 @@ def of_registry(registry: Registry, priors: Iterable[Cell] = ()) -> Matrix:
     pairs: defaultdict[tuple[str, str], list[WMatrixEntry]] = defaultdict(list)
     for entry in registry:
         ends = (entry.manifest.source, entry.manifest.target)
-        pairs[names[fingerprint(ends[0])], names[fingerprint(ends[1])]].append(entry)
+        pairs[names[ends[0].fingerprint], names[ends[1].fingerprint]].append(entry)
     cells = [*(cell(*pair, shown(joining)) for pair, joining in pairs.items()), *priors]
     # One order for both sides: a model's own cell lies on the diagonal.
     models = dict.fromkeys(name for c in cells for name in (c.source, c.target))
@@ -64,15 +62,9 @@ def names_of(models: Iterable[Geometry]) -> dict[str, str]:
     """A name for each model, by fingerprint; models that share a name have it appended."""
     names: dict[str, str] = {}
     for model in models:
-        names.setdefault(fingerprint(model), model.name)
+        names.setdefault(model.fingerprint, model.name)
     shared = list(names.values())
     return {
         mark: name if shared.count(name) == 1 else f"{name} ({mark[:8]})"
         for mark, name in names.items()
     }
-
-
-def fingerprint(model: Geometry) -> str:
-    """A digest of what `Geometry.same_model` compares."""
-    identity = [model.weights, model.tokenizer, [x.model_dump(mode="json") for x in model.layers]]
-    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable
 from typing import Annotated, Any, Self
 
@@ -100,6 +102,13 @@ class Geometry(FrozenModel):
     def identity(self) -> str:
         """The name with both fingerprints, shortened: what tells models of one name apart."""
         return f"{self.name} (weights {self.weights[:12]}, tokenizer {self.tokenizer[:12]})"
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of what `same_model` compares."""
+        layers = [layer.model_dump(mode="json") for layer in self.layers]
+        identity = json.dumps([self.weights, self.tokenizer, layers])
+        return hashlib.sha256(identity.encode()).hexdigest()
 
     @property
     def additive(self) -> bool:

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from awareness_vllm.errors import ArtefactCorrupt
-from awareness_vllm.oci.artefact import TITLE, Artefact, Descriptor, Layer
+from awareness_vllm.oci.artefact import TITLE, Artefact, Descriptor, Layer, config_blob
 from awareness_vllm.oci.transfer import Found
 from awareness_vllm.packages.manifest import MEMORY_ID, Manifest, id_of, read_manifest, refusing
 from awareness_vllm.schema import FrozenModel, PlainName, PlainText
@@ -104,7 +104,7 @@ def artefact_of(
         size=listing.bytes,
         annotations={TITLE: f"{listing.id}.safetensors"},
     )
-    return Artefact(ARTEFACT, CONFIG, listing.model_dump_json().encode(), [Layer(path, layer)])
+    return Artefact(ARTEFACT, CONFIG, config_blob(listing), [Layer(path, layer)])
 
 
 def listing_of(found: Found) -> PackageListing:

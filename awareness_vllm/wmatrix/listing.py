@@ -10,7 +10,7 @@ from pydantic import Field
 
 from awareness_vllm.errors import ArtefactCorrupt
 from awareness_vllm.models.geometry import Geometry
-from awareness_vllm.oci.artefact import TITLE, Artefact, Descriptor, Layer
+from awareness_vllm.oci.artefact import TITLE, Artefact, Descriptor, Layer, config_blob
 from awareness_vllm.oci.transfer import Found
 from awareness_vllm.schema import FrozenModel, PlainName, PlainText
 from awareness_vllm.tensor_file import FileRefused, parse_document
@@ -26,7 +26,8 @@ class WMatrixListing(FrozenModel):
     """The config blob of a W-Matrix's artefact, the word of whoever pushed it as a `PackageListing`
     is.
 
-    `digest` is the sha256, in hex, of the file, which has so many `bytes`.
+    `digest` is the sha256, in hex, of the file, which has so many `bytes`; `license` is an SPDX
+    expression.
     """
 
     format: Literal["awareness-wmatrix-listing/1"] = "awareness-wmatrix-listing/1"
@@ -58,6 +59,11 @@ class WMatrixListing(FrozenModel):
     @property
     def pair(self) -> str:
         return pair_of(self.manifest.source, self.manifest.target)
+
+    @property
+    def id(self) -> str:
+        """`tag`."""
+        return self.tag
 
     @property
     def tag(self) -> str:
@@ -109,7 +115,7 @@ def artefact_of(
         size=listing.bytes,
         annotations={TITLE: path.name},
     )
-    return Artefact(ARTEFACT, CONFIG, listing.model_dump_json().encode(), [Layer(path, layer)])
+    return Artefact(ARTEFACT, CONFIG, config_blob(listing), [Layer(path, layer)])
 
 
 def listing_of(found: Found) -> WMatrixListing:

@@ -1,0 +1,137 @@
+"""The database of a repository's listings: SQLite with its full-text search, derived from config
+blobs that never change, and thrown away where it is damaged."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import sqlite3
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from awareness_vllm.errors import RegistryError
+from awareness_vllm.marketplace.files import Listing
+from awareness_vllm.packages.listing import PackageListing
+
+T = TypeVar("T")
+WAIT = 60.0
+"""Seconds for which another process may write."""
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS tags (tag TEXT PRIMARY KEY, digest TEXT, asked REAL) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS tags_digest ON tags (digest);
+CREATE TABLE IF NOT EXISTS listings (
+    id INTEGER PRIMARY KEY, digest TEXT UNIQUE, kind TEXT, readable INTEGER, tokens INTEGER,
+    source TEXT COLLATE NOCASE, source_key TEXT, target TEXT COLLATE NOCASE, target_key TEXT
+);
+CREATE INDEX IF NOT EXISTS listings_source ON listings (source);
+CREATE INDEX IF NOT EXISTS listings_source_key ON listings (source_key);
+CREATE INDEX IF NOT EXISTS listings_target_key ON listings (target_key);
+CREATE TABLE IF NOT EXISTS configs (id INTEGER PRIMARY KEY, kind TEXT, config BLOB);
+CREATE VIRTUAL TABLE IF NOT EXISTS texts USING fts5 (
+    name, tags, models, description, tokenize = "unicode61 remove_diacritics 2", prefix = '2 3'
+);
+CREATE TRIGGER IF NOT EXISTS gone AFTER DELETE ON listings BEGIN
+    DELETE FROM configs WHERE id = old.id;
+    DELETE FROM texts WHERE rowid = old.id;
+END;
+CREATE TRIGGER IF NOT EXISTS tagged AFTER INSERT ON tags BEGIN
+    UPDATE texts SET tags = (SELECT group_concat(tag, ' ') FROM tags WHERE digest = new.digest)
+        WHERE rowid = (SELECT id FROM listings WHERE digest = new.digest);
+END;
+CREATE TRIGGER IF NOT EXISTS untagged AFTER DELETE ON tags BEGIN
+    UPDATE texts SET tags = (SELECT group_concat(tag, ' ') FROM tags WHERE digest = old.digest)
+        WHERE rowid = (SELECT id FROM listings WHERE digest = old.digest);
+END;
+CREATE TEMP TABLE now (
+    id INTEGER PRIMARY KEY, tag TEXT UNIQUE, digest TEXT, size INTEGER, type TEXT, asked REAL
+);
+"""
+VERSION = 1
+"""Of the schema: part of the file's name, so that another version's is simply another file."""
+
+
+class Damaged(Exception):
+    """A database that has to be made again."""
+
+
+def path_of(folder: Path, repository: str) -> Path:
+    """The file of a repository's database in the folder of them."""
+    return folder / f"{hashlib.sha256(repository.encode()).hexdigest()[:32]}-{VERSION}.sqlite"
+
+
+@contextlib.contextmanager
+def connected(path: Path) -> Iterator[sqlite3.Connection]:
+    """A connection. Raises Damaged, RegistryError: the file cannot be written."""
+    connection: sqlite3.Connection | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        connection = sqlite3.connect(path, timeout=WAIT, isolation_level=None)
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = NORMAL")
+        connection.executescript(SCHEMA)
+        yield connection
+    except (sqlite3.OperationalError, OSError) as error:
+        raise RegistryError(
+            f"the search index {path.name} cannot be used",
+            found=str(error),
+            expected=f"a folder {path.parent} that can be written, with free space",
+            remedy="free some space, or set AWARENESS_HOME to another folder",
+        ) from error
+    except sqlite3.DatabaseError as error:
+        raise Damaged(str(error)) from error
+    finally:
+        if connection is not None:
+            connection.close()
+
+
+def rebuilding(path: Path, action: Callable[[sqlite3.Connection], T]) -> T:
+    """The result of an action on a database, which is made anew where it turns out damaged.
+
+    Raises:
+        RegistryError
+    """
+    try:
+        with connected(path) as connection:
+            return action(connection)
+    except Damaged:
+        remove(path)
+    try:
+        with connected(path) as connection:
+            return action(connection)
+    except Damaged as error:
+        raise RegistryError(
+            f"the search index {path.name} is damaged", found=str(error), remedy=f"remove {path}"
+        ) from error
+
+
+def remove(path: Path) -> None:
+    """Remove a database."""
+    for suffix in ("", "-wal", "-shm"):
+        path.with_name(path.name + suffix).unlink(missing_ok=True)
+
+
+def insert(connection: sqlite3.Connection, digest: str, listing: Listing, config: bytes) -> None:
+    """Insert the listing of the manifest of a digest, unless it is there."""
+    if isinstance(listing, PackageListing):
+        kind, tokens, readable = "memory", listing.token_count, listing.manifest.has_text
+        latent = listing.manifest.latent
+        ends = [listing.manifest.geometry, *([latent.target] if latent else [])]
+    else:
+        kind, tokens, readable = "wmatrix", None, listing.manifest.reads_tokens
+        ends = [listing.manifest.source, listing.manifest.target]
+    models = [value for end in ends for value in (end.name, end.fingerprint)]
+    cursor = connection.execute(
+        "INSERT OR IGNORE INTO listings VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (digest, kind, readable, tokens, *models, *[None] * (4 - len(models))),
+    )
+    if cursor.rowcount:
+        words = (listing.name, " ".join(end.name for end in ends), listing.description)
+        connection.execute(
+            "INSERT INTO texts (rowid, name, models, description) VALUES (?, ?, ?, ?)",
+            (cursor.lastrowid, *words),
+        )
+        packed = zlib.compress(config, 1)
+        connection.execute("INSERT INTO configs VALUES (?, ?, ?)", (cursor.lastrowid, kind, packed))

@@ -1,0 +1,182 @@
+"""The marketplace over a layout folder and over a registry: listings, and the search index."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from registry_server import RegistryServer, registry_server
+
+from awareness_vllm import Marketplace
+from awareness_vllm.errors import (
+    ArtefactCorrupt,
+    ArtefactNotFound,
+    BadInput,
+    NotAvailable,
+    RegistryError,
+)
+from awareness_vllm.marketplace import database, index
+from awareness_vllm.marketplace.index import ListingIndex, New
+from awareness_vllm.packages.file import Package, publish
+from awareness_vllm.wmatrix.file import WMatrix
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RegistryServer]:
+    with registry_server(tmp_path_factory.mktemp("registry")) as server:
+        yield server
+
+
+@pytest.fixture(params=["layout", "registry"])
+def url(
+    request: pytest.FixtureRequest,
+    registry: RegistryServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> str:
+    monkeypatch.setenv("AWARENESS_HOME", str(tmp_path / "home"))
+    if request.param == "layout":
+        return str(tmp_path / "layout")
+    return registry.reference(f"test/{tmp_path.name.replace('_', '-').lower()}")
+
+
+@pytest.fixture
+def files(make_package: Callable[..., Package], wmatrix: WMatrix, tmp_path: Path) -> list[Path]:
+    """Two memories of the tiny model, and a map that leads from it."""
+    made = [publish(make_package(text), tmp_path / "author") for text in ("short", "a longer text")]
+    wmatrix.save(tmp_path / "author" / "a.wmatrix")
+    return [*made, tmp_path / "author" / "a.wmatrix"]
+
+
+@pytest.fixture
+def market(url: str, files: list[Path]) -> Marketplace:
+    market = Marketplace(url)
+    market.memories.publish(files[0], name="Grüße aus Köln", description="A letter", tags=["short"])
+    market.memories.publish(files[1], name="Release notes", license="CC0-1.0")
+    market.wmatrices.publish(files[2])
+    return market
+
+
+def test_a_listing_by_id_tag_and_digest(market: Marketplace, files: list[Path]) -> None:
+    listing = market.memories.get(files[0].stem)
+    assert market.memories.get("short") == listing
+    assert (listing.name, listing.source_model, listing.token_count) == (
+        "Grüße aus Köln",
+        "tiny",
+        5,
+    )
+    assert (listing.bytes, listing.license) == (files[0].stat().st_size, None)
+    (found,) = market.wmatrices.search()
+    assert (found.source_model, found.target_model, found.certificate) == ("tiny", "target", None)
+    assert market.wmatrices.get(found.id) == found
+    with pytest.raises(ArtefactCorrupt, match="another kind"):
+        market.memories.get(found.id)
+    with pytest.raises(ArtefactNotFound):
+        market.memories.get("mem_xyz789")
+    with pytest.raises(NotAvailable):
+        market.vectors.get("vec_abc123")
+
+
+def test_searches(market: Marketplace, files: list[Path]) -> None:
+    def names(**wanted: object) -> list[str]:
+        return [listing.name for listing in market.memories.search(**wanted)]
+
+    both = ["Grüße aus Köln", "Release notes"]
+    assert sorted(names()) == both
+    for text in ("gruße", "KÖLN let", "letter", files[0].stem):
+        assert names(text=text) == ["Grüße aus Köln"], text
+    assert names(text='"release" OR') == names(text="NEAR(") == []
+    assert sorted(names(source_model="TINY")) == both
+    assert names(source_model="other") == []
+    assert names(tokens=5) == ["Grüße aus Köln"]
+    assert names(tokens=(6, 13)) == ["Release notes"]
+    assert sorted(names(target_model="target")) == sorted(names(target_model="tiny")) == both
+    assert names(target_model="nobody") == []
+    assert names(text="notes", limit=1) == ["Release notes"]
+    assert len(market.memories.search(limit=1)) == 1
+    with pytest.raises(BadInput, match="tokens"):
+        names(tokens=(5, 4))
+    assert market.wmatrices.search(source_model="target") == []
+    assert len(market.wmatrices.search(text="tiny", target_model="target")) == 1
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The tags of which the index has read a manifest."""
+    seen: list[str] = []
+    look = ListingIndex._look
+
+    def counted(self: ListingIndex, new: New) -> object:
+        seen.append(new.tag)
+        return look(self, new)
+
+    monkeypatch.setattr(ListingIndex, "_look", counted)
+    return seen
+
+
+def test_only_what_is_new_is_read(
+    market: Marketplace,
+    make_package: Callable[..., Package],
+    tmp_path: Path,
+    reads: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert len(market.memories.search()) == 2
+    assert len(set(reads)) >= 3
+    reads.clear()
+    path = publish(make_package("third"), tmp_path / "author")
+    market.memories.publish(path)
+    assert market.memories.search()[0].name == path.stem  # the newest first
+    assert reads == [path.stem]
+    market.memories.publish(path, name="renamed")
+    monkeypatch.setattr(index, "STALE", 0.0)
+    assert [m.name for m in market.memories.search(text=path.stem)] == ["renamed"]
+    assert len(market.memories.search()) == 3
+
+
+def test_what_is_no_longer_tagged_is_no_longer_found(
+    market: Marketplace, files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert market.memories.search("short") == market.memories.search("letter")
+    monkeypatch.setattr(index, "STALE", 0.0)
+    market.memories.publish(files[0], name="Note", tags=["short"])  # moves both tags
+    assert [m.name for m in market.memories.search()] == ["Note", "Release notes"]
+    assert market.memories.search("letter") == []
+
+
+def test_a_damaged_index_is_made_again(market: Marketplace, reads: list[str]) -> None:
+    before = market.memories.search("notes")
+    path = market.memories.index.path
+    for damage in (b"no database", path.read_bytes()[:5000] + b"x" * 40_000):
+        database.remove(path)
+        path.write_bytes(damage)
+        reads.clear()
+        assert market.memories.search("notes") == before
+        assert len(reads) >= 3
+
+
+def test_an_index_that_cannot_be_written_is_named(market: Marketplace) -> None:
+    market.memories.index.path.mkdir(parents=True)
+    with pytest.raises(RegistryError, match="AWARENESS_HOME"):
+        market.memories.search()
+
+
+@pytest.mark.parametrize("url", ["layout"], indirect=True)
+def test_what_cannot_be_used_is_passed_over(
+    market: Marketplace, url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    repository = market.memories.repository
+    _, raw = repository.manifest("short")
+    config = json.loads(raw)["config"]["digest"].removeprefix("sha256:")
+    blob = Path(url) / "blobs" / "sha256" / config
+    whole = blob.read_bytes()
+    blob.write_bytes(whole[:-1])
+    assert [m.name for m in market.memories.search()] == ["Release notes"]
+    assert "1 artefacts" in caplog.text
+    blob.write_bytes(whole)
+    market.wmatrices.publish(Path(url).parent / "author" / "a.wmatrix", tags=["again"])
+    assert len(market.memories.search()) == 2
