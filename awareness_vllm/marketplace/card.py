@@ -87,7 +87,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def _memory(listing: PackageListing, file: str, signatures: Mapping[Role, str]) -> list[str]:
     manifest = listing.manifest
     source, tokens = plain(listing.source_model), f"{manifest.tokens:,} tokens"
-    latent = getattr(manifest, "latent", None)
+    latent = manifest.latent
     facts = [("ID", f"`{listing.id}`"), *_file(listing, file), ("tokens", f"{manifest.tokens:,}")]
     facts += _model("source model", manifest.geometry)
     facts.append(("computed by", manifest.engine))

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from awareness_vllm.errors import ArtefactCorrupt, ArtefactNotFound, BadInput, escaped
 from awareness_vllm.files import put_in_place, scratch_folder
 from awareness_vllm.marketplace.card import card
@@ -57,10 +59,10 @@ def export_folder(
         base_models: the source and the target, by their names on the hub.
 
     Raises:
-        BadInput: another kind of file, or a folder with something in it.
+        BadInput: another kind of file, a name that cannot be one, or a folder with something in it.
         PackageCorrupt, WMatrixCorrupt; SignatureInvalid: a signature beside it is not of this file.
     """
-    if wrong := [name for name in base_models if not MODEL.fullmatch(name)]:
+    if wrong := [model for model in base_models if not MODEL.fullmatch(model)]:
         raise BadInput(
             "not a model's name on the hub", found=ascii(wrong[0])[:80], expected="OWNER/NAME"
         )
@@ -77,7 +79,12 @@ def export_folder(
         copy = draft / (file_name(path.stem) + path.suffix)
         _copy(path if path.suffix == ".safetensors" else path.resolve(), copy)
         facts = {"name": name, "description": description, "license": license}
-        listing = listing_in(artefact_of(copy, **facts))
+        try:
+            listing = listing_in(artefact_of(copy, **facts))
+        except ValidationError as error:
+            fault = error.errors()[0]
+            field = ".".join(map(str, fault["loc"]))
+            raise BadInput(f"the {field} cannot be used", found=fault["msg"]) from error
         copy = _named(path, copy, listing)
         signatures = dict(_signatures(path, copy, listing))
         text = card(listing, copy.name, signatures, base_models=base_models)

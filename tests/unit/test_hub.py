@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +14,12 @@ from markdown_it import MarkdownIt
 
 from awareness_vllm.errors import AwarenessError, BadInput, PackageCorrupt, SignatureInvalid
 from awareness_vllm.files import file_digest
+from awareness_vllm.marketplace.card import card
+from awareness_vllm.marketplace.files import artefact_of, listing_in
 from awareness_vllm.marketplace.hub import export_folder, is_hub_folder, pull_folder
 from awareness_vllm.packages.file import Package, publish
+from awareness_vllm.packages.listing import PackageListing
+from awareness_vllm.packages.manifest import StoredLatent
 from awareness_vllm.trust.policy import TrustPolicy, signature_path
 from awareness_vllm.trust.signing import keygen, sign
 from awareness_vllm.wmatrix.file import WMatrix, load
@@ -93,9 +98,31 @@ def test_a_maps_repository_has_its_certificate(map_file: Path, tmp_path: Path) -
     assert HOSTILE.replace("<", "&lt;").replace(">", "&gt;") in html
 
 
+def test_a_latents_card_says_which_map_it_is_for(package_file: Path, wmatrix: WMatrix) -> None:
+    listing = listing_in(artefact_of(package_file))
+    assert isinstance(listing, PackageListing)
+    latent = StoredLatent(
+        package=listing.id,
+        wmatrix="f" * 64,
+        target=wmatrix.manifest.target,
+        tokens=9,
+        rank=5,
+        dtype="int8",
+    )
+    update = {"format": "awareness-latent/1", "latent": latent}
+    manifest = listing.manifest.model_copy(update=update)
+    text = card(listing.model_copy(update={"manifest": manifest}), "a.safetensors", {})
+    rows = dict(re.findall(r"^\| (.+?) \| (.+) \|$", text, re.MULTILINE))
+    assert rows["for"].startswith("target: 3 layers")
+    assert rows["latent of"] == f"`{listing.id}`"
+    assert rows["W-Matrix, tensors' sha256"] == f"`{latent.wmatrix}`"
+
+
 def test_an_export_takes_no_folder_that_is_in_use(package_file: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="new or an empty folder"):
         export_folder(package_file, package_file.parent)
+    with pytest.raises(BadInput, match="the label cannot be used"):
+        export_folder(package_file, tmp_path / "out", name="a\nb")
     other = package_file.rename(package_file.with_stem("mem_" + "0" * 32))
     with pytest.raises(PackageCorrupt, match="its bytes are those of"):
         export_folder(other, tmp_path / "out")
