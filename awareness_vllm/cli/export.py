@@ -1,4 +1,4 @@
-"""`awareness export`: a memory package in another form, for whoever it is meant for."""
+"""`awareness export`: a memory or a W-Matrix in another form, for whoever it is meant for."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from awareness_vllm.cli.verify import check
 if TYPE_CHECKING:
     from awareness_vllm.models.geometry import Geometry
 
-HELP = "write a memory package in another form: as the latent of a map, for that map's target"
+HELP = "write a memory as the latent of a map, or a memory or a map as a Hugging Face repository"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE.wmatrix",
         help="as this map's latent, a twentieth of the bytes, which its target alone can load",
+    )
+    form.add_argument(
+        "--hf",
+        type=Path,
+        metavar="DIR",
+        help="as the folder of a Hugging Face repository: card, file and signatures",
     )
     latent = parser.add_argument_group("with --latent")
     latent.add_argument(
@@ -39,10 +45,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="store that the latent package goes into (default: that of the package)",
     )
+    hub = parser.add_argument_group("with --hf")
+    hub.add_argument("--name", help="name on the card (default: the one in the file)")
+    hub.add_argument("--description", help="what it is, in one line")
+    hub.add_argument("--license", metavar="SPDX", help="licence, such as CC0-1.0")
+    hub.add_argument(
+        "--base-model",
+        nargs="+",
+        default=[],
+        metavar="OWNER/NAME",
+        help="the models that it belongs to, by their names on the hub",
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    return run_latent(args)
+    return run_hub(args) if args.hf else run_latent(args)
+
+
+def run_hub(args: argparse.Namespace) -> dict[str, Any]:
+    from awareness_vllm.marketplace.hub import export_folder
+
+    facts = {"name": args.name, "description": args.description, "license": args.license}
+    path = check(args.what, args.store).path
+    exported = export_folder(path, args.hf, base_models=args.base_model, **facts)
+    return {"folder": str(exported.folder), "files": list(exported.files)}
 
 
 def run_latent(args: argparse.Namespace) -> dict[str, Any]:
@@ -97,6 +123,9 @@ def target_folder(model: str | None, target: Geometry) -> Path:
 
 
 def show(result: dict[str, Any]) -> None:
+    if "folder" in result:
+        print(f"{result['folder']}: {', '.join(result['files'])}")
+        return
     share = result["bytes"] / result["bytes_before"]
     print(
         f"{result['id']}  {result['tokens']} tokens for {result['target']}, "

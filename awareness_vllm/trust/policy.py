@@ -146,13 +146,8 @@ class TrustPolicy:
         if not self:
             return Signature(None, "no trust file")
         file = signature_path(path, role)
-        try:
-            # The operator names W-Matrices, and may link to them; packages lie in tenants' stores.
-            document = (_read if role == "package" else _read_own)(file, MAX_BUNDLE)
-        except FileNotFoundError:
+        if (document := read_signature(path, role)) is None:
             return Signature(None, f"no {file.name}")
-        except FileRefused as error:
-            raise invalid_signature(file.name, error.found) from error
         bundle = parse_bundle(document, file.name)
         trusted = self.keys.get(bundle.fingerprint)
         if trusted is None:
@@ -161,6 +156,22 @@ class TrustPolicy:
         if role not in trusted.roles:
             return Signature(None, f"signed by {trusted.name}, whose key has not the role {role!r}")
         return Signature(trusted.name)
+
+
+def read_signature(path: Path, role: Role) -> bytes | None:
+    """The signature of a file in a role, not looked at; None where there is none.
+
+    Raises:
+        SignatureInvalid: it cannot be read.
+    """
+    file = signature_path(path, role)
+    try:
+        # The operator names W-Matrices, and may link to them; packages lie in tenants' stores.
+        return (_read if role == "package" else _read_own)(file, MAX_BUNDLE)
+    except FileNotFoundError:
+        return None
+    except FileRefused as error:
+        raise invalid_signature(file.name, error.found) from error
 
 
 def signature_path(path: Path, role: Role) -> Path:
