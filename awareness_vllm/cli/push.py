@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from awareness_vllm.cli.transfers import Bar, in_parallel
 
 if TYPE_CHECKING:
-    from awareness_vllm.marketplace.signatures import Listing
+    from awareness_vllm.wmatrix.listing import Listing
 
 HELP = "push memories and W-Matrices into a registry, or a folder in OCI layout"
 

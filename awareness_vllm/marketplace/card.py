@@ -15,9 +15,8 @@ from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.packages.listing import PackageListing
 from awareness_vllm.trust.policy import Role, signature_path
 from awareness_vllm.wmatrix.certificate import Certificate, Control, Interval, Plan
-from awareness_vllm.wmatrix.listing import WMatrixListing
+from awareness_vllm.wmatrix.listing import Listing, WMatrixListing
 
-Listing = PackageListing | WMatrixListing
 LIBRARY = "awareness-vllm"
 MARKUP = re.compile(r"([\\`*_{}\[\]()<>#+.!|~&:@=$^]|^-)")
 """What could begin any of Markdown's forms within a line; "-" does so only at its beginning."""

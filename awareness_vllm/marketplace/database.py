@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from awareness_vllm.errors import RegistryError
-from awareness_vllm.marketplace.files import Listing
 from awareness_vllm.packages.listing import PackageListing
+from awareness_vllm.wmatrix.listing import Listing
 
 T = TypeVar("T")
 WAIT = 60.0

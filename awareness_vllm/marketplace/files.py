@@ -13,7 +13,6 @@ from pathlib import Path
 from awareness_vllm.errors import ArtefactCorrupt, BadInput
 from awareness_vllm.files import put_in_place, scratch_folder
 from awareness_vllm.marketplace.signatures import (
-    Listing,
     choose,
     not_signed,
     push_signatures,
@@ -30,7 +29,7 @@ from awareness_vllm.packages.listing import PackageListing
 from awareness_vllm.tensor_file import FileRefused, digest_of
 from awareness_vllm.trust.policy import Signers, TrustPolicy
 from awareness_vllm.wmatrix import listing as wmatrix_listing
-from awareness_vllm.wmatrix.listing import WMatrixListing
+from awareness_vllm.wmatrix.listing import Listing, WMatrixListing
 
 NO_TRUST = TrustPolicy()
 

@@ -15,12 +15,13 @@ from pydantic import ValidationError
 from awareness_vllm.errors import ArtefactCorrupt, ArtefactNotFound, BadInput, escaped
 from awareness_vllm.files import put_in_place, scratch_folder
 from awareness_vllm.marketplace.card import card
-from awareness_vllm.marketplace.files import Listing, artefact_of, file_name, listing_in
+from awareness_vllm.marketplace.files import artefact_of, file_name, listing_in
 from awareness_vllm.packages.listing import PackageListing
 from awareness_vllm.packages.manifest import MEMORY_ID, corrupt_package, id_of
 from awareness_vllm.tensor_file import FileRefused, opened
 from awareness_vllm.trust.bundle import invalid_signature, parse_bundle
 from awareness_vllm.trust.policy import Role, TrustPolicy, read_signature, signature_path
+from awareness_vllm.wmatrix.listing import Listing
 
 CHUNK = 1 << 20
 CARD = "README.md"

@@ -18,14 +18,14 @@ from awareness_vllm.errors import ArtefactCorrupt, ArtefactNotFound, escaped
 from awareness_vllm.files import listings_dir
 from awareness_vllm.marketplace import database
 from awareness_vllm.marketplace.database import Damaged
-from awareness_vllm.marketplace.files import Listing, listing_of
+from awareness_vllm.marketplace.files import listing_of
 from awareness_vllm.oci.artefact import MANIFEST, MAX_CONFIG, MAX_MANIFEST, Descriptor
 from awareness_vllm.oci.repository import Repository
 from awareness_vllm.oci.transfer import Found, parsed
 from awareness_vllm.packages import listing as package_listing
 from awareness_vllm.packages.listing import PackageListing
 from awareness_vllm.wmatrix import listing as wmatrix_listing
-from awareness_vllm.wmatrix.listing import WMatrixListing
+from awareness_vllm.wmatrix.listing import Listing, WMatrixListing
 
 logger = logging.getLogger(__name__)
 Kind = Literal["memory", "wmatrix"]

@@ -12,7 +12,7 @@ from typing import Generic, NoReturn, TypeVar
 
 from awareness_vllm.errors import ArtefactCorrupt, BadInput, NotAvailable
 from awareness_vllm.files import default_store, wmatrices_dir
-from awareness_vllm.marketplace.files import Listing, listing, pull_file, push_file
+from awareness_vllm.marketplace.files import listing, pull_file, push_file
 from awareness_vllm.marketplace.index import LIMIT, ListingIndex, Wanted
 from awareness_vllm.models.describe import geometry_of
 from awareness_vllm.models.folder import is_model_folder
@@ -20,7 +20,7 @@ from awareness_vllm.oci.connect import open_repository
 from awareness_vllm.oci.reference import Reference, default_registry
 from awareness_vllm.oci.repository import Progress, Repository, no_progress
 from awareness_vllm.packages.listing import PackageListing
-from awareness_vllm.wmatrix.listing import WMatrixListing
+from awareness_vllm.wmatrix.listing import Listing, WMatrixListing
 from awareness_vllm.wmatrix.registry import Registry
 
 L = TypeVar("L", PackageListing, WMatrixListing)

@@ -27,14 +27,12 @@ from awareness_vllm.packages.listing import PackageListing
 from awareness_vllm.tensor_file import FileRefused, opened
 from awareness_vllm.trust.bundle import MAX_BUNDLE, invalid_signature, parse_bundle
 from awareness_vllm.trust.policy import Role, Signers, TrustPolicy, signature_path
-from awareness_vllm.wmatrix.listing import WMatrixListing
+from awareness_vllm.wmatrix.listing import Listing, WMatrixListing
 
 BUNDLE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 ROLE = "vnd.awareness.role"
 MOST = 64
 """Signatures of one artefact that are looked at."""
-
-Listing = PackageListing | WMatrixListing
 
 
 @dataclass(frozen=True)

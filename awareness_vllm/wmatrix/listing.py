@@ -12,6 +12,7 @@ from awareness_vllm.errors import ArtefactCorrupt
 from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.oci.artefact import TITLE, Artefact, Descriptor, Layer, config_blob
 from awareness_vllm.oci.transfer import Found
+from awareness_vllm.packages.listing import PackageListing
 from awareness_vllm.schema import FrozenModel, PlainName, PlainText
 from awareness_vllm.tensor_file import FileRefused, parse_document
 from awareness_vllm.wmatrix.certificate import Certificate, parse_certificate
@@ -83,6 +84,10 @@ class WMatrixListing(FrozenModel):
                 expected="the manifest in the listing",
                 remedy="push the W-Matrix again",
             )
+
+
+Listing = PackageListing | WMatrixListing
+"""What a registry lists: memories and maps."""
 
 
 def pair_of(source: Geometry, target: Geometry) -> str:
