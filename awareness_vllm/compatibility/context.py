@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -11,6 +11,7 @@ from awareness_vllm.compatibility.degradation import Degradation, load_for
 from awareness_vllm.compatibility.models import Listing, Model, model
 from awareness_vllm.compatibility.target import TargetConfig
 from awareness_vllm.errors import AwarenessError, BadInput
+from awareness_vllm.packages.listing import PackageListing
 from awareness_vllm.packages.manifest import Manifest, read_manifest, signer_of
 from awareness_vllm.packages.store import locate
 from awareness_vllm.trust.policy import Signers, TrustPolicy
@@ -31,8 +32,9 @@ class MemoryListing(Listing, Protocol):
 
 @dataclass(frozen=True)
 class MemoryInfo:
-    """The memory to check; a listing has neither manifest nor file. `tokens` are the source's,
-    `signed_by` is the name of the trusted key that signed the package."""
+    """The memory to check. That of a registry's listing has no file but its `size`, one of another
+    listing no manifest either. `tokens` are the source's, `signed_by` is the name of the trusted
+    key that signed the package."""
 
     name: str
     source: Model
@@ -40,12 +42,15 @@ class MemoryInfo:
     manifest: Manifest | None = None
     path: Path | None = None
     signed_by: str | None = None
+    size: int | None = None
 
     @property
     def bytes(self) -> int | None:
         """The size of the file, or of the states alone, in 16 bits; None for an unknown shape."""
         if self.path is not None:
             return self.path.stat().st_size
+        if self.size is not None:
+            return self.size
         shape = self.source.shape
         return None if shape is None else 2 * shape.width * self.tokens
 
@@ -140,6 +145,9 @@ def memory_info(
         InvalidMemoryId, MemoryNotFound, PackageCorrupt: no such memory, or a damaged one.
         BadInput: a listing of an unknown model, or one without model or length.
     """
+    if isinstance(memory, PackageListing):
+        info = of_manifest(memory.manifest, memory.name)
+        return replace(info, size=memory.bytes)
     # A package, whose class is not imported here: it needs torch, and a check does not.
     if isinstance(manifest := getattr(memory, "manifest", None), Manifest):
         return of_manifest(manifest, manifest.name or "a package")

@@ -12,6 +12,7 @@ from awareness_vllm.compatibility.models import model
 from awareness_vllm.compatibility.report import CompatibilityReport
 from awareness_vllm.compatibility.target import TargetConfig
 from awareness_vllm.errors import BadInput
+from awareness_vllm.marketplace.maps import with_repository
 from awareness_vllm.trust.policy import TrustPolicy
 from awareness_vllm.wmatrix.registry import Registry
 
@@ -37,9 +38,12 @@ class MemoryCompatibilityChecker:
         wmatrices: a registry, or files and folders, by default `$AWARENESS_HOME/wmatrices`.
         store: folder in which IDs of memories are looked up.
         trust: a trust file; without one nobody's signature counts.
+        registry: where maps are looked for that are not among `wmatrices`: `oci://HOST/REPOSITORY`
+            or a layout folder. Of them the listings alone are read. By default the one of
+            `Marketplace()`, unless `wmatrices` are given.
 
     Raises:
-        BadInput: a trust file that cannot be used.
+        BadInput: a trust file or a registry that cannot be used.
     """
 
     def __init__(
@@ -48,9 +52,10 @@ class MemoryCompatibilityChecker:
         *,
         store: Path | None = None,
         trust: Path | None = None,
+        registry: str | Path | None = None,
     ) -> None:
         self.trust = TrustPolicy.read(trust)
-        self.registry = Registry.read(wmatrices, self.trust)
+        self.registry = with_repository(wmatrices, registry, self.trust)
         self.store = store
 
     def check(
@@ -66,8 +71,8 @@ class MemoryCompatibilityChecker:
         """The report of a memory on a target.
 
         Args:
-            memory_listing: anything with `source_model` and `token_count`; or, as with `package`, a
-                package, its file or its ID in the store.
+            memory_listing: a listing of `Marketplace`, or anything with `source_model` and
+                `token_count`; or, as with `package`, a package, its file or its ID in the store.
             target_model: a folder, a model's name in the W-Matrices, or a published one.
             target_config: fields of `TargetConfig`.
             kind: the kind of its text, as the certificate (or a published table) names kinds.
@@ -78,6 +83,7 @@ class MemoryCompatibilityChecker:
             InvalidMemoryId, MemoryNotFound, PackageCorrupt, SignatureInvalid: no such memory, or a
                 damaged one.
             UnsupportedModel: the folder of a model that cannot be used.
+            RegistryError: the registry cannot be asked for a map.
         """
         if (memory_listing is None) == (package is None) or target_model is None:
             raise BadInput(

@@ -21,7 +21,11 @@ from awareness_vllm.compatibility.priors import (
 from awareness_vllm.compatibility.report import COPIED, Basis, BasisKind, Estimate, level_of
 from awareness_vllm.compatibility.target import TargetConfig
 from awareness_vllm.errors import BadInput
+from awareness_vllm.marketplace.maps import entry_of, with_repository
+from awareness_vllm.packages.listing import PackageListing
+from awareness_vllm.trust.policy import TrustPolicy
 from awareness_vllm.wmatrix.certificate import TIERS, Certificate, Interval
+from awareness_vllm.wmatrix.listing import WMatrixListing
 from awareness_vllm.wmatrix.registry import Registry, WMatrixEntry
 from awareness_vllm.wmatrix.verdict import verdict
 
@@ -42,10 +46,20 @@ class CompatibilityChecker:
 
     Args:
         wmatrices: a registry, or files and folders, by default `$AWARENESS_HOME/wmatrices`.
+        registry: where maps are looked for that are not among them, as of
+            `MemoryCompatibilityChecker`.
+
+    Raises:
+        BadInput: a registry that cannot be used.
     """
 
-    def __init__(self, wmatrices: Registry | Sequence[str | Path] | None = None) -> None:
-        self.registry = Registry.read(wmatrices)
+    def __init__(
+        self,
+        wmatrices: Registry | Sequence[str | Path] | None = None,
+        *,
+        registry: str | Path | None = None,
+    ) -> None:
+        self.registry = with_repository(wmatrices, registry, TrustPolicy())
 
     def estimate(
         self,
@@ -62,25 +76,35 @@ class CompatibilityChecker:
         are returned as a prior: of memories, or of vectors where a listing of one is given.
 
         Args:
-            vector_listing: anything with `source_model`, instead of `source_model`.
+            vector_listing: anything with `source_model`, instead of `source_model`. A memory's
+                listing of `Marketplace` says which model that is exactly. That of a W-Matrix is
+                estimated itself; its target need not be given.
             target_config: fields of `TargetConfig`. They are checked; a general figure is the map
                 alone's at the protocol's length, which they do not change.
 
         Raises:
-            BadInput: an unknown name, or one that several models have; a source or target missing;
-                a configuration that contradicts itself or the target.
+            BadInput: an unknown name, or one that several models have; a source or target missing,
+                or not the map's; a configuration that contradicts itself or the target.
             UnsupportedModel: the folder of a model that cannot be used.
+            RegistryError: the registry cannot be asked for a map.
         """
-        if (vector_listing is None) == (source_model is None) or target_model is None:
+        listing = vector_listing
+        if isinstance(listing, WMatrixListing) and source_model is None:
+            return self._of_map(listing, target_model, TargetConfig.read(target_config))
+        if (listing is None) == (source_model is None) or target_model is None:
             raise BadInput(
                 "an estimate is of one source and one target",
-                found=f"vector_listing={vector_listing!r}, source_model={source_model!r}, "
-                f"target_model={target_model!r}",
+                found=f"vector_listing={listing!r}, source_model={source_model!r}, "
+                f"target_model={target_model!r}"[:300],
                 expected="target_model, and either vector_listing or source_model",
             )
-        name = vector_listing.source_model if vector_listing is not None else source_model
-        assert name is not None
-        source, target = model(name, self.registry), model(target_model, self.registry)
+        target = model(target_model, self.registry)
+        if isinstance(listing, PackageListing):
+            source = Model(listing.source_model, listing.manifest.geometry)
+        else:
+            name = source_model if listing is None else listing.source_model
+            assert name is not None
+            source = model(name, self.registry)
         config = TargetConfig.read(target_config)
         entry = None
         if target.geometry is not None:
@@ -92,8 +116,29 @@ class CompatibilityChecker:
             entry = decided.entry
         if entry is not None and entry.certificate is not None:
             return _certified(source, target, entry, entry.certificate)
-        prior = _published(source, target, vectors=vector_listing is not None)
-        return _uncertified(source, target, entry, prior)
+        vectors = listing is not None and not isinstance(listing, PackageListing)
+        return _uncertified(source, target, entry, _published(source, target, vectors=vectors))
+
+    def _of_map(
+        self, listing: WMatrixListing, target_model: str | Path | None, config: TargetConfig
+    ) -> Estimate:
+        """The estimate of a map that is listed."""
+        entry = entry_of(listing)
+        ends = entry.manifest.source, entry.manifest.target
+        source, target = (Model(end.name, end) for end in ends)
+        if target_model not in (None, target.name):
+            asked = model(str(target_model), self.registry)
+            if asked.geometry is None or not asked.geometry.same_model(ends[1]):
+                raise BadInput(
+                    "the W-Matrix leads to another model",
+                    found=target.name,
+                    expected=asked.name,
+                    remedy="look for one with market.wmatrices.search(target_model=…)",
+                )
+        config.check(ends[1])
+        if entry.certificate is not None:
+            return _certified(source, target, entry, entry.certificate)
+        return _uncertified(source, target, entry, None)
 
 
 def _exact(source: Model, target: Model) -> Estimate:

@@ -43,13 +43,16 @@ def with_self_test(check: CheckContext, memory: object, target: str | Path) -> C
         BadInput: no package, target folder or W-Matrix to measure with.
     """
     package = with_states(verify(check.memory.path)) if check.memory.path else memory
-    reachable = check.target.geometry is not None and (check.exact or check.entry is not None)
+    at_hand = check.entry is not None and not check.entry.listed
+    reachable = check.target.geometry is not None and (check.exact or at_hand)
     if not isinstance(package, Package) or not reachable:
         raise BadInput(
             "there is nothing to measure",
             found=f"{check.memory.name}, for {check.target.name}",
-            expected="a package, the target's folder, and a W-Matrix between the two models",
-            remedy="check without measuring, or fit a W-Matrix with `awareness fit`",
+            expected="a package, the target's folder, and a W-Matrix between the two models, as "
+            "files that are here",
+            remedy="check without measuring; `awareness pull` what is listed, or fit a W-Matrix "
+            "with `awareness fit`",
         )
     wmatrix = None if check.exact or check.entry is None else load(check.entry.path)
     tail = 0 if wmatrix is None else check.config.tail

@@ -17,11 +17,13 @@ from awareness_vllm.errors import AwarenessError, BadInput, PackageCorrupt
 from awareness_vllm.files import atomic_write, wmatrices_dir
 from awareness_vllm.kernels import LARGEST, decode, encode, largest
 from awareness_vllm.models.rope import unrotate
+from awareness_vllm.oci.connect import open_repository
 from awareness_vllm.packages.file import check_finite, payload_digest
 from awareness_vllm.packages.manifest import METADATA_KEY
 from awareness_vllm.tensor_file import FileRefused, read_file
 from awareness_vllm.wmatrix.features import split_states
 from awareness_vllm.wmatrix.int8 import dequantized, quantized
+from awareness_vllm.wmatrix.listing import push_version
 from awareness_vllm.wmatrix.manifest import (
     PRODUCTS,
     TensorDigest,
@@ -91,12 +93,24 @@ class WMatrix:
             }
         )
 
-    def register(self, name: str) -> Path:
-        """Save under a name in `$AWARENESS_HOME/wmatrices`; the file's path. Raises BadInput."""
+    def register(self, name: str, registry: str | Path | None = None) -> Path:
+        """Save under a name in `$AWARENESS_HOME/wmatrices`; the file's path.
+
+        Args:
+            registry: also push it there, as the newest version of the name: the tag `name` is that
+                of the newest, `name.v1`, `name.v2` and so on stay.
+
+        Raises:
+            BadInput: not a name, or no registry. RegistryDenied, RegistryError: it is saved, but
+                not pushed.
+        """
         if not REGISTERED.fullmatch(name):
             raise BadInput("not a W-Matrix name", found=repr(name), expected=REGISTERED.pattern)
         path = wmatrices_dir() / f"{name}.wmatrix"
+        repository = None if registry is None else open_repository(registry)
         self.save(path)
+        if repository is not None:
+            push_version(path, name, repository)
         return path
 
     def map(

@@ -11,29 +11,34 @@ from pydantic import Field
 from awareness_vllm.errors import ArtefactCorrupt
 from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.oci.artefact import TITLE, Artefact, Descriptor, Layer, config_blob
-from awareness_vllm.oci.transfer import Found
+from awareness_vllm.oci.repository import Repository
+from awareness_vllm.oci.transfer import Found, look, push
 from awareness_vllm.packages.listing import PackageListing
 from awareness_vllm.schema import FrozenModel, PlainName, PlainText
 from awareness_vllm.tensor_file import FileRefused, parse_document
 from awareness_vllm.wmatrix.certificate import Certificate, parse_certificate
-from awareness_vllm.wmatrix.manifest import WMatrixManifest, read_digest, read_manifest
+from awareness_vllm.wmatrix.manifest import WMatrixManifest, read_digests, read_manifest
 
 ARTEFACT = "application/vnd.awareness.wmatrix.v1"
 CONFIG = "application/vnd.awareness.wmatrix.config.v1+json"
 LAYER = "application/vnd.awareness.wmatrix.v1.safetensors"
+RETENTION = "vnd.awareness.retention"
+"""Annotation of a certified map's artefact: its retention, so that the best of several is found
+without reading each one's certificate. The certificate decides."""
 
 
 class WMatrixListing(FrozenModel):
     """The config blob of a W-Matrix's artefact, the word of whoever pushed it as a `PackageListing`
     is.
 
-    `digest` is the sha256, in hex, of the file, which has so many `bytes`; `license` is an SPDX
-    expression.
+    `digest` is the sha256, in hex, of the file, which has so many `bytes`; `tensors` the digest of
+    its tensors, by which a latent names the map that made it; `license` is an SPDX expression.
     """
 
     format: Literal["awareness-wmatrix-listing/1"] = "awareness-wmatrix-listing/1"
     digest: str = Field(pattern="^[0-9a-f]{64}$")
     bytes: int = Field(ge=0, le=1 << 50)
+    tensors: str = Field("", pattern="^([0-9a-f]{64})?$")
     manifest: WMatrixManifest
     label: PlainName | None = None
     description: PlainText | None = Field(None, max_length=2000)
@@ -105,9 +110,10 @@ def artefact_of(
     license: str | None = None,
 ) -> Artefact:
     """The artefact of a W-Matrix's file. Raises WMatrixCorrupt: not a W-Matrix."""
-    manifest, digest = read_digest(path)
+    manifest, digest, tensors = read_digests(path)
     listing = WMatrixListing(
         digest=digest,
+        tensors=tensors,
         bytes=path.stat().st_size,
         manifest=manifest,
         label=name,
@@ -120,7 +126,36 @@ def artefact_of(
         size=listing.bytes,
         annotations={TITLE: path.name},
     )
-    return Artefact(ARTEFACT, CONFIG, config_blob(listing), [Layer(path, layer)])
+    certificate = listing.certificate
+    notes = {RETENTION: f"{certificate.retention.mean:.6f}"} if certificate else {}
+    return Artefact(ARTEFACT, CONFIG, config_blob(listing), [Layer(path, layer)], notes)
+
+
+def push_version(path: Path, name: str, repository: Repository) -> str:
+    """Push a W-Matrix as the newest version of a name; the version's tag, `NAME.v1` and so on,
+    which stays. The tag `NAME` is that of the newest.
+
+    Raises:
+        WMatrixCorrupt, RegistryError
+    """
+    artefact = artefact_of(path, name=name)
+    listing = WMatrixListing.model_validate_json(artefact.config)
+    numbers = {
+        int(number): tag
+        for tag in repository.tags(f"{name}.v")
+        if (number := tag.removeprefix(f"{name}.v")).isdecimal()
+    }
+    newest = max(numbers, default=0)
+    if newest and _layers(look(repository, numbers[newest])) == [listing.digest]:
+        version = numbers[newest]
+    else:
+        version = f"{name}.v{newest + 1}"
+    push(repository, artefact, (listing.tag, version, name))
+    return version
+
+
+def _layers(found: Found) -> list[str]:
+    return [layer.hex for layer in found.manifest.layers]
 
 
 def listing_of(found: Found) -> WMatrixListing:

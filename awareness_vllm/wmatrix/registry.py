@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 from awareness_vllm.errors import AwarenessError, BadInput, NoWMatrix, escaped
 from awareness_vllm.files import wmatrices_dir
@@ -39,6 +40,7 @@ class WMatrixEntry:
     signed_by: str | None = None
     certificate_signed_by: str | None = None
     claimed: bool = False
+    listed: bool = False
 
     @classmethod
     def read(cls, path: Path, trust: TrustPolicy | None = None) -> WMatrixEntry:
@@ -77,21 +79,36 @@ class WMatrixEntry:
         return self.manifest.source.same_model(source) and self.manifest.target.same_model(target)
 
     def __str__(self) -> str:
-        name = f"{self.manifest.source.name} → {self.manifest.target.name} ({self.path.name})"
+        where = f"{self.path.name}, not pulled" if self.listed else self.path.name
+        name = f"{self.manifest.source.name} → {self.manifest.target.name} ({where})"
         return escaped(name)
+
+
+class MoreMaps(Protocol):
+    """Where there may be maps that no file at hand is: a registry of artefacts."""
+
+    def find(
+        self, source: Geometry, target: Geometry, has_text: bool, tensors: str | None = None
+    ) -> WMatrixEntry | None:
+        """The best map between two models, or the one with these `tensors`. Raises
+        RegistryError."""
+        ...
 
 
 @dataclass(frozen=True)
 class Registry:
-    """The W-Matrices that a server, a check or a router chooses from, in the operator's order."""
+    """The W-Matrices that a server, a check or a router chooses from, in the operator's order, and
+    where to look for those that are not among them."""
 
     entries: tuple[WMatrixEntry, ...] = ()
+    more: MoreMaps | None = None
 
     @classmethod
     def read(
         cls,
         paths: Registry | Iterable[str | Path] | None = None,
         trust: TrustPolicy | None = None,
+        more: MoreMaps | None = None,
     ) -> Registry:
         """The registry of some files and folders; a registry is returned unchanged.
 
@@ -99,6 +116,7 @@ class Registry:
             paths: by default `$AWARENESS_HOME/wmatrices`, which need not exist. In a folder, which
                 is in the order of names, files that cannot be used are skipped with a warning.
             trust: whose signatures count.
+            more: is asked for a map where none of these leads.
 
         Raises:
             WMatrixCorrupt, SignatureInvalid: a file among `paths` themselves that cannot be used.
@@ -117,7 +135,7 @@ class Registry:
                     entries.append(WMatrixEntry.read(file, trust))
                 except AwarenessError as error:
                     logger.warning("skipped %s: %s", escaped(file.name), error)
-        return cls(tuple(entries))
+        return cls(tuple(entries), more)
 
     def __iter__(self) -> Iterator[WMatrixEntry]:
         return iter(self.entries)
@@ -135,14 +153,18 @@ class Registry:
 
     def find(self, source: Geometry, target: Geometry, has_text: bool) -> WMatrixEntry:
         """The map that serves memories of one model on another: of several the first, since
-        figures in a file are the word of whoever wrote it, and the order is the operator's.
+        figures in a file are the word of whoever wrote it, and the order is the operator's. Only
+        where there is none, `more` is asked.
 
         Raises:
-            NoWMatrix: there is none; the error names the maps that there are.
+            NoWMatrix: there is none; the error names the maps that there are. RegistryError: `more`
+                cannot be asked.
         """
         for entry in self.usable(has_text):
             if entry.leads(source, target):
                 return entry
+        if self.more and (found := self.more.find(source, target, has_text)):
+            return found
         if error := self._only_tokenizers_differ(source, target):
             raise error
         from_source = [e for e in self.entries if e.manifest.source.same_model(source)]
@@ -159,7 +181,7 @@ class Registry:
         """The map that serves a package on another model; of a latent it is the one that made it.
 
         Raises:
-            NoWMatrix: it is not among these.
+            NoWMatrix: it is not among these, nor among `more`. RegistryError.
         """
         latent, source = manifest.latent, manifest.geometry
         if latent is None:
@@ -179,6 +201,8 @@ class Registry:
             made = entry.tensors == latent.wmatrix and not entry.manifest.residual
             if made and entry.leads(source, target) and entry.manifest.rank == latent.rank:
                 return entry
+        if self.more and (found := self.more.find(source, target, True, latent.wmatrix)):
+            return found
         from_source = [f"{e} {e.tensors[:12]}" for e in self.entries if e.leads(source, target)]
         raise NoWMatrix(
             f"the W-Matrix that made the latent, from {source.name} to {target.name}, is not here",

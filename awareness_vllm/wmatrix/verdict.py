@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from awareness_vllm.errors import AwarenessError, ContextTooLong, NoWMatrix, UnsupportedRequest
+from awareness_vllm.errors import (
+    AwarenessError,
+    ContextTooLong,
+    NoWMatrix,
+    RegistryError,
+    UnsupportedRequest,
+)
 from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.packages.manifest import Manifest
 from awareness_vllm.wmatrix.registry import Registry, WMatrixEntry
@@ -42,6 +48,9 @@ def verdict(
         memory: its ID or name, for messages.
         manifest: the package's; without one (a listing) the package is taken to be whole and to
             have its text.
+
+    Raises:
+        RegistryError: whether there is a map cannot be known.
     """
     latent = manifest is not None and manifest.latent is not None
     exact, entry = source.same_model(target) and not latent, None
@@ -58,6 +67,8 @@ def verdict(
         if manifest is not None:
             layers = entry.manifest.layers if entry else range(len(source.layers))
             manifest.check_whole(layers)
+    except RegistryError:
+        raise
     except AwarenessError as error:
         return Verdict(exact, entry, error)
     return Verdict(exact, entry)
