@@ -117,7 +117,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 UNSERVED = {
     "mpt": "vLLM 0.32 has no MPT",
     "helium": "vLLM 0.32 has no Helium",
-    "dbrx": "vLLM 0.32 loads no DBRX: it looks for experts.w13_weight, which its layers have renamed",
+    "dbrx": "vLLM 0.32 and 0.33 load no DBRX: they look for experts.w13_weight, which is renamed",
     "qwen2, windows": "vLLM 0.32 wants windows in all of its layers or in none",
 }
 """Families that transformers runs and vLLM does not."""
