@@ -171,7 +171,7 @@ def test_dbrx_whose_engines_rotate_by_different_thetas_is_refused() -> None:
     sizes = {"d_model": 128, "n_layers": 2, "n_heads": 4, "vocab_size": 9, "max_seq_len": 64}
     attention = {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 500000}
     dbrx = sizes | {"model_type": "dbrx", "attn_config": attention}
-    with pytest.raises(UnsupportedModel, match="rope_parameters.*500000") as caught:
+    with pytest.raises(UnsupportedModel, match=r"rope_parameters.*500000") as caught:
         read(dbrx)
     assert "differ on positions" in str(caught.value)
     layer = read(dbrx | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}).layers[0]
