@@ -15,9 +15,9 @@ from typing import Any
 from awareness_vllm.errors import AwarenessError, BadInput, escaped
 
 SUBCOMMANDS = (
-    *("ask", "capture", "export", "fit", "quantize", "eval", "certify", "path", "heads", "check"),
-    *("matrix", "list", "inspect", "verify", "keygen", "sign", "push", "pull", "gc"),
-    *("serve", "doctor"),
+    *("ask", "capture", "export", "fit", "align-on-demand", "quantize", "eval", "certify"),
+    *("path", "heads", "check", "matrix", "list", "inspect", "verify", "keygen", "sign"),
+    *("push", "pull", "gc", "serve", "doctor"),
 )
 
 
@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     )
     subparsers = top.add_subparsers(dest="subcommand", required=True, metavar="SUBCOMMAND")
     for name in SUBCOMMANDS:
-        module = importlib.import_module(f"awareness_vllm.cli.{name}")
+        module = importlib.import_module(f"awareness_vllm.cli.{name}".replace("-", "_"))
         sub = subparsers.add_parser(
             name, help=module.HELP, description=module.HELP, allow_abbrev=False
         )

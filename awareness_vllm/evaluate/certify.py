@@ -6,7 +6,7 @@ import contextlib
 import datetime
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +60,21 @@ TAIL_STEP = 16
 """Tokens of a block of vLLM's cache, of which tails are multiples."""
 DISTANCES = (0, 64, 128)
 """Lower ends, in tokens, of the ranges of distance by which recall is reported."""
-METRIC_TEXTS = 6
-"""Texts for the alignment metrics, sampled evenly."""
+METRIC_TEXTS, SERVED_METRIC_TEXTS = 6, 3
+"""Texts for the alignment metrics, sampled evenly; and where only served plans are measured."""
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much a certification measures: of the plans all, or those alone that are `served` by
+    default; and the times, by `time.monotonic`, after which no texts and no cases are begun."""
+
+    served: bool = False
+    texts: float | None = None
+    cases: float | None = None
+
+
+WHOLE = Extent()
 
 
 def certify(
@@ -77,6 +90,7 @@ def certify(
     lengths: Sequence[int] = (),
     device: str = "cpu",
     progress: bool = True,
+    extent: Extent = WHOLE,
 ) -> WMatrix:
     """The W-Matrix with a certificate of its measured figures.
 
@@ -86,6 +100,7 @@ def certify(
         limit: the most texts, and cases of each length, to measure on; by default TEXTS and CASES.
         lengths: tokens of further contexts to measure at; short texts are joined for them.
         device: as for `EvalHarness`.
+        extent: what is left out, for want of time.
 
     Raises:
         BadInput: texts that measure nothing.
@@ -99,30 +114,38 @@ def certify(
             length,
             continuation,
             most if length == context else min(most, LENGTH_TEXTS),
+            extent,
             progress=progress,
         )
         for length in measured
     }
     recalled = {
-        length: measure_cases(harness, group, length, limit or CASES, progress=progress)
+        length: measure_cases(harness, group, length, limit or CASES, extent, progress=progress)
         for length, group in by_length(cases, measured, context).items()
     }
-    metrics = measure_metrics(harness, texts, context, continuation)
-    protocol = Protocol(
-        texts=digest(texts),
-        cases=digest(Document(c["question"] + c["answer"], c["context"]) for c in cases),
-        limit=most,
-        context=context,
-        continuation=continuation,
-        sources=sources(texts),
-    )
+    metrics = measure_metrics(harness, texts, context, continuation, extent)
+    protocol = protocol_of(texts, cases, most, context, continuation)
     with plausible():
-        plans = build_plans(harness, wmatrix, figures, recalled)
+        plans = build_plans(harness, wmatrix, figures, recalled, extent)
         certificate = build_certificate(
             protocol, figures[context], recalled[context], metrics, plans
         )
     update = {"certificate": certificate.model_dump(mode="json")}
     return replace(wmatrix, manifest=wmatrix.manifest.model_copy(update=update))
+
+
+def protocol_of(
+    texts: Sequence[Document], cases: Sequence[Case], limit: int, context: int, continuation: int
+) -> Protocol:
+    """What is measured on, and how."""
+    return Protocol(
+        texts=digest(texts),
+        cases=digest(Document(c["question"] + c["answer"], c["context"]) for c in cases),
+        limit=limit,
+        context=context,
+        continuation=continuation,
+        sources=sources(texts),
+    )
 
 
 def measure_texts(
@@ -131,6 +154,7 @@ def measure_texts(
     context: int,
     continuation: int,
     limit: int,
+    extent: Extent = WHOLE,
     *,
     progress: bool,
 ) -> TextFigures:
@@ -142,14 +166,21 @@ def measure_texts(
         context=context,
         continuation=continuation,
         limit=limit,
-        shapes=plan_shapes(harness.wmatrix, context),
+        shapes=plan_shapes(harness.wmatrix, context, extent),
         controls=controls_of(harness.wmatrix),
         progress=progress,
+        until=extent.texts,
     )
 
 
 def measure_cases(
-    harness: EvalHarness, cases: Sequence[Case], context: int, limit: int, *, progress: bool
+    harness: EvalHarness,
+    cases: Sequence[Case],
+    context: int,
+    limit: int,
+    extent: Extent = WHOLE,
+    *,
+    progress: bool,
 ) -> CaseFigures:
     """Fact recall of the plans with short tails and their controls at one length of context."""
     assert harness.wmatrix is not None
@@ -157,19 +188,25 @@ def measure_cases(
         harness,
         cases,
         limit=limit,
-        shapes=[s for s in plan_shapes(harness.wmatrix, context) if s.tail in FACT_TAILS],
+        shapes=[s for s in plan_shapes(harness.wmatrix, context, extent) if s.tail in FACT_TAILS],
         controls=controls_of(harness.wmatrix),
         progress=progress,
+        until=extent.cases,
     )
 
 
 def measure_metrics(
-    harness: EvalHarness, texts: Sequence[Document], context: int, continuation: int
+    harness: EvalHarness,
+    texts: Sequence[Document],
+    context: int,
+    continuation: int,
+    extent: Extent = WHOLE,
 ) -> Metrics | None:
     """The alignment metrics, on fewer texts; None for a map that reads no tokens."""
     if harness.wmatrix is None or not harness.wmatrix.manifest.reads_tokens:
         return None
-    excerpts = take_excerpts(harness, texts, context, continuation, METRIC_TEXTS)
+    count = SERVED_METRIC_TEXTS if extent.served else METRIC_TEXTS
+    excerpts = take_excerpts(harness, texts, context, continuation, count)
     return alignment_metrics(harness, [(text, ids) for _, text, ids in excerpts])
 
 
@@ -230,10 +267,12 @@ def build_certificate(
     )
 
 
-def plan_shapes(wmatrix: WMatrix, context: int) -> list[PlanShape]:
+def plan_shapes(wmatrix: WMatrix, context: int, extent: Extent = WHOLE) -> list[PlanShape]:
     """The plans that are measured for a context of that length, that of the map alone first."""
     if not wmatrix.manifest.reads_tokens:
         return [PlanShape()]  # packages for it have no text to read natively
+    if extent.served:
+        return [PlanShape(), PlanShape(TAIL), PlanShape(TAIL, BUDGET)]
     shares = {round(share * context / TAIL_STEP) * TAIL_STEP for share in TAIL_SHARES}
     tails = sorted(tail for tail in {0, TAIL, *shares} if 0 <= tail < context)
     return [PlanShape(tail, reread) for tail in tails for reread in REREADS if reread < context]
@@ -249,6 +288,7 @@ def build_plans(
     wmatrix: WMatrix,
     texts: Mapping[int, TextFigures],
     cases: Mapping[int, CaseFigures],
+    extent: Extent = WHOLE,
 ) -> list[Plan]:
     """The plans of all shapes at all lengths of context, by figures at these lengths."""
     mapped, sink = map_flop(wmatrix), harness.sink()
@@ -261,7 +301,7 @@ def build_plans(
             cases.get(length),
         )
         for length, figures in texts.items()
-        for shape in plan_shapes(wmatrix, length)
+        for shape in plan_shapes(wmatrix, length, extent)
     ]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import re
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -29,6 +31,8 @@ CHARACTERS_PER_TOKEN = 6
 """An upper bound for English, by which enough text is joined for a context."""
 CHUNK_TOKENS = {"cpu": 0, "cuda": 32768}
 """Tokens of contexts that are read together, by device; at least two contexts are."""
+LEAST = 6
+"""Texts, or cases, that are measured whatever the time."""
 QUESTION_WORDS = 32
 """The last words of a context by which passages are chosen where its continuation is scored."""
 Case = dict[str, Any]
@@ -78,6 +82,7 @@ def evaluate_texts(
     shapes: Sequence[PlanShape] = (MAP_ALONE,),
     controls: Sequence[str] = (),
     progress: bool = True,
+    until: float | None = None,
 ) -> TextFigures:
     """Figures of the target's predictions of `continuation` tokens after `context` of memory.
 
@@ -87,6 +92,7 @@ def evaluate_texts(
     Args:
         shapes: plans, a further condition of *memory* and *tokens_only* for each.
         controls: of CONTROLS, at the operations of each plan.
+        until: the time, by `time.monotonic`, after which no text but the LEAST is begun.
 
     Raises:
         BadInput: fewer than two texts are long enough (the wrong memory is another text's).
@@ -102,7 +108,7 @@ def evaluate_texts(
     names: list[str] = []
     rows: dict[str, list[tuple[float, float, float]]] = {}
     pairs = pair_indices(len(excerpts))
-    for chunk in chunks(harness, pairs, context, progress=progress):
+    for chunk in chunks(harness, pairs, context, progress=progress, until=until):
         packages = harness.packages([excerpts[i][1] for pair in chunk for i in pair])
         items = [
             Item(packages[text], ids, continuation, last_words(text), packages[excerpts[wrong][1]])
@@ -122,12 +128,23 @@ def evaluate_texts(
 
 
 def chunks(
-    harness: EvalHarness, items: Sequence[Element], tokens: int, *, progress: bool
+    harness: EvalHarness,
+    items: Sequence[Element],
+    tokens: int,
+    *,
+    progress: bool,
+    until: float | None = None,
 ) -> Iterator[Sequence[Element]]:
-    """Items whose contexts of `tokens` are read together, as many as the device has room for."""
+    """Items whose contexts of `tokens` are read together, as many as the device has room for. Those
+    that are there by a time, `until`, are from everywhere among them."""
     size = max(2, CHUNK_TOKENS[harness.device] // tokens)
+    begins = list(range(0, len(items), size))
+    if until is not None:
+        random.Random(0).shuffle(begins)
     with tqdm(total=len(items), desc="five arms", disable=not progress) as bar:
-        for begin in range(0, len(items), size):
+        for number, begin in enumerate(begins):
+            if until is not None and number * size >= LEAST and time.monotonic() >= until:
+                break
             chunk = items[begin : begin + size]
             yield chunk
             bar.update(len(chunk))
@@ -209,11 +226,12 @@ def evaluate_cases(
     shapes: Sequence[PlanShape] = (MAP_ALONE,),
     controls: Sequence[str] = (),
     progress: bool = True,
+    until: float | None = None,
 ) -> CaseFigures:
     """Fact recall: whether the greedy answer is exact, and the answer's log probability.
 
     Args:
-        shapes, controls: as for `evaluate_texts`; passages are chosen by a case's question.
+        shapes, controls, until: as for `evaluate_texts`; passages are chosen by a case's question.
 
     Raises:
         BadInput: fewer than two cases.
@@ -226,7 +244,7 @@ def evaluate_cases(
     rows: list[dict[str, tuple[float, float]]] = [{} for _ in cases]
     distances = [distance(tokenizer, case["context"], case["answer"]) for case in cases]
     longest = max(len(case["context"]) for case in cases) // CHARACTERS_PER_TOKEN + 1
-    for chunk in chunks(harness, range(len(cases)), longest, progress=progress):
+    for chunk in chunks(harness, range(len(cases)), longest, progress=progress, until=until):
         others = [other_case(cases, i) for i in chunk]
         packages = harness.packages([c["context"] for c in (*(cases[i] for i in chunk), *others)])
         items = [
@@ -239,8 +257,10 @@ def evaluate_cases(
             exact = bool((logprobs.argmax(-1) == labels).all())
             likelihood = logprobs.gather(1, labels[:, None]).sum().item()
             rows[chunk[k]][condition] = float(exact), likelihood
-    conditions = {name: np.array([row[name] for row in rows]) for name in rows[0]}
-    return CaseFigures(conditions, [case.get("kind", "fact") for case in cases], distances)
+    measured = [i for i, row in enumerate(rows) if row]
+    conditions = {name: np.array([rows[i][name] for i in measured]) for name in rows[measured[0]]}
+    kinds = [cases[i].get("kind", "fact") for i in measured]
+    return CaseFigures(conditions, kinds, [distances[i] for i in measured])
 
 
 def other_case(cases: Sequence[Case], i: int) -> Case:

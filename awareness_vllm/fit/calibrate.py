@@ -197,6 +197,14 @@ def calibrate(
     return _trained(wmatrix, final), training.scores
 
 
+def until_a_time(config: FitConfig, checkpoint: Checkpoint, until: float) -> FitConfig:
+    """A configuration whose calibration ends at a time, by `time.monotonic`, with what a killed run
+    did before."""
+    saved = checkpoint.load("calibration")
+    before = saved[1]["seconds"] if saved else 0.0
+    return replace(config, minutes=(before + max(0.0, until - time.monotonic())) / 60)
+
+
 def _batches(
     examples: CalibrationExamples, config: FitConfig, step: int
 ) -> Iterator[tuple[int, Batch]]:
@@ -220,7 +228,9 @@ def _trained(wmatrix: WMatrix, parts: dict[str, Tensor]) -> WMatrix:
 
 def progress_share(training: Training, total: int, minutes: float | None) -> float:
     """The share of a training that is done: of its steps, or of its time."""
-    return training.step / total if minutes is None else training.seconds / (60 * minutes)
+    if minutes is None:
+        return training.step / total
+    return training.seconds / (60 * minutes) if minutes else 1.0
 
 
 def schedule(step: int, share: float) -> float:

@@ -9,6 +9,16 @@ from awareness_vllm.errors import BadInput
 
 
 @dataclass(frozen=True)
+class Deadlines:
+    """Times, by `time.monotonic`, at which reading anchors and calibrating end with what there is;
+    None where they end by their own counts. They are no part of a configuration: a fit that is
+    killed goes on by later ones."""
+
+    anchors: float | None = None
+    calibration: float | None = None
+
+
+@dataclass(frozen=True)
 class FitConfig:
     """The fit's parameters: anchor `tokens` of the target; the number of source `layers` to read
     (None: half) and their `choice` ("spread" evenly, the "best", or those with "full" attention);

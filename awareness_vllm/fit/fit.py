@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from awareness_vllm.anchors.corpus import Document, digest, split
-from awareness_vllm.fit.calibrate import Snapshot, calibrate
+from awareness_vllm.fit.calibrate import Snapshot, calibrate, until_a_time
 from awareness_vllm.fit.checkpoint import Checkpoint, open_checkpoint
-from awareness_vllm.fit.config import FitConfig
+from awareness_vllm.fit.config import Deadlines, FitConfig
 from awareness_vllm.fit.distributed import join
 from awareness_vllm.fit.examples import CalibrationExamples, Lessons, PairLessons
 from awareness_vllm.fit.gather import held_out_rows
@@ -43,26 +43,24 @@ def fit(
     folder: Path | None = None,
     progress: bool = True,
     snapshot: Snapshot | None = None,
+    reader: Reader | None = None,
+    deadlines: Deadlines | None = None,
 ) -> WMatrix:
     """The map from one model's states to another's, learned from anchors.
 
     Args:
         folder: for checkpoints, from which a killed fit resumes.
         snapshot: is given the map before its calibration, and about once a minute of that.
+        reader: of both models, where they are loaded already.
+        deadlines: at which reading and calibrating end; the latter ends by nothing else then.
 
     Raises:
         BadInput: too few anchor tokens for the features.
     """
-    config = config.resolved()
+    config, deadlines = config.resolved(), deadlines or Deadlines()
     train, held_out = split(list(anchors), config.held_out, config.seed)
     with phase("structural analysis", progress):
-        reader = Reader(
-            resolve_folder(source),
-            resolve_folder(target),
-            config.predecessors,
-            config.layers,
-            config.device,
-        )
+        reader = reader or read_by(source, target, config)
     lessons = lessons_of(train, config.calibration, config.seed, config)
     rank, processes = join()
     if folder is not None and processes > 1:
@@ -76,7 +74,8 @@ def fit(
         with phase("representation alignment", progress):
             if not reader.residual:
                 choose(reader, train, config, checkpoint, progress=progress)
-            wmatrix = regress(reader, (train, held_out), config, checkpoint, progress=progress)
+            sides, until = (train, held_out), deadlines.anchors
+            wmatrix = regress(reader, sides, config, checkpoint, progress=progress, until=until)
         with phase("component mapping", progress):
             say(f"main source layer of each target layer: {main_layers(wmatrix)}", progress)
         if snapshot is not None:
@@ -91,9 +90,16 @@ def fit(
                     checkpoint,
                     progress=progress,
                     snapshot=snapshot,
+                    until=deadlines.calibration,
                 )
         r2 = r2_by_part(reader, wmatrix, held_out, config.seed)
     return replace(wmatrix, manifest=wmatrix.manifest.model_copy(update={"r2": r2}))
+
+
+def read_by(source: str | Path, target: str | Path, config: FitConfig) -> Reader:
+    """The reader of both models for a configuration whose device is chosen."""
+    folders = resolve_folder(source), resolve_folder(target)
+    return Reader(*folders, config.predecessors, config.layers, config.device)
 
 
 def choose(
@@ -120,9 +126,12 @@ def calibrate_map(
     *,
     progress: bool,
     snapshot: Snapshot | None = None,
+    until: float | None = None,
 ) -> WMatrix:
     """The map after calibration on lessons, judged on held-out documents; the map as it is where
-    no document is long enough for a lesson."""
+    no document is long enough for a lesson. It ends `until` a time, by `time.monotonic`."""
+    if until is not None:
+        config = until_a_time(config, checkpoint, until)
     train, held_out = lessons
     if not (total := count_of(train, config.calibration)):
         return wmatrix

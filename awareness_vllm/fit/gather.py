@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -31,10 +32,14 @@ def gather(
     checkpoint: Checkpoint,
     *,
     progress: bool,
+    until: float | None = None,
 ) -> Statistics:
     """The sums over `config.tokens` rows of anchors, read in chunks of bounded memory.
 
     Each of n processes reads every n-th text, for an n-th of the rows, and returns the sums of all.
+
+    Args:
+        until: the time, by `time.monotonic`, after which no more is read than a regression needs.
 
     Raises:
         BadInput: fewer rows than one chunk.
@@ -51,6 +56,8 @@ def gather(
         for batch in batches(reader, texts[first:]):
             if done + pending >= total:
                 break
+            if until is not None and time.monotonic() >= until:
+                total = min(total, max(done + pending, least_rows(reader)))
             number += len(batch)
             x, y = reader.pairs(batch)
             chunk.append((x, y))
@@ -74,6 +81,18 @@ def gather(
             remedy="give more anchors",
         )
     return statistics.all_reduce() if processes > 1 else statistics
+
+
+def least_rows(reader: Reader) -> int:
+    """Rows with which a regression is worth having: one for each of its features, and a chunk."""
+    return max(CHUNK_ROWS, feature_count(reader))
+
+
+def feature_count(reader: Reader) -> int:
+    """F, the features that the reader makes of a token."""
+    tokens = 0 if reader.predecessors is None else 1 + reader.predecessors
+    tables = sum(table.shape[1] for table in reader.position_embeddings.values())
+    return reader.width + tokens * reader.target_geometry.hidden_size + tables
 
 
 def batches(reader: Reader, texts: Sequence[str]) -> Iterator[list[TextTokens]]:

@@ -38,9 +38,10 @@ def regress(
     checkpoint: Checkpoint,
     *,
     progress: bool,
+    until: float | None = None,
 ) -> WMatrix:
-    """The map by ridge regression, from (training, held-out) documents."""
-    statistics = gather(reader, documents[0], config, checkpoint, progress=progress)
+    """The map by ridge regression, from (training, held-out) documents; `until` as for `gather`."""
+    statistics = gather(reader, documents[0], config, checkpoint, progress=progress, until=until)
     weight, ridge = weighting(reader, documents, statistics, config, checkpoint, progress=progress)
     return solve_map(reader, documents[0], statistics, weight, replace(config, ridge=ridge))
 

@@ -218,6 +218,14 @@ def _rotary(reading: Reading, kind: str | None, head_dim: int) -> Positions:
     rope = dict(rope.get(kind, rope) or {})
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
     theta = rope.get("rope_theta") or reading.get("rope_theta") or FIXED_THETA.get(reading.family)
+    inner = getattr(reading.get("attn_config"), "rope_theta", None)
+    if inner is not None and inner != theta:  # DBRX: vLLM rotates by this one
+        raise reading.refuse(
+            "vLLM and transformers differ on positions",
+            f"attn_config.rope_theta={inner}, where transformers reads {theta}",
+            f'"rope_parameters": {{"rope_type": "default", "rope_theta": {inner}}} in config.json, '
+            "so that both rotate alike",
+        )
     where = f"positions of {kind or 'its'} layers are not supported"
     if theta is None or rope_type not in ROPES:
         found = f"rope_type={rope_type!r}, rope_theta={theta}"

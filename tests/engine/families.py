@@ -90,6 +90,16 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "cohere": ("cohere", LLAMA),
     "cohere2": ("cohere2", {**LLAMA, "head_dim": HEAD, "sliding_window": WINDOW} | ALTERNATING),
+    "dbrx": (
+        "dbrx",
+        {
+            "d_model": 4 * HEAD, "n_layers": 2, "n_heads": 4, "max_seq_len": LENGTH,
+            # As the checkpoint has it, and the same theta where transformers reads it.
+            "attn_config": {"kv_n_heads": 2, "clip_qkv": 2.0, "rope_theta": 5e5},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+            "ffn_config": {"ffn_hidden_size": 128, "moe_num_experts": 4, "moe_top_k": 2},
+        },
+    ),
     "glm": ("glm", {**LLAMA, "head_dim": HEAD, "pad_token_id": 0}),
     "glm4": ("glm4", {**LLAMA, "head_dim": HEAD, "pad_token_id": 0}),
     "olmo": ("olmo", EVERY_HEAD),
@@ -107,6 +117,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 UNSERVED = {
     "mpt": "vLLM 0.32 has no MPT",
     "helium": "vLLM 0.32 has no Helium",
+    "dbrx": "vLLM 0.32 and 0.33 load no DBRX: they look for experts.w13_weight, which is renamed",
     "qwen2, windows": "vLLM 0.32 wants windows in all of its layers or in none",
 }
 """Families that transformers runs and vLLM does not."""

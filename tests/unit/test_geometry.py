@@ -166,6 +166,18 @@ def test_falcons_without_multi_query_and_with_alibi() -> None:
     assert (single.heads, single.positions) == (4, ALIBI)
 
 
+def test_dbrx_whose_engines_rotate_by_different_thetas_is_refused() -> None:
+    # As published: transformers 5 reads rope_parameters, vLLM attn_config.
+    sizes = {"d_model": 128, "n_layers": 2, "n_heads": 4, "vocab_size": 9, "max_seq_len": 64}
+    attention = {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 500000}
+    dbrx = sizes | {"model_type": "dbrx", "attn_config": attention}
+    with pytest.raises(UnsupportedModel, match=r"rope_parameters.*500000") as caught:
+        read(dbrx)
+    assert "differ on positions" in str(caught.value)
+    layer = read(dbrx | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}).layers[0]
+    assert (layer.heads, layer.head_dim, layer.positions.theta) == (2, 32, 5e5)
+
+
 def test_a_model_without_a_limit_has_vllms() -> None:
     bloom = {"model_type": "bloom", "vocab_size": 9, "hidden_size": 64, "n_layer": 1, "n_head": 2}
     assert read(bloom).max_positions == 2048
