@@ -23,7 +23,9 @@ class ServingConfig(FrozenModel):
     """A server's options and their defaults; the command line takes both from here."""
 
     store: str = Field(description="folder of memory packages")
-    wmatrices: tuple[str, ...] = Field((), description="W-Matrix files")
+    wmatrices: tuple[str, ...] = Field(
+        (), description="W-Matrix files; oci://HOST/REPOSITORY:TAG ones are pulled at start"
+    )
     tail: int = Field(
         TAIL,
         ge=0,
@@ -83,6 +85,14 @@ class ServingConfig(FrozenModel):
         None,
         description="what must be signed by a key of the trust file: nothing, W-Matrices, or "
         "packages too, but for those captured here (default: wmatrix with a trust file)",
+    )
+    registry: str | None = Field(
+        None,
+        description="oci://HOST/REPOSITORY, or a layout folder: memories that a store lacks are "
+        "looked up and pulled from there, for every tenant",
+    )
+    registry_cache_gib: float = Field(
+        10.0, gt=0, allow_inf_nan=False, description="GiB of disk for memories that were pulled"
     )
     pin: tuple[str, ...] = Field((), description="memories to keep warm from the start")
     max_loads: int = Field(
