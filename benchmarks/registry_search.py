@@ -68,10 +68,10 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         args.folder = Path(folder)
-        report = run(args)
-    print(json.dumps(report, indent=2, ensure_ascii=False))
-    if args.out:
-        args.out.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+        report = json.dumps(run(args), indent=2, ensure_ascii=False)
+        print(report, flush=True)
+        if args.out:
+            args.out.write_text(report + "\n")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
-from awareness_vllm.cli.options import add_trust, add_wmatrices
+from awareness_vllm.cli.options import add_registry, add_trust, add_wmatrices
 from awareness_vllm.compatibility.target import TargetConfig
 
 if TYPE_CHECKING:
@@ -18,12 +18,13 @@ HELP = "estimate what a target keeps of a memory, with risks and what would rais
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("memory", nargs="?", metavar="ID|FILE", help="a memory's ID or file")
+    parser.add_argument("memory", nargs="?", metavar="ID|FILE|REF", help="a memory's ID or file")
     parser.add_argument("--source", metavar="MODEL", help="instead of a memory: its model")
     parser.add_argument("--tokens", type=int, help="instead of a memory: its length in tokens")
     parser.add_argument("--target", required=True, metavar="MODEL", help="folder or name")
     parser.add_argument("--store", type=Path, help="folder in which the ID is looked up")
     add_wmatrices(parser)
+    add_registry(parser)
     add_trust(parser)
     parser.add_argument("--kind", help="kind of the text, as the certificate names kinds")
     parser.add_argument(
@@ -46,10 +47,13 @@ def argument_type(annotation: Any) -> type:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from awareness_vllm.compatibility.memory_checker import MemoryCompatibilityChecker
 
-    checker = MemoryCompatibilityChecker(args.wmatrix, store=args.store, trust=args.trust)
+    memory, registry = memory_of(args)
+    checker = MemoryCompatibilityChecker(
+        args.wmatrix, store=args.store, trust=args.trust, registry=registry
+    )
     options = {name: getattr(args, name) for name in TargetConfig.model_fields}
     report = checker.check(
-        args.memory or listing(args),
+        memory,
         args.target,
         {name: value for name, value in options.items() if value is not None},
         kind=args.kind,
@@ -60,9 +64,29 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {**report.model_dump(mode="json"), "html": str(args.html) if args.html else None}
 
 
-def listing(args: argparse.Namespace) -> SimpleNamespace:
-    """A memory that is known by its model and length alone."""
-    return SimpleNamespace(id="a memory", source_model=args.source, token_count=args.tokens)
+def memory_of(args: argparse.Namespace) -> tuple[Any, str | None]:
+    """The memory, and where maps are looked for that are not here. What is not here itself is
+    looked up in the registry, of which only the listing is read."""
+    from awareness_vllm.cli.pull import located
+    from awareness_vllm.errors import InvalidMemoryId, MemoryNotFound
+    from awareness_vllm.marketplace.files import listing
+    from awareness_vllm.oci.connect import open_repository
+    from awareness_vllm.oci.reference import SCHEME
+    from awareness_vllm.packages.store import locate
+
+    if args.memory is None:
+        # A memory that is known by its model and length alone.
+        known = SimpleNamespace(id="a memory", source_model=args.source, token_count=args.tokens)
+        return known, args.registry
+    if args.registry is None and not args.memory.startswith(SCHEME):
+        return args.memory, None
+    try:
+        return locate(args.memory, args.store), args.registry
+    except (InvalidMemoryId, MemoryNotFound):
+        reference = located(args.memory, args.registry)
+    assert reference.name is not None
+    where = reference.repository_only
+    return listing(open_repository(where), reference.name), args.registry or str(where)
 
 
 def write_page(path: Path, report: CompatibilityReport, registry: Registry) -> None:

@@ -10,12 +10,18 @@ from awareness_vllm.cli.options import add_wmatrices
 
 if TYPE_CHECKING:
     from awareness_vllm.compatibility.report import Matrix
+    from awareness_vllm.wmatrix.registry import Registry
 
 HELP = "print the retention of each pair of models: measured by certificates, or published (priors)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_wmatrices(parser)
+    parser.add_argument(
+        "--registry",
+        metavar="REF",
+        help="instead of files here: all that is listed in oci://HOST/REPOSITORY or a folder",
+    )
     parser.add_argument(
         "--priors",
         action="store_true",
@@ -25,14 +31,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    from awareness_vllm.compatibility.matrix import matrix
+    from awareness_vllm.compatibility.matrix import matrix, of_registry
 
     priors = []
     if args.priors:
         from awareness_vllm.compatibility.priors import published_cells
 
         priors = published_cells()
-    known = matrix(args.wmatrix, priors=priors)
+    if args.registry:
+        known = of_registry(listed(args), priors)
+    else:
+        known = matrix(args.wmatrix, priors=priors)
     if args.html:
         from awareness_vllm.compatibility.html.page import page
 
@@ -42,6 +51,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "html": str(args.html) if args.html else None,
         "table": table(known).split("\n"),
     }
+
+
+def listed(args: argparse.Namespace) -> Registry:
+    """All maps of a registry, by their listings. Raises BadInput, RegistryError."""
+    from awareness_vllm.errors import BadInput
+    from awareness_vllm.marketplace.maps import RepositoryMaps, entry_of
+    from awareness_vllm.oci.connect import open_repository
+    from awareness_vllm.wmatrix.registry import Registry
+
+    if args.wmatrix:
+        raise BadInput("the matrix is of files or of a registry", found="--wmatrix and --registry")
+    maps = RepositoryMaps(open_repository(args.registry)).all()
+    return Registry(tuple(map(entry_of, maps)))
 
 
 def table(matrix: Matrix) -> str:

@@ -35,6 +35,16 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_registry(parser: argparse.ArgumentParser) -> None:
+    """Which registry to look at: `args.registry`, None for the default one."""
+    parser.add_argument(
+        "--registry",
+        metavar="REF",
+        help="oci://HOST/REPOSITORY or a folder (default: $AWARENESS_REGISTRY, or the folder "
+        "$AWARENESS_HOME/registry)",
+    )
+
+
 def add_what(parser: argparse.ArgumentParser) -> None:
     """A package or a W-Matrix: `args.what`, looked up in `args.store` where it is an ID."""
     parser.add_argument("what", metavar="ID|FILE", help="a memory's ID, or a file")

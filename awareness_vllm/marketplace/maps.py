@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ from awareness_vllm.errors import ArtefactCorrupt, ArtefactNotFound, SignatureIn
 from awareness_vllm.files import wmatrices_dir
 from awareness_vllm.marketplace.files import file_name, pull
 from awareness_vllm.marketplace.index import ListingIndex, Wanted
-from awareness_vllm.marketplace.signatures import choose, signatures
+from awareness_vllm.marketplace.signatures import signatures, signers_of
 from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.oci.artefact import ImageManifest
 from awareness_vllm.oci.connect import open_repository
@@ -79,7 +78,13 @@ class RepositoryMaps:
     def to(self, target: Geometry) -> list[WMatrixListing]:
         """The maps that read text and lead to a model, the best first as far as no signatures
         decide. Raises RegistryError."""
-        wanted = Wanted("wmatrix", target=target.fingerprint, readable=True)
+        return self._found(Wanted("wmatrix", target=target.fingerprint, readable=True))
+
+    def all(self) -> list[WMatrixListing]:
+        """All maps, the best first, as of `to`. Raises RegistryError."""
+        return self._found(Wanted("wmatrix"))
+
+    def _found(self, wanted: Wanted) -> list[WMatrixListing]:
         found = ListingIndex(self.repository).search(wanted, MOST_MAPS)
         maps = [listing for listing in found if isinstance(listing, WMatrixListing)]
         return sorted(maps, key=lambda listing: self._standing(entry_of(listing)), reverse=True)
@@ -98,20 +103,12 @@ class RepositoryMaps:
         """The entry of an artefact; None where it cannot be used."""
         try:
             listing = listing_of(look(self.repository, digest))
-            signers = self._signers(listing, digest)
+            found = signatures(self.repository, digest) if self.trust else []
+            signers = signers_of(listing, found, self.trust)
         except (ArtefactCorrupt, ArtefactNotFound, SignatureInvalid) as error:
             logger.warning("skipped %s: %s", digest, error)
             return None
         return entry_of(listing, signers if self.trust else None)
-
-    def _signers(self, listing: WMatrixListing, digest: str) -> Signers:
-        """The trusted keys that signed a map and its certificate, by their signatures alone."""
-        if not self.trust:
-            return Signers()
-        found = signatures(self.repository, digest)
-        with tempfile.TemporaryDirectory() as folder:
-            beside = Path(folder) / f"{listing.digest}.wmatrix"
-            return choose(listing, found, beside, Path(folder), self.trust)
 
     def _standing(self, entry: WMatrixEntry) -> Standing:
         certificate = entry.certificate

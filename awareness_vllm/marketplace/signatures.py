@@ -7,6 +7,7 @@ in a folder, a signature says nothing by being there: what counts is whose key m
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,6 +134,16 @@ def choose(
         draft = scratch / beside.name
         signers[role] = _first(candidates, draft, digest, role, trust)
     return Signers(**signers)
+
+
+def signers_of(listing: Listing, found: Sequence[Signed], trust: TrustPolicy) -> Signers:
+    """The names of the trusted keys that signed what is listed; nothing of the file is needed.
+
+    Raises:
+        SignatureInvalid: as `choose` does.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        return choose(listing, found, Path(folder) / "listed", Path(folder), trust)
 
 
 def _first(
