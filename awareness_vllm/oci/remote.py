@@ -12,7 +12,7 @@ from urllib.parse import quote, urljoin, urlsplit
 
 import requests
 from pydantic import BaseModel
-from urllib3.exceptions import HTTPError
+from urllib3.exceptions import HTTPError, ReadTimeoutError
 
 from awareness_vllm.errors import ArtefactCorrupt, ArtefactNotFound, RegistryError, escaped
 from awareness_vllm.oci.artefact import (
@@ -48,6 +48,7 @@ class Remote:
     ) -> None:
         self.reference = reference
         self.session = Session(reference, api_key=api_key, timeout=timeout)
+        self._lists_referrers = True
 
     def manifest(self, name: str) -> tuple[Descriptor, bytes]:
         response = self.session.request(
@@ -103,17 +104,25 @@ class Remote:
             if response.status_code == 200 and before:
                 into.restart()
             try:
-                while chunk := response.raw.read(CHUNK, decode_content=False):
+                # What has come, not a whole chunk: of a slow registry, progress is heard, too.
+                while chunk := response.raw.read1(CHUNK, decode_content=False):
                     into.write(chunk)
             except HTTPError as error:
                 found = str(error)[:200]
+                if isinstance(error, ReadTimeoutError):
+                    idle = ATTEMPTS - 1  # a registry that is silent was waited for
             else:
                 found = f"{into.done} bytes"
             finally:
                 response.close()
             idle = 0 if into.done > before else idle + 1
             if idle == ATTEMPTS:
-                raise corrupt_blob(descriptor, found)
+                raise RegistryError(
+                    f"{self.reference} breaks off in {descriptor.digest}",
+                    found=found,
+                    expected=f"{descriptor.size} bytes",
+                    remedy="pull again: it goes on where it stopped",
+                )
 
     def _get(self, descriptor: Descriptor, begin: int) -> requests.Response:
         """A blob's bytes from `begin` on; status 200: all of them."""
@@ -157,15 +166,16 @@ class Remote:
             expect=(201,),
         )
 
-    def put_manifest(self, raw: bytes, media_type: str, tag: str | None = None) -> Descriptor:
+    def put_manifest(self, raw: bytes, media_type: str, *tags: str) -> Descriptor:
         descriptor = descriptor_of(raw, media_type)
-        response = self.session.request(
-            "PUT",
-            f"manifests/{tag or descriptor.digest}",
-            headers={"Content-Type": media_type},
-            data=raw,
-            expect=(201,),
-        )
+        for name in tags or (descriptor.digest,):
+            response = self.session.request(
+                "PUT",
+                f"manifests/{name}",
+                headers={"Content-Type": media_type},
+                data=raw,
+                expect=(201,),
+            )
         stored = response.headers.get("Docker-Content-Digest")
         if stored not in (None, descriptor.digest):
             raise RegistryError(
@@ -232,9 +242,12 @@ class Remote:
     def referrers(self, digest: str) -> list[Descriptor]:
         """The artefacts whose subject is a manifest, by the referrers API, or else by the index
         under the tag that the specification has registries without the API keep."""
-        response = self.session.request("GET", f"referrers/{digest}", expect=(200, 404, 405))
-        if response.status_code == 200:
-            return list(self._index(response.content).manifests)
+        if self._lists_referrers:
+            response = self.session.request("GET", f"referrers/{digest}", expect=(200, 404, 405))
+            if response.status_code == 200:
+                return list(self._index(response.content).manifests)
+            # A registry with the API answers so for no digest.
+            self._lists_referrers = False
         return list(self._tagged_referrers(digest).manifests)
 
     def _tagged_referrers(self, digest: str) -> ImageIndex:
