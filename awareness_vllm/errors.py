@@ -187,6 +187,12 @@ class ArtefactCorrupt(RegistryError):
     status = 422
 
 
+class RegistryTimeout(RegistryError):
+    """A registry that did not answer, or did not send a whole artefact, in time."""
+
+    status = 504
+
+
 class BadInput(AwarenessError):
     """Unusable input of a command or function."""
 

@@ -13,9 +13,11 @@ from awareness_vllm.packages.manifest import MEMORY_ID, check_id
 
 @dataclass(frozen=True)
 class Store:
-    """Packages in a folder."""
+    """Packages in a folder, and those `pulled` from a registry into a second one, which stores may
+    share, and only read. The first one's file of a memory counts."""
 
     folder: Path
+    pulled: Path | None = None
 
     def path(self, memory_id: object) -> Path:
         """The file of a memory.
@@ -23,14 +25,23 @@ class Store:
         Raises:
             InvalidMemoryId, MemoryNotFound
         """
-        path = self.folder / f"{check_id(memory_id)}.safetensors"
-        if not path.is_file():
-            raise memory_not_found(memory_id)
-        return path
+        name = file_of(memory_id)
+        for folder in (self.folder, self.pulled):
+            if folder is not None and (path := folder / name).is_file():
+                return path
+        raise memory_not_found(memory_id)
 
     def has(self, memory_id: object) -> bool:
         """Whether the store has a memory. Raises InvalidMemoryId."""
-        return (self.folder / f"{check_id(memory_id)}.safetensors").is_file()
+        try:
+            return bool(self.path(memory_id))
+        except MemoryNotFound:
+            return False
+
+    def is_pulled(self, memory_id: object) -> bool:
+        """Whether a memory that the store has is one from a registry. Raises InvalidMemoryId,
+        MemoryNotFound."""
+        return self.path(memory_id).parent != self.folder
 
     def size(self, memory_id: object, *, limit: int | None = None) -> int:
         """Bytes of a memory's file.
@@ -53,10 +64,15 @@ class Store:
         return size
 
     def ids(self) -> Iterator[str]:
-        """The IDs in this store, sorted."""
+        """The IDs in the store's own folder, sorted."""
         for path in sorted(self.folder.glob("mem_*.safetensors")):
             if MEMORY_ID.fullmatch(path.stem):
                 yield path.stem
+
+
+def file_of(memory_id: object) -> str:
+    """The name of a memory's file. Raises InvalidMemoryId."""
+    return f"{check_id(memory_id)}.safetensors"
 
 
 def version_of(path: Path) -> tuple[int, ...]:

@@ -19,8 +19,10 @@ from typing import Any
 
 from starlette.responses import Response, StreamingResponse
 
-from awareness_vllm.errors import PackageTooLarge, TooManyLoads
+from awareness_vllm.errors import MemoryNotFound, PackageTooLarge, TooManyLoads
 from awareness_vllm.packages.store import Store
+from awareness_vllm.serving.pulls import Pulls
+from awareness_vllm.serving.registry import Offer
 
 MAX_WARM = 4096
 """Memories that are known to be warm; beyond, those used longest ago count as cold."""
@@ -48,6 +50,7 @@ class Admission:
         ask_workers: asked only where a load does not fit.
         max_loads, max_bytes: of memories on their way; what finds none on its way always fits,
             unless one of its files alone is larger.
+        pulls: from the registry, of memories that a tenant's store lacks.
     """
 
     def __init__(
@@ -56,23 +59,59 @@ class Admission:
         ask_workers: AskWorkers,
         max_loads: int,
         max_bytes: int,
+        pulls: Pulls | None = None,
     ) -> None:
-        self.stores, self.ask_workers = stores, ask_workers
+        self.stores, self.ask_workers, self.pulls = stores, ask_workers, pulls
         self.max_loads, self.max_bytes = max_loads, max_bytes
         self.asked = -math.inf
         self.loads: dict[str, Load] = {}
         self.warm: OrderedDict[str, None] = OrderedDict()
 
     async def admit(self, tenant: str, memories: Sequence[str]) -> Admitted:
-        """Let a request of a tenant for these memories through.
+        """Let a request of a tenant for these memories through, once all of them are in its store
+        or pulled.
 
         Raises:
-            InvalidMemoryId, MemoryNotFound, PackageTooLarge; TooManyLoads: there is no room now.
+            InvalidMemoryId, MemoryNotFound, PackageTooLarge; TooManyLoads: there is no room now; of
+            the registry, what `Pulls` raises.
         """
-        sizes = await asyncio.to_thread(
-            lambda: {memory: self.size(tenant, memory) for memory in memories}
-        )
-        return await self._admit(sizes)
+        sizes = await asyncio.to_thread(self._sizes, tenant, memories)
+        if (pulls := self.pulls) is None:
+            return await self._admit(sizes)
+        until = pulls.deadline()
+        absent = [memory for memory in memories if memory not in sizes]
+        offers = await asyncio.gather(*(pulls.look(tenant, memory, until) for memory in absent))
+        for offer in offers:
+            pulls.check(offer.listing)
+        admitted = await self._admit(sizes | {o.listing.id: o.listing.bytes for o in offers})
+        try:
+            await pulls.pull(tenant, offers, until)
+        except BaseException:
+            admitted.end()
+            raise
+        return admitted
+
+    async def offer(self, tenant: str, memory: str) -> Offer | None:
+        """What the registry lists of a memory that a tenant's store lacks; None for one that is
+        there. Raises as `admit` does."""
+        if await asyncio.to_thread(self._sizes, tenant, [memory]):
+            return None
+        assert self.pulls is not None
+        return await self.pulls.look(tenant, memory, self.pulls.deadline())
+
+    def _sizes(self, tenant: str, memories: Sequence[str]) -> dict[str, int]:
+        """Bytes of a tenant's memories; without those that the registry may have."""
+        sizes = {}
+        for memory in memories:
+            try:
+                sizes[memory] = self.size(tenant, memory)
+            except MemoryNotFound:
+                if self.pulls is None:
+                    raise
+                continue
+            if self.pulls is not None and self.stores[tenant].is_pulled(memory):
+                self.pulls.note_use(tenant, memory)
+        return sizes
 
     def size(self, tenant: str, memory: str) -> int:
         """Bytes of a tenant's memory: whoever reads files asks before.

@@ -84,6 +84,14 @@ class ServingConfig(FrozenModel):
         description="what must be signed by a key of the trust file: nothing, W-Matrices, or "
         "packages too, but for those captured here (default: wmatrix with a trust file)",
     )
+    registry: str | None = Field(
+        None,
+        description="oci://HOST/REPOSITORY, or a layout folder: memories that a store lacks are "
+        "looked up and pulled from there, for every tenant",
+    )
+    registry_cache_gib: float = Field(
+        10.0, gt=0, allow_inf_nan=False, description="GiB of disk for memories that were pulled"
+    )
     pin: tuple[str, ...] = Field((), description="memories to keep warm from the start")
     max_loads: int = Field(
         32, ge=1, description="cold memories that are loaded at once; beyond, 429 with Retry-After"

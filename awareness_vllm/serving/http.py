@@ -22,7 +22,12 @@ from vllm.exceptions import (
     VLLMValidationError,
 )
 
-from awareness_vllm.errors import AwarenessError, Unauthorized, UnsupportedRequest
+from awareness_vllm.errors import (
+    AwarenessError,
+    RegistryDenied,
+    Unauthorized,
+    UnsupportedRequest,
+)
 from awareness_vllm.serving.config import CONNECTOR
 from awareness_vllm.serving.request import MEMORY_IDS
 from awareness_vllm.serving.tenants import Tenants
@@ -91,7 +96,9 @@ def client_error(error: AwarenessError, parameter: str = MEMORY_IDS) -> Exceptio
         return error
     if error.status == 429:
         return BusyError(str(error), HTTPStatus.TOO_MANY_REQUESTS)
-    if error.status in (403, 507):
+    if isinstance(error, RegistryDenied):  # the server, that is: its client is not at fault
+        return GracefulHTTPError(str(error), HTTPStatus.BAD_GATEWAY)
+    if error.status in (403, 502, 504, 507):
         return GracefulHTTPError(str(error), HTTPStatus(error.status))
     if error.status == 404:
         return VLLMNotFoundError(str(error))

@@ -16,6 +16,7 @@ from awareness_vllm.errors import (
 )
 from awareness_vllm.models.tokens import load_tokenizer, tokenize
 from awareness_vllm.packages.file import PackageIndex, read_index
+from awareness_vllm.packages.listing import PackageListing
 from awareness_vllm.packages.manifest import Manifest, corrupt_package
 from awareness_vllm.packages.origin import Origin, is_own
 from awareness_vllm.packages.store import Store, digest_in, version_of
@@ -30,7 +31,7 @@ from awareness_vllm.serving.tenants import stores_of
 from awareness_vllm.serving.trust import trust_of, trusted_maps
 from awareness_vllm.trust.policy import TrustPolicy, signature_path
 from awareness_vllm.wmatrix.registry import Registry
-from awareness_vllm.wmatrix.verdict import check_fits, verdict
+from awareness_vllm.wmatrix.verdict import Verdict, check_fits, verdict
 
 NO_TRUST = TrustPolicy()
 MAX_RESOLVED = 1024
@@ -179,6 +180,20 @@ class MemoryResolver:
         """
         path = self.stores[tenant].path(memory_id)
         return self._check_version(path, version_of(path), self._signature_version(path))
+
+    def check_listing(self, listing: PackageListing) -> Verdict:
+        """How the served model can load what a registry lists; asked before it is pulled.
+
+        Raises:
+            NoWMatrix, UnsupportedRequest, UnsupportedModel, ContextTooLong
+        """
+        manifest, model = listing.manifest, self.model
+        decision = verdict(listing.id, manifest.geometry, model.geometry, self.registry, manifest)
+        if decision.exact:  # of other models' tokens this one may have fewer
+            decision = decision.within(listing.id, manifest.tokens, model.max_model_len)
+        if decision.refusal is not None:
+            raise decision.refusal
+        return decision
 
     def _signature_version(self, path: Path) -> tuple[int, ...]:
         """The version of a package's signature; empty where there is none to look at."""

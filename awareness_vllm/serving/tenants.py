@@ -21,6 +21,7 @@ from awareness_vllm.files import read_text_file, sweep
 from awareness_vllm.packages.store import Store
 from awareness_vllm.schema import FrozenModel
 from awareness_vllm.serving.config import ServingConfig
+from awareness_vllm.serving.registry import pulled_folder
 
 TENANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 KEY = re.compile(r"[!-~]+")
@@ -99,11 +100,13 @@ def store_folders(path: str | Path | None, default: Path) -> dict[str, Path]:
 
 
 def stores_of(config: ServingConfig) -> dict[str, Store]:
-    """Each tenant's store, without what killed captures left there. Raises BadInput."""
+    """Each tenant's store, without what killed captures left there; what was pulled from the
+    server's registry is in all of them. Raises BadInput."""
     folders = store_folders(config.tenants, Path(config.store))
     for folder in folders.values():
         sweep(folder)
-    return {tenant: Store(folder) for tenant, folder in folders.items()}
+    pulled = pulled_folder(config.registry) if config.registry else None
+    return {tenant: Store(folder, pulled) for tenant, folder in folders.items()}
 
 
 def _parse(path: Path) -> dict[str, TenantEntry]:

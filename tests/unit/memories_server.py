@@ -21,6 +21,7 @@ from awareness_vllm.serving.admission import Admission
 from awareness_vllm.serving.api.canary import Canary
 from awareness_vllm.serving.api.editions import Editions
 from awareness_vllm.serving.api.engine_client import MemoryEngineClient
+from awareness_vllm.serving.api.front_end import pulls_of
 from awareness_vllm.serving.api.guard import Guard
 from awareness_vllm.serving.api.memories import router
 from awareness_vllm.serving.config import ServingConfig
@@ -83,7 +84,7 @@ class Server:
 
     def __init__(self, config: ServingConfig, model: Path) -> None:
         self.engine, self.stores = Engine(), Path(config.store).parent
-        self.tenants = Tenants.read(config.tenants)
+        self.tenants, self.config = Tenants.read(config.tenants), config
         self.app = app()
         self.serve(MemoryResolver.from_config(config, ServedModel.read(model, LIMIT)))
         self.client = TestClient(self.app)
@@ -91,7 +92,10 @@ class Server:
     def serve(self, resolver: MemoryResolver, context_length: int | None = None) -> None:
         self.resolver = resolver
         client = MemoryEngineClient(cast("EngineClient", self.engine))
-        self.admission = Admission(resolver.stores, client.loaded, 32, 2**30)
+        pulls = pulls_of(self.config, resolver)
+        self.admission = Admission(
+            resolver.stores, client.loaded, 32, self.config.max_load_bytes, pulls
+        )
         self.app.state.awareness = FrontEnd(
             resolver,
             self.tenants,

@@ -52,6 +52,7 @@ def test_the_list_is_the_tenants_own(server: Server, make_package: Make) -> None
         "signed_by": None,
         "edition_of": None,
         "edition": False,
+        "location": "store",
         "error": None,
     }
     del page["data"]

@@ -119,7 +119,7 @@ async def capture_edition(
         ContextTooLong, TooManyLoads, StorageFull; AwarenessError: its states were not read back.
     """
     _check_allowed(front, "an edition")
-    front.admission.size(tenant, memory_id)
+    (await front.admission.admit(tenant, [memory_id])).end()  # here, whence ever it comes
     package = await asyncio.to_thread(front.resolver.check, memory_id, tenant)
     if isinstance(package.use, SignatureInvalid):
         raise package.use

@@ -13,6 +13,8 @@ from awareness_vllm.serving.api.passages import Passages
 from awareness_vllm.serving.config import ServingConfig
 from awareness_vllm.serving.http import FrontEnd
 from awareness_vllm.serving.offline_capture import state_bytes
+from awareness_vllm.serving.pulls import Pulls
+from awareness_vllm.serving.registry import registry_memories
 from awareness_vllm.serving.resolver import MemoryResolver
 from awareness_vllm.serving.served_model import ServedModel
 from awareness_vllm.serving.storage import CaptureLimits
@@ -28,6 +30,7 @@ def build_front_end(config: ServingConfig, engine: EngineClient) -> FrontEnd:
     model = ServedModel.of(engine.vllm_config)
     resolver = MemoryResolver.from_config(config, model)
     client = MemoryEngineClient(engine, passages_of(config, engine, model))
+    pulls = pulls_of(config, resolver)
     return FrontEnd(
         resolver=resolver,
         tenants=Tenants.read(config.tenants),
@@ -35,11 +38,25 @@ def build_front_end(config: ServingConfig, engine: EngineClient) -> FrontEnd:
         canary=Canary(client),
         target=target_config(engine.vllm_config, model, config.tail),
         admission=Admission(
-            resolver.stores, client.loaded, config.max_loads, config.max_load_bytes
+            resolver.stores, client.loaded, config.max_loads, config.max_load_bytes, pulls
         ),
         capture_limits=CaptureLimits.from_config(config),
         editions=Editions.from_config(config, engine.vllm_config, model, client),
     )
+
+
+def pulls_of(config: ServingConfig, resolver: MemoryResolver) -> Pulls | None:
+    """The pulls from the server's registry, if it has one. Raises BadInput."""
+    if config.registry is None:
+        return None
+    registry = registry_memories(
+        config.registry,
+        limit=int(config.registry_cache_gib * 2**30),
+        max_bytes=config.max_load_bytes,
+        trust=resolver.trust,
+        signed=resolver.signed,
+    )
+    return Pulls(registry, resolver.check_listing, config.load_timeout)
 
 
 def passages_of(config: ServingConfig, engine: EngineClient, model: ServedModel) -> Passages:

@@ -26,6 +26,7 @@ from awareness_vllm.errors import (
     PackageCorrupt,
     SignatureInvalid,
 )
+from awareness_vllm.packages.listing import PackageListing
 from awareness_vllm.packages.manifest import Manifest, check_id, read_manifest
 from awareness_vllm.packages.store import Store, digest_in, memory_not_found
 from awareness_vllm.schema import FrozenModel
@@ -33,8 +34,10 @@ from awareness_vllm.serving.api.capture import capture_edition
 from awareness_vllm.serving.api.prefetch import while_connected
 from awareness_vllm.serving.http import FrontEnd, caller, client_errors
 from awareness_vllm.serving.prompt import Prompt
+from awareness_vllm.serving.registry import Offer
 from awareness_vllm.serving.request import MemoryRequest
-from awareness_vllm.serving.resolved_memory import PromiseBasis
+from awareness_vllm.serving.resolved_memory import PromiseBasis, ResolvedMemory
+from awareness_vllm.wmatrix.registry import WMatrixEntry
 from awareness_vllm.wmatrix.verdict import check_fits
 
 
@@ -47,7 +50,9 @@ class Memory(FrozenModel):
 
     id: str
     object: Literal["memory"] = "memory"
-    created: int = Field(description="Unix time at which the package was put into the store")
+    created: int | None = Field(
+        None, description="Unix time at which the package was put into the store, or pulled"
+    )
     bytes: int
     name: str | None = None
     source_model: str | None = None
@@ -63,11 +68,17 @@ class Memory(FrozenModel):
         description="Whether the served model has read the text and keeps its own states of it, as "
         "far as this front end knows",
     )
+    location: Literal["store", "cache", "registry"] = Field(
+        "store",
+        description="The caller's store; the cache of what this server has pulled from its "
+        "registry; or the registry, from which it is pulled at its first use",
+    )
     error: str | None = None
 
 
 class MemoryList(FrozenModel):
-    """A page of the caller's memories, by ID. Their bytes are checked before each use, not here."""
+    """A page of the caller's memories, by ID: those in its store, and those of the registry that it
+    has used since the server's start. Their bytes are checked before each use, not here."""
 
     object: Literal["list"] = "list"
     data: list[Memory]
@@ -160,21 +171,25 @@ def list_memories(
 
 
 @router.get("/{memory_id}", responses=ONE_MEMORY_ERRORS)
-def retrieve_memory(memory_id: str, raw_request: Request) -> MemoryDetail:
-    """A memory's manifest, and whether this server's model can use it."""
+async def retrieve_memory(memory_id: str, raw_request: Request) -> MemoryDetail:
+    """A memory's manifest, and whether this server's model can use it. Of one in the registry the
+    listing says it: nothing is pulled."""
     with client_errors("memory_id"):
         front, tenant = caller(raw_request)
-        front.admission.size(tenant, memory_id)
-        return _detail(front, tenant, memory_id)
+        offer = await front.admission.offer(tenant, memory_id)
+        if offer is not None:
+            return _offered(front, offer.listing)
+        return await asyncio.to_thread(_detail, front, tenant, memory_id)
 
 
 @router.get("/{memory_id}/compatibility", responses=ONE_MEMORY_ERRORS)
-def check_memory(memory_id: str, raw_request: Request) -> CompatibilityReport:
-    """The memory on this model: estimates and their basis, risks, advice."""
+async def check_memory(memory_id: str, raw_request: Request) -> CompatibilityReport:
+    """The memory on this model: estimates and their basis, risks, advice. Of one in the registry by
+    its listing: nothing is pulled."""
     with client_errors("memory_id"):
         front, tenant = caller(raw_request)
-        front.admission.size(tenant, memory_id)
-        return _report(front, tenant, memory_id)
+        offer = await front.admission.offer(tenant, memory_id)
+        return await asyncio.to_thread(_report, front, tenant, memory_id, offer)
 
 
 @router.post("/{memory_id}/load", responses=ONE_MEMORY_ERRORS, response_model=MemoryLoad)
@@ -221,7 +236,8 @@ async def evict_memory(memory_id: str, raw_request: Request) -> MemoryEvicted:
     with client_errors("memory_id"):
         front, tenant = caller(raw_request)
         # Without a check of its bytes: a damaged package is all the more reason to drop states.
-        await asyncio.to_thread(front.resolver.stores[tenant].path, memory_id)
+        if not await asyncio.to_thread(front.resolver.stores[tenant].has, memory_id):
+            await front.admission.offer(tenant, memory_id)  # its file may have left the cache
     front.admission.forget(memory_id)
     front.editions.forget(memory_id)
     evicted = await front.engine_client.evict(memory_id, tenant)
@@ -230,9 +246,10 @@ async def evict_memory(memory_id: str, raw_request: Request) -> MemoryEvicted:
 
 def _page(front: FrontEnd, tenant: str, limit: int, after: str | None) -> MemoryList:
     """A tenant's first `limit` memories after one, which need not be there any more."""
-    store = front.resolver.stores[tenant]
+    store, pulls = front.resolver.stores[tenant], front.admission.pulls
     begin = "" if after is None else check_id(after)
-    listed = (_listed(front, store, one) for one in store.ids() if one > begin)
+    ids = {*store.ids(), *(pulls.used_by(tenant) if pulls else ())}
+    listed = (_listed(front, store, one) for one in sorted(ids) if one > begin)
     more = list(islice((memory for memory in listed if memory is not None), limit + 1))
     data = more[:limit]
     return MemoryList(
@@ -250,10 +267,10 @@ def _listed(front: FrontEnd, store: Store, memory_id: str) -> Memory | None:
         path = store.path(memory_id)
         try:
             signed_by = trust.signer(path, digest_in(memory_id), "package")
-            facts = _facts(path, read_manifest(path))
+            facts = _facts(store, path, read_manifest(path))
             return Memory(**facts, signed_by=signed_by, edition=edition)
         except (PackageCorrupt, SignatureInvalid) as error:
-            return Memory(**_facts(path, None), edition=edition, error=error.what)
+            return Memory(**_facts(store, path, None), edition=edition, error=error.what)
     except MemoryNotFound:
         return None
 
@@ -261,7 +278,7 @@ def _listed(front: FrontEnd, store: Store, memory_id: str) -> Memory | None:
 def _detail(front: FrontEnd, tenant: str, memory_id: str) -> MemoryDetail:
     """Everything about one memory. Raises InvalidMemoryId, MemoryNotFound, PackageCorrupt."""
     package = front.resolver.check(memory_id, tenant)
-    facts = _facts(package.path, package.manifest)
+    facts = _facts(front.resolver.stores[tenant], package.path, package.manifest)
     compatibility = _compatibility(front, tenant, memory_id)
     return MemoryDetail(
         **facts,
@@ -272,18 +289,38 @@ def _detail(front: FrontEnd, tenant: str, memory_id: str) -> MemoryDetail:
     )
 
 
-def _facts(path: Path, manifest: Manifest | None) -> dict[str, Any]:
+def _facts(store: Store, path: Path, manifest: Manifest | None) -> dict[str, Any]:
     """The fields of `Memory` from a file and its manifest. Raises MemoryNotFound."""
     try:
         stat = path.stat()
     except FileNotFoundError as error:
         raise memory_not_found(path.stem) from error
     facts = {"id": path.stem, "created": int(stat.st_mtime), "bytes": stat.st_size}
-    if manifest is None:
-        return facts
+    facts["location"] = "store" if path.parent == store.folder else "cache"
+    return facts if manifest is None else facts | _named(manifest)
+
+
+def _named(manifest: Manifest) -> dict[str, Any]:
+    """The fields of `Memory` from a manifest."""
     named = {"name": manifest.name, "source_model": manifest.geometry.name}
-    named["edition_of"] = manifest.edition_of
-    return {**facts, **named, "tokens": manifest.tokens}
+    return {**named, "edition_of": manifest.edition_of, "tokens": manifest.tokens}
+
+
+def _offered(front: FrontEnd, listing: PackageListing) -> MemoryDetail:
+    """Everything that the registry says about a memory. What it keeps depends on its text."""
+    try:
+        decision = front.resolver.check_listing(listing)
+        compatibility = Compatibility(loadable=True, **_map_facts(decision.entry))
+    except AwarenessError as error:
+        compatibility = Compatibility(loadable=False, reason=str(error))
+    return MemoryDetail(
+        id=listing.id,
+        bytes=listing.bytes,
+        location="registry",
+        **_named(listing.manifest),
+        manifest=listing.manifest,
+        compatibility=compatibility,
+    )
 
 
 def _compatibility(front: FrontEnd, tenant: str, memory_id: str) -> Compatibility:
@@ -294,32 +331,47 @@ def _compatibility(front: FrontEnd, tenant: str, memory_id: str) -> Compatibilit
         raise
     except AwarenessError as error:
         return Compatibility(loadable=False, reason=str(error))
-    wmatrix = prompt.memories[0].wmatrix
     return Compatibility(
         loadable=True,
-        wmatrix=wmatrix.path.name if wmatrix else None,
         prompt_tokens=prompt.memories[0].tokens,
         **vars(prompt.promises[0]),
-        certified=wmatrix is not None and wmatrix.certificate is not None,
-        claimed=wmatrix is not None and wmatrix.claimed,
-        wmatrix_signed_by=wmatrix.signed_by if wmatrix else None,
-        certificate_signed_by=wmatrix.certificate_signed_by if wmatrix else None,
+        **_map_facts(prompt.memories[0].wmatrix),
     )
 
 
-def _report(front: FrontEnd, tenant: str, memory_id: str) -> CompatibilityReport:
-    """A memory's report for the served model. Raises for faults of the package itself."""
+def _map_facts(wmatrix: WMatrixEntry | None) -> dict[str, Any]:
+    """The fields of `Compatibility` from the map, if it takes one."""
+    if wmatrix is None:
+        return {}
+    return {
+        "wmatrix": wmatrix.path.name,
+        "certified": wmatrix.certificate is not None,
+        "claimed": wmatrix.claimed,
+        "wmatrix_signed_by": wmatrix.signed_by,
+        "certificate_signed_by": wmatrix.certificate_signed_by,
+    }
+
+
+def _report(
+    front: FrontEnd, tenant: str, memory_id: str, offer: Offer | None
+) -> CompatibilityReport:
+    """A memory's report for the served model: by its package, or by what the registry lists. Raises
+    for faults of the package itself."""
     resolver = front.resolver
-    package = resolver.check(memory_id, tenant)
-    manifest, use = package.manifest, package.use
-    # Where the memory is refused, the report's verdict says so, too.
-    tokens = manifest.tokens if isinstance(use, AwarenessError) else len(use.ids)
+    if offer is not None:
+        manifest, use = offer.listing.manifest, None
+        memory = of_manifest(manifest, memory_id)
+    else:
+        package = resolver.check(memory_id, tenant)
+        manifest, use = package.manifest, package.use
+        memory = of_manifest(manifest, memory_id, package.path, package.signed_by)
     check = CheckContext(
-        memory=of_manifest(manifest, memory_id, package.path, package.signed_by),
+        memory=memory,
         target=Model(resolver.model.geometry.name, resolver.model.geometry),
         config=front.target,
         registry=resolver.registry,
-        tokens=tokens,
+        # Where the memory is refused, the report's verdict says so, too.
+        tokens=len(use.ids) if isinstance(use, ResolvedMemory) else manifest.tokens,
         refused=use if isinstance(use, SignatureInvalid) else None,
     )
     return report(check)

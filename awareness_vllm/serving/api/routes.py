@@ -127,6 +127,8 @@ class AwarenessEndpoints:
         await front.engine_client.call(BIND)
         await front.engine_client.check_read_back()
         await check_sinks(front.engine_client, front.resolver)
+        if (pulls := front.admission.pulls) is not None:
+            await pulls.pull_pins(front.resolver.stores.values(), config.pin)
         await front.engine_client.pin(front.resolver, config.pin)
         state.awareness = front
         logger.info("memories are served from %s", config.store)

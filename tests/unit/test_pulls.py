@@ -1,0 +1,304 @@
+"""Memories of a registry on a server: looked up, refused before they are pulled, pulled once."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from memories_server import CHECK, DELETE, GET, LOAD, UNKNOWN, Make, Server, server_of_tenants
+
+from awareness_vllm.errors import AwarenessError, RegistryDenied, RegistryTimeout
+from awareness_vllm.marketplace.files import push_file
+from awareness_vllm.oci.artefact import Descriptor
+from awareness_vllm.oci.connect import open_repository
+from awareness_vllm.oci.layout import Layout
+from awareness_vllm.oci.repository import Progress
+from awareness_vllm.packages.file import publish
+from awareness_vllm.serving import pulls as module
+from awareness_vllm.serving.connector.worker_extension import PREFETCH
+from awareness_vllm.serving.pulls import MISSES, Pulls
+from awareness_vllm.serving.registry import pulled_folder
+from awareness_vllm.wmatrix.file import WMatrix
+
+pytestmark = pytest.mark.unit
+
+
+class Watched(Layout):
+    """A layout that counts what is asked of it, and sends blobs once it may."""
+
+    def __init__(self, inner: Layout) -> None:
+        super().__init__(inner.reference)
+        self.lookups, self.fetches = 0, 0
+        self.at_once, self.most_at_once = 0, 0
+        self.may_send = threading.Event()
+        self.may_send.set()
+        self.error: AwarenessError | None = None
+
+    def manifest(self, name: str) -> tuple[Descriptor, bytes]:
+        self.lookups += 1
+        if self.error is not None:
+            raise self.error
+        return super().manifest(name)
+
+    def fetch(
+        self, descriptor: Descriptor, draft: Path, progress: Progress = lambda _: None
+    ) -> None:
+        self.fetches += 1
+        self.at_once += 1
+        self.most_at_once = max(self.most_at_once, self.at_once)
+        assert self.may_send.wait(10)
+        self.at_once -= 1
+        super().fetch(descriptor, draft, progress)
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> Path:
+    return tmp_path / "layout"
+
+
+@pytest.fixture
+def push(layout: Path, tmp_path: Path) -> Callable[..., str]:
+    """Push a package of somebody's into the registry; its ID."""
+
+    def push(package: Any, **changes: Any) -> str:
+        path = publish(package, tmp_path / "author", **changes)
+        push_file(path, open_repository(layout))
+        return path.stem
+
+    return push
+
+
+@pytest.fixture
+def served(
+    tmp_path: Path, layout: Path, tiny_models: tuple[Path, Path], wmatrix: WMatrix
+) -> Iterator[Server]:
+    """A server of two tenants with a registry, and a map for the packages in it."""
+    yield from serve(tmp_path, layout, tiny_models[1], wmatrix)
+
+
+def serve(folder: Path, layout: Path, model: Path, wmatrix: WMatrix, **options: Any) -> Any:
+    server = server_of_tenants(folder, model, registry=str(layout), **options)
+    server.add_map(wmatrix)
+    pulls = pulls_of(server)
+    object.__setattr__(pulls.registry, "repository", Watched(pulls.registry.repository))
+    with server.client:  # one event loop for all requests
+        yield server
+
+
+def pulls_of(server: Server) -> Pulls:
+    assert server.admission.pulls is not None
+    return server.admission.pulls
+
+
+def watched(server: Server) -> Watched:
+    repository = pulls_of(server).registry.repository
+    assert isinstance(repository, Watched)
+    return repository
+
+
+def test_a_memory_that_no_store_has_is_pulled_for_its_first_use(
+    served: Server, push: Callable[..., str], make_package: Make
+) -> None:
+    memory = push(make_package())
+    detail = served.get(memory)
+    assert (detail["location"], detail["created"]) == ("registry", None)
+    assert detail["compatibility"]["loadable"] is True
+    assert detail["compatibility"]["wmatrix"] == "pair.wmatrix"
+    assert served.call(CHECK, memory).json()["tokens"] == detail["tokens"]
+    assert served.get()["data"] == []
+    assert watched(served).fetches == 0
+    response = served.call(LOAD, memory)
+    assert response.status_code == 200, response.text
+    assert [name for name, _ in served.engine.calls] == [PREFETCH]
+    (listed,) = served.get()["data"]
+    assert (listed["id"], listed["location"]) == (memory, "cache")
+    assert served.get(memory)["compatibility"]["prompt_tokens"] > 0
+    assert not served.path(memory).exists()  # the tenant's quota is untouched
+    # Another tenant may use it too, but does not see that somebody did.
+    assert served.get(tenant="umbrella")["data"] == []
+    looked_up = watched(served).lookups
+    assert served.call(LOAD, memory, tenant="umbrella").status_code == 200
+    assert (watched(served).fetches, watched(served).lookups) == (1, looked_up)
+
+
+def test_a_tenants_own_file_counts_first(
+    served: Server, push: Callable[..., str], make_package: Make
+) -> None:
+    memory = push(make_package())
+    served.publish(make_package())
+    assert served.get(memory)["location"] == "store"
+    assert served.call(LOAD, memory).status_code == 200
+    assert watched(served).lookups == 0
+
+
+def test_a_pulled_memory_is_claimed(
+    served: Server, push: Callable[..., str], make_package: Make
+) -> None:
+    memory = push(make_package(seed=77), sealed=False)
+    asyncio.run(served.admission.admit("acme", [memory]))
+    assert served.resolver.check(memory, "acme").origin == "claimed"
+
+
+@pytest.mark.parametrize("fault", ["no map", "too large", "size", "other memory", "no text"])
+def test_what_cannot_be_loaded_is_refused_before_it_is_pulled(
+    served: Server, push: Callable[..., str], make_package: Make, layout: Path, fault: str
+) -> None:
+    memory = push(make_package())
+    registry = pulls_of(served).registry
+    expected = fault
+    if fault == "no map":
+        served.resolver.registry = type(served.resolver.registry)(())
+        expected = "no W-Matrix leads"
+    elif fault == "too large":
+        object.__setattr__(registry, "max_bytes", 100)
+        expected = "--max-load-gib"
+    elif fault == "size":
+        relist(layout, memory, lambda listing: listing | {"bytes": listing["bytes"] + (4 << 20)})
+        expected = "by its manifest"
+    elif fault == "other memory":
+        other = push(make_package(seed=5))
+        retag(layout, other, memory)
+        expected = f"the package {other}"
+    else:
+        relist(layout, memory, without_text)
+        expected = "has no text"
+    response = served.call(LOAD, memory)
+    assert response.status_code == (400 if fault == "no text" else 422), response.text
+    assert expected in response.json()["error"]["message"]
+    assert watched(served).fetches == 0
+    assert served.engine.calls == []
+
+
+def test_an_unknown_memory_is_the_404_of_ever_and_is_not_asked_for_again(
+    served: Server, server: Server
+) -> None:
+    for route in (GET, CHECK, LOAD, DELETE):
+        with_registry, without = (one.call(route, UNKNOWN) for one in (served, server))
+        assert with_registry.status_code == 404
+        assert with_registry.content == without.content
+    assert watched(served).lookups == 1
+
+
+def test_a_tenant_that_guesses_ids_is_stopped(served: Server) -> None:
+    def guess(number: int, tenant: str = "acme") -> int:
+        return served.call(GET, f"mem_{number:032x}", tenant=tenant).status_code
+
+    statuses = [guess(number) for number in range(MISSES + 2)]
+    assert statuses[:MISSES] == [404] * MISSES
+    assert statuses[-1] == 429
+    assert watched(served).lookups <= MISSES + 1
+    assert guess(10**6, "umbrella") == 404
+
+
+def test_a_pull_that_takes_too_long_is_a_504_and_goes_on(
+    tmp_path: Path,
+    layout: Path,
+    tiny_models: tuple[Path, Path],
+    wmatrix: WMatrix,
+    push: Callable[..., str],
+    make_package: Make,
+) -> None:
+    memory, other = push(make_package()), make_package(seed=3)
+    for served in serve(tmp_path, layout, tiny_models[1], wmatrix, load_timeout=0.3):
+        local = served.publish(other)
+        watched(served).may_send.clear()
+        for _ in range(2):
+            response = served.call(LOAD, memory)
+            assert response.status_code == 504
+            assert "--load-timeout" in response.json()["error"]["message"]
+        assert served.call(LOAD, local).status_code == 200
+        assert served.admission.loads == {}
+        watched(served).may_send.set()
+        assert served.call(LOAD, memory).status_code == 200
+        assert watched(served).fetches == 1
+
+
+def test_many_requests_pull_each_memory_once_and_some_at_once(
+    served: Server, push: Callable[..., str], make_package: Make
+) -> None:
+    memories = [push(make_package(seed=seed)) for seed in range(module.MAX_PULLS + 2)]
+    watched(served).may_send.clear()
+
+    async def all_at_once() -> None:
+        requests = [
+            asyncio.create_task(served.admission.admit("acme", [memory])) for memory in memories * 3
+        ]
+        while watched(served).at_once < module.MAX_PULLS:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)
+        watched(served).may_send.set()
+        for request in requests:
+            (await request).end()
+
+    asyncio.run(all_at_once())
+    assert watched(served).fetches == len(memories)
+    assert watched(served).most_at_once == module.MAX_PULLS
+    assert served.admission.loads == {}
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (RegistryTimeout("too slow"), 504),
+        (RegistryDenied("keys.example does not let us in", found="401"), 502),
+    ],
+)
+def test_a_registry_that_fails_is_named_and_harms_nobody_else(
+    served: Server, push: Callable[..., str], make_package: Make, error: Any, status: int
+) -> None:
+    memory, local = push(make_package()), served.publish(make_package(seed=2))
+    watched(served).error = error
+    for route in (GET, LOAD):
+        response = served.call(route, memory)
+        assert response.status_code == status, response.text
+        assert error.what in response.json()["error"]["message"]
+    assert served.call(LOAD, local).status_code == 200
+    watched(served).error = None
+    module_refusals = pulls_of(served).refusals
+    module_refusals.values.clear()  # a second later
+    assert served.call(LOAD, memory).status_code == 200
+
+
+def test_a_damaged_layer_leaves_nothing_behind(
+    served: Server, push: Callable[..., str], make_package: Make, layout: Path
+) -> None:
+    memory = push(make_package())
+    (blob,) = (b for b in (layout / "blobs/sha256").iterdir() if b.name.startswith(memory[4:]))
+    blob.write_bytes(bytes(blob.stat().st_size))
+    for _ in range(2):
+        assert served.call(LOAD, memory).status_code == 422
+    assert watched(served).fetches == 1  # not again for a while
+    assert not [*pulled_folder(str(layout)).glob("mem_*")]
+    assert served.get()["data"] == []
+
+
+def without_text(listing: dict[str, Any]) -> dict[str, Any]:
+    return listing | {"manifest": listing["manifest"] | {"has_text": False}}
+
+
+def relist(layout: Path, memory: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Push an artefact again with a listing that lies, and a layer that agrees with it."""
+    from awareness_vllm.oci.artefact import MANIFEST, Layer, descriptor_of, parse_image_manifest
+    from awareness_vllm.packages.listing import CONFIG
+
+    repository = open_repository(layout)
+    manifest = parse_image_manifest(repository.manifest(memory)[1])
+    listing = change(json.loads(repository.blob(manifest.config, 1 << 20)))
+    config = json.dumps(listing).encode()
+    repository.upload(Layer(config, descriptor_of(config, CONFIG)))
+    layers = [manifest.layers[0].model_copy(update={"size": listing["bytes"]})]
+    update = {"config": descriptor_of(config, CONFIG), "layers": layers}
+    lying = manifest.model_copy(update=update).model_dump_json(by_alias=True, exclude_none=True)
+    repository.put_manifest(lying.encode(), MANIFEST, memory)
+
+
+def retag(layout: Path, memory: str, tag: str) -> None:
+    """Have another memory's tag name a memory."""
+    repository = open_repository(layout)
+    descriptor, raw = repository.manifest(memory)
+    repository.put_manifest(raw, descriptor.media_type, tag)
