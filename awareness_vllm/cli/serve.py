@@ -25,7 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="Hugging Face model folder")
     several: dict[str, Any] = {"nargs": "+", "action": "extend", "default": []}
     option("--store", "store", type=Path, metavar="DIR")
-    option("--wmatrix", "wmatrices", type=Path, metavar="FILE", **several)
+    option("--wmatrix", "wmatrices", metavar="FILE", **several)
+    option("--registry", "registry", metavar="REGISTRY")
+    option("--registry-cache-gib", "registry_cache_gib", type=float, metavar="GIB")
     option("--tail", "tail", type=int, metavar="N")
     option("--tenants", "tenants", type=Path, metavar="FILE")
     option("--trust", "trust", type=Path, metavar="FILE")
@@ -51,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from awareness_vllm.serving.launch import command, serving_config
     from awareness_vllm.serving.plugin import register
+    from awareness_vllm.serving.remote_maps import with_registry_maps
 
     register()
     config = serving_config(
@@ -63,6 +66,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         pin=args.pin,
         host_cache_gib=args.host_cache_gib,
         disk_cache=args.disk_cache,
+        registry=args.registry,
+        registry_cache_gib=args.registry_cache_gib,
         reread=args.reread,
         quote=args.quote,
         reread_timeout=args.reread_timeout,
@@ -77,6 +82,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         capture_quota_gib=args.capture_quota_gib,
         min_free_gib=args.min_free_gib,
     )
+    config = with_registry_maps(config, args.model)
     return {"argv": command(args.model, config, args.flags)}
 
 

@@ -101,16 +101,19 @@ class Admission:
 
     def _sizes(self, tenant: str, memories: Sequence[str]) -> dict[str, int]:
         """Bytes of a tenant's memories; without those that the registry may have."""
-        sizes = {}
+        sizes, store, pulls = {}, self.stores[tenant], self.pulls
         for memory in memories:
             try:
-                sizes[memory] = self.size(tenant, memory)
+                size = self.size(tenant, memory)
+                if pulls is not None and store.is_pulled(memory):
+                    if pulls.is_wanting(memory):
+                        continue
+                    pulls.note_use(tenant, memory)
             except MemoryNotFound:
-                if self.pulls is None:
+                if pulls is None:
                     raise
-                continue
-            if self.pulls is not None and self.stores[tenant].is_pulled(memory):
-                self.pulls.note_use(tenant, memory)
+            else:
+                sizes[memory] = size
         return sizes
 
     def size(self, tenant: str, memory: str) -> int:

@@ -23,7 +23,9 @@ class ServingConfig(FrozenModel):
     """A server's options and their defaults; the command line takes both from here."""
 
     store: str = Field(description="folder of memory packages")
-    wmatrices: tuple[str, ...] = Field((), description="W-Matrix files")
+    wmatrices: tuple[str, ...] = Field(
+        (), description="W-Matrix files; oci://HOST/REPOSITORY:TAG ones are pulled at start"
+    )
     tail: int = Field(
         TAIL,
         ge=0,

@@ -13,8 +13,11 @@ from awareness_vllm.errors import BadInput
 from awareness_vllm.files import default_store
 from awareness_vllm.packages.manifest import check_id
 from awareness_vllm.serving.config import WORKER_EXTENSION, ServingConfig, transfer_config
+from awareness_vllm.serving.registry import absolute_registry
+from awareness_vllm.serving.remote_maps import local_map
 from awareness_vllm.serving.tenants import Tenants
 from awareness_vllm.serving.trust import trust_of, trusted_maps
+from awareness_vllm.trust.policy import TrustPolicy
 
 PLUGIN = "awareness"
 LOADED_BY_DEFAULT = tuple(
@@ -27,40 +30,38 @@ COMPOSED_FLAGS = ("--kv-transfer-config", "--worker-extension-cls", "--model")
 
 def serving_config(
     store: Path | None = None,
-    wmatrices: Sequence[Path] = (),
+    wmatrices: Sequence[str | Path] = (),
     *,
     tenants: Path | None = None,
     trust: Path | None = None,
     disk_cache: Path | None = None,
+    registry: str | None = None,
     pin: Sequence[str] = (),
     **options: float | str | None,
 ) -> ServingConfig:
-    """A server's configuration with absolute paths; an option that is None has its default.
+    """A server's configuration with absolute paths; an option that is None has its default. Maps
+    that `oci://` references name are pulled.
 
     Raises:
         BadInput: a missing W-Matrix file, a tenants or trust file that cannot be used, or an option
             that is out of range.
         InvalidMemoryId: a memory to pin that cannot be one.
         WMatrixCorrupt, SignatureInvalid: with a trust file, a W-Matrix that cannot be used.
+        ArtefactNotFound, ArtefactCorrupt, RegistryError: of a map in a registry.
     """
-    for path in wmatrices:
-        if not path.is_file():
-            raise BadInput(
-                "no such W-Matrix",
-                found=str(path),
-                expected="a .wmatrix file",
-                remedy="`awareness fit`",
-            )
+    policy = TrustPolicy.read(trust)
+    paths = [local_map(wmatrix, policy) for wmatrix in wmatrices]
     Tenants.read(tenants)
     for memory in pin:
         check_id(memory)
     fields = {
         "store": _absolute(store or default_store()),
         # Not resolved: a signature lies beside the link that the operator names.
-        "wmatrices": tuple(os.path.abspath(path.expanduser()) for path in wmatrices),
+        "wmatrices": tuple(os.path.abspath(path.expanduser()) for path in paths),
         "tenants": _absolute(tenants),
         "trust": _absolute(trust),
         "disk_cache": _absolute(disk_cache),
+        "registry": absolute_registry(registry) if registry else None,
         "pin": tuple(pin),
         **options,
     }

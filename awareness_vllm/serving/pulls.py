@@ -70,6 +70,7 @@ class Pulls:
         self.pulls: Flights[None] = Flights("registry pulls", MAX_PULLS, MAX_WAITING)
         self.offers: Remembered[Offer] = Remembered()
         self.refusals: Remembered[AwarenessError] = Remembered()
+        self.complete: Remembered[bool] = Remembered()
         self.used: dict[str, OrderedDict[str, None]] = {}
         self.misses: dict[str, MissBudget] = {}
         self.metrics = PullMetrics.of_process()
@@ -105,7 +106,8 @@ class Pulls:
         """
         await asyncio.gather(*(self._pull(offer, until) for offer in offers))
         for offer in offers:
-            self.note_use(tenant, offer.listing.id)
+            self.complete.put(offer.listing.id, True, OFFER_S)
+            self._note(tenant, offer.listing.id)
 
     async def _pull(self, offer: Offer, until: float) -> None:
         memory = offer.listing.id
@@ -133,8 +135,16 @@ class Pulls:
                 self.check(offer.listing)
                 await self.pull("", [offer], until)
 
+    def is_wanting(self, memory: str) -> bool:
+        """Whether a memory in the cache lacks a signature that the registry may have by now."""
+        return self.registry.lacks_signature(memory) and not self.complete.get(memory)
+
     def note_use(self, tenant: str, memory: str) -> None:
-        """A tenant uses a memory of the registry."""
+        """A tenant uses a memory in the cache."""
+        self.registry.used(memory)
+        self._note(tenant, memory)
+
+    def _note(self, tenant: str, memory: str) -> None:
         used = self.used.setdefault(tenant, OrderedDict())
         used[memory] = None
         used.move_to_end(memory)

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from awareness_vllm.errors import ArtefactCorrupt, ArtefactNotFound, BadInput, PackageTooLarge
+from awareness_vllm.errors import (
+    ArtefactCorrupt,
+    ArtefactNotFound,
+    BadInput,
+    PackageTooLarge,
+    RegistryError,
+    StorageFull,
+)
 from awareness_vllm.files import home, put_in_place, scratch_folder
+from awareness_vllm.marketplace.signatures import choose, signatures
+from awareness_vllm.oci.cache import Cache
 from awareness_vllm.oci.connect import open_repository
 from awareness_vllm.oci.reference import Reference
 from awareness_vllm.oci.repository import Progress, Repository, no_progress
 from awareness_vllm.oci.transfer import Found, look
 from awareness_vllm.packages.listing import PackageListing, listing_of
 from awareness_vllm.packages.manifest import MAX_TOKEN_BYTES, layout_of
+from awareness_vllm.packages.origin import is_own
 from awareness_vllm.packages.store import file_of, memory_not_found
+from awareness_vllm.serving.storage import is_disk_full
 from awareness_vllm.tensor_file import DTYPES, MAX_HEADER
-from awareness_vllm.trust.policy import TrustPolicy
+from awareness_vllm.trust.policy import TrustPolicy, signature_path
 
 ITEM_BYTES = dict(DTYPES.values())
 
@@ -33,16 +45,14 @@ class Offer:
 
 @dataclass(frozen=True)
 class RegistryMemories:
-    """The memories of a repository, and the cache of those that were pulled, which holds `limit`
-    bytes of the files used last.
+    """The memories of a repository, and the cache of those that were pulled.
 
     Packages of more than `max_bytes` are refused; so are, if they must be `signed`, those that no
     key of the `trust` policy has signed.
     """
 
     repository: Repository
-    cache: Path
-    limit: int
+    cache: Cache
     max_bytes: int
     trust: TrustPolicy
     signed: bool = False
@@ -74,44 +84,82 @@ class RegistryMemories:
         """Put a memory into the cache, checked as every file of a stranger's is.
 
         Raises:
-            ArtefactCorrupt, PackageCorrupt, SignatureInvalid, RegistryError
+            ArtefactCorrupt, PackageCorrupt, SignatureInvalid, RegistryError; StorageFull: the cache
+            or its disk has no room.
         """
         (layer,) = offer.found.manifest.layers
-        path = self.cache / file_of(offer.listing.id)
-        self.cache.mkdir(parents=True, exist_ok=True)
-        with scratch_folder(self.cache) as scratch:
-            draft = scratch / path.name
-            self.repository.fetch(layer, draft, progress)
-            offer.listing.check_file(draft)
-            put_in_place(draft, path)
+        listing = offer.listing
+        try:
+            self._take_signature(offer)
+            self.cache.fetch(
+                self.repository,
+                layer,
+                file_of(listing.id),
+                check=listing.check_file,
+                progress=progress,
+            )
+        except OSError as error:
+            kind = StorageFull if is_disk_full(error) else RegistryError
+            raise kind(
+                f"memory {listing.id} cannot be kept in the cache",
+                found=error.strerror or type(error).__name__,
+                expected=f"a disk with room for {listing.bytes} bytes",
+            ) from error
+
+    def _take_signature(self, offer: Offer) -> None:
+        """Put the signature that counts beside the package to come. Raises SignatureInvalid."""
+        listing, path = offer.listing, self.cache.folder / file_of(offer.listing.id)
+        if not self.trust:
+            return
+        found = signatures(self.repository, offer.found.descriptor.digest)
+        self.cache.folder.mkdir(parents=True, exist_ok=True)
+        with scratch_folder(self.cache.folder) as scratch:
+            choose(listing, found, path, scratch, self.trust)
+            draft = signature_path(scratch / path.name, "package")
+            if self.signed and not is_own(listing.digest):
+                self.trust.require(scratch / path.name, listing.digest, "package")
+            if draft.is_file():
+                put_in_place(draft, signature_path(path, "package"))
+
+    def lacks_signature(self, memory: str) -> bool:
+        """Whether a pulled memory must be signed, and came without a signature: there may be one in
+        the registry by now. Raises InvalidMemoryId."""
+        path = self.cache.folder / file_of(memory)
+        return self.signed and not signature_path(path, "package").exists()
+
+    def used(self, memory: str) -> None:
+        """Say that a pulled memory is used: what was not for the longest leaves the cache first."""
+        with contextlib.suppress(OSError):  # a full disk: it only counts as older than it is
+            self.cache.used(file_of(memory))
 
 
 def registry_memories(
     where: str, *, limit: int, max_bytes: int, trust: TrustPolicy, signed: bool
 ) -> RegistryMemories:
     """The memories of a server's registry. Raises BadInput."""
-    repository = open_repository(where)
-    return RegistryMemories(repository, pulled_folder(where), limit, max_bytes, trust, signed)
+    cache = Cache(pulled_folder(where), limit)
+    return RegistryMemories(open_repository(where), cache, max_bytes, trust, signed)
 
 
-def reference_of(where: str) -> Reference:
-    """A server's registry: a repository as a whole. Raises BadInput."""
-    reference = Reference.parse(where)
+def absolute_registry(where: str) -> str:
+    """A server's registry, a repository as a whole; the folder of a layout is made absolute.
+
+    Raises:
+        BadInput
+    """
+    reference = Reference.parse(os.path.expanduser(where))
     if reference.name is not None:
         raise BadInput(
             "a server's registry is a whole repository",
             found=where,
             expected="a reference without a tag or a digest",
         )
-    return reference
+    return str(reference) if reference.host else os.path.realpath(reference.repository)
 
 
 def pulled_folder(where: str) -> Path:
-    """The cache of what was pulled from a registry. Each registry has its own: a server's tenants
-    read everything in its registry, and nothing of another server's."""
-    reference = Reference.parse(where)
-    if reference.host is None:
-        where = os.path.realpath(reference.repository)
+    """The cache of what was pulled from a server's registry. Each registry has its own: tenants
+    read everything in their server's registry, and nothing of another one's."""
     return home() / "cache" / "served" / hashlib.sha256(where.encode()).hexdigest()[:16]
 
 

@@ -6,6 +6,7 @@ Stores are read off the event loop: in FastAPI's threads, where a route is a pla
 from __future__ import annotations
 
 import asyncio
+import heapq
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -248,8 +249,10 @@ def _page(front: FrontEnd, tenant: str, limit: int, after: str | None) -> Memory
     """A tenant's first `limit` memories after one, which need not be there any more."""
     store, pulls = front.resolver.stores[tenant], front.admission.pulls
     begin = "" if after is None else check_id(after)
-    ids = {*store.ids(), *(pulls.used_by(tenant) if pulls else ())}
-    listed = (_listed(front, store, one) for one in sorted(ids) if one > begin)
+    used = sorted(pulls.used_by(tenant)) if pulls else []
+    pulled = (one for one in used if store.has(one) and store.is_pulled(one))
+    ids = heapq.merge(store.ids(), pulled)
+    listed = (_listed(front, store, one) for one in ids if one > begin)
     more = list(islice((memory for memory in listed if memory is not None), limit + 1))
     data = more[:limit]
     return MemoryList(
