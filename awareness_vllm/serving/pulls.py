@@ -106,6 +106,7 @@ class Pulls:
         """
         await asyncio.gather(*(self._pull(offer, until) for offer in offers))
         for offer in offers:
+            self.offers.drop(offer.listing.id)
             self.complete.put(offer.listing.id, True, OFFER_S)
             self._note(tenant, offer.listing.id)
 

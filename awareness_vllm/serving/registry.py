@@ -28,10 +28,12 @@ from awareness_vllm.packages.listing import PackageListing, listing_of
 from awareness_vllm.packages.manifest import MAX_TOKEN_BYTES, layout_of
 from awareness_vllm.packages.origin import is_own
 from awareness_vllm.packages.store import file_of, memory_not_found
+from awareness_vllm.serving.config import ServingConfig
 from awareness_vllm.serving.storage import is_disk_full
 from awareness_vllm.tensor_file import DTYPES, MAX_HEADER
 from awareness_vllm.trust.policy import TrustPolicy, signature_path
 
+CONNECT_S = 10.0
 ITEM_BYTES = dict(DTYPES.values())
 
 
@@ -133,12 +135,15 @@ class RegistryMemories:
             self.cache.used(file_of(memory))
 
 
-def registry_memories(
-    where: str, *, limit: int, max_bytes: int, trust: TrustPolicy, signed: bool
-) -> RegistryMemories:
-    """The memories of a server's registry. Raises BadInput."""
-    cache = Cache(pulled_folder(where), limit)
-    return RegistryMemories(open_repository(where), cache, max_bytes, trust, signed)
+def registry_memories(config: ServingConfig, trust: TrustPolicy) -> RegistryMemories | None:
+    """The memories of a server's registry, if it has one. Raises BadInput."""
+    if config.registry is None:
+        return None
+    cache = Cache(pulled_folder(config.registry), int(config.registry_cache_gib * 2**30))
+    timeout = min(CONNECT_S, config.load_timeout), config.load_timeout
+    repository = open_repository(config.registry, timeout=timeout)
+    signed = config.signed == "all"
+    return RegistryMemories(repository, cache, config.max_load_bytes, trust, signed)
 
 
 def absolute_registry(where: str) -> str:
@@ -171,7 +176,7 @@ def check_bytes(listing: PackageListing) -> None:
     """
     layout = layout_of(listing.manifest, 0)
     least = sum(ITEM_BYTES.get(dtype, 0) * math.prod(shape) for dtype, shape in layout.values())
-    most = least + MAX_TOKEN_BYTES * listing.manifest.tokens + MAX_HEADER
+    most = least + MAX_TOKEN_BYTES * listing.manifest.rows + MAX_HEADER
     if not least <= listing.bytes <= most:
         expected = f"{least} to {most}, by its manifest"
         raise _not_what_it_says(listing.id, f"{listing.bytes} bytes", expected)

@@ -189,8 +189,8 @@ class MemoryResolver:
         """
         manifest, model = listing.manifest, self.model
         decision = verdict(listing.id, manifest.geometry, model.geometry, self.registry, manifest)
-        if decision.exact:  # of other models' tokens this one may have fewer
-            decision = decision.within(listing.id, manifest.tokens, model.max_model_len)
+        if decision.exact or manifest.latent:  # of another model's tokens this one may need fewer
+            decision = decision.within(listing.id, manifest.rows, model.max_model_len)
         if decision.refusal is not None:
             raise decision.refusal
         return decision

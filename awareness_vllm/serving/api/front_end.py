@@ -47,15 +47,8 @@ def build_front_end(config: ServingConfig, engine: EngineClient) -> FrontEnd:
 
 def pulls_of(config: ServingConfig, resolver: MemoryResolver) -> Pulls | None:
     """The pulls from the server's registry, if it has one. Raises BadInput."""
-    if config.registry is None:
+    if (registry := registry_memories(config, resolver.trust)) is None:
         return None
-    registry = registry_memories(
-        config.registry,
-        limit=int(config.registry_cache_gib * 2**30),
-        max_bytes=config.max_load_bytes,
-        trust=resolver.trust,
-        signed=resolver.signed,
-    )
     return Pulls(registry, resolver.check_listing, config.load_timeout)
 
 
