@@ -14,11 +14,10 @@ from awareness_vllm.errors import (
     ArtefactNotFound,
     BadInput,
     PackageTooLarge,
-    RegistryError,
     StorageFull,
 )
 from awareness_vllm.files import home, put_in_place, scratch_folder
-from awareness_vllm.marketplace.signatures import choose, signatures
+from awareness_vllm.marketplace.signatures import choose, not_signed, signatures
 from awareness_vllm.oci.cache import Cache
 from awareness_vllm.oci.connect import open_repository
 from awareness_vllm.oci.reference import Reference
@@ -29,7 +28,6 @@ from awareness_vllm.packages.manifest import MAX_TOKEN_BYTES, layout_of
 from awareness_vllm.packages.origin import is_own
 from awareness_vllm.packages.store import file_of, memory_not_found
 from awareness_vllm.serving.config import ServingConfig
-from awareness_vllm.serving.storage import is_disk_full
 from awareness_vllm.tensor_file import DTYPES, MAX_HEADER
 from awareness_vllm.trust.policy import TrustPolicy, signature_path
 
@@ -101,11 +99,10 @@ class RegistryMemories:
                 progress=progress,
             )
         except OSError as error:
-            kind = StorageFull if is_disk_full(error) else RegistryError
-            raise kind(
+            raise StorageFull(
                 f"memory {listing.id} cannot be kept in the cache",
                 found=error.strerror or type(error).__name__,
-                expected=f"a disk with room for {listing.bytes} bytes",
+                expected=f"a disk with room for {listing.bytes} bytes that can be written to",
             ) from error
 
     def _take_signature(self, offer: Offer) -> None:
@@ -116,10 +113,10 @@ class RegistryMemories:
         found = signatures(self.repository, offer.found.descriptor.digest)
         self.cache.folder.mkdir(parents=True, exist_ok=True)
         with scratch_folder(self.cache.folder) as scratch:
-            choose(listing, found, path, scratch, self.trust)
+            signer = choose(listing, found, path, scratch, self.trust).package
+            if self.signed and signer is None and not is_own(listing.digest):
+                raise not_signed(listing, "package", found)
             draft = signature_path(scratch / path.name, "package")
-            if self.signed and not is_own(listing.digest):
-                self.trust.require(scratch / path.name, listing.digest, "package")
             if draft.is_file():
                 put_in_place(draft, signature_path(path, "package"))
 

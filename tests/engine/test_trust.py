@@ -1,5 +1,5 @@
-"""A real server with a trust file: a signed map, signed memories, and a stranger's. It has two front
-ends, and a real registry with further memories."""
+"""A real server with a trust file: a signed map, signed memories, and a stranger's; two front ends,
+and a real registry with further memories."""
 
 from __future__ import annotations
 

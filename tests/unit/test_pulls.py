@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from memories_server import CHECK, DELETE, GET, LOAD, UNKNOWN, Make, Server, server_of_tenants
+from registry_server import PASSWORD, USER, basic_auth, registry_server
 
 from awareness_vllm.errors import AwarenessError, RegistryDenied, RegistryTimeout
 from awareness_vllm.marketplace.files import push_file
@@ -20,8 +21,9 @@ from awareness_vllm.oci.layout import Layout
 from awareness_vllm.oci.repository import Progress
 from awareness_vllm.packages.file import publish
 from awareness_vllm.serving import pulls as module
+from awareness_vllm.serving.config import transfer_config
 from awareness_vllm.serving.connector.worker_extension import PREFETCH
-from awareness_vllm.serving.pulls import MISSES, Pulls
+from awareness_vllm.serving.pulls import Pulls
 from awareness_vllm.serving.registry import pulled_folder
 from awareness_vllm.wmatrix.file import WMatrix
 
@@ -81,11 +83,12 @@ def served(
     yield from serve(tmp_path, layout, tiny_models[1], wmatrix)
 
 
-def serve(folder: Path, layout: Path, model: Path, wmatrix: WMatrix, **options: Any) -> Any:
-    server = server_of_tenants(folder, model, registry=str(layout), **options)
+def serve(folder: Path, where: object, model: Path, wmatrix: WMatrix, **options: Any) -> Any:
+    server = server_of_tenants(folder, model, registry=str(where), **options)
     server.add_map(wmatrix)
     pulls = pulls_of(server)
-    object.__setattr__(pulls.registry, "repository", Watched(pulls.registry.repository))
+    if isinstance(layout := pulls.registry.repository, Layout):
+        object.__setattr__(pulls.registry, "repository", Watched(layout))
     with server.client:  # one event loop for all requests
         yield server
 
@@ -184,16 +187,17 @@ def test_an_unknown_memory_is_the_404_of_ever_and_is_not_asked_for_again(
     assert watched(served).lookups == 1
 
 
-def test_a_tenant_that_guesses_ids_is_stopped(served: Server) -> None:
+def test_a_tenant_that_guesses_ids_is_stopped(
+    served: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MISSES", 5)  # one comes back after 12 s
+
     def guess(number: int, tenant: str = "acme") -> int:
         return served.call(GET, f"mem_{number:032x}", tenant=tenant).status_code
 
-    # One comes back each second.
-    statuses = [guess(number) for number in range(MISSES + 30)]
-    assert statuses[:MISSES] == [404] * MISSES
-    assert 429 in statuses
-    assert watched(served).lookups == statuses.count(404)
-    assert guess(10**6, "umbrella") == 404
+    assert [guess(number) for number in range(7)] == [404] * 5 + [429] * 2
+    assert watched(served).lookups == 5
+    assert guess(8, "umbrella") == 404
 
 
 def test_a_pull_that_takes_too_long_is_a_504_and_goes_on(
@@ -263,6 +267,41 @@ def test_a_registry_that_fails_is_named_and_harms_nobody_else(
     module_refusals = pulls_of(served).refusals
     module_refusals.values.clear()  # a second later
     assert served.call(LOAD, memory).status_code == 200
+
+
+def test_a_real_registry_that_lets_nobody_in(
+    tmp_path: Path,
+    tiny_models: tuple[Path, Path],
+    wmatrix: WMatrix,
+    make_package: Make,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With a login the memory is pulled; without it or once it is down the answer says so, and
+    never what the login is."""
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    first, second = (publish(make_package(seed=seed), tmp_path / "author") for seed in (1, 2))
+    with registry_server(tmp_path / "registry", basic_auth(tmp_path)) as registry:
+        where = registry.reference()
+        for path in (first, second):
+            push_file(path, open_repository(where, api_key=f"{USER}:{PASSWORD}"))
+        monkeypatch.setenv("AWARENESS_REGISTRY", where)
+        monkeypatch.setenv("AWARENESS_REGISTRY_KEY", f"{USER}:{PASSWORD}")
+        for served in serve(tmp_path, where, tiny_models[1], wmatrix):
+            assert served.call(LOAD, first.stem).status_code == 200
+            answers = [served.call(LOAD, UNKNOWN)]
+            assert answers[0].status_code == 404
+        assert PASSWORD not in str(transfer_config(served.config))
+        monkeypatch.setenv("AWARENESS_REGISTRY_KEY", f"{USER}:wrong")
+        for served in serve(tmp_path, where, tiny_models[1], wmatrix):
+            assert served.call(LOAD, first.stem).status_code == 200  # from the cache
+            answers.append(served.call(LOAD, second.stem))
+            assert "401" in answers[-1].text
+    for served in serve(tmp_path, where, tiny_models[1], wmatrix):
+        answers.append(served.call(LOAD, second.stem))
+        assert registry.host in answers[-1].text
+    assert [answer.status_code for answer in answers[1:]] == [502, 502]
+    assert not [answer for answer in answers if PASSWORD in answer.text or "wrong" in answer.text]
 
 
 def test_a_damaged_layer_leaves_nothing_behind(
