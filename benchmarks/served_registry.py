@@ -36,7 +36,6 @@ from awareness_demo.anchors import install
 from awareness_demo.models import prepare
 from awareness_demo.servers import AWARENESS, NAME, running
 from first_token import question_about
-from registries import registry
 from servers import ALIGNED, FLAGS, smollm2, stop_on_terminate, stretches
 
 from awareness_vllm.files import wmatrices_dir
@@ -51,6 +50,9 @@ from awareness_vllm.provenance import hardware, versions
 from awareness_vllm.serving.plugin import vllm_version
 from awareness_vllm.serving.registry import RegistryMemories, pulled_folder
 from awareness_vllm.trust.policy import TrustPolicy
+
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "unit"))
+from registry_server import registry_server
 
 TEXTS = 3
 FACTOR = 1.5
@@ -163,11 +165,13 @@ def main() -> None:
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the figures
         install()
         target = prepare()["gemma3-270m"]
-    with tempfile.TemporaryDirectory() as scratch, registry(Path(scratch) / "registry") as host:
-        folder = Path(scratch)
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        registry_server(Path(scratch) / "registry") as registry,
+    ):
+        folder, where = Path(scratch), registry.reference()
         (store := folder / "store").mkdir()
         texts = captured(target, args.tokens, folder / "kept")
-        where = f"oci://{host}/benchmark"
         for memory in texts:
             push_file(folder / "kept" / file_of(memory), open_repository(where))
         flags = [*(flags or FLAGS[:-2]), "--max-model-len", str(max(4096, 2 * args.tokens))]

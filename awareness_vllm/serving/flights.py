@@ -35,6 +35,9 @@ class Flights(Generic[T]):
         self.what, self.queue, self.slots = what, queue, asyncio.Semaphore(limit)
         self.flights: dict[str, Flight[T]] = {}
 
+    def __contains__(self, key: str) -> bool:
+        return key in self.flights
+
     async def run(self, key: str, work: Callable[[Flight[T]], T], until: float) -> T:
         """The result of the work for a key, which goes on after the deadline.
 

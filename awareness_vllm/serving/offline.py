@@ -12,6 +12,7 @@ from awareness_vllm.serving.connector.worker_extension import BIND, CALL, CHECK_
 from awareness_vllm.serving.params import kv_transfer_params
 from awareness_vllm.serving.passages import failure, sampling_params
 from awareness_vllm.serving.prompt import Prompt
+from awareness_vllm.serving.registry import absolute_registry, registry_memories
 from awareness_vllm.serving.request import MemoryRequest, Tokens
 from awareness_vllm.serving.resolver import MemoryResolver
 from awareness_vllm.serving.served_model import ServedModel
@@ -39,12 +40,15 @@ class OfflineMemories:
         wmatrices: Sequence[str | Path] = (),
         **more: Any,
     ) -> None:
+        if more.get("registry"):
+            more["registry"] = absolute_registry(str(more["registry"]))
         self.config = ServingConfig.parse(
             {"store": str(store), "wmatrices": tuple(map(str, wmatrices)), **more}
         )
         self.resolver = MemoryResolver.from_config(
             self.config, ServedModel.read(model, max_model_len=0)
         )
+        self.remote = registry_memories(self.config, self.resolver.trust)
         self.llm: LLM | None = None
 
     @property
@@ -94,6 +98,7 @@ class OfflineMemories:
             reread=reread,
             quote=quote,
         )
+        self._pull(memory_ids)
         memories = self.resolver.resolve(request, "", caller_salt)
         tokenizer = load_tokenizer(str(self.resolver.model.folder))
         question = text if isinstance(text, str) else tokenizer.decode(list(text))
@@ -107,6 +112,17 @@ class OfflineMemories:
             return prompt, {}
         salted = {**prompt, "cache_salt": params.cache_salt}
         return salted, {"kv_transfer_params": kv_transfer_params(params)}
+
+    def _pull(self, memory_ids: Sequence[str]) -> None:
+        """Have the memories that are in the registry alone in the cache, as a server does."""
+        if self.remote is None:
+            return
+        for memory in memory_ids:
+            if self.resolver.stores[""].has(memory):
+                continue
+            offer = self.remote.look(memory)
+            self.resolver.check_listing(offer.listing)
+            self.remote.pull(offer)
 
     def with_passages(self, prompt: Prompt, question: str) -> Prompt:
         """The prompt with the passages laid over that a question points at; as it is without an

@@ -90,10 +90,13 @@ class Pulls:
             raise error.with_traceback(None)
         if (offer := self.offers.get(memory)) is None:
             misses = self.misses.setdefault(tenant, MissBudget())
-            misses.take()
+            is_new = memory not in self.lookups
+            if is_new:
+                misses.take()
             with self._remembering(memory):
                 offer = await self.lookups.run(memory, lambda _: self.registry.look(memory), until)
-            misses.give_back()
+            if is_new:
+                misses.give_back()
             self.offers.put(memory, offer, OFFER_S)
         return offer
 
@@ -122,8 +125,12 @@ class Pulls:
             if time.monotonic() > flight.until + self.timeout:
                 raise RegistryTimeout("a pull was given up that nobody waits for any more")
 
-        with self.metrics.pull(offer.listing.bytes):
-            self.registry.pull(offer, progress)
+        try:
+            with self.metrics.pull(offer.listing.bytes):
+                self.registry.pull(offer, progress)
+        except Exception as error:
+            logger.warning("%s was not pulled: %s", offer.listing.id, error)
+            raise
         logger.info("pulled %s, %d bytes", offer.listing.id, offer.listing.bytes)
 
     async def pull_pins(self, stores: Iterable[Store], memories: Sequence[str]) -> None:

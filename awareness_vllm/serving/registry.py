@@ -26,9 +26,9 @@ from awareness_vllm.oci.transfer import Found, look
 from awareness_vllm.packages.listing import PackageListing, listing_of
 from awareness_vllm.packages.manifest import MAX_TOKEN_BYTES, layout_of
 from awareness_vllm.packages.origin import is_own
-from awareness_vllm.packages.store import file_of, memory_not_found
+from awareness_vllm.packages.store import digest_in, file_of, memory_not_found
 from awareness_vllm.serving.config import ServingConfig
-from awareness_vllm.tensor_file import DTYPES, MAX_HEADER
+from awareness_vllm.tensor_file import DTYPES, MAX_HEADER, FileRefused, digest_of
 from awareness_vllm.trust.policy import TrustPolicy, signature_path
 
 CONNECT_S = 10.0
@@ -141,6 +141,14 @@ def registry_memories(config: ServingConfig, trust: TrustPolicy) -> RegistryMemo
     repository = open_repository(config.registry, timeout=timeout)
     signed = config.signed == "all"
     return RegistryMemories(repository, cache, config.max_load_bytes, trust, signed)
+
+
+def drop_damaged(path: Path) -> None:
+    """Remove a file from a cache if its bytes are not those that its name says any more, so that it
+    is pulled again."""
+    with contextlib.suppress(FileRefused):
+        if not digest_of(path).startswith(digest_in(path.stem)):
+            Cache(path.parent).remove(path.name)
 
 
 def absolute_registry(where: str) -> str:

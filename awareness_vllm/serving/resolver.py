@@ -10,6 +10,7 @@ from pathlib import Path
 from awareness_vllm.errors import (
     AwarenessError,
     MemoryNotFound,
+    PackageCorrupt,
     QualityUnreachable,
     SignatureInvalid,
     UnsupportedRequest,
@@ -24,6 +25,7 @@ from awareness_vllm.passages.quotes import Quoting
 from awareness_vllm.passages.vectors import word_vectors
 from awareness_vllm.serving.config import ServingConfig
 from awareness_vllm.serving.prompt import Prompt
+from awareness_vllm.serving.registry import drop_damaged
 from awareness_vllm.serving.request import MemoryRequest
 from awareness_vllm.serving.resolved_memory import ResolvedMemory
 from awareness_vllm.serving.served_model import ServedModel
@@ -179,7 +181,12 @@ class MemoryResolver:
             InvalidMemoryId, MemoryNotFound, PackageCorrupt
         """
         path = self.stores[tenant].path(memory_id)
-        return self._check_version(path, version_of(path), self._signature_version(path))
+        try:
+            return self._check_version(path, version_of(path), self._signature_version(path))
+        except PackageCorrupt:
+            if path.parent == self.stores[tenant].pulled:
+                drop_damaged(path)
+            raise
 
     def check_listing(self, listing: PackageListing) -> Verdict:
         """How the served model can load what a registry lists; asked before it is pulled.

@@ -15,14 +15,17 @@ from registry_server import PASSWORD, USER, basic_auth, registry_server
 
 from awareness_vllm.errors import AwarenessError, RegistryDenied, RegistryTimeout
 from awareness_vllm.marketplace.files import push_file
+from awareness_vllm.oci import cache as cache_module
 from awareness_vllm.oci.artefact import Descriptor
 from awareness_vllm.oci.connect import open_repository
 from awareness_vllm.oci.layout import Layout
 from awareness_vllm.oci.repository import Progress
+from awareness_vllm.packages.capture import capture
 from awareness_vllm.packages.file import publish
 from awareness_vllm.serving import pulls as module
 from awareness_vllm.serving.config import transfer_config
 from awareness_vllm.serving.connector.worker_extension import PREFETCH
+from awareness_vllm.serving.offline import OfflineMemories
 from awareness_vllm.serving.pulls import Pulls
 from awareness_vllm.serving.registry import pulled_folder
 from awareness_vllm.wmatrix.file import WMatrix
@@ -315,6 +318,49 @@ def test_a_damaged_layer_leaves_nothing_behind(
     assert watched(served).fetches == 1  # not again for a while
     assert not [*pulled_folder(str(layout)).glob("mem_*")]
     assert served.get()["data"] == []
+
+
+def test_a_file_that_leaves_the_cache_or_rots_there_is_pulled_again(
+    tmp_path: Path,
+    layout: Path,
+    tiny_models: tuple[Path, Path],
+    wmatrix: WMatrix,
+    push: Callable[..., str],
+    make_package: Make,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cache_module, "FRESH", 0.0)
+    memories = [push(make_package(seed=seed)) for seed in (1, 2)]
+    size = (tmp_path / "author" / f"{memories[0]}.safetensors").stat().st_size
+    gib = 1.5 * size / 2**30  # room for one
+    for served in serve(tmp_path, layout, tiny_models[1], wmatrix, registry_cache_gib=gib):
+        for memory in memories * 2:
+            assert served.call(LOAD, memory).status_code == 200
+        assert watched(served).fetches == 4
+        (file,) = pulled_folder(str(layout)).glob("mem_*.safetensors")
+        assert file.stem == memories[1]
+        assert [one["id"] for one in served.get()["data"]] == [memories[1]]
+
+        file.write_bytes(bytes(file.stat().st_size))
+        assert served.call(LOAD, memories[1]).status_code == 422
+        assert served.call(LOAD, memories[1]).status_code == 200
+        assert watched(served).fetches == 5
+
+
+def test_offline_memories_are_pulled_too(
+    tmp_path: Path,
+    layout: Path,
+    tiny_models: tuple[Path, Path],
+    push: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    memory = push(capture(tiny_models[1], "some words"))
+    monkeypatch.chdir(tmp_path)
+    offline = OfflineMemories(tiny_models[1], tmp_path / "store", registry="layout")
+    offline.set_window(300)
+    _, extra_args = offline.prompt("and", [memory])
+    assert memory in json.dumps(extra_args)
+    assert offline.resolver.stores[""].is_pulled(memory)
 
 
 def without_text(listing: dict[str, Any]) -> dict[str, Any]:
