@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
-from awareness_vllm.errors import BadInput
-from awareness_vllm.files import home
+from awareness_vllm.errors import AwarenessError, BadInput
+from awareness_vllm.files import wmatrices_dir
 from awareness_vllm.marketplace.files import pull
+from awareness_vllm.marketplace.maps import RepositoryMaps
+from awareness_vllm.models.describe import geometry_of
+from awareness_vllm.models.folder import resolve_folder
+from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.oci.connect import open_repository
 from awareness_vllm.oci.reference import SCHEME, Reference
-from awareness_vllm.oci.repository import Repository
 from awareness_vllm.oci.transfer import look
+from awareness_vllm.serving.config import ServingConfig
+from awareness_vllm.serving.trust import trust_of, trusted_maps
 from awareness_vllm.trust.policy import TrustPolicy
-from awareness_vllm.wmatrix.listing import listing_of
+from awareness_vllm.wmatrix.listing import WMatrixListing, listing_of
+from awareness_vllm.wmatrix.registry import Registry
 
 logger = logging.getLogger(__name__)
+
+MAX_MAPS = 8
+"""Source models whose maps come from the registry unasked: each takes memory of the server's."""
 
 
 def local_map(wmatrix: str | Path, trust: TrustPolicy) -> Path:
@@ -33,7 +43,10 @@ def local_map(wmatrix: str | Path, trust: TrustPolicy) -> Path:
                 found=wmatrix,
                 expected=f"{SCHEME}HOST/REPOSITORY:TAG",
             )
-        return pull_map(open_repository(reference), reference.name, trust)
+        repository = open_repository(reference)
+        found = look(repository, reference.name)
+        listing_of(found)  # no memory, that is
+        return pull(repository, found, wmatrices_dir(), trust=trust).path
     path = Path(wmatrix)
     if not path.is_file():
         raise BadInput(
@@ -45,13 +58,53 @@ def local_map(wmatrix: str | Path, trust: TrustPolicy) -> Path:
     return path
 
 
-def pull_map(repository: Repository, name: str, trust: TrustPolicy) -> Path:
-    """The file of a map in a repository, pulled unless it is there, its signatures beside it.
+def with_registry_maps(config: ServingConfig, model: str) -> ServingConfig:
+    """The configuration with further maps to a model, from its registry: the best certified one for
+    each source model that no given map serves.
 
-    Raises:
-        ArtefactNotFound, ArtefactCorrupt, WMatrixCorrupt, SignatureInvalid, RegistryError
+    Where the registry cannot be asked, or vLLM alone finds the model, there are none: what is here
+    is served all the same.
     """
-    found = look(repository, name)
-    listing_of(found)  # no memory, that is
-    # Not among those that the operator keeps, which other commands use unasked.
-    return pull(repository, found, home() / "cache" / "wmatrices", trust=trust).path
+    if config.registry is None:
+        return config
+    try:
+        trust = trust_of(config)
+        target, given = geometry_of(resolve_folder(model)), trusted_maps(config, trust)
+        maps = RepositoryMaps(open_repository(config.registry), trust, pull=True)
+        sources = [*_unserved(maps.to(target), target, given)]
+    except AwarenessError as error:
+        logger.warning("no maps come from the registry: %s", error)
+        return config
+    paths = [path for source in sources if (path := _pulled(maps, source, target))]
+    return config.model_copy(update={"wmatrices": (*config.wmatrices, *paths)})
+
+
+def _unserved(
+    listings: list[WMatrixListing], target: Geometry, given: Registry
+) -> Iterator[Geometry]:
+    """The source models of certified maps, each once, that no given one serves."""
+    sources: list[Geometry] = []
+    for listing in listings:
+        source = listing.manifest.source
+        served = any(entry.leads(source, target) for entry in given.usable(has_text=True))
+        known = any(source.same_model(other) for other in sources)
+        if served or known or listing.manifest.certificate is None:
+            continue
+        if len(sources) == MAX_MAPS:
+            logger.warning("the registry has further maps: name those you want with --wmatrix")
+            return
+        sources.append(source)
+        yield source
+
+
+def _pulled(maps: RepositoryMaps, source: Geometry, target: Geometry) -> str | None:
+    """The file of the best map between two models; None where it cannot be used."""
+    try:
+        entry = maps.find(source, target, has_text=True)
+    except AwarenessError as error:
+        logger.warning("no map from %s comes from the registry: %s", source.name, error)
+        return None
+    if entry is None:
+        return None
+    logger.warning("%s comes from the registry", entry)
+    return str(entry.path.absolute())
