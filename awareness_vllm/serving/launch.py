@@ -61,7 +61,7 @@ def serving_config(
         "tenants": _absolute(tenants),
         "trust": _absolute(trust),
         "disk_cache": _absolute(disk_cache),
-        "registry": absolute_registry(registry) if registry else None,
+        "registry": None if registry is None else absolute_registry(registry),
         "pin": tuple(pin),
         **options,
     }
