@@ -132,6 +132,27 @@ def test_a_memory_that_no_store_has_is_pulled_for_its_first_use(
     assert (watched(served).fetches, watched(served).lookups) == (1, looked_up)
 
 
+def test_a_tenant_without_the_registry_has_nothing_of_it(
+    tmp_path: Path,
+    layout: Path,
+    tiny_models: tuple[Path, Path],
+    wmatrix: WMatrix,
+    push: Callable[..., str],
+    make_package: Make,
+) -> None:
+    memory = push(make_package())
+    without = {"registry": False}
+    for served in serve(tmp_path, layout, tiny_models[1], wmatrix, umbrella=without):
+        assert served.call(LOAD, memory).status_code == 200
+        for route in (GET, CHECK, LOAD, DELETE):
+            theirs, nobodys = (
+                served.call(route, one, tenant="umbrella") for one in (memory, UNKNOWN)
+            )
+            assert theirs.status_code == 404
+            assert theirs.text.replace(memory, UNKNOWN) == nobodys.text
+        assert watched(served).lookups == 1
+
+
 def test_a_tenants_own_file_counts_first(
     served: Server, push: Callable[..., str], make_package: Make
 ) -> None:
@@ -198,6 +219,9 @@ def test_a_tenant_that_guesses_ids_is_stopped(
     def guess(number: int, tenant: str = "acme") -> int:
         return served.call(GET, f"mem_{number:032x}", tenant=tenant).status_code
 
+    watched(served).error = RegistryTimeout("too slow")
+    assert [guess(number) for number in range(7)] == [504] * 7  # not the tenant's fault
+    watched(served).error, watched(served).lookups = None, 0
     assert [guess(number) for number in range(7)] == [404] * 5 + [429] * 2
     assert watched(served).lookups == 5
     assert guess(8, "umbrella") == 404
