@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hostile_registry import Answer, Request, hostile_registry
 from memories_server import CHECK, DELETE, GET, LOAD, UNKNOWN, Make, Server
 from pulls_server import pulls_of, relist, retag, serve, watched, without_text
 from registry_server import PASSWORD, USER, basic_auth, registry_server
 
 from awareness_vllm.errors import RegistryDenied, RegistryTimeout
-from awareness_vllm.marketplace.files import push_file
+from awareness_vllm.marketplace.files import artefact_of, push_file
 from awareness_vllm.oci import cache as cache_module
 from awareness_vllm.oci.connect import open_repository
 from awareness_vllm.packages.capture import capture
@@ -276,6 +279,50 @@ def test_a_real_registry_that_lets_nobody_in(
         assert registry.host in answers[-1].text
     assert [answer.status_code for answer in answers[1:]] == [502, 502]
     assert not [answer for answer in answers if PASSWORD in answer.text or "wrong" in answer.text]
+
+
+def hotel(request: Request) -> None:
+    request.answer(b"<html>Welcome to the hotel's network</html>", Content_Type="text/html")
+
+
+def other_bytes(request: Request) -> None:
+    request.ranged(bytes(len(request.registry.file)))
+
+
+def drip(request: Request) -> None:
+    """A byte now and then."""
+    request.send_response(200)
+    request.send_header("Content-Length", str(len(request.registry.file)))
+    request.end_headers()
+    with contextlib.suppress(OSError):
+        for byte in request.registry.file:
+            request.wfile.write(bytes([byte]))
+            time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("path", "odd", "status"),
+    [("/manifests/", hotel, 422), ("LAYER", other_bytes, 422), ("LAYER", drip, 504)],
+)
+def test_a_hostile_registry(
+    tmp_path: Path,
+    tiny_models: tuple[Path, Path],
+    wmatrix: WMatrix,
+    make_package: Make,
+    path: str,
+    odd: Answer,
+    status: int,
+) -> None:
+    file = publish(make_package(), tmp_path / "author")
+    with hostile_registry(artefact_of(file), file.stem) as hostile:
+        hostile.odd[path.replace("LAYER", hostile.layer.digest)] = odd
+        model, where = tiny_models[1], hostile.reference
+        for served in serve(tmp_path, where, model, wmatrix, load_timeout=1.0):
+            local = served.publish(make_package(seed=2))
+            response = served.call(LOAD, file.stem)
+            assert response.status_code == status, response.text
+            assert served.call(LOAD, local).status_code == 200
+            assert not [*pulled_folder(where).glob("mem_*.safetensors")]
 
 
 def test_a_damaged_layer_leaves_nothing_behind(
