@@ -110,7 +110,7 @@ class Admission:
                         continue
                     pulls.note_use(tenant, memory)
             except MemoryNotFound:
-                if pulls is None:
+                if pulls is None or store.pulled is None:
                     raise
             else:
                 sizes[memory] = size

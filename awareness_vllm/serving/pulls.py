@@ -19,6 +19,7 @@ from awareness_vllm.errors import (
     AwarenessError,
     MemoryNotFound,
     PackageCorrupt,
+    PackageTooLarge,
     RegistryError,
     RegistryTimeout,
     SignatureInvalid,
@@ -45,6 +46,7 @@ REFUSED_S: tuple[tuple[type[AwarenessError], float], ...] = (
     (MemoryNotFound, 5.0),
     (ArtefactCorrupt, 30.0),
     (PackageCorrupt, 30.0),
+    (PackageTooLarge, 30.0),
     (SignatureInvalid, 5.0),
     (RegistryError, 1.0),
 )
@@ -90,13 +92,8 @@ class Pulls:
             raise error.with_traceback(None)
         if (offer := self.offers.get(memory)) is None:
             misses = self.misses.setdefault(tenant, MissBudget())
-            is_new = memory not in self.lookups
-            if is_new:
-                misses.take()
-            with self._remembering(memory):
+            with misses.one(memory in self.lookups), self._remembering(memory):
                 offer = await self.lookups.run(memory, lambda _: self.registry.look(memory), until)
-            if is_new:
-                misses.give_back()
             self.offers.put(memory, offer, OFFER_S)
         return offer
 
@@ -182,8 +179,24 @@ class MissBudget:
     def __init__(self) -> None:
         self.left, self.at = float(MISSES), time.monotonic()
 
-    def take(self) -> None:
-        """Raises TooManyLoads where none is left."""
+    @contextlib.contextmanager
+    def one(self, is_free: bool) -> Iterator[None]:
+        """Within, an ID is looked up, which costs one if it is unknown, unless it `is_free`: looked
+        up for others already. Raises TooManyLoads where none is left."""
+        if is_free:
+            yield
+            return
+        self._take()
+        try:
+            yield
+        except MemoryNotFound:
+            raise
+        except BaseException:
+            self._give_back()
+            raise
+        self._give_back()
+
+    def _take(self) -> None:
         now = time.monotonic()
         self.left = min(MISSES, self.left + (now - self.at) * MISSES / 60)
         self.at = now
@@ -195,6 +208,5 @@ class MissBudget:
             )
         self.left -= 1
 
-    def give_back(self) -> None:
-        """The ID was known."""
+    def _give_back(self) -> None:
         self.left = min(MISSES, self.left + 1)

@@ -31,12 +31,14 @@ EXPECTED = '{"tenant": {"api_keys": ["…"], "store": "folder"}, …}'
 
 
 class TenantEntry(FrozenModel):
-    """One tenant in the file; a relative `store` is relative to the file."""
+    """One tenant in the file; a relative `store` is relative to the file. Unless `registry`, the
+    tenant has nothing of the server's registry."""
 
     model_config = ConfigDict(hide_input_in_errors=True)
 
     api_keys: tuple[str, ...] = Field(repr=False, min_length=1)
     store: str = Field(min_length=1)
+    registry: bool = True
 
 
 @dataclass(frozen=True)
@@ -101,12 +103,17 @@ def store_folders(path: str | Path | None, default: Path) -> dict[str, Path]:
 
 def stores_of(config: ServingConfig) -> dict[str, Store]:
     """Each tenant's store, without what killed captures left there; what was pulled from the
-    server's registry is in all of them. Raises BadInput."""
+    server's registry is in those of all tenants that may use it. Raises BadInput."""
     folders = store_folders(config.tenants, Path(config.store))
     for folder in folders.values():
         sweep(folder)
     pulled = pulled_folder(config.registry) if config.registry else None
-    return {tenant: Store(folder, pulled) for tenant, folder in folders.items()}
+    entries = _parse(Path(config.tenants)) if config.tenants else {}
+    without = {tenant for tenant, entry in entries.items() if not entry.registry}
+    return {
+        tenant: Store(folder, None if tenant in without else pulled)
+        for tenant, folder in folders.items()
+    }
 
 
 def _parse(path: Path) -> dict[str, TenantEntry]:

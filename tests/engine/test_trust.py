@@ -4,6 +4,7 @@ and a real registry with further memories."""
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -109,6 +110,9 @@ def test_front_ends_pull_a_memory_at_once_and_answer_as_from_a_local_one(
     (file,) = trusting.cache.glob("*/mem_*.safetensors")
     assert not (trusting.store / file.name).exists()
 
+    metrics = httpx.get(f"{trusting.server.url}/metrics").text
+    counted = re.findall(r"^vllm:awareness_pull_seconds_count(?:{.*})? (\S+)$", metrics, re.M)
+    assert sum(map(float, counted)) == sum(pulled)
     alone = ask(trusting, memory, "alone").json()
     for path in (file, file.with_name(f"{file.name}.sig")):
         shutil.copy(path, trusting.store)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -158,9 +158,15 @@ def app() -> FastAPI:
     return made
 
 
-def server_of_tenants(folder: Path, model: Path, **options: Any) -> Server:
-    """A server with a store in `folder`/stores for each tenant, and further `options`."""
-    content = {name: {"api_keys": [key], "store": f"stores/{name}"} for name, key in KEYS.items()}
+def server_of_tenants(
+    folder: Path, model: Path, *, umbrella: Mapping[str, Any] | None = None, **options: Any
+) -> Server:
+    """A server with a store in `folder`/stores for each tenant, and further `options`; and further
+    fields of the tenant `umbrella`."""
+    content: dict[str, dict[str, Any]] = {
+        name: {"api_keys": [key], "store": f"stores/{name}"} for name, key in KEYS.items()
+    }
+    content["umbrella"] |= umbrella or {}
     (folder / "tenants.json").write_text(json.dumps(content))
     tenants, store = str(folder / "tenants.json"), str(folder / "stores" / "default")
     return Server(ServingConfig(store=store, tenants=tenants, **options), model)

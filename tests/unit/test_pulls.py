@@ -3,62 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
-import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from memories_server import CHECK, DELETE, GET, LOAD, UNKNOWN, Make, Server, server_of_tenants
+from hostile_registry import Answer, Request, hostile_registry
+from memories_server import CHECK, DELETE, GET, LOAD, UNKNOWN, Make, Server
+from pulls_server import pulls_of, relist, retag, serve, watched, without_text
 from registry_server import PASSWORD, USER, basic_auth, registry_server
 
-from awareness_vllm.errors import AwarenessError, RegistryDenied, RegistryTimeout
-from awareness_vllm.marketplace.files import push_file
+from awareness_vllm.errors import RegistryDenied, RegistryTimeout
+from awareness_vllm.marketplace.files import artefact_of, push_file
 from awareness_vllm.oci import cache as cache_module
-from awareness_vllm.oci.artefact import Descriptor
 from awareness_vllm.oci.connect import open_repository
-from awareness_vllm.oci.layout import Layout
-from awareness_vllm.oci.repository import Progress
 from awareness_vllm.packages.capture import capture
 from awareness_vllm.packages.file import publish
 from awareness_vllm.serving import pulls as module
 from awareness_vllm.serving.config import transfer_config
 from awareness_vllm.serving.connector.worker_extension import PREFETCH
 from awareness_vllm.serving.offline import OfflineMemories
-from awareness_vllm.serving.pulls import Pulls
 from awareness_vllm.serving.registry import pulled_folder
 from awareness_vllm.wmatrix.file import WMatrix
 
 pytestmark = pytest.mark.unit
-
-
-class Watched(Layout):
-    """A layout that counts what is asked of it, and sends blobs once it may."""
-
-    def __init__(self, inner: Layout) -> None:
-        super().__init__(inner.reference)
-        self.lookups, self.fetches = 0, 0
-        self.at_once, self.most_at_once = 0, 0
-        self.may_send = threading.Event()
-        self.may_send.set()
-        self.error: AwarenessError | None = None
-
-    def manifest(self, name: str) -> tuple[Descriptor, bytes]:
-        self.lookups += 1
-        if self.error is not None:
-            raise self.error
-        return super().manifest(name)
-
-    def fetch(
-        self, descriptor: Descriptor, draft: Path, progress: Progress = lambda _: None
-    ) -> None:
-        self.fetches += 1
-        self.at_once += 1
-        self.most_at_once = max(self.most_at_once, self.at_once)
-        assert self.may_send.wait(10)
-        self.at_once -= 1
-        super().fetch(descriptor, draft, progress)
 
 
 @pytest.fixture
@@ -86,27 +57,6 @@ def served(
     yield from serve(tmp_path, layout, tiny_models[1], wmatrix)
 
 
-def serve(folder: Path, where: object, model: Path, wmatrix: WMatrix, **options: Any) -> Any:
-    server = server_of_tenants(folder, model, registry=str(where), **options)
-    server.add_map(wmatrix)
-    pulls = pulls_of(server)
-    if isinstance(layout := pulls.registry.repository, Layout):
-        object.__setattr__(pulls.registry, "repository", Watched(layout))
-    with server.client:  # one event loop for all requests
-        yield server
-
-
-def pulls_of(server: Server) -> Pulls:
-    assert server.admission.pulls is not None
-    return server.admission.pulls
-
-
-def watched(server: Server) -> Watched:
-    repository = pulls_of(server).registry.repository
-    assert isinstance(repository, Watched)
-    return repository
-
-
 def test_a_memory_that_no_store_has_is_pulled_for_its_first_use(
     served: Server, push: Callable[..., str], make_package: Make
 ) -> None:
@@ -130,6 +80,27 @@ def test_a_memory_that_no_store_has_is_pulled_for_its_first_use(
     looked_up = watched(served).lookups
     assert served.call(LOAD, memory, tenant="umbrella").status_code == 200
     assert (watched(served).fetches, watched(served).lookups) == (1, looked_up)
+
+
+def test_a_tenant_without_the_registry_has_nothing_of_it(
+    tmp_path: Path,
+    layout: Path,
+    tiny_models: tuple[Path, Path],
+    wmatrix: WMatrix,
+    push: Callable[..., str],
+    make_package: Make,
+) -> None:
+    memory = push(make_package())
+    without = {"registry": False}
+    for served in serve(tmp_path, layout, tiny_models[1], wmatrix, umbrella=without):
+        assert served.call(LOAD, memory).status_code == 200
+        for route in (GET, CHECK, LOAD, DELETE):
+            theirs, nobodys = (
+                served.call(route, one, tenant="umbrella") for one in (memory, UNKNOWN)
+            )
+            assert theirs.status_code == 404
+            assert theirs.text.replace(memory, UNKNOWN) == nobodys.text
+        assert watched(served).lookups == 1
 
 
 def test_a_tenants_own_file_counts_first(
@@ -198,6 +169,9 @@ def test_a_tenant_that_guesses_ids_is_stopped(
     def guess(number: int, tenant: str = "acme") -> int:
         return served.call(GET, f"mem_{number:032x}", tenant=tenant).status_code
 
+    watched(served).error = RegistryTimeout("too slow")
+    assert [guess(number) for number in range(7)] == [504] * 7  # not the tenant's fault
+    watched(served).error, watched(served).lookups = None, 0
     assert [guess(number) for number in range(7)] == [404] * 5 + [429] * 2
     assert watched(served).lookups == 5
     assert guess(8, "umbrella") == 404
@@ -307,6 +281,50 @@ def test_a_real_registry_that_lets_nobody_in(
     assert not [answer for answer in answers if PASSWORD in answer.text or "wrong" in answer.text]
 
 
+def hotel(request: Request) -> None:
+    request.answer(b"<html>Welcome to the hotel's network</html>", Content_Type="text/html")
+
+
+def other_bytes(request: Request) -> None:
+    request.ranged(bytes(len(request.registry.file)))
+
+
+def drip(request: Request) -> None:
+    """A byte now and then."""
+    request.send_response(200)
+    request.send_header("Content-Length", str(len(request.registry.file)))
+    request.end_headers()
+    with contextlib.suppress(OSError):
+        for byte in request.registry.file:
+            request.wfile.write(bytes([byte]))
+            time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("path", "odd", "status"),
+    [("/manifests/", hotel, 422), ("LAYER", other_bytes, 422), ("LAYER", drip, 504)],
+)
+def test_a_hostile_registry(
+    tmp_path: Path,
+    tiny_models: tuple[Path, Path],
+    wmatrix: WMatrix,
+    make_package: Make,
+    path: str,
+    odd: Answer,
+    status: int,
+) -> None:
+    file = publish(make_package(), tmp_path / "author")
+    with hostile_registry(artefact_of(file), file.stem) as hostile:
+        hostile.odd[path.replace("LAYER", hostile.layer.digest)] = odd
+        model, where = tiny_models[1], hostile.reference
+        for served in serve(tmp_path, where, model, wmatrix, load_timeout=1.0):
+            local = served.publish(make_package(seed=2))
+            response = served.call(LOAD, file.stem)
+            assert response.status_code == status, response.text
+            assert served.call(LOAD, local).status_code == 200
+            assert not [*pulled_folder(where).glob("mem_*.safetensors")]
+
+
 def test_a_damaged_layer_leaves_nothing_behind(
     served: Server, push: Callable[..., str], make_package: Make, layout: Path
 ) -> None:
@@ -361,30 +379,3 @@ def test_offline_memories_are_pulled_too(
     _, extra_args = offline.prompt("and", [memory])
     assert memory in json.dumps(extra_args)
     assert offline.resolver.stores[""].is_pulled(memory)
-
-
-def without_text(listing: dict[str, Any]) -> dict[str, Any]:
-    return listing | {"manifest": listing["manifest"] | {"has_text": False}}
-
-
-def relist(layout: Path, memory: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """Push an artefact again with a listing that lies, and a layer that agrees with it."""
-    from awareness_vllm.oci.artefact import MANIFEST, Layer, descriptor_of, parse_image_manifest
-    from awareness_vllm.packages.listing import CONFIG
-
-    repository = open_repository(layout)
-    manifest = parse_image_manifest(repository.manifest(memory)[1])
-    listing = change(json.loads(repository.blob(manifest.config, 1 << 20)))
-    config = json.dumps(listing).encode()
-    repository.upload(Layer(config, descriptor_of(config, CONFIG)))
-    layers = [manifest.layers[0].model_copy(update={"size": listing["bytes"]})]
-    update = {"config": descriptor_of(config, CONFIG), "layers": layers}
-    lying = manifest.model_copy(update=update).model_dump_json(by_alias=True, exclude_none=True)
-    repository.put_manifest(lying.encode(), MANIFEST, memory)
-
-
-def retag(layout: Path, memory: str, tag: str) -> None:
-    """Have another memory's tag name a memory."""
-    repository = open_repository(layout)
-    descriptor, raw = repository.manifest(memory)
-    repository.put_manifest(raw, descriptor.media_type, tag)
