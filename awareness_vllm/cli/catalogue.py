@@ -1,4 +1,4 @@
-"""`awareness catalogue`: the memories and W-Matrices of a registry, or of this machine, as a page."""
+"""`awareness catalogue`: the memories and maps of a registry, or of this machine, as a page."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from awareness_vllm.cli.options import add_trust, add_wmatrices
 
 if TYPE_CHECKING:
     from awareness_vllm.compatibility.catalogue import Catalogue
+    from awareness_vllm.wmatrix.listing import Listing
 
 MOST = 1 << 20
 """Listings of one kind that a page has: its browser would hold no more."""
@@ -48,7 +49,8 @@ def of_registry(registry: str) -> Catalogue:
     from awareness_vllm.marketplace.market import Marketplace
 
     market = Marketplace(registry)
-    listings = (*market.memories.search(limit=MOST), *market.wmatrices.search(limit=MOST))
+    listings: list[Listing] = [*market.memories.search(limit=MOST)]
+    listings += market.wmatrices.search(limit=MOST)
     return of_listings(listings, market.repository.reference)
 
 

@@ -16,19 +16,8 @@ from awareness_vllm.errors import AwarenessError, BadInput, escaped
 
 SUBCOMMANDS = (
     *("ask", "capture", "export", "fit", "align-on-demand", "quantize", "eval", "certify"),
-    *(
-        "path",
-        "heads",
-        "check",
-        "matrix",
-        "catalogue",
-        "list",
-        "inspect",
-        "verify",
-        "keygen",
-        "sign",
-    ),
-    *("push", "pull", "gc", "serve", "doctor"),
+    *("path", "heads", "check", "matrix", "catalogue", "list", "inspect", "verify", "keygen"),
+    *("sign", "push", "pull", "gc", "serve", "doctor"),
 )
 
 

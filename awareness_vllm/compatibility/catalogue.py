@@ -15,15 +15,14 @@ from awareness_vllm.compatibility.html.figures import native
 from awareness_vllm.compatibility.matrix import names_of, of_registry
 from awareness_vllm.compatibility.report import Cell, Matrix
 from awareness_vllm.errors import AwarenessError
-from awareness_vllm.marketplace.files import Listing
 from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.oci.reference import Reference
-from awareness_vllm.packages.listing import PackageListing
 from awareness_vllm.packages.manifest import Manifest, read_manifest, signer_of
 from awareness_vllm.packages.store import Store
 from awareness_vllm.passages import BUDGET
 from awareness_vllm.trust.policy import TrustPolicy
 from awareness_vllm.wmatrix.certificate import TAIL, Certificate, Interval, Plan
+from awareness_vllm.wmatrix.listing import Listing
 from awareness_vllm.wmatrix.manifest import WMatrixManifest
 from awareness_vllm.wmatrix.plans import with_tail
 from awareness_vllm.wmatrix.registry import Registry, WMatrixEntry
@@ -66,7 +65,7 @@ class Catalogue:
 
 @dataclass
 class _Models:
-    """The models of a catalogue, each once: what `Geometry.same_model` compares tells them apart."""
+    """The models of a catalogue, told apart by what `Geometry.same_model` compares."""
 
     numbers: dict[tuple[object, ...], int] = field(default_factory=dict)
     geometries: list[Geometry] = field(default_factory=list)
@@ -95,7 +94,7 @@ def of_listings(
     pull = (f"awareness pull {shlex.quote(str(reference))}:", "")
     items = [
         Item(
-            key=listing.id if isinstance(listing, PackageListing) else listing.tag,
+            key=listing.tag,
             name=listing.name,
             manifest=listing.manifest,
             digest=listing.digest,
@@ -196,9 +195,11 @@ def catalogue(
 def _memory(item: Item, manifest: Manifest, models: _Models) -> list[Any]:
     """A memory's row: key, name, source, tokens, bytes, description, licence, whether it has its
     text, the only target (of a latent; else null), facts by name."""
-    latent, facts = manifest.latent, [("engine", manifest.engine)]
+    latent = manifest.latent
+    facts: list[tuple[str, str]] = [("engine", manifest.engine)]
     if latent is not None:
         facts += [("latent of", latent.package), ("stored in", latent.dtype)]
+        facts.append(("map's tensors, sha256", latent.wmatrix))
     if manifest.edition_of:
         facts.append(("edition of", manifest.edition_of))
     if item.signed_by:

@@ -20,7 +20,7 @@ from awareness_vllm.compatibility.report import (
 )
 from awareness_vllm.oci.reference import Reference
 from awareness_vllm.packages.listing import PackageListing
-from awareness_vllm.packages.manifest import Manifest
+from awareness_vllm.packages.manifest import LATENT_FORMAT, Manifest, StoredLatent
 from awareness_vllm.wmatrix.certificate import Interval
 from awareness_vllm.wmatrix.heads import Head, HeadShares
 from awareness_vllm.wmatrix.listing import WMatrixListing
@@ -204,7 +204,7 @@ TALL = "Z" + "\u0300\u0316" * 99
 
 def catalogue(memories: int = 60) -> Catalogue:
     """Listings of three models: a certified map, one that is not, and memories, some with names
-    that would do harm."""
+    that would do harm, one of them a latent."""
     certified = read_manifest(MAP)
     third = certified.target.model_copy(update={"name": HOSTILE, "weights": "f" * 64})
     other = certified.model_copy(update={"source": third, "certificate": None})
@@ -213,6 +213,14 @@ def catalogue(memories: int = 60) -> Catalogue:
         for i, manifest in enumerate((certified, other))
     ]
     models = (certified.source, certified.target, third)
+    latent = StoredLatent(
+        package="mem_" + "a" * 32,
+        wmatrix="b" * 64,
+        target=certified.target,
+        tokens=90,
+        rank=576,
+        dtype="int8",
+    )
     names = {0: HOSTILE, 3: TURNED, 6: TALL, 9: "x" * 200}
     listings = [
         PackageListing(
@@ -225,6 +233,7 @@ def catalogue(memories: int = 60) -> Catalogue:
                 versions={},
                 payload="",
                 name=names.get(i, f"Report {i}"),
+                **({"format": LATENT_FORMAT, "latent": latent} if i == 12 else {}),
             ),
             license="CC0-1.0" if i % 2 else None,
             description="A chapter on gardening" if i == 7 else None,

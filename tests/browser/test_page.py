@@ -217,15 +217,19 @@ def test_the_catalogue_is_searched_and_filtered(show: Callable[..., Any]) -> Non
     shown.get_by_role("button", name="Show more").focus()
     shown.keyboard.press("Enter")
     assert (items.count(), count.inner_text()) == (62, "60 memories and 2 maps")
-    assert shown.evaluate("document.activeElement.closest('li') === document.querySelectorAll('#items > li')[50]")
+    assert shown.evaluate(
+        "document.activeElement.closest('li') === document.querySelectorAll('#items > li')[50]"
+    )
     assert choose(text="GARDENING chapter") == ("1 memory", ["Report 7"])
     assert choose(text="f" * 3, kind="maps")[0] == "Nothing fits: take a filter back."
     assert choose(kind="maps", certified=True) == ("1 map", ["smollm2-135m--gemma3-270m"])
     assert choose(least="1900", most="2000") == ("2 memories", ["Report 18", "Report 19"])
-    # Of gemma3's memories the model's own are read there too, and by its own map the third one's.
+    # The target's own memories are read there, and those from which a map leads there.
     assert choose(target="gemma3-270m", kind="memories")[0].startswith("60 memories")
-    assert choose(target="smollm2-135m", kind="memories")[0] == "20 memories"
-    assert choose(target="gemma3-270m", certified=True, kind="memories")[0] == "20 memories"
+    # A latent is for its map's target alone, and another map's figures are not its.
+    assert choose(target="smollm2-135m", kind="memories")[0] == "19 memories"
+    assert choose(target="gemma3-270m", certified=True, kind="memories")[0] == "19 memories"
     assert choose(source=samples.HOSTILE)[0] == "20 memories and 1 map"
     assert choose(sort="tokens, most first")[1][0] == "Report 59"
+    assert choose(sort="measured, newest first", kind="maps")[1][0] == "smollm2-135m--gemma3-270m"
     assert choose(sort="retention, best first")[1][0] == samples.HOSTILE

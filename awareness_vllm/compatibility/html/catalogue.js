@@ -20,8 +20,9 @@
     const which = `${source} ${text} ${only}`;
     if (!reached.has(which)) {
       const best = new Map();
-      for (const map of routes[source]) {
-        if (map.text !== text || (only !== null && map.target !== only)) continue;
+      // A latent needs the map that made it, which the figures of others say nothing of.
+      for (const map of only === null ? routes[source] : []) {
+        if (map.text !== text) continue;
         const before = best.get(map.target);
         if (!before || retention(map) > retention(before)) best.set(map.target, map);
       }
@@ -31,7 +32,7 @@
   }
   const retention = map => map.certificate ? map.certificate.retention[0] : -Infinity;
   const bestOf = item => item.kind === "map" ? retention(item)
-    : Math.max(-Infinity, ...[...reaches(item).values()].map(retention));
+    : reaches(item).most ??= Math.max(-Infinity, ...[...reaches(item).values()].map(retention));
 
   // Filters
   const plain = text => text.normalize("NFKC").toLowerCase();
@@ -139,13 +140,14 @@
       worthOf(item));
   }
 
+  const byRetention = item => [...reaches(item).values()].sort((a, b) => retention(b) - retention(a));
   function routesOf(item) {
-    const best = [...reaches(item).values()].sort((a, b) => retention(b) - retention(a));
+    const best = byRetention(item);
     const [first] = best;
-    if (!first) return element("span", { class: "worth unknown" }, item.only === null ? "no map listed" : "its map is not listed");
+    if (!first) return element("span", { class: "worth unknown" }, "on ", name(models[item.only ?? item.source]), " alone");
     const more = best.length > 1 ? `, and ${best.length - 1} more` : "";
-    const kept = first.certificate ? share(first.certificate) : [element("span", { class: "unknown" }, "not certified")];
-    return element("span", { class: "worth" }, ...kept,
+    const worth = first.certificate ? share(first.certificate) : [element("span", { class: "unknown" }, "not certified")];
+    return element("span", { class: "worth" }, ...worth,
       element("small", {}, "on ", name(models[first.target]), more));
   }
 
@@ -153,7 +155,6 @@
     const rows = [["ID", item.kind === "memory" ? item.key : null], ["licence", item.license ?? "none given"],
       ["bytes", count(item.bytes)], ...item.facts];
     if (item.kind === "memory") rows.splice(2, 0, ["text", item.text ? "in the file" : "left out"]);
-    if (item.kind === "memory" && item.only !== null) rows.splice(1, 0, ["only for", models[item.only]]);
     return element("dl", {}, ...rows.filter(row => row[1] !== null)
       .map(([term, value]) => element("div", {}, element("dt", {}, term), element("dd", {}, name(`${value}`)))));
   }
@@ -164,6 +165,11 @@
         element("thead", {}, element("tr", {}, ...columns.map(column => element("th", { scope: "col" }, column)))),
         element("tbody", {}, ...rows.map(cells => element("tr", {}, ...cells.map(cell => element("td", {}, cell)))))));
   }
+  const kept = ({ retention, claimed }) => {
+    const cell = document.createDocumentFragment();
+    cell.append(...share({ retention, claimed }), element("small", { class: "range" }, ends(retention)));
+    return cell;
+  };
   const both = (first, second) => {
     const cell = document.createDocumentFragment();
     cell.append(element("span", { class: "figure" }, first), element("small", { class: "range" }, second));
@@ -188,20 +194,21 @@
       tier ? `; tier ${tier}` : "", claimed ? ". The word of whoever listed it, until its signature is checked." : ".");
     const columns = ["tokens", "plan", "cost", "retention", "best control", "margin, points"];
     if (withFacts) columns.push("facts, of native", "their margin, points");
-    return element("div", { class: "certificate" }, element("h3", {}, "Certificate"), says,
+    return element("div", { class: claimed ? "certificate claims" : "certificate" }, element("h3", {}, "Certificate"), says,
       table("What each plan keeps", columns, plans.map(plan => measuredPlan(plan, withFacts))),
       element("p", { class: "note" }, "Bar: retention with its 95 % interval. Dotted: the best control, which is what the same "
         + "operations buy without a memory. The margin over it is what a memory is worth."));
   }
 
-  function routeTable(item) {
-    const best = [...reaches(item).values()].sort((a, b) => retention(b) - retention(a));
-    if (!best.length) return null;
+  function routesTable(item) {
+    const best = byRetention(item);
+    const own = item.only === null ? ["On ", name(models[item.source]), " itself it is an exact copy. "]
+      : ["On ", name(models[item.only]), ", by the map that made it. "];
+    const others = best.length || item.only !== null ? "" : "No map that is listed here leads elsewhere.";
     return element("div", {}, element("h3", {}, "Where it can be read"),
-      table("Targets", ["target", "map", "retention of the map alone"], best.map(map => [
-        name(models[map.target]), name(map.name),
-        map.certificate ? both(percent(map.certificate.retention[0]), ends(map.certificate.retention)) : "not certified",
-      ])));
+      element("p", {}, ...own, others),
+      best.length ? table("Targets", ["target", "map", "retention of the map alone"], best.map(map => [
+        name(models[map.target]), name(map.name), map.certificate ? kept(map.certificate) : "not certified"])) : null);
   }
 
   function command(item) {
@@ -233,7 +240,7 @@
         command(item),
         item.kind === "map"
           ? item.certificate ? certificateOf(item.certificate) : element("p", {}, "Not certified: nothing was measured.")
-          : routeTable(item),
+          : routesTable(item),
         facts(item)));
     });
     return element("li", {}, details);

@@ -1,4 +1,4 @@
-"""A report, a matrix, a map's heads or a catalogue as one HTML page: no request, all escaped, and no
+"""A report, a matrix, a map's heads or a catalogue as one HTML page: no request, all escaped, no
 script but the catalogue's, whose digest the page's policy names."""
 
 from __future__ import annotations
