@@ -17,7 +17,7 @@ from awareness_vllm.errors import AwarenessError, BadInput, escaped
 SUBCOMMANDS = (
     *("ask", "capture", "export", "fit", "align-on-demand", "quantize", "eval", "certify"),
     *("path", "heads", "check", "matrix", "list", "inspect", "verify", "keygen", "sign"),
-    *("push", "pull", "search", "show", "gc", "serve", "doctor"),
+    *("push", "pull", "search", "show", "catalogue", "gc", "serve", "doctor"),
 )
 
 

@@ -1,4 +1,4 @@
-"""`awareness pull`: memories and W-Matrices out of a registry, or a folder in OCI layout."""
+"""`awareness pull`: memories and W-Matrices out of a registry, an OCI layout or the hub's cache."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from awareness_vllm.cli.push import described
 from awareness_vllm.cli.transfers import Bar, in_parallel
 
 if TYPE_CHECKING:
+    from awareness_vllm.marketplace.files import Pulled
     from awareness_vllm.oci.reference import Reference
+    from awareness_vllm.trust.policy import TrustPolicy
 
 HELP = "pull memories and W-Matrices out of a registry, or a folder in OCI layout"
 
@@ -19,8 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "what",
         nargs="+",
-        metavar="REF|ID",
-        help="oci://HOST/REPOSITORY:TAG, FOLDER:TAG (or @DIGEST), or an ID or a tag in --from",
+        metavar="REF|ID|DIR",
+        help="oci://HOST/REPOSITORY:TAG, FOLDER:TAG (or @DIGEST), or an ID or a tag in --from; "
+        "or a repository in the Hugging Face hub cache (models--OWNER--NAME)",
     )
     parser.add_argument(
         "--from",
@@ -51,6 +54,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from awareness_vllm.errors import BadInput
     from awareness_vllm.files import default_store, wmatrices_dir
     from awareness_vllm.marketplace.files import listing_of, pull
+    from awareness_vllm.marketplace.hub import is_hub_folder, pull_folder
     from awareness_vllm.oci.connect import open_repository
     from awareness_vllm.oci.transfer import look
     from awareness_vllm.packages.listing import PackageListing
@@ -59,9 +63,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     trust = TrustPolicy.read(args.trust)
     if args.require_signed and not trust:
         raise BadInput("--require-signed needs --trust", expected="a trust file with the keys")
-    references = [located(what, args.registry) for what in args.what]
-    repositories = {r.repository_only: open_repository(r.repository_only) for r in references}
     stores = args.store or default_store(), args.wmatrices or wmatrices_dir()
+    hub = [path for path in map(Path, args.what) if is_hub_folder(path)]
+    done = [
+        described(pulled.listing) | placed(pulled, trust)
+        for path in hub
+        for pulled in pull_folder(path, *stores, trust=trust, require_signed=args.require_signed)
+    ]
+    references = [located(what, args.registry) for what in args.what if Path(what) not in hub]
+    repositories = {r.repository_only: open_repository(r.repository_only) for r in references}
     with Bar("pull") as bar:
 
         def one(reference: Reference) -> dict[str, Any]:
@@ -78,10 +88,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 require_signed=args.require_signed,
                 progress=bar.update,
             )
-            signed = pulled.signers.model_dump() if trust else None
-            return described(listing) | {"path": str(pulled.path), "signers": signed}
+            return described(listing) | placed(pulled, trust)
 
-        return {"pulled": in_parallel(one, references)}
+        return {"pulled": [*done, *in_parallel(one, references)]}
+
+
+def placed(pulled: Pulled, trust: TrustPolicy) -> dict[str, Any]:
+    """Where a file is, and who signed it."""
+    signers = pulled.signers.model_dump() if trust else None
+    return {"path": str(pulled.path), "signers": signers}
 
 
 def located(what: str, registry: str | None) -> Reference:

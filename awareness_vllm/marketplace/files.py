@@ -136,7 +136,7 @@ def pull(
     """
     what = listing_of(found)
     folder.mkdir(parents=True, exist_ok=True)
-    path, there = _destination(folder, what)
+    path, there = destination(folder, what)
     with scratch_folder(folder) as scratch:
         signed = signatures(repository, found.descriptor.digest)
         signers = choose(what, signed, path, scratch, trust)
@@ -156,7 +156,7 @@ def pull(
     return Pulled(path, what, signers)
 
 
-def _destination(folder: Path, what: Listing) -> tuple[Path, bool]:
+def destination(folder: Path, what: Listing) -> tuple[Path, bool]:
     """Where a file goes, and whether it is there."""
     if isinstance(what, PackageListing):
         path = folder / f"{what.id}.safetensors"

@@ -3,7 +3,6 @@ and files out of the local hub cache. Nothing here talks to the hub."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -15,12 +14,20 @@ from pydantic import ValidationError
 from awareness_vllm.errors import ArtefactCorrupt, ArtefactNotFound, BadInput, escaped
 from awareness_vllm.files import put_in_place, scratch_folder
 from awareness_vllm.marketplace.card import card
-from awareness_vllm.marketplace.files import artefact_of, file_name, listing_in
+from awareness_vllm.marketplace.files import (
+    NO_TRUST,
+    Pulled,
+    artefact_of,
+    destination,
+    file_name,
+    listing_in,
+)
+from awareness_vllm.marketplace.signatures import digest_for, roles_of
 from awareness_vllm.packages.listing import PackageListing
-from awareness_vllm.packages.manifest import MEMORY_ID, corrupt_package, id_of
+from awareness_vllm.packages.manifest import MEMORY_ID, corrupt_package
 from awareness_vllm.tensor_file import FileRefused, opened
 from awareness_vllm.trust.bundle import invalid_signature, parse_bundle
-from awareness_vllm.trust.policy import Role, TrustPolicy, read_signature, signature_path
+from awareness_vllm.trust.policy import Role, Signers, TrustPolicy, read_signature, signature_path
 from awareness_vllm.wmatrix.listing import Listing
 
 CHUNK = 1 << 20
@@ -86,7 +93,9 @@ def export_folder(
             fault = error.errors()[0]
             field = ".".join(map(str, fault["loc"]))
             raise BadInput(f"the {field} cannot be used", found=fault["msg"]) from error
-        copy = _named(path, copy, listing)
+        _check_name(path, listing)
+        if isinstance(listing, PackageListing):
+            copy = copy.rename(copy.with_stem(listing.id))
         signatures = dict(_signatures(path, copy, listing))
         text = card(listing, copy.name, signatures, base_models=base_models)
         (draft / CARD).write_text(text, encoding="utf-8")
@@ -106,22 +115,21 @@ def is_hub_folder(path: Path) -> bool:
 
 def pull_folder(
     path: Path,
-    *,
     store: Path,
     wmatrices: Path,
-    trust: TrustPolicy | None = None,
+    *,
+    trust: TrustPolicy = NO_TRUST,
     require_signed: bool = False,
-) -> list[Path]:
+) -> list[Pulled]:
     """The packages and W-Matrices of a hub cache's repository, of one of its snapshots, or of an
     exported folder, copied with their signatures into a store and a folder of maps.
 
     Links are followed only into the cache's own blobs. Each file is checked as a stranger's, and in
-    place only then: the paths are those of the files that are there.
+    place only then; as `pull` does, it leaves other files where they are.
 
     Raises:
         ArtefactNotFound: no such files, or no snapshot of the repository's main branch.
         PackageCorrupt, WMatrixCorrupt, ArtefactCorrupt, SignatureInvalid
-        BadInput: another map of the same name is in the folder.
     """
     folder = _snapshot(path)
     found = _files(folder)
@@ -136,33 +144,32 @@ def pull_folder(
         into = store if file.suffix == ".safetensors" else wmatrices
         into.mkdir(parents=True, exist_ok=True)
         with scratch_folder(into) as scratch:
-            pulled.append(_pull(file, into, scratch, trust or TrustPolicy(), require_signed))
+            pulled.append(_pull(file, into, scratch, trust, require_signed))
     return pulled
 
 
-def _pull(file: Path, into: Path, scratch: Path, trust: TrustPolicy, require: bool) -> Path:
+def _pull(file: Path, into: Path, scratch: Path, trust: TrustPolicy, require: bool) -> Pulled:
     """One file with its signatures, checked and put into a folder."""
-    copy = scratch / (file_name(file.stem) + file.suffix)
+    copy = scratch / f"copy{file.suffix}"
     _copy(_own(file), copy)
-    listing = listing_in(artefact_of(copy))
-    copy = _named(file, copy, listing)
-    for role, digest in _roles(listing).items():
+    name = file_name(file.stem) if file.suffix == ".wmatrix" else None
+    listing = listing_in(artefact_of(copy, name=name))
+    _check_name(file, listing)
+    path, there = destination(into, listing)
+    draft = copy.rename(scratch / path.name)
+    signers: dict[str, str | None] = {}
+    for role, digest in _digests(listing):
         beside = signature_path(file, role)
         if beside.exists():
-            _copy(_own(beside), signature_path(copy, role))
+            _copy(_own(beside), signature_path(draft, role))
         needed = require and role != "certificate"
-        (trust.require if needed else trust.signer)(copy, digest, role)
-    place = into / copy.name
-    if place.exists() and listing_in(artefact_of(place)).digest != listing.digest:
-        raise BadInput(
-            f"there is another {place.name}",
-            found=f"a file with another digest than {listing.digest}",
-            expected="none of this name, or the same file",
-            remedy="move the one that is there out of the way",
-        )
-    for draft in sorted(scratch.iterdir(), key=lambda draft: draft == copy):  # the file last
-        put_in_place(draft, into / draft.name)
-    return place
+        signers[role] = (trust.require if needed else trust.signer)(draft, digest, role)
+    if there:
+        draft.unlink()
+    # A file is never seen without its signature.
+    for part in sorted(scratch.iterdir(), key=lambda part: part == draft):
+        put_in_place(part, into / part.name)
+    return Pulled(path, listing, Signers(**signers))
 
 
 def _snapshot(path: Path) -> Path:
@@ -214,29 +221,23 @@ def _own(path: Path) -> Path:
     return real
 
 
-def _named(path: Path, copy: Path, listing: Listing) -> Path:
-    """The copy of a file under the name that it has in a store or a folder of maps. Raises
-    PackageCorrupt."""
-    if not isinstance(listing, PackageListing):
-        return copy
-    if MEMORY_ID.fullmatch(path.stem) and path.stem != id_of(listing.digest):
+def _check_name(path: Path, listing: Listing) -> None:
+    """Check that a package that is named by an ID has it. Raises PackageCorrupt."""
+    named = MEMORY_ID.fullmatch(path.stem) is not None
+    if isinstance(listing, PackageListing) and named and path.stem != listing.id:
         raise corrupt_package(path, f"its bytes are those of {listing.id}", path.stem)
-    return copy.rename(copy.with_stem(listing.id))
 
 
-def _roles(listing: Listing) -> dict[Role, str]:
+def _digests(listing: Listing) -> Iterator[tuple[Role, str]]:
     """The roles in which a file can be signed, and the digest that is signed in each."""
-    if isinstance(listing, PackageListing):
-        return {"package": listing.digest}
-    roles: dict[Role, str] = {"wmatrix": listing.digest}
-    if (statement := listing.manifest.certificate_statement) is not None:
-        roles["certificate"] = hashlib.sha256(statement).hexdigest()
-    return roles
+    for role in roles_of(listing):
+        if (digest := digest_for(listing, role)) is not None:
+            yield role, digest
 
 
 def _signatures(path: Path, copy: Path, listing: Listing) -> Iterator[tuple[Role, str]]:
     """Copy the signatures of a file beside its copy: each role, and its key's fingerprint."""
-    for role, digest in _roles(listing).items():
+    for role, digest in _digests(listing):
         if (document := read_signature(path, role)) is None:
             continue
         name = signature_path(path, role).name

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
+from awareness_vllm.compatibility.catalogue import Catalogue, of_listings
 from awareness_vllm.compatibility.report import (
     REMAINDER,
     Action,
@@ -15,8 +18,13 @@ from awareness_vllm.compatibility.report import (
     RiskFactor,
     Share,
 )
+from awareness_vllm.oci.reference import Reference
+from awareness_vllm.packages.listing import PackageListing
+from awareness_vllm.packages.manifest import LATENT_FORMAT, Manifest, StoredLatent
 from awareness_vllm.wmatrix.certificate import Interval
 from awareness_vllm.wmatrix.heads import Head, HeadShares
+from awareness_vllm.wmatrix.listing import WMatrixListing
+from awareness_vllm.wmatrix.manifest import read_manifest
 
 HOSTILE = """<script>document.title='taken'</script><img src=x onerror="document.title='taken'">"""
 DIGEST = "5c1f" * 16
@@ -185,3 +193,51 @@ def heads(layers: int = 15, each: int = 3, down: int = 18) -> HeadShares:
     shares = same * np.exp(-6 * np.array(far)) * (1 + np.arange(len(across)) % each)
     shares *= 0.8 / shares.sum(1, keepdims=True)
     return HeadShares("smollm2-135m", "gemma3-270m", across, rows, shares)
+
+
+MAP = Path(__file__).parents[2] / "maps/smollm2-135m--gemma3-270m.wmatrix"
+TURNED = "\u05e9\u05dc\u05d5\u05dd <b>abc</b> 123"
+"""A name that is written from right to left."""
+TALL = "Z" + "\u0300\u0316" * 99
+"""A name whose marks would cover the lines above and below."""
+
+
+def catalogue(memories: int = 60) -> Catalogue:
+    """Listings of three models: a certified map, one that is not, and memories, some with names
+    that would do harm, one of them a latent."""
+    certified = read_manifest(MAP)
+    third = certified.target.model_copy(update={"name": HOSTILE, "weights": "f" * 64})
+    other = certified.model_copy(update={"source": third, "certificate": None})
+    maps = [
+        WMatrixListing(digest=f"{i:064x}", bytes=10**7, manifest=manifest, description=HOSTILE)
+        for i, manifest in enumerate((certified, other))
+    ]
+    models = (certified.source, certified.target, third)
+    latent = StoredLatent(
+        package="mem_" + "a" * 32,
+        wmatrix="b" * 64,
+        target=certified.target,
+        tokens=90,
+        rank=576,
+        dtype="int8",
+    )
+    names = {0: HOSTILE, 3: TURNED, 6: TALL, 9: "x" * 200}
+    listings = [
+        PackageListing(
+            digest=f"{i + 100:064x}",
+            bytes=23_040 * 100 * (i + 1),
+            manifest=Manifest(
+                geometry=models[i % 3],
+                tokens=100 * (i + 1),
+                engine="transformers",
+                versions={},
+                payload="",
+                name=names.get(i, f"Report {i}"),
+                **({"format": LATENT_FORMAT, "latent": latent} if i == 12 else {}),
+            ),
+            license="CC0-1.0" if i % 2 else None,
+            description="A chapter on gardening" if i == 7 else None,
+        )
+        for i in range(memories)
+    ]
+    return of_listings((*listings, *maps), Reference.parse("oci://registry.example.com/a/b"))

@@ -25,6 +25,7 @@ PAGES = {
     "prior": page(report=samples.full(samples.PRIOR)),
     "matrix": page(matrix=samples.store()),
     "empty": page(report=samples.empty()),
+    "catalogue": page(catalogue=samples.catalogue()),
 }
 CONTRASTS = """() => {
   const numbers = text => text.match(/rgba?\\([^)]*\\)/g).map(c => c.match(/[\\d.]+/g).map(Number));
@@ -89,8 +90,7 @@ def show(browser: Browser, tmp_path: Path) -> Iterator[Callable[..., Any]]:
             ),
         )
         shown.goto(file.as_uri())
-        for details in shown.locator("details").all():
-            details.evaluate("e => e.open = true")
+        shown.evaluate("document.querySelectorAll('details').forEach(e => e.open = true)")
         pages.append(shown)
         return shown
 
@@ -102,7 +102,7 @@ def show(browser: Browser, tmp_path: Path) -> Iterator[Callable[..., Any]]:
 
 
 @pytest.mark.parametrize("name", PAGES)
-@pytest.mark.parametrize("width", [360, 1280])
+@pytest.mark.parametrize("width", [320, 1280])
 def test_the_page_never_scrolls_sideways(show: Callable[..., Any], name: str, width: int) -> None:
     shown = show(name, width)
     assert shown.locator("h1").is_visible()
@@ -194,3 +194,42 @@ def test_drawings_hold_their_letters(show: Callable[..., Any], width: int) -> No
         })"""
     )
     assert outside == []
+
+
+def test_the_catalogue_is_searched_and_filtered(show: Callable[..., Any]) -> None:
+    shown = show("catalogue")
+    items, count = shown.locator("#items > li"), shown.locator("#count")
+
+    def choose(**filters: Any) -> tuple[str, list[str]]:
+        """What is found with some filters and no others."""
+        shown.get_by_role("button", name="Reset").click()
+        for label, value in filters.items():
+            field = shown.locator(f"#{label}")
+            if value is True:
+                field.check()
+            elif label in ("kind", "source", "target", "sort"):
+                field.select_option(label=value)
+            else:
+                field.fill(value)
+        return count.inner_text(), shown.locator("#items .title").all_inner_texts()
+
+    assert choose()[0] == "60 memories and 2 maps, the first 50 shown"
+    shown.get_by_role("button", name="Show more").focus()
+    shown.keyboard.press("Enter")
+    assert (items.count(), count.inner_text()) == (62, "60 memories and 2 maps")
+    assert shown.evaluate(
+        "document.activeElement.closest('li') === document.querySelectorAll('#items > li')[50]"
+    )
+    assert choose(text="GARDENING chapter") == ("1 memory", ["Report 7"])
+    assert choose(text="f" * 3, kind="maps")[0] == "Nothing fits: take a filter back."
+    assert choose(kind="maps", certified=True) == ("1 map", ["smollm2-135m--gemma3-270m"])
+    assert choose(least="1900", most="2000") == ("2 memories", ["Report 18", "Report 19"])
+    # The target's own memories are read there, and those from which a map leads there.
+    assert choose(target="gemma3-270m", kind="memories")[0].startswith("60 memories")
+    # A latent is for its map's target alone, and another map's figures are not its.
+    assert choose(target="smollm2-135m", kind="memories")[0] == "19 memories"
+    assert choose(target="gemma3-270m", certified=True, kind="memories")[0] == "19 memories"
+    assert choose(source=samples.HOSTILE)[0] == "20 memories and 1 map"
+    assert choose(sort="tokens, most first")[1][0] == "Report 59"
+    assert choose(sort="measured, newest first", kind="maps")[1][0] == "smollm2-135m--gemma3-270m"
+    assert choose(sort="retention, best first")[1][0] == samples.HOSTILE

@@ -264,6 +264,7 @@ def test_unknown_flags_are_refused(name: str, capfd: pytest.CaptureFixture[str])
         "heads": ["w"],
         "check": ["x", "--target", "m"],
         "matrix": [],
+        "catalogue": ["--html", "x"],
         "list": [],
         "inspect": ["x"],
         "verify": ["x"],
