@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--cases", type=Path, help="cases of fact recall, with their `tokens`")
     parser.add_argument("--lengths", type=int, nargs="+", default=[300, 2000])
     parser.add_argument("--limit", type=int, nargs="+", default=[32, 16], help="texts, by length")
-    parser.add_argument("--facts", type=int, default=48, help="cases of each length")
+    parser.add_argument("--facts", type=int, nargs="+", default=[48, 16], help="cases, by length")
     parser.add_argument("--rounds", type=int, default=15, help="loads of each form")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -73,7 +73,7 @@ def main() -> None:
     texts, cases = load_texts(args.texts), read_cases(args.cases) if args.cases else []
     grouped = by_length(cases, sorted(args.lengths), SHORTEST) if cases else {}
     report: dict[str, Any] = {"hardware": hardware(), "versions": versions(), "lengths": {}}
-    for length, limit in zip(args.lengths, args.limit, strict=True):
+    for length, limit, facts in zip(args.lengths, args.limit, args.facts, strict=True):
         documents = texts if length <= SHORTEST else join_documents(texts, length + CONTINUATION)
         excerpts = take_excerpts(harness, documents, length, CONTINUATION, limit)
         packages = [harness.package(text) for _, text, _ in tqdm(excerpts, desc="capture")]
@@ -84,7 +84,7 @@ def main() -> None:
         ]
         figures["texts"] = text_figures(harness, items)
         if length in grouped:
-            chosen = sample_evenly(grouped[length], args.facts)
+            chosen = sample_evenly(grouped[length], facts)
             tokenizer = load_tokenizer(str(args.target))
             captured = ((case, harness.package(case["context"])) for case in chosen)
             questions = [case_item(tokenizer, case, p, p) for case, p in captured]
