@@ -369,7 +369,7 @@ def test_export_writes_it_beside_its_package(
     plain, wmatrix = publish(pair.package, tmp_path), str(pair.store / "pair.wmatrix")
     export = ["--store", str(tmp_path), "--target", str(pair.target), "--latent", wmatrix]
     made = document("export", plain.stem, *export)
-    # The same bytes: it embeds in the model's own dtype, as a server does.
+    # The same bytes as from Python.
     assert (made["id"], made["of"]) == (pair.ids["latent"], plain.stem)
     assert made["bytes"] == Path(made["path"]).stat().st_size < made["bytes_before"]
     assert is_own(read_index(Path(made["path"])).digest)
