@@ -14,7 +14,7 @@ import httpx
 import openai
 import pytest
 from awareness_demo.facts import fact_cases
-from harness import NEAR_TIE, Server, awareness, captured, parting, paused, serving
+from harness import NEAR_TIE, Server, captured, parting, paused, serving
 from servers import CHAT_TEMPLATE
 
 from awareness_vllm.compatibility.estimate import predict
@@ -122,45 +122,6 @@ def test_it_says_what_transformers_says(
     }
     print(distance)
     assert distance["memory"] <= 0.5 * min(distance["tokens only"], distance["none"]), distance
-
-
-def test_a_latent_package_answers_as_its_package(
-    server: Server,
-    store: Path,
-    own: tuple[str, str],
-    foreign: tuple[str, dict],
-    wmatrix: Path,
-    gemma3: Path,
-) -> None:
-    """Alone, in a chat, and after another memory; quoted, or re-read in place, and by the map."""
-    memory, case = foreign
-    export = awareness("export", memory, "--store", store, "--target", gemma3, "--latent", wmatrix)
-    assert export.status == 0, export.stderr[-3000:]
-    latent = export.out["id"]
-    assert export.out["bytes"] < 0.1 * export.out["bytes_before"]
-
-    def asked(memory: str, **settings: object) -> openai.types.Completion:
-        return server.client.completions.create(
-            model="served", prompt=case["question"], max_tokens=8, temperature=0, logprobs=5,
-            extra_body={"memory": {"ids": [memory], **settings}},
-        )  # fmt: skip
-
-    first = asked(latent, reread=0, quote=0)
-    assert (first.memory["plan"], first.memory["temperature"]) == ("load", "cold")
-    for settings in ({"reread": 0, "quote": 0}, {"quote": 0, "reread": 48}, {}):
-        plain, answer = asked(memory, **settings), asked(latent, **settings)
-        assert answer.choices[0].text == plain.choices[0].text
-        one, other = (a.choices[0].logprobs.token_logprobs for a in (plain, answer))
-        print(settings, max(abs(a - b) for a, b in zip(one, other, strict=True)))
-        assert other == pytest.approx(one, abs=NEAR_TIE)
-        told = ("origin", "retention", "quoted", "reread", "tokens")
-        assert {k: answer.memory.get(k) for k in told} == {k: plain.memory.get(k) for k in told}
-    for before in ([], [own[0]]):
-        plain, answer = (
-            chat(server, "You answer.", memory_ids=[*before, id]).json() for id in (memory, latent)
-        )
-        assert plain["memory"]["plan"] == answer["memory"]["plan"] == "load"
-        assert plain["choices"][0]["message"] == answer["choices"][0]["message"]
 
 
 def test_a_prompt_has_one_bos(server: Server, own: tuple[str, str], gemma3: Path) -> None:
