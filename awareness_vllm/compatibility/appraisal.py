@@ -9,6 +9,7 @@ from awareness_vllm.compatibility.context import CheckContext
 from awareness_vllm.compatibility.estimate import at_tail, predict
 from awareness_vllm.compatibility.load_time.cost import (
     MapSize,
+    decoding,
     load_times_s,
     target_memory_gb,
     typical_map,
@@ -225,6 +226,8 @@ def load_times(check: CheckContext) -> tuple[dict[str, float], Basis | None]:
     if source is None or target is None or size is None or unmapped:
         return {}, None
     wmatrix: MapSize | WMatrixManifest | None = check.entry.manifest if check.entry else None
+    if check.entry and check.memory.manifest and check.memory.manifest.latent:
+        wmatrix = decoding(check.entry.manifest)
     rates, what = saved(), ""
     if check.verdict is None:
         wmatrix = typical_map(source, target)

@@ -99,6 +99,14 @@ def lost_facts(check: CheckContext) -> Iterator[tuple[Impact, str]]:
 
 
 @risk
+def rounded(check: CheckContext) -> Iterator[tuple[Impact, str]]:
+    """A latent in int8."""
+    manifest = check.memory.manifest
+    if manifest is not None and manifest.latent is not None and manifest.latent.dtype == "int8":
+        yield "low", "its latent is rounded to int8, which the certificate's figures are not"
+
+
+@risk
 def published_only(check: CheckContext) -> Iterator[tuple[Impact, str]]:
     if check.memory.source.geometry is None or check.target.geometry is None:
         yield "high", "published figures alone: not measured here, and the memory cannot be loaded"

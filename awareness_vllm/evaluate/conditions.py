@@ -26,7 +26,7 @@ from awareness_vllm.models.folder import resolve_folder
 from awareness_vllm.models.hf import inputs_after, last_logits, load_model, states
 from awareness_vllm.models.tokens import load_tokenizer, tokenize
 from awareness_vllm.packages.capture import capture, read_tokens
-from awareness_vllm.packages.file import Package, build
+from awareness_vllm.packages.file import AnyPackage, Package, build, with_states
 from awareness_vllm.wmatrix.features import joined, split_states
 from awareness_vllm.wmatrix.file import WMatrix
 
@@ -149,17 +149,17 @@ class EvalHarness:
             self.recent[text] = capture(folder, text, model=self.source_model)
         return self.recent[text]
 
-    def memory(self, package: Package, *, masked: bool = False) -> AlignedMemory:
+    def memory(self, package: AnyPackage, *, masked: bool = False) -> AlignedMemory:
         """The aligned memory of a package, with `masked` of its tokens alone."""
         if self.wmatrix is None:
-            return copy(package)
+            return copy(with_states(package))
         if self.placed is None or self.placed[0] is not self.wmatrix:
             self.placed = self.wmatrix, self.wmatrix.to(self.device)
         embed, dtype = self.target_model.get_input_embeddings(), self.dtype
         with torch.device(self.device) if self.device != "cpu" else contextlib.nullcontext():
             return realign(package, self.placed[1], self.target, embed, dtype=dtype, masked=masked)
 
-    def flat(self, package: Package, *, masked: bool = False) -> Tensor:
+    def flat(self, package: AnyPackage, *, masked: bool = False) -> Tensor:
         """The `joined` states [T, W] of a package's aligned memory."""
         memory = self.memory(package, masked=masked)
         return joined(memory.keys, memory.values).to(self.device)

@@ -19,7 +19,8 @@ from torch import Tensor
 from awareness_vllm.align.realign import AlignedMemory, realign
 from awareness_vllm.errors import AwarenessError
 from awareness_vllm.kernels import largest
-from awareness_vllm.packages.file import Package
+from awareness_vllm.packages.file import AnyPackage, Package
+from awareness_vllm.packages.latent import LatentPackage
 from awareness_vllm.packages.manifest import Manifest
 from awareness_vllm.serving.resolved_memory import ResolvedMemory
 from awareness_vllm.wmatrix.file import WMatrix
@@ -93,6 +94,8 @@ def states_of(result: Any) -> list[Tensor]:
     """All floats that a way would serve."""
     if isinstance(result, (Package, AlignedMemory)):
         return [*result.keys, *result.values]
+    if isinstance(result, LatentPackage):
+        return [result.rows]
     if isinstance(result, WMatrix):
         parts = [result.mean, result.scale, result.encode, result.decode, result.bias]
         return [*parts, *result.sink_keys, *result.sink_values]
@@ -100,7 +103,7 @@ def states_of(result: Any) -> list[Tensor]:
 
 
 def ids_of(result: Any) -> list[int]:
-    if isinstance(result, Package):
+    if isinstance(result, (Package, LatentPackage)):
         return result.tokens
     return result.ids if isinstance(result, (AlignedMemory, ResolvedMemory)) else []
 
@@ -280,7 +283,7 @@ class Oracle:
 
     def own(self, mutant: Mutant, name: str, result: Any) -> bool:
         """Whether what is served is what the file says, by a reader that checks nothing."""
-        if not isinstance(result, (Package, AlignedMemory, WMatrix)):
+        if not isinstance(result, (Package, LatentPackage, AlignedMemory, WMatrix)):
             return True
         try:
             file = Container.parse(mutant.raw)
@@ -298,6 +301,8 @@ class Oracle:
         if mutant.file == registry.WMATRIX:
             return True  # the good package through a map of its own: compared by its tensors
         document = file.document
+        if "latent" in parts:
+            return self.own_latent(Manifest.model_validate(document), parts, result)
         layers = range(len(document["geometry"]["layers"]))
         keys, values = ([parts[f"layers.{i}.{p}"] for i in layers] for p in ("key", "value"))
         if isinstance(result, Package) or result.ids == parts["tokens"].tolist():
@@ -305,18 +310,32 @@ class Oracle:
         text, spans = bytes(parts["text"].numpy()).decode(), parts["spans"].numpy()
         manifest = Manifest.model_validate(document)
         package = Package(manifest, text, parts["tokens"].tolist(), spans, keys, values)
-        seeds = self.server.seeds
-        memory = realign(
-            package, seeds.wmatrix, seeds.target, lambda i: seeds.embedding[i], dtype=torch.bfloat16
-        )
+        memory = self.realigned(package)
         if name == "serve on CUDA":  # the kernels round elsewhere
             return result.ids == memory.ids and near(states_of(result), states_of(memory))
         return result.ids == memory.ids and same(states_of(result), states_of(memory))
 
+    def realigned(self, package: AnyPackage) -> AlignedMemory:
+        seeds = self.server.seeds
+        return realign(
+            package, seeds.wmatrix, seeds.target, lambda i: seeds.embedding[i], dtype=torch.bfloat16
+        )
+
+    def own_latent(self, manifest: Manifest, parts: dict[str, Tensor], result: Any) -> bool:
+        """`own` of a latent package; its decoding rounds alike everywhere but in the kernels."""
+        text, spans = bytes(parts["text"].numpy()).decode(), parts["spans"].numpy()
+        stored = {name: part for name, part in parts.items() if name.startswith("latent")}
+        tokens = parts["tokens"].tolist()
+        package = LatentPackage(manifest, text, tokens, spans, stored)
+        if isinstance(result, LatentPackage):
+            return same([result.rows], [package.rows])
+        memory = self.realigned(package)
+        return result.ids == memory.ids and near(states_of(result), states_of(memory))
+
 
 def not_map(result: Any) -> bool:
     """Whether LARGEST is a bound on what is served: maps are judged by what they make."""
-    return not isinstance(result, (WMatrix, Package))
+    return not isinstance(result, (WMatrix, Package, LatentPackage))
 
 
 def must_refuse(mutant: Mutant, name: str) -> bool:

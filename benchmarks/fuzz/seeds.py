@@ -22,7 +22,9 @@ from torch import Tensor
 
 from awareness_vllm.models.geometry import Geometry, LayerGeometry, Positions
 from awareness_vllm.models.tokens import Tokens, load_tokenizer, prefix_ids, tokenize
-from awareness_vllm.packages.file import Package, build, without_text
+from awareness_vllm.packages.file import AnyPackage, Package, build, with_payload, without_text
+from awareness_vllm.packages.latent import LatentPackage, rounded
+from awareness_vllm.packages.manifest import LATENT_FORMAT, StoredLatent
 from awareness_vllm.wmatrix.file import WMatrix
 from awareness_vllm.wmatrix.manifest import Anchors, WMatrixManifest
 
@@ -37,7 +39,7 @@ class Seeds:
     target: Path
     geometry: Geometry
     prefix: tuple[int, ...]
-    packages: dict[str, Package]
+    packages: dict[str, AnyPackage]
     wmatrix: WMatrix
     embedding: Tensor
 
@@ -119,6 +121,24 @@ def captured(
     )
 
 
+def latent_of(package: Package, wmatrix: WMatrix, tokens: Tokens, int8: bool) -> LatentPackage:
+    """A latent package of random rows, of the target's tokens of a package's text."""
+    generator = torch.Generator().manual_seed(7)
+    rows = torch.randn(len(tokens.ids), RANK, generator=generator)
+    stored = rounded(rows) if int8 else {"latent": rows}
+    latent = StoredLatent(
+        package="mem_" + digest("package")[:32],
+        wmatrix=wmatrix.tensors_digest,
+        target=wmatrix.manifest.target,
+        tokens=len(rows),
+        rank=RANK,
+        dtype="int8" if int8 else "float32",
+    )
+    manifest = package.manifest.model_copy(update={"format": LATENT_FORMAT, "latent": latent})
+    made = LatentPackage(manifest, package.text, tokens.ids, tokens.spans, stored)
+    return with_payload(made)
+
+
 def random_wmatrix(source: Geometry, target: Geometry, sink: tuple[int, ...]) -> WMatrix:
     generator = torch.Generator().manual_seed(0)
     features = source.width + (1 + PREDECESSORS) * target.hidden_size
@@ -177,12 +197,15 @@ def make_seeds(folder: Path) -> Seeds:
         (layer(1, 4, rope(4)), layer(1, 4, rope(4, 1e5, True), window=8), layer(1, 4, none)),
     )
     bos = prefix_ids(to)
-    packages = {
+    wmatrix = random_wmatrix(source, target, tuple(bos))
+    mapped = captured(source, TEXT, tokenize(from_, TEXT), [])
+    packages: dict[str, AnyPackage] = {
         "copied": captured(target, TEXT, tokenize(to, TEXT), bos),
-        "mapped": captured(source, TEXT, tokenize(from_, TEXT), []),
+        "mapped": mapped,
         "windowed": captured(source, TEXT[:40], tokenize(from_, TEXT[:40]), [], window=8),
     }
-    packages["without text"] = without_text(packages["mapped"])
+    packages["without text"] = without_text(mapped)
+    for name, int8 in (("latent", False), ("latent in int8", True)):
+        packages[name] = latent_of(mapped, wmatrix, tokenize(to, TEXT), int8)
     embedding = torch.randn(target.vocab_size, 6, generator=torch.Generator().manual_seed(3))
-    wmatrix = random_wmatrix(source, target, tuple(bos))
     return Seeds(folder / "target", target, tuple(bos), packages, wmatrix, embedding)

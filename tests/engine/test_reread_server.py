@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 from awareness_demo.facts import fact_cases
-from harness import NEAR_TIE, Server, captured, parting, paused, serving
+from harness import NEAR_TIE, Server, awareness, captured, parting, paused, serving
 from servers import CHAT_TEMPLATE
 
 from awareness_vllm.align.reread import reread
@@ -308,3 +308,48 @@ def test_bad_values_are_refused(
     body = {"ids": [memories[0]], field: value}
     with pytest.raises(httpx.HTTPStatusError, match="400"):
         ask(server, "\n\nWho?", memory=body)
+
+
+def test_a_latent_package_answers_as_its_package(
+    server: Server, memories: list[str], store: Path, wmatrix: Path, gemma3: Path
+) -> None:
+    """By the map alone, with passages re-read in place or quoted, and after another memory in a
+    chat; whether the server has aligned it before or not."""
+    memory, question = memories[1], CASES[1]["question"]
+    export = awareness("export", memory, "--store", store, "--target", gemma3, "--latent", wmatrix)
+    assert export.status == 0, export.stderr[-3000:]
+    latent = export.out["id"]
+    assert export.out["bytes"] < 0.06 * export.out["bytes_before"]
+    for settings in ({"reread": 0}, {"reread": 48}, {"quote": 48}):
+        plain, other = (
+            ask(server, question, logprobs=5, memory={"ids": [id], **settings}, cache_salt="new")
+            for id in (memory, latent)
+        )
+        assert answer_of(other)[0] == answer_of(plain)[0]
+        one, two = (answer_of(answer)[1]["token_logprobs"] for answer in (plain, other))
+        print(settings, max(abs(a - b) for a, b in zip(one, two, strict=True)))
+        assert two == pytest.approx(one, abs=NEAR_TIE)
+        told = [
+            {
+                k: v
+                for k, v in answer.json()["memory"].items()
+                if k in ("origin", "retention", "tokens", "plan", "reread", "quoted")
+            }
+            for answer in (plain, other)
+        ]
+        assert told[0] == told[1]
+        assert told[0]["plan"] == "load"
+    messages = [{"role": "user", "content": question}]
+    fields = {"model": "served", "messages": messages, "max_tokens": 8, "temperature": 0}
+    said = [
+        httpx.post(
+            f"{server.url}/v1/chat/completions",
+            json={**fields, "chat_template": CHAT_TEMPLATE, "memory_ids": [memories[0], id]},
+            timeout=120,
+        )
+        .raise_for_status()
+        .json()
+        for id in (memory, latent)
+    ]
+    assert said[0]["memory"]["plan"] == said[1]["memory"]["plan"] == "load"
+    assert said[0]["choices"][0]["message"] == said[1]["choices"][0]["message"]

@@ -51,6 +51,7 @@ def test_the_list_is_the_tenants_own(server: Server, make_package: Make) -> None
         "tokens": len("hello wörld".encode()),
         "signed_by": None,
         "edition_of": None,
+        "latent_of": None,
         "edition": False,
         "location": "store",
         "error": None,

@@ -74,6 +74,18 @@ def test_the_seeds_themselves_are_served(
     assert set(verdict.ways.values()) == {SERVED}
 
 
+@pytest.mark.parametrize("name", ["latent", "latent in int8"])
+def test_latents_are_served_wherever_no_states_are_asked_for(
+    oracle: Oracle, files: dict[str, bytes], name: str
+) -> None:
+    mutant = Mutant(0, name, "package", (), True, OWN_NAME, MAY, files[name])
+    memory = oracle.server.good[name]
+    ways = oracle.server.package_ways(oracle.store(memory), memory)
+    outcomes = {way: oracle.outcome(mutant, way, use) for way, use in ways.items()}
+    assert outcomes.pop("packages.file.read") == REFUSED
+    assert set(outcomes.values()) == {SERVED}
+
+
 def test_the_oracle_sees_what_a_reader_lets_through(
     oracle: Oracle, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -99,6 +99,11 @@ def map_work(wmatrix: WMatrixManifest | MapSize) -> tuple[int, int]:
     return numbers, 2 * wmatrix.rank * numbers
 
 
+def decoding(wmatrix: WMatrixManifest) -> MapSize:
+    """The size of what a map does with a latent, which was encoded before."""
+    return MapSize(wmatrix.rank, 0, 0, wmatrix.target)
+
+
 def load_times_s(
     geometry: Geometry,
     tokens: int,

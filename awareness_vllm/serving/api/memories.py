@@ -64,6 +64,9 @@ class Memory(FrozenModel):
     edition_of: str | None = Field(
         None, description="The memory whose text this package has, read by source_model"
     )
+    latent_of: str | None = Field(
+        None, description="The memory whose latent this package has, for the target of one map"
+    )
     edition: bool = Field(
         False,
         description="Whether the served model has read the text and keeps its own states of it, as "
@@ -306,7 +309,9 @@ def _facts(store: Store, path: Path, manifest: Manifest | None) -> dict[str, Any
 def _named(manifest: Manifest) -> dict[str, Any]:
     """The fields of `Memory` from a manifest."""
     named = {"name": manifest.name, "source_model": manifest.geometry.name}
-    return {**named, "edition_of": manifest.edition_of, "tokens": manifest.tokens}
+    named["edition_of"] = manifest.edition_of
+    named["latent_of"] = manifest.latent.package if manifest.latent else None
+    return {**named, "tokens": manifest.tokens}
 
 
 def _offered(front: FrontEnd, listing: PackageListing) -> MemoryDetail:

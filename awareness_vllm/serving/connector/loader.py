@@ -236,11 +236,8 @@ class MemoryLoader:
             return LoadedSource("cold", copy(with_states(package)))
         if part.wmatrix not in self.wmatrices:
             raise UnsupportedModel("the request was resolved with another W-Matrix")
-        wmatrix = self.wmatrices[part.wmatrix]
-        ids, source = sources(package, wmatrix.manifest, self.model.folder)
-        if isinstance(package, LatentPackage) and part.wmatrix in self.paged:
-            check()
-            return LoadedSource("cold", Latent(ids, latent_of(package, wmatrix)))
+        manifest = self.wmatrices[part.wmatrix].manifest
+        ids, source = sources(package, manifest, self.model.folder)
         return LoadedSource("cold", None, package, ids, source, check)
 
     def advance(self, seconds: float = STEP_BUDGET_S) -> bool:
@@ -291,6 +288,8 @@ class MemoryLoader:
         assert source.package is not None
         assert source.source is not None
         digest, package = alignment.part.wmatrix, source.package
+        if digest in self.paged and isinstance(package, LatentPackage):
+            return Latent(source.ids, latent_of(package, self.wmatrices[digest]))
         if alignment.work is None and digest in self.paged:
             states = (whole := with_states(package)).keys, whole.values
             alignment.work = LatentEncoding(
