@@ -48,6 +48,7 @@ class Remote:
     ) -> None:
         self.reference = reference
         self.session = Session(reference, api_key=api_key, timeout=timeout)
+        self._lists_referrers = True
 
     def manifest(self, name: str) -> tuple[Descriptor, bytes]:
         response = self.session.request(
@@ -103,7 +104,8 @@ class Remote:
             if response.status_code == 200 and before:
                 into.restart()
             try:
-                while chunk := response.raw.read(CHUNK, decode_content=False):
+                # What has come, not a whole chunk: of a slow registry, progress is heard, too.
+                while chunk := response.raw.read1(CHUNK, decode_content=False):
                     into.write(chunk)
             except HTTPError as error:
                 found = str(error)[:200]
@@ -232,9 +234,12 @@ class Remote:
     def referrers(self, digest: str) -> list[Descriptor]:
         """The artefacts whose subject is a manifest, by the referrers API, or else by the index
         under the tag that the specification has registries without the API keep."""
-        response = self.session.request("GET", f"referrers/{digest}", expect=(200, 404, 405))
-        if response.status_code == 200:
-            return list(self._index(response.content).manifests)
+        if self._lists_referrers:
+            response = self.session.request("GET", f"referrers/{digest}", expect=(200, 404, 405))
+            if response.status_code == 200:
+                return list(self._index(response.content).manifests)
+            # A registry with the API answers so for no digest.
+            self._lists_referrers = False
         return list(self._tagged_referrers(digest).manifests)
 
     def _tagged_referrers(self, digest: str) -> ImageIndex:
