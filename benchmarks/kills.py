@@ -22,51 +22,22 @@ import datetime
 import json
 import random
 import signal
-import sys
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from forks import forked, status_of
 from killed_work import KINDS, Kind, prepare
 
 from awareness_vllm.provenance import hardware, versions
 
-LONGEST_S = 120.0
-"""A child that takes longer hangs."""
 ROUND = 10
 """Kills after which a kind starts in an empty folder again."""
 DRAFTS = (".draft-", ".tmp")
 """How the names of drafts begin: of our folders, and of safetensors' own files."""
-
-
-def forked(work: Callable[[], None], log: Path) -> int:
-    """The process id of a child that does some work; what it prints goes into a file."""
-    sys.stdout.flush()
-    child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
-        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        os.dup2(handle, 1)
-        os.dup2(handle, 2)
-        signal.alarm(int(LONGEST_S))
-        work()
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        os._exit(status)
-
-
-def status_of(child: int) -> int:
-    """The status of a child once it has ended: minus the signal that killed it."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def leftovers(folder: Path) -> list[str]:

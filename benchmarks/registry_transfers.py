@@ -23,12 +23,16 @@ The status is 1 where anything was lost, or half there.
 
 from __future__ import annotations
 
+# Forked from a process with threads, a child may wait for ever for what they held.
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import argparse
 import datetime
 import hashlib
 import http.client
 import json
-import os
 import random
 import shutil
 import signal
@@ -43,7 +47,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from kills import forked, status_of
+from forks import forked, status_of
 
 from awareness_vllm.errors import AwarenessError
 from awareness_vllm.marketplace.files import pull_file, push_file
@@ -103,8 +107,8 @@ def main() -> int:
 def show(result: dict[str, Any]) -> None:
     for kind in result["kills"]:
         print(
-            f"{kind['what']}: {kind['kills']} kills in {kind['turns']} turns, {kind['looks']} looks "
-            f"at what is visible; faults: {kind['faults'] or 'none'}"
+            f"{kind['what']}: {kind['kills']} kills in {kind['turns']} turns, "
+            f"{kind['looks']} looks at visible files; faults: {kind['faults'] or 'none'}"
         )
     for name, mib in result["speed"]["mib_per_s"].items():
         print(f"{name:6} {mib:7.0f} MiB/s")

@@ -129,9 +129,8 @@ class Layout:
         if sha.hexdigest() != descriptor.hex:
             raise corrupt_blob(descriptor, f"sha256:{sha.hexdigest()}, of a file that has changed")
 
-    def put_manifest(self, raw: bytes, media_type: str, tag: str | None = None) -> Descriptor:
-        (entry,) = self.put_manifests([(raw, media_type, tag)])
-        return entry
+    def put_manifest(self, raw: bytes, media_type: str, *tags: str) -> Descriptor:
+        return self.put_manifests([(raw, media_type, tag) for tag in tags or (None,)])[0]
 
     def put_manifests(self, manifests: Iterable[NewManifest]) -> list[Descriptor]:
         """Write manifests, whose blobs are there, and the tags that are to name them: the index is

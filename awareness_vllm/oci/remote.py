@@ -12,7 +12,7 @@ from urllib.parse import quote, urljoin, urlsplit
 
 import requests
 from pydantic import BaseModel
-from urllib3.exceptions import HTTPError
+from urllib3.exceptions import HTTPError, ReadTimeoutError
 
 from awareness_vllm.errors import ArtefactCorrupt, ArtefactNotFound, RegistryError, escaped
 from awareness_vllm.oci.artefact import (
@@ -109,13 +109,20 @@ class Remote:
                     into.write(chunk)
             except HTTPError as error:
                 found = str(error)[:200]
+                if isinstance(error, ReadTimeoutError):
+                    idle = ATTEMPTS - 1  # a registry that is silent was waited for
             else:
                 found = f"{into.done} bytes"
             finally:
                 response.close()
             idle = 0 if into.done > before else idle + 1
             if idle == ATTEMPTS:
-                raise corrupt_blob(descriptor, found)
+                raise RegistryError(
+                    f"{self.reference} breaks off in {descriptor.digest}",
+                    found=found,
+                    expected=f"{descriptor.size} bytes",
+                    remedy="pull again: it goes on where it stopped",
+                )
 
     def _get(self, descriptor: Descriptor, begin: int) -> requests.Response:
         """A blob's bytes from `begin` on; status 200: all of them."""
@@ -159,15 +166,16 @@ class Remote:
             expect=(201,),
         )
 
-    def put_manifest(self, raw: bytes, media_type: str, tag: str | None = None) -> Descriptor:
+    def put_manifest(self, raw: bytes, media_type: str, *tags: str) -> Descriptor:
         descriptor = descriptor_of(raw, media_type)
-        response = self.session.request(
-            "PUT",
-            f"manifests/{tag or descriptor.digest}",
-            headers={"Content-Type": media_type},
-            data=raw,
-            expect=(201,),
-        )
+        for name in tags or (descriptor.digest,):
+            response = self.session.request(
+                "PUT",
+                f"manifests/{name}",
+                headers={"Content-Type": media_type},
+                data=raw,
+                expect=(201,),
+            )
         stored = response.headers.get("Docker-Content-Digest")
         if stored not in (None, descriptor.digest):
             raise RegistryError(

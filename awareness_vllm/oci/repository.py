@@ -51,9 +51,9 @@ class Repository(Protocol):
         """Write a blob, unless it is there. Raises RegistryError."""
         ...
 
-    def put_manifest(self, raw: bytes, media_type: str, tag: str | None = None) -> Descriptor:
-        """Write a manifest, whose blobs are there, and perhaps have a tag name it; its descriptor.
-        Raises RegistryError."""
+    def put_manifest(self, raw: bytes, media_type: str, *tags: str) -> Descriptor:
+        """Write a manifest, whose blobs are there, and have tags name it; its descriptor. Raises
+        RegistryError."""
         ...
 
     def tags(self, prefix: str = "") -> Iterator[str]:

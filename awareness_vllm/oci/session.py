@@ -46,6 +46,14 @@ class _TooLong(requests.RequestException):
     """An answer that does not end."""
 
 
+class _Denied(Exception):
+    """An answer that no login of ours does for."""
+
+    def __init__(self, response: requests.Response) -> None:
+        super().__init__()
+        self.response = response
+
+
 class _Limited:
     """An answer's body, of which what reads all of it gets MAX_ANSWER bytes at most."""
 
@@ -108,13 +116,17 @@ class _Login(TokenAuth):
     ) -> tuple[dict[str, str], bool]:
         challenge = original.headers.get("Www-Authenticate", "")
         if self.given or not challenge:
-            return headers, False
-        if challenge.lower().startswith("basic"):
+            raise _Denied(original)
+        if not challenge.lower().startswith("basic"):
+            self.token = None
+            headers, changed = super().authenticate_request(original, headers, refresh)
+        else:
             self.basic, self.token = True, getattr(self, "_basic_auth", None)
             tried = original.request.headers.get("Authorization") == f"Basic {self.token}"
-            return {**headers, **self.get_auth_header()}, not tried and self.token is not None
-        self.token = None
-        return super().authenticate_request(original, headers, refresh)
+            headers, changed = headers | self.get_auth_header(), not tried and bool(self.token)
+        if not changed:
+            raise _Denied(original)
+        return headers, True
 
 
 class Session:
@@ -177,6 +189,8 @@ class Session:
                     response = _request(
                         self.registry, url, method, data, dict(headers or {}), None, stream
                     )
+            except _Denied as denied:
+                raise self._refused(denied.response) from denied
             except _Interrupted:
                 if last:
                     raise
@@ -221,11 +235,9 @@ class Session:
             raise self._unreachable(error, "check its address and the network", kind) from error
         except requests.RequestException as error:
             raise self._unreachable(error, "check that it is an OCI registry") from error
-        except (AttributeError, KeyError, TypeError, UnicodeError) as error:
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
             # oras takes challenges and tokens to be as they should be.
             raise self._unreachable(error, "check that it is an OCI registry") from error
-        except ValueError as error:
-            raise self.denied(str(error)) from error
 
     def _unreachable(
         self, error: Exception, remedy: str, kind: type[RegistryError] = RegistryError
@@ -242,21 +254,17 @@ class Session:
         complaint = f"{response.status_code} {response.reason or ''}".strip()
         complaint += f" ({message})" if (message := self._message(response)) else ""
         if response.status_code in (401, 403):
-            return self.denied(complaint)
+            return RegistryDenied(
+                f"{self.reference} does not let you in",
+                found=escaped(complaint)[:400],
+                expected="a login that may do this",
+                remedy=f"`docker login {self.reference.host}`, or a token as the API key",
+            )
         wait = response.headers.get("Retry-After")
         return RegistryError(
             f"{self.reference} does not do what it is asked to",
             found=escaped(complaint)[:400],
             remedy=f"try again in {wait} s" if wait and wait.isdigit() else None,
-        )
-
-    def denied(self, found: str) -> RegistryDenied:
-        """The error about a user who is not let in."""
-        return RegistryDenied(
-            f"{self.reference} does not let you in",
-            found=escaped(found)[:400],
-            expected="a login that may do this",
-            remedy=f"`docker login {self.reference.host}`, or a token as the API key",
         )
 
     def _message(self, response: requests.Response) -> str:
@@ -298,9 +306,10 @@ def _docker_configs() -> list[str]:
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether a connection was made and broke; a host that is unknown or refuses will go on so."""
+    """Whether a connection was made and broke; a host that is unknown, refuses or is silent will go
+    on so."""
     text = repr(error)
-    return not any(sign in text for sign in ("NameResolution", "NewConnection", "ConnectTimeout"))
+    return not any(sign in text for sign in ("NameResolution", "NewConnection", "Timeout"))
 
 
 def _wait(response: requests.Response, attempt: int) -> float:

@@ -40,10 +40,7 @@ def push(
     """
     for layer in (artefact.config_layer, *artefact.layers):
         repository.upload(layer, progress)
-    descriptor = repository.put_manifest(artefact.document, MANIFEST)
-    for tag in tags:
-        repository.put_manifest(artefact.document, MANIFEST, tag)
-    return descriptor
+    return repository.put_manifest(artefact.document, MANIFEST, *tags)
 
 
 def look(repository: Repository, name: str) -> Found:

@@ -177,10 +177,10 @@ def test_two_that_sign_at_once(
     put, before = Remote.put_manifest, repository.manifest(f"sha256-{descriptor.hex}")[1]
     overwritten = []
 
-    def late(self: Remote, raw: bytes, media_type: str, tag: str | None = None) -> Descriptor:
-        done = put(self, raw, media_type, tag)
+    def late(self: Remote, raw: bytes, media_type: str, *tags: str) -> Descriptor:
+        done = put(self, raw, media_type, *tags)
         if media_type == INDEX and not overwritten:
-            overwritten.append(put(self, before, INDEX, tag))
+            overwritten.append(put(self, before, INDEX, *tags))
         return done
 
     monkeypatch.setattr(Remote, "put_manifest", late)
