@@ -23,6 +23,7 @@ from awareness_vllm.errors import (
     RegistryError,
     RegistryTimeout,
     SignatureInvalid,
+    StorageFull,
     TooManyLoads,
 )
 from awareness_vllm.packages.listing import PackageListing
@@ -48,6 +49,7 @@ REFUSED_S: tuple[tuple[type[AwarenessError], float], ...] = (
     (PackageCorrupt, 30.0),
     (PackageTooLarge, 30.0),
     (SignatureInvalid, 5.0),
+    (StorageFull, 5.0),
     (RegistryError, 1.0),
 )
 """Seconds for which the registry is not asked again about an ID, by what came of it."""

@@ -19,6 +19,7 @@ from registry_server import PASSWORD, USER, basic_auth, registry_server
 from awareness_vllm.errors import RegistryDenied, RegistryTimeout
 from awareness_vllm.marketplace.files import artefact_of, push_file
 from awareness_vllm.oci import cache as cache_module
+from awareness_vllm.oci.cache import Cache
 from awareness_vllm.oci.connect import open_repository
 from awareness_vllm.packages.capture import capture
 from awareness_vllm.packages.file import publish
@@ -121,7 +122,9 @@ def test_a_pulled_memory_is_claimed(
     assert served.resolver.check(memory, "acme").origin == "claimed"
 
 
-@pytest.mark.parametrize("fault", ["no map", "too large", "size", "other memory", "no text"])
+@pytest.mark.parametrize(
+    "fault", ["no map", "too large", "size", "other memory", "no text", "no room"]
+)
 def test_what_cannot_be_loaded_is_refused_before_it_is_pulled(
     served: Server, push: Callable[..., str], make_package: Make, layout: Path, fault: str
 ) -> None:
@@ -141,11 +144,15 @@ def test_what_cannot_be_loaded_is_refused_before_it_is_pulled(
         other = push(make_package(seed=5))
         retag(layout, other, memory)
         expected = f"the package {other}"
+    elif fault == "no room":
+        object.__setattr__(registry, "cache", Cache(registry.cache.folder, limit=100))
+        expected = "larger than the cache"
     else:
         relist(layout, memory, without_text)
         expected = "has no text"
     response = served.call(LOAD, memory)
-    assert response.status_code == (400 if fault == "no text" else 422), response.text
+    status = {"no text": 400, "no room": 507}.get(fault, 422)
+    assert response.status_code == status, response.text
     assert expected in response.json()["error"]["message"]
     assert watched(served).fetches == 0
     assert served.engine.calls == []
