@@ -17,6 +17,7 @@ from awareness_vllm.compatibility.report import Cell, Matrix
 from awareness_vllm.errors import AwarenessError
 from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.oci.reference import Reference
+from awareness_vllm.packages.listing import PackageListing
 from awareness_vllm.packages.manifest import Manifest, read_manifest, signer_of
 from awareness_vllm.packages.store import Store
 from awareness_vllm.passages import BUDGET
@@ -36,14 +37,16 @@ Commands = dict[Kind, tuple[str, str]]
 
 @dataclass(frozen=True)
 class Item:
-    """A memory or a map: `key` is what a command names it by. A certificate is `claimed` where
-    nobody whom this machine trusts has signed it."""
+    """A memory or a map: `key` is what a command names it by; `tensors` the digest by which a
+    latent names the map that made it. A certificate is `claimed` where nobody whom this machine
+    trusts has signed it."""
 
     key: str
     name: str
     manifest: Manifest | WMatrixManifest
     digest: str
     bytes: int
+    tensors: str = ""
     description: str | None = None
     license: str | None = None
     claimed: bool = False
@@ -99,6 +102,7 @@ def of_listings(
             manifest=listing.manifest,
             digest=listing.digest,
             bytes=listing.bytes,
+            tensors="" if isinstance(listing, PackageListing) else listing.tensors,
             description=listing.description,
             license=listing.license,
             claimed=True,
@@ -131,6 +135,7 @@ def of_files(
             manifest=entry.manifest,
             digest=entry.digest,
             bytes=entry.path.stat().st_size,
+            tensors=entry.tensors,
             claimed=entry.claimed,
             signed_by=entry.signed_by,
         )
@@ -194,7 +199,8 @@ def catalogue(
 
 def _memory(item: Item, manifest: Manifest, models: _Models) -> list[Any]:
     """A memory's row: key, name, source, tokens, bytes, description, licence, whether it has its
-    text, the only target (of a latent; else null), facts by name."""
+    text, facts by name; of a latent its target and the tensors of the map that made it, else twice
+    null."""
     latent = manifest.latent
     facts: list[tuple[str, str]] = [("engine", manifest.engine)]
     if latent is not None:
@@ -206,15 +212,14 @@ def _memory(item: Item, manifest: Manifest, models: _Models) -> list[Any]:
         facts.append(("signed by", item.signed_by))
     return [
         *(item.key, item.name, models.number(manifest.geometry), manifest.tokens, item.bytes),
-        *(item.description, item.license, manifest.has_text),
-        None if latent is None else models.number(latent.target),
-        facts,
+        *(item.description, item.license, manifest.has_text, facts),
+        *((models.number(latent.target), latent.wmatrix) if latent else (None, None)),
     ]
 
 
 def _map(item: Item, entry: WMatrixEntry, models: _Models) -> list[Any]:
     """A map's row: key, name, source, target, bytes, description, licence, whether it reads text,
-    certificate or null, facts by name."""
+    certificate or null, facts by name, the digest of its tensors."""
     manifest, certificate = entry.manifest, entry.certificate
     facts = [
         ("sha256", item.digest),
@@ -228,7 +233,7 @@ def _map(item: Item, entry: WMatrixEntry, models: _Models) -> list[Any]:
         *(item.key, item.name, models.number(manifest.source), models.number(manifest.target)),
         *(item.bytes, item.description, item.license, manifest.reads_tokens),
         None if certificate is None else _certificate(certificate, item.claimed),
-        facts,
+        *(facts, item.tensors),
     ]
 
 

@@ -204,23 +204,32 @@ TALL = "Z" + "\u0300\u0316" * 99
 
 def catalogue(memories: int = 60) -> Catalogue:
     """Listings of three models: a certified map, one that is not, and memories, some with names
-    that would do harm, one of them a latent."""
+    that would do harm, and two latents, one of them of a map that is not listed."""
     certified = read_manifest(MAP)
     third = certified.target.model_copy(update={"name": HOSTILE, "weights": "f" * 64})
     other = certified.model_copy(update={"source": third, "certificate": None})
     maps = [
-        WMatrixListing(digest=f"{i:064x}", bytes=10**7, manifest=manifest, description=HOSTILE)
+        WMatrixListing(
+            digest=f"{i:064x}",
+            bytes=10**7,
+            manifest=manifest,
+            tensors="ab"[i] * 64,
+            description=HOSTILE,
+        )
         for i, manifest in enumerate((certified, other))
     ]
     models = (certified.source, certified.target, third)
-    latent = StoredLatent(
-        package="mem_" + "a" * 32,
-        wmatrix="b" * 64,
-        target=certified.target,
-        tokens=90,
-        rank=576,
-        dtype="int8",
-    )
+    latents = {
+        i: StoredLatent(
+            package="mem_" + "a" * 32,
+            wmatrix=made_by * 64,
+            target=certified.target,
+            tokens=90,
+            rank=576,
+            dtype="int8",
+        )
+        for i, made_by in ((12, "c"), (15, "a"))
+    }
     names = {0: HOSTILE, 3: TURNED, 6: TALL, 9: "x" * 200}
     listings = [
         PackageListing(
@@ -233,7 +242,7 @@ def catalogue(memories: int = 60) -> Catalogue:
                 versions={},
                 payload="",
                 name=names.get(i, f"Report {i}"),
-                **({"format": LATENT_FORMAT, "latent": latent} if i == 12 else {}),
+                **({"format": LATENT_FORMAT, "latent": latents[i]} if i in latents else {}),
             ),
             license="CC0-1.0" if i % 2 else None,
             description="A chapter on gardening" if i == 7 else None,

@@ -5,24 +5,24 @@
   const byId = id => document.getElementById(id);
   const { models, memories, maps, commands } = JSON.parse(byId("data").textContent);
   const items = [];
-  for (const [key, name, source, tokens, bytes, description, license, text, only, facts] of memories)
-    items.push({ kind: "memory", key, name, source, tokens, bytes, description, license, text, only, facts });
+  for (const [key, name, source, tokens, bytes, description, license, text, facts, only, maker] of memories)
+    items.push({ kind: "memory", key, name, source, tokens, bytes, description, license, text, facts, only, maker });
   const routes = models.map(() => []);
-  for (const [key, name, source, target, bytes, description, license, text, certificate, facts] of maps) {
-    const map = { kind: "map", key, name, source, target, bytes, description, license, text, certificate, facts };
+  for (const [key, name, source, target, bytes, description, license, text, certificate, facts, tensors] of maps) {
+    const map = { kind: "map", key, name, source, target, bytes, description, license, text, certificate, facts, tensors };
     routes[source].push(map);
     items.push(map);
   }
 
   // What a memory's source leads to: itself, and by each target the map that keeps most.
   const reached = new Map();
-  function reaches({ source, text, only }) {
-    const which = `${source} ${text} ${only}`;
+  function reaches({ source, text, maker }) {
+    const which = `${source} ${text} ${maker}`;
     if (!reached.has(which)) {
       const best = new Map();
-      // A latent needs the map that made it, which the figures of others say nothing of.
-      for (const map of only === null ? routes[source] : []) {
-        if (map.text !== text) continue;
+      for (const map of routes[source]) {
+        // A latent is read by the map that made it; the figures of others say nothing of it.
+        if (map.text !== text || (maker !== null && map.tensors !== maker)) continue;
         const before = best.get(map.target);
         if (!before || retention(map) > retention(before)) best.set(map.target, map);
       }
@@ -203,8 +203,8 @@
   function routesTable(item) {
     const best = byRetention(item);
     const own = item.only === null ? ["On ", name(models[item.source]), " itself it is an exact copy. "]
-      : ["On ", name(models[item.only]), ", by the map that made it. "];
-    const others = best.length || item.only !== null ? "" : "No map that is listed here leads elsewhere.";
+      : ["On ", name(models[item.only]), " alone, by the map that made it. "];
+    const others = best.length ? "" : item.only === null ? "No map that is listed here leads elsewhere." : "That is not listed here.";
     return element("div", {}, element("h3", {}, "Where it can be read"),
       element("p", {}, ...own, others),
       best.length ? table("Targets", ["target", "map", "retention of the map alone"], best.map(map => [
@@ -272,7 +272,7 @@
   const named = numbers => [...numbers].sort((a, b) => plain(models[a]) < plain(models[b]) ? -1 : 1)
     .map(i => element("option", { value: i }, models[i]));
   byId("source").append(...named(new Set(items.map(item => item.source))));
-  byId("target").append(...named(new Set([...maps.map(map => map[3]), ...memories.map(m => m[8] ?? m[2])])));
+  byId("target").append(...named(new Set([...maps.map(map => map[3]), ...memories.map(m => m[9] ?? m[2])])));
   byId("filters").hidden = false;
   byId("filters").addEventListener("input", update);
   byId("filters").addEventListener("submit", event => event.preventDefault());
