@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -30,6 +30,8 @@ MAPS = 100
 MODELS = 20
 ROUNDS = 7
 """Times that each warm query is asked."""
+DIGEST, SIZE, TOKENS, NAME, DESCRIPTION = 64 * "d", 987654321, 123454321, "NAME", "DESCRIPTION"
+"""What stands in a template for the facts of a listing."""
 PROSE = (
     "the of and to in for report annual meeting notes contract letter manual design review budget "
     "harbour bridge garden library museum engine battery turbine orchard glacier festival railway "
@@ -114,7 +116,8 @@ def write(wmatrix: Path, count: int, folder: Path) -> None:
 
 
 def artefacts(wmatrix: Path, count: int) -> Iterator[tuple[Any, str]]:
-    """Artefacts like those of real files, each with its tag."""
+    """Artefacts like those of real files, each with its tag. Their JSON is that of a listing of the
+    same models with other facts put in."""
     from awareness_vllm.oci.artefact import Artefact, Descriptor, Layer
     from awareness_vllm.packages import listing as package
     from awareness_vllm.packages.manifest import Manifest
@@ -126,31 +129,44 @@ def artefacts(wmatrix: Path, count: int) -> Iterator[tuple[Any, str]]:
     for i in range(MODELS):
         update = {"name": f"model-{i}", "weights": hashlib.sha256(bytes([i])).hexdigest()}
         models.append(models[i % 2].model_copy(update=update))
+    versions = {"torch": "2.13.0", "vllm": "0.32.0"}
+    memories = [
+        template(
+            package.PackageListing,
+            manifest=Manifest(
+                geometry=model, tokens=TOKENS, engine="vllm", versions=versions, payload=DIGEST
+            ),
+        )
+        for model in models
+    ]
+    pairs = itertools.permutations(models, 2)
+    joined = [
+        (ends, template(maps.WMatrixListing, manifest=certified.model_copy(update=ends)))
+        for ends in ({"source": a, "target": b} for a, b in itertools.islice(pairs, 3 * MODELS))
+    ]
     dice = random.Random(0)
     for i in range(count):
         digest = hashlib.sha256(f"layer {i}".encode()).hexdigest()
-        facts: dict[str, Any] = {"digest": digest, "bytes": dice.randrange(1 << 20, 1 << 28)}
-        facts |= {"label": phrase(dice, 4), "description": phrase(dice, 20), "license": "CC0-1.0"}
+        size = dice.randrange(1 << 20, 1 << 28)
+        facts = {DIGEST: digest, str(SIZE): str(size), NAME: phrase(dice, 4)}
+        facts |= {DESCRIPTION: phrase(dice, 20), str(TOKENS): str(dice.randrange(16, 8192))}
         if i % MAPS == 0:
-            ends = dict(zip(("source", "target"), dice.sample(models, 2), strict=True))
-            kind, listing = (
-                maps,
-                maps.WMatrixListing(
-                    manifest=certified.model_copy(update=ends if i else {}), **facts
-                ),
-            )
+            kind: Any = maps
+            ends, config = joined[0] if i == 0 else dice.choice(joined)
+            tag = f"{maps.pair_of(**ends)}.{digest[:16]}"
         else:
-            manifest = Manifest(
-                geometry=dice.choice(models),
-                tokens=dice.randrange(16, 8192),
-                engine="vllm",
-                versions={"torch": "2.13.0", "vllm": "0.32.0"},
-                payload=digest,
-            )
-            kind, listing = package, package.PackageListing(manifest=manifest, **facts)
-        layer = Descriptor(media_type=kind.LAYER, digest=f"sha256:{digest}", size=listing.bytes)
-        config = listing.model_dump_json().encode()
-        yield Artefact(kind.ARTEFACT, kind.CONFIG, config, [Layer(b"", layer)]), listing.id
+            kind, config, tag = package, dice.choice(memories), f"mem_{digest[:32]}"
+        for known, fact in facts.items():
+            config = config.replace(known, fact)
+        layer = Descriptor(media_type=kind.LAYER, digest=f"sha256:{digest}", size=size)
+        yield Artefact(kind.ARTEFACT, kind.CONFIG, config.encode(), [Layer(b"", layer)]), tag
+
+
+def template(kind: Any, **facts: Any) -> str:
+    """A listing in JSON, in which other facts can be put."""
+    listing = kind(digest=DIGEST, bytes=SIZE, label=NAME, description=DESCRIPTION, **facts)
+    document: str = listing.model_dump_json()
+    return document
 
 
 def phrase(dice: random.Random, words: int) -> str:
@@ -220,8 +236,10 @@ def seconds(action: Callable[[], object]) -> float:
 
 def measured(measure: Callable[[Path], dict[str, Any]], folder: Path) -> dict[str, Any]:
     figures = measure(folder)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {**figures, "peak_mb": round(peak / 1e6)}
+    # Not getrusage, which counts what the parent had when it forked.
+    status = Path("/proc/self/status").read_text()
+    peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
+    return {**figures, "cpu_s": round(time.process_time(), 2), "peak_mb": round(peak / 1e6)}
 
 
 def child(name: str, folder: Path) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from awareness_vllm.errors import ArtefactCorrupt, BadInput
 from awareness_vllm.files import put_in_place, scratch_folder
 from awareness_vllm.marketplace.signatures import (
@@ -52,6 +54,8 @@ def push_file(
         PackageCorrupt, WMatrixCorrupt, RegistryError; BadInput: another kind of file;
         SignatureInvalid: one beside it that cannot be read.
     """
+    for tag in tags:
+        repository.reference.at(tag)  # what can be no tag is an error before anything is pushed
     facts = {"name": name, "description": description, "license": license}
     artefact = artefact_of(path, **facts)
     listing = listing_in(artefact)
@@ -62,11 +66,19 @@ def push_file(
 
 def artefact_of(path: Path, **facts: str | None) -> Artefact:
     """The artefact of a file, by its suffix. Raises PackageCorrupt, WMatrixCorrupt, BadInput."""
-    match path.suffix:
-        case ".safetensors":
-            return package_listing.artefact_of(path, **facts)
-        case ".wmatrix":
-            return wmatrix_listing.artefact_of(path, **facts)
+    try:
+        match path.suffix:
+            case ".safetensors":
+                return package_listing.artefact_of(path, **facts)
+            case ".wmatrix":
+                return wmatrix_listing.artefact_of(path, **facts)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise BadInput(
+            f"{path.name} cannot be listed so",
+            found=f"{first['loc'][0]}: {first['msg']}",
+            expected="a name, a description and a licence of one line each",
+        ) from error
     raise BadInput(
         f"{path.name} is no file that a registry takes",
         found=f"the suffix {path.suffix!r}",

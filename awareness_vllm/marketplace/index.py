@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 
 from pydantic import ValidationError
 
-from awareness_vllm.errors import ArtefactCorrupt, ArtefactNotFound, escaped
+from awareness_vllm.errors import CONTROL, ArtefactCorrupt, ArtefactNotFound, escaped
 from awareness_vllm.files import listings_dir
 from awareness_vllm.marketplace import database
 from awareness_vllm.marketplace.database import Damaged
@@ -46,6 +46,13 @@ TAKE_OVER = (
     "DELETE FROM listings WHERE digest NOT IN (SELECT digest FROM tags)",
 )
 """What makes the tags that are `now` the ones that are known."""
+SOURCES = """
+    SELECT source_key FROM listings WHERE source = ? OR source_key = ?
+    UNION SELECT target_key FROM listings WHERE target = ?
+    UNION SELECT source_key FROM listings
+        WHERE kind = 'wmatrix' AND readable AND (target = ? OR target_key = ?)
+"""
+"""The models whose memories a target can use: those of its name, and those that maps lead from."""
 
 
 class New(NamedTuple):
@@ -64,16 +71,17 @@ class Wanted:
 
     `text` are words that all occur, each perhaps only begun, in a listing's name, its tags (one is
     a memory's ID), models or description. `source` and `target` are names of models, whatever their
-    case, or fingerprints of geometries. `sources` are fingerprints of models whose memories the
-    target can use, too, but for latents, which are made for one target. `tokens` are the least and
-    the most. `readable` are memories with their text, and maps that read it.
+    case, or fingerprints of geometries. A memory's target is what can use it: its own model, one
+    that a map here leads to, and, of memories of `sources` (fingerprints), this one; a latent's is
+    the one that it was made for. `tokens` are the least and the most. `readable` are memories with
+    their text, and maps that read it.
     """
 
     kind: Kind
     text: str | None = None
     source: str | None = None
     target: str | None = None
-    sources: frozenset[str] | None = None
+    sources: frozenset[str] = frozenset()
     tokens: tuple[int, int] | None = None
     readable: bool = False
 
@@ -103,22 +111,6 @@ class ListingIndex:
         return database.rebuilding(
             self.path, lambda connection: self._search(connection, query, (*values, limit))
         )
-
-    def sources_of_maps(self, target: str) -> frozenset[str]:
-        """The fingerprints of the models from which maps that read text lead to a target, given by
-        its name or fingerprint; with the target's own. Raises RegistryError."""
-        query = """
-            SELECT source_key FROM listings WHERE source = ?1 OR source_key = ?1
-            UNION SELECT target_key FROM listings WHERE target = ?1
-            UNION SELECT source_key FROM listings
-                WHERE kind = 'wmatrix' AND readable AND (target = ?1 OR target_key = ?1)
-        """
-
-        def action(connection: sqlite3.Connection) -> frozenset[str]:
-            self._refresh(connection)
-            return frozenset(key for (key,) in connection.execute(query, (target,)))
-
-        return database.rebuilding(self.path, action)
 
     def _search(
         self, connection: sqlite3.Connection, query: str, values: tuple[object, ...]
@@ -157,9 +149,9 @@ class ListingIndex:
         """List the tags, with the manifests that are known: from the repository, or from when it
         was asked last."""
         rows = (
-            (tag, *((d.digest, d.size, d.artifact_type) if d else (None, None, None)))
-            for tag, d in self.repository.tagged()
-            if not tag.startswith("sha256-")  # lists of referrers, by the tag scheme
+            tagged
+            for tagged in self.repository.tagged()
+            if not tagged.tag.startswith("sha256-")  # lists of referrers, by the tag scheme
         )
         connection.execute("BEGIN")
         connection.execute("DELETE FROM now")
@@ -227,28 +219,31 @@ class ListingIndex:
 
 def sql_of(wanted: Wanted) -> tuple[str, list[object]]:
     """The statement that finds what is wanted, all but its limit, and its values."""
-    tables, order = "listings JOIN configs USING (id)", "id DESC"
+    tables, score, order = "listings", "0", "listings.id DESC"
     conditions: dict[str, tuple[object, ...]] = {"listings.kind = ?": (wanted.kind,)}
-    if wanted.text is not None and (words := wanted.text.split()):
-        tables = "texts JOIN listings ON listings.id = texts.rowid JOIN configs USING (id)"
+    if wanted.text is not None and (words := CONTROL.sub(" ", wanted.text).split()):
+        tables = "texts JOIN listings ON listings.id = texts.rowid"
         # Quoted, a word is one word or several that follow each other, and never an operator.
         quoted = (f'"{word.replace(chr(34), chr(34) * 2)}" *' for word in words)
         conditions["texts MATCH ?"] = (" ".join(quoted),)
-        order = "bm25(texts, 8, 4, 2, 1)"
+        score, order = "bm25(texts, 8, 4, 2, 1)", "place"
     if wanted.source is not None:
         conditions["(source = ? OR source_key = ?)"] = (wanted.source, wanted.source)
     if wanted.target is not None:
-        values: tuple[str, ...]
-        leads, values = "(target = ? OR target_key = ?)", (wanted.target, wanted.target)
-        if wanted.sources is not None:
+        leads, values = "(target = ? OR target_key = ?)", [wanted.target, wanted.target]
+        if wanted.kind == "memory":
             marks = ", ".join("?" * len(wanted.sources))
-            leads = f"({leads} OR (target IS NULL AND source_key IN ({marks})))"
-            values += tuple(wanted.sources)
-        conditions[leads] = values
+            usable = f"source_key IN ({marks}) OR source_key IN ({SOURCES})"
+            leads = f"({leads} OR (target IS NULL AND ({usable})))"
+            values += [*wanted.sources, *[wanted.target] * SOURCES.count("?")]
+        conditions[leads] = tuple(values)
     if wanted.tokens is not None:
         conditions["tokens BETWEEN ? AND ?"] = wanted.tokens
     if wanted.readable:
         conditions["readable"] = ()
     where = " AND ".join(conditions)
-    query = f"SELECT configs.kind, config FROM {tables} WHERE {where} ORDER BY {order} LIMIT ?"
+    # Config blobs are looked up of the best alone: sorting would carry all of them along.
+    best = f"SELECT listings.id, {score} AS place FROM {tables} WHERE {where}"
+    best += f" ORDER BY {order} LIMIT ?"
+    query = f"SELECT kind, config FROM ({best}) JOIN configs USING (id) ORDER BY place, id DESC"
     return query, [value for values in conditions.values() for value in values]

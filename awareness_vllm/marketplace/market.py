@@ -202,18 +202,13 @@ class Memories(Shelf[PackageListing]):
             tokens=token_range(tokens),
         )
         if target_model is not None:
-            target, sources = self._usable_by(target_model)
-            wanted = replace(wanted, target=target, sources=sources, readable=True)
+            local = Registry.read(self._wmatrices)
+            geometry = local.model(target_model)
+            key = str(target_model) if geometry is None else geometry.fingerprint
+            maps = (e.manifest for e in local.usable(has_text=True))
+            at_hand = frozenset(m.source.fingerprint for m in maps if m.target.fingerprint == key)
+            wanted = replace(wanted, target=key, sources=at_hand, readable=True)
         return self._search(wanted, limit)
-
-    def _usable_by(self, target: str | Path) -> tuple[str, frozenset[str]]:
-        """What a target is known by, and the fingerprints of the models whose memories it uses."""
-        local = Registry.read(self._wmatrices)
-        geometry = local.model(target)
-        key = str(target) if geometry is None else geometry.fingerprint
-        maps = (e.manifest for e in local.usable(has_text=True))
-        at_hand = {m.source.fingerprint for m in maps if m.target.fingerprint == key}
-        return key, self.index.sources_of_maps(key) | at_hand | {key}
 
 
 class WMatrices(Shelf[WMatrixListing]):

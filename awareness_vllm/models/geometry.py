@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterable
@@ -106,9 +107,7 @@ class Geometry(FrozenModel):
     @property
     def fingerprint(self) -> str:
         """A digest of what `same_model` compares."""
-        layers = [layer.model_dump(mode="json") for layer in self.layers]
-        identity = json.dumps([self.weights, self.tokenizer, layers])
-        return hashlib.sha256(identity.encode()).hexdigest()
+        return _fingerprint(self.weights, self.tokenizer, self.layers)
 
     @property
     def additive(self) -> bool:
@@ -145,6 +144,12 @@ class Geometry(FrozenModel):
     def same_shape(self, other: Geometry) -> bool:
         """Whether the models are variants of one: same layers and tokenizer, other weights."""
         return (self.layers, self.tokenizer) == (other.layers, other.tokenizer)
+
+
+@functools.lru_cache(256)
+def _fingerprint(weights: str, tokenizer: str, layers: tuple[LayerGeometry, ...]) -> str:
+    dumps = [layer.model_dump(mode="json") for layer in layers]
+    return hashlib.sha256(json.dumps([weights, tokenizer, dumps]).encode()).hexdigest()
 
 
 def by_depth(source: int, target: int) -> list[int]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from awareness_vllm.errors import RegistryError
 from awareness_vllm.oci.artefact import REF_NAME
+from awareness_vllm.oci.reference import DIGEST
 
 BLANK = re.compile(r"[ \t\n\r]*")
 Entry = dict[str, Any]
@@ -57,11 +58,23 @@ def _items(text: str, at: int) -> Generator[Entry, None, int]:
     at = _past(text, at, "[")
     while text[at] != "]":
         item, at = _DECODER.raw_decode(text, at)
-        if not isinstance(item, dict) or not isinstance(item.get("digest"), str):
+        if not _is_descriptor(item):
             raise ValueError(f"the entry {item!r}"[:100])
         yield item
         at = _past(text, at, ",", end="]")
     return at + 1
+
+
+def _is_descriptor(item: object) -> bool:
+    """Whether the parts that a listing of tags needs are what they should be."""
+    return (
+        isinstance(item, dict)
+        and isinstance(digest := item.get("digest"), str)
+        and DIGEST.fullmatch(digest) is not None
+        and type(size := item.get("size")) is int
+        and 0 <= size < 1 << 50
+        and isinstance(item.get("artifactType", ""), str)
+    )
 
 
 def _past(text: str, at: int, mark: str, end: str = "") -> int:

@@ -167,7 +167,7 @@ class Layout:
     def tagged(self) -> Iterator[Tagged]:
         for entry in entries(self.index_file):
             if (tag := tag_of(entry)) is not None:
-                yield Tagged(tag, self._descriptor(entry))
+                yield Tagged(tag, entry["digest"], entry.get("size"), entry.get("artifactType"))
 
     def version(self) -> str | None:
         try:

@@ -14,11 +14,13 @@ Progress = Callable[[int], None]
 
 
 class Tagged(NamedTuple):
-    """A tag, and its manifest's descriptor where a repository knows it without being asked for
-    each."""
+    """A tag; and the digest, size and artifact type of its manifest, where a repository knows them
+    without being asked for each."""
 
     tag: str
-    descriptor: Descriptor | None = None
+    digest: str | None = None
+    size: int | None = None
+    artifact_type: str | None = None
 
 
 def no_progress(_: int) -> None:

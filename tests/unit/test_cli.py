@@ -272,7 +272,10 @@ def test_unknown_flags_are_refused(name: str, capfd: pytest.CaptureFixture[str])
         "sign": ["x", "--key", "k"],
         "push": ["x", "y"],
         "pull": ["x"],
+        "search": [],
+        "show": ["x"],
         "gc": [],
+        "align-on-demand": ["--source", "a", "--target", "b"],
         "doctor": [],
     }
     with pytest.raises(SystemExit) as end:

@@ -2,46 +2,39 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Iterator
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
-from registry_server import RegistryServer, registry_server
+from random_maps import random_map
+from registry_server import RegistryServer, serving
 
-from awareness_vllm import Marketplace
+from awareness_vllm import Marketplace, MemoryCompatibilityChecker
 from awareness_vllm.errors import (
     ArtefactCorrupt,
     ArtefactNotFound,
     BadInput,
     NotAvailable,
+    RegistryDenied,
     RegistryError,
 )
 from awareness_vllm.marketplace import database, index
 from awareness_vllm.marketplace.index import ListingIndex, New
+from awareness_vllm.oci.repository import Repository
 from awareness_vllm.packages.file import Package, publish
 from awareness_vllm.wmatrix.file import WMatrix
 
 pytestmark = pytest.mark.unit
 
 
-@pytest.fixture(scope="module")
-def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RegistryServer]:
-    with registry_server(tmp_path_factory.mktemp("registry")) as server:
-        yield server
-
-
-@pytest.fixture(params=["layout", "registry"])
-def url(
-    request: pytest.FixtureRequest,
-    registry: RegistryServer,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> str:
-    monkeypatch.setenv("AWARENESS_HOME", str(tmp_path / "home"))
-    if request.param == "layout":
-        return str(tmp_path / "layout")
-    return registry.reference(f"test/{tmp_path.name.replace('_', '-').lower()}")
+@pytest.fixture
+def url(repository: Repository, empty_home: Path) -> str:
+    return str(repository.reference)
 
 
 @pytest.fixture
@@ -165,7 +158,7 @@ def test_an_index_that_cannot_be_written_is_named(market: Marketplace) -> None:
         market.memories.search()
 
 
-@pytest.mark.parametrize("url", ["layout"], indirect=True)
+@pytest.mark.parametrize("repository", ["layout"], indirect=True)
 def test_what_cannot_be_used_is_passed_over(
     market: Marketplace, url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -180,3 +173,68 @@ def test_what_cannot_be_used_is_passed_over(
     blob.write_bytes(whole)
     market.wmatrices.publish(Path(url).parent / "author" / "a.wmatrix", tags=["again"])
     assert len(market.memories.search()) == 2
+
+
+def gatekeeper(upstream: str, kept: str) -> type[BaseHTTPRequestHandler]:
+    """A registry that shows all of another one, but gives one blob to nobody."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path.endswith(kept):
+                body, status, kind = b'{"errors": [{"code": "DENIED"}]}', 403, "application/json"
+            else:
+                request = urllib.request.Request(f"http://{upstream}{self.path}")
+                request.add_header("Accept", self.headers.get("Accept", "*/*"))
+                try:
+                    answer = urllib.request.urlopen(request)
+                except urllib.error.HTTPError as error:  # no referrers
+                    answer = error
+                with answer:
+                    body, status = answer.read(), answer.status
+                    kind = answer.headers["Content-Type"]
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            """Nothing on stderr."""
+
+    return Handler
+
+
+def test_a_listing_can_be_read_without_the_right_to_pull(
+    registry: RegistryServer, files: list[Path], empty_home: Path
+) -> None:
+    Marketplace(registry.reference("closed/notes")).memories.publish(files[0], tags=["note"])
+    digest = hashlib.sha256(files[0].read_bytes()).hexdigest()
+    with serving(gatekeeper(registry.host, digest)) as server:
+        market = Marketplace(f"oci://127.0.0.1:{server.server_port}/closed/notes", "a token")
+        listing = market.memories.get("note")
+        checker = MemoryCompatibilityChecker([files[2]])
+        report = checker.check(memory_listing=listing, target_model="target")
+        assert report.refusal is None
+        with pytest.raises(RegistryDenied) as denied:
+            market.memories.pull("note")
+    assert denied.value.remedy
+    assert not list((empty_home / "store").glob("*"))
+
+
+def test_what_cannot_be_listed_is_refused(
+    url: str, files: list[Path], wmatrix: WMatrix, tmp_path: Path
+) -> None:
+    market = Marketplace(url)
+    for words in ({"name": "two\nlines"}, {"description": "x" * 3000}, {"tags": ["a b"]}):
+        with pytest.raises(BadInput):
+            market.memories.publish(files[0], **words)
+    with pytest.raises(BadInput, match="kind"):
+        market.memories.publish(files[2])
+    layers = (wmatrix.manifest.target.layers[0],) * 800
+    large = wmatrix.manifest.target.model_copy(update={"layers": layers})
+    random_map(wmatrix.manifest.source, large, rank=1).save(tmp_path / "large.wmatrix")
+    with pytest.raises(BadInput, match="too large"):
+        market.wmatrices.publish(tmp_path / "large.wmatrix")
+    assert list(market.memories.repository.tags()) == []
+    with pytest.raises(BadInput, match="whole repository"):
+        Marketplace(f"{url}:v1")
