@@ -10,7 +10,6 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
-from awareness_vllm.errors import BadInput
 from awareness_vllm.oci.reference import DIGEST
 from awareness_vllm.tensor_file import parse_document
 
@@ -115,19 +114,6 @@ def descriptor_of(
     digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
     notes = dict(annotations) if annotations else None
     return Descriptor(media_type=media_type, digest=digest, size=len(content), annotations=notes)
-
-
-def config_blob(listing: BaseModel) -> bytes:
-    """The config blob of a listing. Raises BadInput: too large for a free check."""
-    blob = listing.model_dump_json().encode()
-    if len(blob) > MAX_CONFIG:
-        raise BadInput(
-            "the listing is too large to be pushed",
-            found=f"{len(blob)} bytes",
-            expected=f"{MAX_CONFIG} at most: it is read whole before anything is pulled",
-            remedy="shorten its description; of a W-Matrix, certify it with fewer --lengths",
-        )
-    return blob
 
 
 def parse_image_manifest(raw: bytes) -> ImageManifest:

@@ -10,39 +10,39 @@ from pydantic import Field
 
 from awareness_vllm.errors import ArtefactCorrupt
 from awareness_vllm.models.geometry import Geometry
-from awareness_vllm.oci.artefact import TITLE, Artefact, Descriptor, Layer, config_blob
+from awareness_vllm.oci.artefact import Artefact
+from awareness_vllm.oci.listing import (
+    FileListing,
+    MediaTypes,
+    artefact_with,
+    contradicted,
+    parse_listing,
+)
 from awareness_vllm.oci.repository import Repository
 from awareness_vllm.oci.transfer import Found, look, push
 from awareness_vllm.packages.listing import PackageListing
-from awareness_vllm.schema import FrozenModel, PlainName, PlainText
-from awareness_vllm.tensor_file import FileRefused, parse_document
 from awareness_vllm.wmatrix.certificate import Certificate, parse_certificate
 from awareness_vllm.wmatrix.manifest import WMatrixManifest, read_digests, read_manifest
 
 ARTEFACT = "application/vnd.awareness.wmatrix.v1"
 CONFIG = "application/vnd.awareness.wmatrix.config.v1+json"
 LAYER = "application/vnd.awareness.wmatrix.v1.safetensors"
+TYPES = MediaTypes("W-Matrix", ARTEFACT, CONFIG, LAYER)
 RETENTION = "vnd.awareness.retention"
 """Annotation of a certified map's artefact: its retention, so that the best of several is found
 without reading each one's certificate. The certificate decides."""
 
 
-class WMatrixListing(FrozenModel):
+class WMatrixListing(FileListing):
     """The config blob of a W-Matrix's artefact, the word of whoever pushed it as a `PackageListing`
     is.
 
-    `digest` is the sha256, in hex, of the file, which has so many `bytes`; `tensors` the digest of
-    its tensors, by which a latent names the map that made it; `license` is an SPDX expression.
+    `tensors` is the digest of its tensors, by which a latent names the map that made it.
     """
 
     format: Literal["awareness-wmatrix-listing/1"] = "awareness-wmatrix-listing/1"
-    digest: str = Field(pattern="^[0-9a-f]{64}$")
-    bytes: int = Field(ge=0, le=1 << 50)
     tensors: str = Field("", pattern="^([0-9a-f]{64})?$")
     manifest: WMatrixManifest
-    label: PlainName | None = None
-    description: PlainText | None = Field(None, max_length=2000)
-    license: PlainName | None = None
 
     @property
     def name(self) -> str:
@@ -83,12 +83,7 @@ class WMatrixListing(FrozenModel):
             ArtefactCorrupt, WMatrixCorrupt
         """
         if read_manifest(path) != self.manifest:
-            raise ArtefactCorrupt(
-                f"the listing of the W-Matrix {self.name} is not that of its file",
-                found="a file with another manifest",
-                expected="the manifest in the listing",
-                remedy="push the W-Matrix again",
-            )
+            raise contradicted(f"the W-Matrix {self.name}")
 
 
 Listing = PackageListing | WMatrixListing
@@ -120,15 +115,9 @@ def artefact_of(
         description=description,
         license=license,
     )
-    layer = Descriptor(
-        media_type=LAYER,
-        digest=f"sha256:{digest}",
-        size=listing.bytes,
-        annotations={TITLE: path.name},
-    )
     certificate = listing.certificate
     notes = {RETENTION: f"{certificate.retention.mean:.6f}"} if certificate else {}
-    return Artefact(ARTEFACT, CONFIG, config_blob(listing), [Layer(path, layer)], notes)
+    return artefact_with(listing, TYPES, path, path.name, notes)
 
 
 def push_version(path: Path, name: str, repository: Repository) -> str:
@@ -159,24 +148,18 @@ def _layers(found: Found) -> list[str]:
 
 
 def listing_of(found: Found) -> WMatrixListing:
-    """The listing in an artefact that was looked up.
+    """The listing in a W-Matrix's artefact, with a certificate that can be.
 
     Raises:
-        ArtefactCorrupt: another kind of artefact, or one whose listing and layer disagree.
+        ArtefactCorrupt
     """
+    listing = parse_listing(found, WMatrixListing, TYPES)
     try:
-        if found.manifest.config.media_type != CONFIG:
-            raise FileRefused(f"a config of {found.manifest.config.media_type!r}"[:200], CONFIG)
-        listing = parse_document(WMatrixListing, found.config, "listing")
         parse_certificate(listing.manifest.certificate)
-        layers = [(layer.media_type, layer.hex, layer.size) for layer in found.manifest.layers]
-        if layers != [(LAYER, listing.digest, listing.bytes)]:
-            raise FileRefused(f"layers {layers}"[:300], "the one that the listing describes")
-    except (FileRefused, ValueError) as error:
-        refused = error if isinstance(error, FileRefused) else FileRefused(str(error)[:200])
+    except ValueError as error:
         raise ArtefactCorrupt(
-            f"{found.descriptor.digest} is no W-Matrix's artefact",
-            found=refused.found,
-            expected=refused.expected,
+            f"{found.descriptor.digest} is no artefact of a W-Matrix",
+            found=str(error)[:200],
+            expected="a certificate of figures that can be measured",
         ) from error
     return listing
