@@ -190,17 +190,18 @@ def test_where_there_is_a_trust_file_signatures_go_first(
     entry = {"public_key": "alice.pub", "roles": ["wmatrix", "certificate"]}
     (tmp_path / "trust.json").write_text(json.dumps({"keys": {"alice": entry}}))
     trust = TrustPolicy.read(tmp_path / "trust.json")
-    push_map(repository, certified(0.9), tmp_path / "best.wmatrix")
+    push_map(repository, certified(0.97), tmp_path / "unsigned.wmatrix")
     listed = RepositoryMaps(repository, trust).find(*ends, True)
     assert listed is not None
     assert (listed.claimed, listed.signed_by) == (True, None)
     with pytest.raises(SignatureInvalid):
         RepositoryMaps(repository, trust, pull=True).find(*ends, True)
-    certified(0.7).save(tmp_path / "signed.wmatrix")
-    for what in ([], ["--certificate"]):
-        words = ["sign", str(tmp_path / "signed.wmatrix"), "--key", str(key.private), *what]
-        assert main(words) == 0
-    push_file(tmp_path / "signed.wmatrix", repository)
+    for kept, signed in ((0.95, [["--certificate"]]), (0.9, [[]]), (0.7, [[], ["--certificate"]])):
+        path = tmp_path / f"{kept}.wmatrix"
+        certified(kept).save(path)
+        for what in signed:
+            assert main(["sign", str(path), "--key", str(key.private), *what]) == 0
+        push_file(path, repository)
     for pull in (False, True):
         found = RepositoryMaps(repository, trust, pull).find(*ends, True)
         assert found is not None
