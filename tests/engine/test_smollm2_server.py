@@ -18,11 +18,6 @@ from harness import NEAR_TIE, Server, awareness, captured, parting, serving
 from openai.types.completion_choice import Logprobs
 from torch import Tensor
 
-from awareness_vllm import WMatrixTrainer
-from awareness_vllm.errors import Unauthorized, UnsupportedModel
-from awareness_vllm.fit import gather
-from awareness_vllm.fit.reader import Reader
-from awareness_vllm.models.describe import geometry_of
 from awareness_vllm.wmatrix.file import WMatrix, load
 from awareness_vllm.wmatrix.manifest import read_manifest
 
@@ -268,46 +263,6 @@ def test_what_a_server_has_computed_becomes_a_memory(
     assert server.differs_from_native(text, "\n\nIn short, the", memory) <= NEAR_TIE
     from_the_prefix_cache = post(server, "/v1/completions", **body).json()["memory"]["id"]
     assert server.differs_from_native(text, "\n\nIn short, the", from_the_prefix_cache) <= NEAR_TIE
-
-
-def test_a_map_is_learned_from_a_source_that_only_a_server_has(
-    server: Server, smollm2: Path, gemma3: Path, document: Callable[[int, int], str], tmp_path: Path
-) -> None:
-    texts = [tmp_path / f"{number}.txt" for number in range(12)]
-    for number, path in enumerate(texts):
-        path.write_text(document(400, number))
-    trainer = WMatrixTrainer("served", gemma3, source_endpoint=server.url, api_key="none")
-    assert trainer.source_geometry.same_model(geometry_of(smollm2))
-    trainer.configure(num_anchors=1500, anchors=texts, layers=1, rank=32, calibration=0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gather, "CHUNK_ROWS", 256)
-        learned = trainer.train(validation_split=0.2, progress=False)
-    assert learned.manifest.source.same_model(geometry_of(smollm2))
-    assert learned.manifest.anchors.tokens >= 1500
-    # What the map reads is what transformers would have read, but for the engine's rounding.
-    there, here = trainer.reader(trainer.config), Reader(smollm2, gemma3, 3, 1)
-    assert there is not None
-    rows, local = there.read(document(80, 3)), here.read(document(80, 3))
-    assert rows.ids == local.ids
-    width = here.width
-    first, second = (r.features[2:, :width].double().flatten() for r in (rows, local))
-    assert torch.corrcoef(torch.stack((first, second)))[0, 1] > 0.999
-    assert torch.equal(rows.features[:, width:], local.features[:, width:])
-
-
-def test_an_endpoint_that_cannot_help_is_refused(
-    server: Server, smollm2: Path, gemma3: Path
-) -> None:
-    here = {"api_key": "none", "target_endpoint": server.url}
-    assert WMatrixTrainer(gemma3, smollm2, **here).target == smollm2.resolve()
-    with pytest.raises(UnsupportedModel, match="another model"):
-        WMatrixTrainer(smollm2, gemma3, **here)
-    with pytest.raises(UnsupportedModel, match="gradients"):
-        WMatrixTrainer(smollm2, "llama-3.1-70b", **here)
-    with pytest.raises(UnsupportedModel, match="served"):
-        WMatrixTrainer("another", gemma3, source_endpoint=server.url, api_key="none")
-    with pytest.raises(Unauthorized):
-        WMatrixTrainer("served", gemma3, source_endpoint=server.url, api_key="nobody")
 
 
 @pytest.mark.parametrize(
