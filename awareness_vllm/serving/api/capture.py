@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
 from awareness_vllm.errors import (
@@ -151,9 +151,9 @@ async def capture_edition(
     return published.stem, manifest, tokens
 
 
-def captured_file(front: FrontEnd, tenant: str, memory_id: str) -> tuple[Iterator[bytes], int]:
-    """The bytes of a package in a tenant's store that was captured under this server's home, and
-    how many. Whoever fetches them has their digest in the ID.
+def captured_file(front: FrontEnd, tenant: str, memory_id: str) -> StreamingResponse:
+    """The bytes of a package in a tenant's store that was captured under this server's home.
+    Whoever fetches them has their digest in the ID.
 
     Raises:
         CaptureNotAllowed, InvalidMemoryId, MemoryNotFound, PackageCorrupt; UnsupportedRequest: a
@@ -177,7 +177,8 @@ def captured_file(front: FrontEnd, tenant: str, memory_id: str) -> tuple[Iterato
             while chunk := file.read(CHUNK):
                 yield chunk
 
-    return chunks(), size
+    headers = {"Content-Length": str(size)}
+    return StreamingResponse(chunks(), media_type="application/octet-stream", headers=headers)
 
 
 def _check_allowed(front: FrontEnd, what: str) -> None:

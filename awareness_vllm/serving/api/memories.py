@@ -198,13 +198,9 @@ async def check_memory(memory_id: str, raw_request: Request) -> CompatibilityRep
 
 @router.get("/{memory_id}/package", responses=ONE_MEMORY_ERRORS, response_class=StreamingResponse)
 def fetch_package(memory_id: str, raw_request: Request) -> StreamingResponse:
-    """The package's file, of a memory that was captured on this server, where captures are
-    allowed."""
+    """The file of a memory that was captured on this server, where captures are allowed."""
     with client_errors("memory_id"):
-        front, tenant = caller(raw_request)
-        chunks, size = captured_file(front, tenant, memory_id)
-    headers = {"Content-Length": str(size)}
-    return StreamingResponse(chunks, media_type="application/octet-stream", headers=headers)
+        return captured_file(*caller(raw_request), memory_id)
 
 
 @router.post("/{memory_id}/load", responses=ONE_MEMORY_ERRORS, response_model=MemoryLoad)
