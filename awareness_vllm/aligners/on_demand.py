@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import re
@@ -14,7 +15,7 @@ from typing import Any
 
 from awareness_vllm.aligners.probe import choose_layers, measure
 from awareness_vllm.anchors.corpus import Document, digest, split, text_digest
-from awareness_vllm.errors import AwarenessError, BadInput
+from awareness_vllm.errors import ArtefactNotFound, AwarenessError, BadInput
 from awareness_vllm.evaluate.certify import Extent, certify
 from awareness_vllm.evaluate.evaluate import Case
 from awareness_vllm.files import atomic_write, wmatrices_dir
@@ -24,7 +25,9 @@ from awareness_vllm.fit.fit import fit, read_by
 from awareness_vllm.fit.gather import least_rows
 from awareness_vllm.fit.progress import say
 from awareness_vllm.fit.reader import Reader
+from awareness_vllm.oci.connect import open_repository
 from awareness_vllm.wmatrix.file import REGISTERED, WMatrix, load
+from awareness_vllm.wmatrix.listing import push_version
 
 MOST_LESSONS = 4000
 """Different calibration texts at most; of a fast machine they are gone through again."""
@@ -96,6 +99,14 @@ class Work:
         with atomic_write(self.folder / "plan.json") as draft:
             draft.write_text(json.dumps(document))
 
+    def register(self, wmatrix: WMatrix, name: str, registry: str | Path | None) -> Path:
+        """Save the finished map under its name, after which nothing is unfinished, then push it."""
+        path = wmatrix.register(name)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        if registry is not None:
+            push_version(path, name, open_repository(registry))
+        return path
+
     def restored(self) -> WMatrix | None:
         """The finished map of a killed run."""
         try:
@@ -113,7 +124,7 @@ def align_on_demand(
     cases: Sequence[Case],
     budget: float,
     name: str | None = None,
-    registry: str | None = None,
+    registry: str | Path | None = None,
     config: FitConfig | None = None,
     begun: float | None = None,
     progress: bool = True,
@@ -131,11 +142,14 @@ def align_on_demand(
     Raises:
         BadInput: a budget that is too small, once that was measured; a name that is taken; texts
             that are anchors, or that measure nothing: the fitted map stays in the work's folder.
-        UnsupportedModel
+        UnsupportedModel; RegistryError, RegistryDenied: before anything is done, or once the map is
+            registered here.
     """
     begun = time.monotonic() if begun is None else begun
     config = (config or FitConfig()).resolved()
     disjoint(anchors, texts)
+    if registry is not None:
+        check_registry(registry)
     reader = read_by(source, target, config)
     name = free_name(name or default_name(reader))
     work = Work.of(name, reader, anchors, config, budget)
@@ -158,8 +172,7 @@ def align_on_demand(
         wmatrix, (source, target), (texts, cases), plan, ends, config.device, progress=progress
     )
     took["certify"], mark = time.monotonic() - mark, time.monotonic()
-    path = register(wmatrix, name, registry)
-    shutil.rmtree(work.folder, ignore_errors=True)
+    path = work.register(wmatrix, name, registry)
     took["register"] = time.monotonic() - mark
     return Aligned(path, wmatrix, plan, budget, took, resumed is not None)
 
@@ -236,11 +249,11 @@ def extent_of(plan: Plan, ends: float) -> Extent:
     return Extent(True, begins + share * left, begins + left)
 
 
-def register(wmatrix: WMatrix, name: str, registry: str | None) -> Path:
-    """Save a map under a name in the local registry, and publish it in another."""
-    if registry is None:
-        return wmatrix.register(name)
-    return wmatrix.register(name, registry=registry)  # type: ignore[call-arg]
+def check_registry(registry: str | Path) -> None:
+    """Raises BadInput for what is no registry, RegistryError for one that does not answer: now, and
+    not when a map is there to be pushed."""
+    with contextlib.suppress(ArtefactNotFound):  # a repository that will be made
+        next(iter(open_repository(registry).tags()), None)
 
 
 def default_name(reader: Reader) -> str:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,6 +20,9 @@ from awareness_vllm.models.hf import load_model, padded_states, sink_ids
 from awareness_vllm.models.position_embeddings import position_embeddings
 from awareness_vllm.models.rope import Rotations
 from awareness_vllm.wmatrix.features import flat_rows, masked_rows, with_position_embeddings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -53,16 +57,12 @@ class Reader:
     device: torch.device | str = "cpu"
 
     def __post_init__(self) -> None:
-        self.source_model, self.target_model = (
-            load_model(folder, torch.bfloat16).requires_grad_(False)
-            for folder in (self.source, self.target)
-        )
-        for model in (self.source_model, self.target_model):
-            model.to(device=self.device)  # type: ignore[call-arg]
-        self.source_geometry = geometry_of(self.source)
+        self.source_model: PreTrainedModel | None = None
+        self.load_source()
+        self.target_model = self.loaded(self.target)
         self.target_geometry = geometry_of(self.target)
         self.sink = sink_ids(self.target)
-        self.tokeniser = Tokeniser(self.source, self.target, tuple(self.sink), self.predecessors)
+        self.tokeniser = self.make_tokeniser()
         self.workers = Workers(0, (self.tokeniser, None))
         self.residual = self.source_geometry.same_shape(self.target_geometry)
         total = len(self.source_geometry.layers)
@@ -74,8 +74,28 @@ class Reader:
         self.position_embeddings = {
             side: position_embeddings(model)
             for side, (geometry, model) in sides.items()
-            if geometry.additive
+            if geometry.additive and model is not None
         }
+
+    def loaded(self, folder: Path) -> PreTrainedModel:
+        """The model of a folder, which is not trained, on the device."""
+        model = load_model(folder, torch.bfloat16).requires_grad_(False)
+        model.to(device=self.device)  # type: ignore[call-arg]
+        return model
+
+    def load_source(self) -> None:
+        """Load the source's model, and set its geometry."""
+        self.source_model = self.loaded(self.source)
+        self.source_geometry = geometry_of(self.source)
+
+    def make_tokeniser(self) -> Tokeniser:
+        """The tokeniser of texts for both models."""
+        return Tokeniser(self.source, self.target, tuple(self.sink), self.predecessors)
+
+    def source_states(self, texts: Sequence[TextTokens]) -> tuple[list[Tensor], list[Tensor]]:
+        """The source's keys and values of texts, of all of its layers, [B, T, H, D] each."""
+        assert self.source_model is not None
+        return padded_states(self.source_model, [text.source for text in texts])
 
     def choose(self, layers: tuple[int, ...]) -> None:
         """Set the source layers to read."""
@@ -93,7 +113,7 @@ class Reader:
         """Features [M, F] float32 of the rows of several texts, read at once, one text after the
         other; and which rows' source states are masked, [M] bool."""
         index = torch.from_numpy(np.concatenate([text.index for text in texts]))
-        keys, values = padded_states(self.source_model, [text.source for text in texts])
+        keys, values = self.source_states(texts)
         own = at(index, [len(text) for text in texts], keys[0].shape[1]).to(self.device)
         keys, values = ([p[i].flatten(0, 1)[own] for i in self.layers] for p in (keys, values))
         schemes = [self.source_geometry.layers[i].positions for i in self.layers]

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from awareness_vllm.models.tokens import Spans, align, load_tokenizer, tokenize
+from awareness_vllm.models.tokens import Spans, Tokens, align, load_tokenizer, tokenize
 from awareness_vllm.packages.capture import read_tokens
 
 Indices = npt.NDArray[np.int64]
@@ -60,7 +60,7 @@ class Tokeniser:
 
     def text(self, text: str) -> TextTokens:
         """A text's tokens. Raises BadInput as `read_tokens`."""
-        source = read_tokens(self.source, text)
+        source = self.source_tokens(text)
         target = tokenize(load_tokenizer(str(self.target)), text)
         if self.predecessors is None:
             index = np.arange(1, len(source.ids))
@@ -71,6 +71,10 @@ class Tokeniser:
         sink = np.zeros((len(self.sink), 2), np.int64)
         spans = np.concatenate((sink, target.spans))
         return TextTokens(text, source.ids, [*self.sink, *target.ids], spans, index, positions)
+
+    def source_tokens(self, text: str) -> Tokens:
+        """A text's tokens as the source reads it."""
+        return read_tokens(self.source, text)
 
     def continuation(self, text: str) -> list[int]:
         """The target's ids of a text that follows another."""

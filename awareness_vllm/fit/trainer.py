@@ -12,9 +12,12 @@ from awareness_vllm.anchors.corpus import Document, load
 from awareness_vllm.errors import BadInput, UnsupportedModel
 from awareness_vllm.files import anchors_dir, read_text_file
 from awareness_vllm.fit.config import FitConfig
+from awareness_vllm.fit.endpoint import Endpoint, EndpointReader
 from awareness_vllm.fit.fit import fit
+from awareness_vllm.fit.reader import Reader
 from awareness_vllm.models.describe import geometry_of
 from awareness_vllm.models.folder import resolve_folder
+from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.wmatrix.file import WMatrix
 
 DOMAINS = "domains.json"
@@ -31,11 +34,18 @@ class WMatrixTrainer:
         w_matrix.register(name="a-to-b")
 
     Args:
-        source_model, target_model: Hugging Face folders.
-        source_endpoint, target_endpoint: refused, since an endpoint returns text and no KV states.
+        source_model, target_model: Hugging Face folders; the source's, with an endpoint, the name
+            that it is served by.
+        source_endpoint: a vLLM server with our plugin, started with --allow-capture, that reads the
+            anchors: its captures bring states, tokens and geometry.
+        target_endpoint: a server of the same kind whose model is checked to be the target's. It can
+            stand for no folder: calibration takes gradients through the target.
+        api_key: of both endpoints.
 
     Raises:
-        UnsupportedModel: a closed model, one whose cache cannot be mapped, or an endpoint.
+        UnsupportedModel: a closed model, one whose cache cannot be mapped, a target without a
+            folder, or an endpoint of another model.
+        BadInput, Unauthorized, CaptureNotAllowed: an endpoint that gives no captures.
     """
 
     def __init__(
@@ -45,18 +55,19 @@ class WMatrixTrainer:
         *,
         source_endpoint: str | None = None,
         target_endpoint: str | None = None,
+        api_key: str | None = None,
     ) -> None:
-        for endpoint in (source_endpoint, target_endpoint):
-            if endpoint is not None:
-                raise UnsupportedModel(
-                    "a map cannot be learned through an endpoint: it returns text and no KV states",
-                    found=endpoint,
-                    expected="models that run in this process, as local Hugging Face folders",
-                    remedy="download both models' weights and give their folders, without endpoint",
-                )
-        self.source, self.target = resolve_folder(source_model), resolve_folder(target_model)
-        self.source_geometry = geometry_of(self.source)
+        self.target = target_folder(target_model, target_endpoint)
         self.target_geometry = geometry_of(self.target)
+        if target_endpoint is not None:
+            check_served(Endpoint(target_endpoint, None, api_key), self.target_geometry)
+        self.endpoint: Endpoint | None = None
+        if source_endpoint is not None:
+            self.endpoint = Endpoint(source_endpoint, str(source_model), api_key)
+            self.source, self.source_geometry = Path(), self.endpoint.geometry
+        else:
+            self.source = resolve_folder(source_model)
+            self.source_geometry = geometry_of(self.source)
         self.config = FitConfig()
         self.anchors: Sequence[str | Path] | None = None
         self.domains: Sequence[str] | None = None
@@ -139,8 +150,21 @@ class WMatrixTrainer:
             patience=early_stopping_patience,
         )
         return fit(
-            self.source, self.target, self.documents(), config, folder=folder, progress=progress
+            self.source,
+            self.target,
+            self.documents(),
+            config,
+            folder=folder,
+            progress=progress,
+            reader=self.reader(config),
         )
+
+    def reader(self, config: FitConfig) -> Reader | None:
+        """The reader of a source behind an endpoint; None for one that is a folder."""
+        if self.endpoint is None:
+            return None
+        settings = config.predecessors, config.layers, config.resolved().device
+        return EndpointReader(self.source, self.target, *settings, endpoint=self.endpoint)
 
     def documents(self) -> list[Document]:
         """The anchors that were asked for."""
@@ -149,6 +173,39 @@ class WMatrixTrainer:
         if self.domains is None:
             return load([anchors_dir()])
         return load(domain_folders(self.domains))
+
+
+def target_folder(model: str | Path, endpoint: str | None) -> Path:
+    """The folder of the target.
+
+    Raises:
+        UnsupportedModel: there is none; of a target that only an endpoint has, the error says what
+            of a fit that could give, and what not.
+    """
+    try:
+        return resolve_folder(model)
+    except UnsupportedModel as error:
+        if endpoint is None:
+            raise
+        raise UnsupportedModel(
+            f"no map can be learned towards {model} through an endpoint alone",
+            found=f"{endpoint}, which by captures gives the target's states of whole texts, and no "
+            "more: no gradients, by which the fit weighs states and calibrates; no embeddings of "
+            "its tokens, which the map reads; no states of its first tokens alone, the sink",
+            expected="the target's folder as target_model; the source may be behind an endpoint",
+            remedy="download the target's weights and give their folder",
+        ) from error
+
+
+def check_served(endpoint: Endpoint, target: Geometry) -> None:
+    """Raises UnsupportedModel where an endpoint's model is not the target."""
+    if not endpoint.geometry.same_model(target):
+        raise UnsupportedModel(
+            f"{endpoint.url} serves another model than the target",
+            found=endpoint.geometry.identity,
+            expected=target.identity,
+            remedy="give the folder that the server was started with",
+        )
 
 
 def domain_folders(domains: Sequence[str]) -> list[Path]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +17,7 @@ from awareness_vllm.cli.align_on_demand import seconds
 from awareness_vllm.errors import BadInput
 from awareness_vllm.evaluate.conditions import EvalHarness
 from awareness_vllm.evaluate.evaluate import LEAST, chunks
-from awareness_vllm.fit import gather
+from awareness_vllm.fit import calibrate, gather
 from awareness_vllm.fit.budget import (
     LEAST_JUDGED,
     LEAST_STEPS,
@@ -29,6 +28,7 @@ from awareness_vllm.fit.budget import (
     least_seconds,
     plan_fit,
 )
+from awareness_vllm.fit.checkpoint import Checkpoint
 from awareness_vllm.fit.config import Deadlines, FitConfig
 from awareness_vllm.fit.fit import fit
 
@@ -131,24 +131,46 @@ def test_an_evaluation_ends_by_the_clock_with_items_from_everywhere() -> None:
     assert min(few) < 50
 
 
+class Ended(Exception):
+    """What a test raises once it has seen enough steps."""
+
+
 @pytest.mark.slow
 def test_a_fit_keeps_to_its_deadlines(
-    tiny_models: tuple[Path, Path],
-    anchors: list[Document],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
+    tiny_models: tuple[Path, Path], anchors: list[Document], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    steps = 0
+    original = calibrate.kl_divergence
+
+    def counted(*args: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps > 2 * SMALL.calibration:
+            raise Ended
+        return original(*args)
+
     monkeypatch.setattr(gather, "CHUNK_ROWS", 256)
+    monkeypatch.setattr(calibrate, "kl_divergence", counted)
     past = Deadlines(anchors=time.monotonic(), calibration=time.monotonic())
-    fitted: Callable[..., Any] = lambda deadlines: fit(  # noqa: E731
-        *tiny_models, anchors, SMALL, folder=tmp_path / "work", progress=False, deadlines=deadlines
-    )
-    least = fitted(past)
-    assert 256 <= least.manifest.anchors.tokens < 1500
-    begun = time.monotonic()
-    ended = fitted(Deadlines(calibration=begun + 3))
-    assert ended.manifest.anchors.tokens >= 3000
-    assert begun + 3 <= time.monotonic() < begun + 6
-    # It went on over the six texts of its configuration until then.
-    once = fit(*tiny_models, anchors, SMALL, progress=False)
-    assert not torch.equal(ended.encode, once.encode)
+    least = fit(*tiny_models, anchors, SMALL, progress=False, deadlines=past)
+    assert 256 <= least.manifest.anchors.tokens < SMALL.tokens / 2
+    assert steps == 0
+    # With time, anchors are read to their count, and the texts gone through again and again.
+    ahead, maps = Deadlines(calibration=time.monotonic() + 3600), []
+    with pytest.raises(Ended):
+        fit(*tiny_models, anchors, SMALL, progress=False, deadlines=ahead, snapshot=maps.append)
+    assert maps[0].manifest.anchors.tokens >= SMALL.tokens
+
+
+def test_a_calibration_that_was_killed_goes_on_with_the_rest_of_the_time(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(tmp_path / "work", "key")
+    ends = time.monotonic() + 90
+    fresh = calibrate.until_a_time(SMALL, checkpoint, ends)
+    assert fresh.minutes == pytest.approx(1.5, abs=0.1)
+    checkpoint.save("calibration", {"x": torch.ones(1)}, {"seconds": 30.0})
+    resumed = calibrate.until_a_time(SMALL, checkpoint, ends)
+    assert resumed.minutes == pytest.approx(2.0, abs=0.1)
+    over = calibrate.until_a_time(SMALL, Checkpoint(tmp_path / "other", "key"), ends - 1000)
+    assert over.minutes == 0.0
+    begun = cast(calibrate.Training, SimpleNamespace(step=0, seconds=0.0))
+    assert calibrate.progress_share(begun, 0, over.minutes) == 1.0

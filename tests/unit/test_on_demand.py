@@ -17,10 +17,11 @@ from tokenizers import Tokenizer
 from awareness_vllm.aligners import on_demand
 from awareness_vllm.anchors.corpus import Document
 from awareness_vllm.cli.main import main
-from awareness_vllm.errors import BadInput, UnsupportedModel
+from awareness_vllm.errors import BadInput, RegistryError, UnsupportedModel
 from awareness_vllm.fit import budget, gather
 from awareness_vllm.fit.budget import Plan
 from awareness_vllm.fit.config import Deadlines
+from awareness_vllm.oci.connect import open_repository
 from awareness_vllm.wmatrix.file import load
 from awareness_vllm.wmatrix.registry import Registry
 
@@ -130,10 +131,12 @@ def test_a_family_is_aligned_within_its_budget(
     target: Path,
     material: Path,
     home: Path,
+    tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     folder = source(family)
-    status = main(command(folder, target, material))
+    layout = tmp_path / "layout"
+    status = main(command(folder, target, material, registry=layout))
     printed = capfd.readouterr()
     found = json.loads(printed.out)
     assert status == 0, found
@@ -147,10 +150,13 @@ def test_a_family_is_aligned_within_its_budget(
     assert entry.manifest.source.name == folder.name
     certificate = entry.certificate
     assert certificate is not None
-    # The target's own tokens tell nearly all here; that the map is sound is what it shows.
-    assert certificate.retention.mean > 0.5
+    # Of so few texts and steps retention says little; that states are predicted says that the way
+    # through the family's layers, heads and positions is sound.
+    assert min(found["r2"].values()) > 0.4
+    assert found["retention"] == certificate.retention.model_dump()
     assert {(plan.tail, plan.reread) for plan in certificate.plans} == {(0, 0), (16, 0), (16, 48)}
     assert not (home / "wmatrices" / ".pair.on-demand").exists()
+    assert set(open_repository(layout).tags()) >= {"pair", "pair.v1"}
     # A map that is there is not replaced.
     assert main(command(folder, target, material)) == 1
     assert "already" in json.loads(capfd.readouterr().out)["error"]["message"]
@@ -202,6 +208,7 @@ def test_what_cannot_be_aligned_is_refused(
     assert "at least 0:" in tiny["expected"]
     assert "among the anchors" in refused(texts=material / "anchors")["message"]
     assert refused(name="../elsewhere")["type"] == BadInput.__name__
+    assert refused(registry="oci://127.0.0.1:9/maps")["type"] == RegistryError.__name__
     assert main(command(material, target, material)) == 1
     error = json.loads(capfd.readouterr().out)["error"]
     assert error["type"] == UnsupportedModel.__name__

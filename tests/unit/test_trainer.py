@@ -8,7 +8,7 @@ import pytest
 import torch
 from awareness_demo.sources import ANCHORS, DOMAINS
 
-from awareness_vllm.errors import BadInput, UnsupportedModel
+from awareness_vllm.errors import BadInput
 from awareness_vllm.fit import gather
 from awareness_vllm.fit.trainer import WMatrixTrainer, domain_folders
 from awareness_vllm.wmatrix.file import WMatrix, load
@@ -47,8 +47,6 @@ def test_names_are_not_paths(wmatrix: WMatrix) -> None:
 
 
 def test_unsupported_settings_are_refused(tiny_models: tuple[Path, Path]) -> None:
-    with pytest.raises(UnsupportedModel, match="endpoint"):
-        WMatrixTrainer(*tiny_models, source_endpoint="http://localhost:1")
     with pytest.raises(BadInput, match="optimization"):
         WMatrixTrainer(*tiny_models).configure(optimization="adam")
     with pytest.raises(BadInput, match="exclude"):

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import secrets
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastapi import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
 from awareness_vllm.errors import (
@@ -23,13 +24,17 @@ from awareness_vllm.errors import (
 from awareness_vllm.models.tokens import Tokens
 from awareness_vllm.packages.capture import tokens_of
 from awareness_vllm.packages.file import publish, read_index
-from awareness_vllm.packages.manifest import Manifest
+from awareness_vllm.packages.manifest import Manifest, refusing
 from awareness_vllm.packages.store import digest_in
 from awareness_vllm.serving.admission import Admitted
 from awareness_vllm.serving.connector.kv_reader import CAPTURE_KEY
 from awareness_vllm.serving.http import FrontEnd, caller, is_whole_answer, replace_body, set_headers
 from awareness_vllm.serving.offline_capture import as_package, state_bytes
 from awareness_vllm.serving.request import MEMORY
+from awareness_vllm.tensor_file import opened
+
+CHUNK = 1 << 20
+"""Bytes of a package's file that are sent at once."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +149,36 @@ async def capture_edition(
             _published, front, tenant, text, tokens, states, name, edition_of=memory_id
         )
     return published.stem, manifest, tokens
+
+
+def captured_file(front: FrontEnd, tenant: str, memory_id: str) -> StreamingResponse:
+    """The bytes of a package in a tenant's store that was captured under this server's home.
+    Whoever fetches them has their digest in the ID.
+
+    Raises:
+        CaptureNotAllowed, InvalidMemoryId, MemoryNotFound, PackageCorrupt; UnsupportedRequest: a
+        package that was put there by other means, of which the operator alone may dispose.
+    """
+    _check_allowed(front, "a package's file")
+    package = front.resolver.check(memory_id, tenant)
+    if package.origin != "own":
+        raise UnsupportedRequest(
+            f"the file of memory {memory_id} cannot be fetched",
+            found=f"a package that is {package.origin}",
+            expected="one that was captured on this server",
+            remedy="fetch it from where it came",
+        )
+    with refusing(package.path), contextlib.ExitStack() as stack:
+        file, size = stack.enter_context(opened(package.path))
+        held = stack.pop_all()
+
+    def chunks() -> Iterator[bytes]:
+        with held:
+            while chunk := file.read(CHUNK):
+                yield chunk
+
+    headers = {"Content-Length": str(size)}
+    return StreamingResponse(chunks(), media_type="application/octet-stream", headers=headers)
 
 
 def _check_allowed(front: FrontEnd, what: str) -> None:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, Field
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
 from awareness_vllm.compatibility.appraisal import report
@@ -31,7 +31,7 @@ from awareness_vllm.packages.listing import PackageListing
 from awareness_vllm.packages.manifest import Manifest, check_id, read_manifest
 from awareness_vllm.packages.store import Store, digest_in, memory_not_found
 from awareness_vllm.schema import FrozenModel
-from awareness_vllm.serving.api.capture import capture_edition
+from awareness_vllm.serving.api.capture import capture_edition, captured_file
 from awareness_vllm.serving.api.prefetch import while_connected
 from awareness_vllm.serving.http import FrontEnd, caller, client_errors
 from awareness_vllm.serving.prompt import Prompt
@@ -194,6 +194,13 @@ async def check_memory(memory_id: str, raw_request: Request) -> CompatibilityRep
         front, tenant = caller(raw_request)
         offer = await front.admission.offer(tenant, memory_id)
         return await asyncio.to_thread(_report, front, tenant, memory_id, offer)
+
+
+@router.get("/{memory_id}/package", responses=ONE_MEMORY_ERRORS, response_class=StreamingResponse)
+def fetch_package(memory_id: str, raw_request: Request) -> StreamingResponse:
+    """The file of a memory that was captured on this server, where captures are allowed."""
+    with client_errors("memory_id"):
+        return captured_file(*caller(raw_request), memory_id)
 
 
 @router.post("/{memory_id}/load", responses=ONE_MEMORY_ERRORS, response_model=MemoryLoad)
