@@ -223,6 +223,15 @@ def test_the_catalogue_is_searched_and_filtered(show: Callable[..., Any]) -> Non
     assert choose(text="GARDENING chapter") == ("1 memory", ["Report 7"])
     assert choose(text="f" * 3, kind="maps")[0] == "Nothing fits: take a filter back."
     assert choose(kind="maps", certified=True) == ("1 map", ["smollm2-135m--gemma3-270m"])
+    # On paste the command is what the page says that it is.
+    shown.locator("#items summary").click()
+    shown.get_by_role("button", name="Copy").click()
+    shown.locator("#count", has_text="copied").wait_for()
+    command = shown.get_by_label("Command").input_value()
+    assert command.startswith("awareness pull oci://registry.example.com/a/b:pair_")
+    shown.locator("#text").focus()
+    shown.keyboard.press("Control+V")
+    assert shown.locator("#text").input_value() == command
     assert choose(least="1900", most="2000") == ("2 memories", ["Report 18", "Report 19"])
     # The target's own memories are read there, and those from which a map leads there.
     assert choose(target="gemma3-270m", kind="memories")[0].startswith("60 memories")
