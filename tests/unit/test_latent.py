@@ -25,7 +25,10 @@ from awareness_vllm.align.realign import BLOCK, AlignedMemory, realign
 from awareness_vllm.aligners.aligner import KVCacheAligner
 from awareness_vllm.aligners.answer import OfflineTarget
 from awareness_vllm.cli.main import main
+from awareness_vllm.compatibility.load_time.cost import decoding, load_times_s
+from awareness_vllm.compatibility.load_time.speed import REFERENCE
 from awareness_vllm.compatibility.memory_checker import MemoryCompatibilityChecker
+from awareness_vllm.compatibility.target import TargetConfig
 from awareness_vllm.errors import (
     AwarenessError,
     NoWMatrix,
@@ -206,9 +209,12 @@ def test_a_latent_is_for_its_target_alone(pair: Pair) -> None:
     checker = MemoryCompatibilityChecker([pair.store / "pair.wmatrix"], store=pair.store)
     plain, latent, int8 = (checker.check(id, str(pair.target)) for id in pair.ids.values())
     assert plain.refusal is latent.refusal is None
-    assert latent.estimated_load_time_s is not None
-    assert plain.estimated_load_time_s is not None
-    assert latent.estimated_load_time_s < plain.estimated_load_time_s
+    size, manifest = pair.path("latent").stat().st_size, pair.map.manifest
+    work = decoding(manifest)  # nothing is encoded any more
+    tokens, config = read_manifest(pair.path("latent")).tokens, TargetConfig()
+    served = manifest.target, tokens, config, REFERENCE
+    times = load_times_s(*served, package_bytes=size, wmatrix=work)
+    assert latent.estimated_load_time_s == pytest.approx(times["cold"])
     assert {risk.description for risk in int8.risk_factors} > {
         risk.description for risk in latent.risk_factors
     }
