@@ -81,6 +81,16 @@ def test_docker_has_logged_in(basic: RegistryServer, docker: Path) -> None:
     exchange(open_repository(basic.reference()))
 
 
+def test_the_environment_s_key_is_for_the_environment_s_registry(
+    basic: RegistryServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWARENESS_REGISTRY_KEY", LOGIN)
+    with pytest.raises(RegistryDenied):
+        exchange(open_repository(basic.reference()))
+    monkeypatch.setenv("AWARENESS_REGISTRY", basic.reference("others"))
+    exchange(open_repository(basic.reference()))
+
+
 def test_a_credential_helper_knows_the_login(
     basic: RegistryServer, docker: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
