@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from awareness_vllm.cli.options import add_registry
 from awareness_vllm.cli.push import described
 from awareness_vllm.cli.transfers import Bar, in_parallel
 
@@ -22,16 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "what",
         nargs="+",
         metavar="REF|ID|DIR",
-        help="oci://HOST/REPOSITORY:TAG, FOLDER:TAG (or @DIGEST), or an ID or a tag in --from; "
+        help="oci://HOST/REPOSITORY:TAG, FOLDER:TAG (or @DIGEST), or an ID or a tag in --registry; "
         "or a repository in the Hugging Face hub cache (models--OWNER--NAME)",
     )
-    parser.add_argument(
-        "--from",
-        dest="registry",
-        metavar="REGISTRY",
-        help="where IDs and tags are looked up (default: $AWARENESS_REGISTRY, or the folder "
-        "$AWARENESS_HOME/registry)",
-    )
+    add_registry(parser)
     parser.add_argument(
         "--store", type=Path, help="folder for memories (default: $AWARENESS_HOME/store)"
     )

@@ -46,7 +46,7 @@ def test_several_there_and_back(run: Run, repository: Repository, memories: list
     where = str(repository.reference)
     pushed = run("push", *memories, where, "--license", "CC0-1.0")["pushed"]
     assert [row["id"] for row in pushed] == memories
-    pulled = run("pull", *memories, "--from", where, "--store", "there")["pulled"]
+    pulled = run("pull", *memories, "--registry", where, "--store", "there")["pulled"]
     assert [Path(row["path"]) for row in pulled] == [
         Path("there") / f"{memory}.safetensors" for memory in memories
     ]
@@ -93,7 +93,7 @@ def test_what_can_be_pulled_is_there_though_another_one_fails(
 ) -> None:
     where = str(repository.reference)
     run("push", memories[0], where)
-    argv = ("pull", memories[1], memories[0], "--from", where, "--store", "there")
+    argv = ("pull", memories[1], memories[0], "--registry", where, "--store", "there")
     assert run(*argv, status=1)["error"]["type"] == "ArtefactNotFound"
     assert [path.stem for path in Path("there").iterdir()] == [memories[0]]
 
@@ -122,7 +122,7 @@ def test_what_makes_no_sense(run: Run, memories: list[str], argv: tuple[str, ...
 
 def test_gc(run: Run, memories: list[str], empty_home: Path) -> None:
     run("push", *memories, "folder")
-    run("pull", *memories, "--from", "folder", "--store", "there")
+    run("pull", *memories, "--registry", "folder", "--store", "there")
     assert run("gc", "--limit-gib", "0")["caches"][0]["removed"] == 0  # the store has them, too
     for path in Path("there").iterdir():
         path.unlink()
