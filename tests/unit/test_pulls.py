@@ -225,7 +225,7 @@ def test_many_requests_pull_each_memory_once_and_some_at_once(
             (await request).end()
 
     asyncio.run(all_at_once())
-    assert watched(served).fetches == len(memories)
+    assert watched(served).lookups == watched(served).fetches == len(memories)
     assert watched(served).most_at_once == module.MAX_PULLS
     assert served.admission.loads == {}
 
