@@ -9,8 +9,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from awareness_vllm.errors import ArtefactCorrupt, ArtefactNotFound, BadInput, escaped
 from awareness_vllm.files import put_in_place, scratch_folder
 from awareness_vllm.marketplace.card import card
@@ -87,12 +85,7 @@ def export_folder(
         copy = draft / (file_name(path.stem) + path.suffix)
         _copy(path if path.suffix == ".safetensors" else path.resolve(), copy)
         facts = {"name": name, "description": description, "license": license}
-        try:
-            listing = listing_in(artefact_of(copy, **facts))
-        except ValidationError as error:
-            fault = error.errors()[0]
-            field = ".".join(map(str, fault["loc"]))
-            raise BadInput(f"the {field} cannot be used", found=fault["msg"]) from error
+        listing = listing_in(artefact_of(copy, **facts))
         _check_name(path, listing)
         if isinstance(listing, PackageListing):
             copy = copy.rename(copy.with_stem(listing.id))
