@@ -35,10 +35,11 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_registry(parser: argparse.ArgumentParser) -> None:
+def add_registry(parser: argparse.ArgumentParser, *aliases: str) -> None:
     """Which registry to look at: `args.registry`, None for the default one."""
     parser.add_argument(
         "--registry",
+        *aliases,
         metavar="REF",
         help="oci://HOST/REPOSITORY or a folder (default: $AWARENESS_REGISTRY, or the folder "
         "$AWARENESS_HOME/registry)",

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="oci://HOST/REPOSITORY:TAG, FOLDER:TAG (or @DIGEST), or an ID or a tag in --registry; "
         "or a repository in the Hugging Face hub cache (models--OWNER--NAME)",
     )
-    add_registry(parser)
+    add_registry(parser, "--from")
     parser.add_argument(
         "--store", type=Path, help="folder for memories (default: $AWARENESS_HOME/store)"
     )
