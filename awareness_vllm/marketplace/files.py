@@ -164,7 +164,7 @@ def pull(
         for signature in beside:
             put_in_place(signature, folder / signature.name)
         if not there:
-            put_in_place(draft, path)
+            put_in_place(draft, path, name_durable=False)
     return Pulled(path, what, signers)
 
 
