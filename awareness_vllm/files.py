@@ -52,14 +52,17 @@ def scratch_folder(folder: Path) -> Iterator[Path]:
         os.close(handle)
 
 
-def put_in_place(draft: Path, path: Path, *, durable: bool = True) -> None:
+def put_in_place(
+    draft: Path, path: Path, *, durable: bool = True, name_durable: bool = True
+) -> None:
     """Move a finished draft of a `scratch_folder` to its path, with the access that the umask gives
-    new files. Its bytes are on the disk before its name is."""
+    new files. Its bytes are on the disk before its name is; on return its name is there, too,
+    unless it need not be (`name_durable`): what can be had again may be gone after a crash."""
     draft.chmod(draft.parent.stat().st_mode & 0o666)
     if durable:
         _sync(draft)
     os.replace(draft, path)
-    if durable:
+    if durable and name_durable:
         _sync(path.parent)
 
 

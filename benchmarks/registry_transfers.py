@@ -49,9 +49,10 @@ from typing import Any
 import numpy as np
 from forks import forked, status_of
 
-from awareness_vllm.errors import AwarenessError
+from awareness_vllm.errors import ArtefactNotFound, AwarenessError
 from awareness_vllm.marketplace.files import pull_file, push_file
 from awareness_vllm.oci.connect import open_repository
+from awareness_vllm.oci.reference import DIGEST
 from awareness_vllm.oci.remote import Remote
 from awareness_vllm.oci.transfer import look
 from awareness_vllm.provenance import hardware, versions
@@ -88,6 +89,7 @@ def main() -> int:
             kills = {"push": args.kills // 2, "pull": args.kills - args.kills // 2}
             killed = [transfers.killed(what, count) for what, count in kills.items()]
             speed = transfers.speed(args.rounds)
+            not_yet = transfers.not_yet
     result = {
         "date": datetime.date.today().isoformat(),
         "hardware": hardware(),
@@ -96,6 +98,7 @@ def main() -> int:
         "bytes": total,
         "processes": args.processes,
         "kills": killed,
+        "tags_listed_before_they_lead_anywhere": not_yet,
         "speed": speed,
     }
     show(result)
@@ -168,6 +171,7 @@ class Transfers:
         self.shares = [paths[i::processes] for i in range(processes)]
         self.reference = server.reference("bench/turn0")
         self.log = root / "log"
+        self.not_yet = 0
 
     def killed(self, what: str, kills: int) -> dict[str, Any]:
         """Pushes or pulls with so many kills, in as many turns as that takes, each from nothing."""
@@ -218,16 +222,25 @@ class Transfers:
                     result["faults"].append(self.log.read_text()[-2000:])
 
     def in_registry(self, faults: list[str]) -> set[str]:
-        """The memories that others see in the registry, each with all that belongs to it."""
+        """The memories that others see in the registry, each with all that belongs to it.
+
+        Distribution makes a tag's folder, which its list of tags is made of, before the link in it
+        that says which manifest it is: until then the tag is listed, and its memory not there.
+        """
         repository = open_repository(self.reference)
         assert isinstance(repository, Remote)
-        seen = set(repository.tags())
-        for tag in seen:
+        seen = set()
+        for tag in repository.tags():
             try:
                 (layer,) = look(repository, tag).manifest.layers
+                seen.add(tag)
                 blob = repository.session.request("HEAD", f"blobs/{layer.digest}")
                 if int(blob.headers["Content-Length"]) != layer.size:
                     faults.append(f"{tag}: {dict(blob.headers)}")
+            except ArtefactNotFound as error:
+                if DIGEST.search(str(error)):  # of a blob: what is visible is half there
+                    faults.append(f"{tag}: {error}")
+                self.not_yet += 1
             except (AwarenessError, ValueError) as error:
                 faults.append(f"{tag}: {error}")
         return seen

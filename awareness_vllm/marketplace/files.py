@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import os
 import shutil
 from collections.abc import Sequence
@@ -159,12 +157,11 @@ def pull(
         draft = scratch / path.name
         if not there:
             _bring(repository, found, what, draft, cache or Cache(), progress)
-            check_file(what, draft)
         # A file is never seen without its signature.
         for signature in beside:
             put_in_place(signature, folder / signature.name)
         if not there:
-            put_in_place(draft, path)
+            put_in_place(draft, path, name_durable=False)
     return Pulled(path, what, signers)
 
 
@@ -196,22 +193,33 @@ def _bring(
     cache: Cache,
     progress: Progress,
 ) -> None:
-    """Have a draft be the file of an artefact, whose digest is right."""
+    """Have a draft be the file of an artefact: its digest is right, and it is what was listed."""
     (layer,) = found.manifest.layers
-    check = functools.partial(check_file, what)
+    checked: list[Path] = []
+
+    def check(path: Path) -> None:
+        check_file(what, path)
+        checked.append(path)
+
     if layer.size > cache.limit:
         with cache.draft(layer, progress) as partial:
             repository.fetch(layer, partial, progress)
+            check(partial)
             _link(partial, draft)
             partial.unlink()
         return
     name = cache_name(what)
-    while True:
-        if (cached := cache.path(name)) and digest_of(cached) != what.digest:
-            cache.remove(name)  # somebody wrote to it
-        with contextlib.suppress(FileNotFoundError):  # or it was collected meanwhile
+    if (cached := cache.path(name)) and digest_of(cached) != what.digest:
+        cache.remove(name)  # somebody wrote to it
+    for last in (False, True):
+        try:
             _link(cache.fetch(repository, layer, name, check=check, progress=progress), draft)
-            return
+            break
+        except FileNotFoundError:  # collected meanwhile, unless it is so again
+            if last:
+                raise
+    if not checked:  # it was there, perhaps by another listing
+        check(draft)
 
 
 def _link(path: Path, draft: Path) -> None:

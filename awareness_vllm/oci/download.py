@@ -7,7 +7,6 @@ import errno
 import hashlib
 import os
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
 
@@ -22,13 +21,10 @@ CHUNK = 1 << 20
 class Download:
     """A draft of a blob: `done` of its bytes are there."""
 
-    def __init__(
-        self, file: FileIO, descriptor: Descriptor, progress: Progress, thread: ThreadPoolExecutor
-    ) -> None:
+    def __init__(self, file: FileIO, descriptor: Descriptor, progress: Progress) -> None:
         self.descriptor, self.done = descriptor, 0
-        self._file, self._progress, self._thread = file, progress, thread
+        self._file, self._progress = file, progress
         self._sha = hashlib.sha256()
-        self._hashed: Future[None] = thread.submit(lambda: None)
         size = os.fstat(file.fileno()).st_size
         self.resumed = 0 < size <= descriptor.size
         if self.resumed:
@@ -38,7 +34,8 @@ class Download:
             file.truncate(0)
 
     def write(self, chunk: bytes) -> None:
-        """Take the next bytes, which are hashed while they are written.
+        """Take the next bytes: hashed and written while a core's cache holds them. A thread that
+        hashes beside costs a sixth more of the processor, which the registry or other pulls have.
 
         Raises:
             ArtefactCorrupt: more than the blob has; StorageFull; OSError.
@@ -55,7 +52,6 @@ class Download:
 
     def restart(self) -> None:
         """Forget what is there."""
-        self._hashed.result()
         self._progress(-self.done)
         self._file.seek(0)
         self._file.truncate(0)
@@ -64,7 +60,6 @@ class Download:
     @property
     def digest(self) -> str:
         """The sha256, in hex, of what is there."""
-        self._hashed.result()
         return self._sha.hexdigest()
 
     def check(self) -> None:
@@ -76,8 +71,7 @@ class Download:
             raise corrupt_blob(self.descriptor, f"{done} bytes with sha256:{digest}")
 
     def _count(self, chunk: bytes) -> None:
-        self._hashed.result()
-        self._hashed = self._thread.submit(self._sha.update, chunk)
+        self._sha.update(chunk)
         self.done += len(chunk)
         self._progress(len(chunk))
 
@@ -90,8 +84,8 @@ def download(draft: Path, descriptor: Descriptor, progress: Progress) -> Iterato
         OSError
     """
     handle = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-    with FileIO(handle, "r+") as file, ThreadPoolExecutor(1, "awareness-hash") as thread:
-        yield Download(file, descriptor, progress, thread)
+    with FileIO(handle, "r+") as file:
+        yield Download(file, descriptor, progress)
 
 
 def storage_full(error: OSError, size: int) -> Exception:
