@@ -48,10 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from awareness_vllm.errors import BadInput
     from awareness_vllm.files import default_store, wmatrices_dir
-    from awareness_vllm.marketplace.files import listing_of, pull
+    from awareness_vllm.marketplace.files import find, pull
     from awareness_vllm.marketplace.hub import is_hub_folder, pull_folder
     from awareness_vllm.oci.connect import open_repository
-    from awareness_vllm.oci.transfer import look
     from awareness_vllm.packages.listing import PackageListing
     from awareness_vllm.trust.policy import TrustPolicy
 
@@ -72,8 +71,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         def one(reference: Reference) -> dict[str, Any]:
             repository = repositories[reference.repository_only]
             assert reference.name is not None
-            found = look(repository, reference.name)
-            listing = listing_of(found)
+            found, listing = find(repository, reference.name)
             bar.expect(listing.bytes)
             pulled = pull(
                 repository,

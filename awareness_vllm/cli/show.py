@@ -23,10 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from awareness_vllm.cli.pull import located
     from awareness_vllm.cli.push import described
-    from awareness_vllm.marketplace.files import listing_of
+    from awareness_vllm.marketplace.files import find
     from awareness_vllm.marketplace.signatures import signatures, signers_of
     from awareness_vllm.oci.connect import open_repository
-    from awareness_vllm.oci.transfer import look
     from awareness_vllm.packages.listing import PackageListing
     from awareness_vllm.trust.policy import TrustPolicy
 
@@ -34,8 +33,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     reference = located(args.what, args.registry)
     assert reference.name is not None
     repository = open_repository(reference.repository_only)
-    found = look(repository, reference.name)
-    listing = listing_of(found)
+    found, listing = find(repository, reference.name)
     signed = signatures(repository, found.descriptor.digest)
     facts = {"id": listing.id} | described(listing)
     facts |= {

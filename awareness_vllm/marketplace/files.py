@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,12 +27,17 @@ from awareness_vllm.oci.repository import Progress, Repository, no_progress
 from awareness_vllm.oci.transfer import Found, look, push
 from awareness_vllm.packages import listing as package_listing
 from awareness_vllm.packages.listing import PackageListing
+from awareness_vllm.packages.manifest import MEMORY_ID
 from awareness_vllm.tensor_file import FileRefused, digest_of
 from awareness_vllm.trust.policy import Signers, TrustPolicy
 from awareness_vllm.wmatrix import listing as wmatrix_listing
 from awareness_vllm.wmatrix.listing import Listing, WMatrixListing
 
 NO_TRUST = TrustPolicy()
+ID = re.compile(rf"{MEMORY_ID.pattern}|pair_[0-9a-f]{{32}}\.[0-9a-f]{{16}}")
+"""The tags that are listings' own."""
+LONGEST_NAME = 100
+"""Bytes of a file's name; digests and suffixes are added."""
 
 
 def push_file(
@@ -97,13 +103,29 @@ def listing_of(found: Found) -> Listing:
     return package_listing.listing_of(found)
 
 
-def listing(repository: Repository, name: str) -> Listing:
-    """The listing of an ID, a tag or a digest; of the file itself nothing is read.
+def find(repository: Repository, name: str) -> tuple[Found, Listing]:
+    """The artefact of an ID, a tag or a digest, with its listing; of the file itself nothing is
+    read.
 
     Raises:
-        ArtefactNotFound, ArtefactCorrupt, RegistryError
+        ArtefactNotFound, RegistryError; ArtefactCorrupt: also an ID that is the tag of another
+        file: whoever may push can move tags, and IDs are digests.
     """
-    return listing_of(look(repository, name))
+    found = look(repository, name)
+    what = listing_of(found)
+    if ID.fullmatch(name) and what.tag != name:
+        raise ArtefactCorrupt(
+            f"the registry's artefact {name} cannot be used",
+            found=f"the listing of {what.tag}",
+            expected="that of this ID",
+            remedy="push the file of this ID again",
+        )
+    return found, what
+
+
+def listing(repository: Repository, name: str) -> Listing:
+    """The listing of an ID, a tag or a digest. Raises as `find` does."""
+    return find(repository, name)[1]
 
 
 @dataclass(frozen=True)
@@ -118,8 +140,9 @@ class Pulled:
 def pull_file(
     repository: Repository, name: str, folder: Path, progress: Progress = no_progress
 ) -> Path:
-    """A package or W-Matrix in a folder; as `pull`."""
-    return pull(repository, look(repository, name), folder, progress=progress).path
+    """A package or W-Matrix in a folder; as `find` and `pull`."""
+    found, _ = find(repository, name)
+    return pull(repository, found, folder, progress=progress).path
 
 
 def pull(
@@ -155,7 +178,9 @@ def pull(
             raise not_signed(what, role, signed)
         beside = list(scratch.iterdir())
         draft = scratch / path.name
-        if not there:
+        if there:
+            check_file(what, path)
+        else:
             _bring(repository, found, what, draft, cache or Cache(), progress)
         # A file is never seen without its signature.
         for signature in beside:
@@ -174,7 +199,7 @@ def destination(folder: Path, what: Listing) -> tuple[Path, bool]:
     path = folder / f"{name}.wmatrix"
     if not path.exists() or _has(path, what):
         return path, path.exists()
-    path = folder / f"{name}.{what.digest[:8]}.wmatrix"
+    path = folder / f"{name}.{what.digest[:16]}.wmatrix"
     return path, _has(path, what)
 
 
@@ -259,4 +284,5 @@ def check_file(what: Listing, path: Path) -> None:
 
 def file_name(name: str) -> str:
     """A listed name as that of a file."""
-    return "".join(c if c.isalnum() or c in "._-" else "-" for c in name).strip(".-") or "map"
+    plain = "".join(c if c.isalnum() or c in "._-" else "-" for c in name)
+    return plain.encode()[:LONGEST_NAME].decode(errors="ignore").strip(".-") or "map"

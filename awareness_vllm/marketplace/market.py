@@ -12,7 +12,7 @@ from typing import Generic, NoReturn, TypeVar
 
 from awareness_vllm.errors import ArtefactCorrupt, BadInput, NotAvailable
 from awareness_vllm.files import default_store, wmatrices_dir
-from awareness_vllm.marketplace.files import listing, pull_file, push_file
+from awareness_vllm.marketplace.files import find, listing, pull, push_file
 from awareness_vllm.marketplace.index import LIMIT, ListingIndex, Wanted
 from awareness_vllm.models.describe import geometry_of
 from awareness_vllm.models.folder import is_model_folder
@@ -104,8 +104,9 @@ class Shelf(Generic[L]):
         Raises:
             PackageCorrupt, WMatrixCorrupt, and as of `get`.
         """
-        self.get(id)
-        return pull_file(self.repository, id, folder or self.folder(), progress)
+        found, what = find(self.repository, id)
+        self._own(what)
+        return pull(self.repository, found, folder or self.folder(), progress=progress).path
 
     def publish(
         self,

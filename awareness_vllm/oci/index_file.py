@@ -14,6 +14,7 @@ from awareness_vllm.oci.artefact import REF_NAME
 from awareness_vllm.oci.reference import DIGEST
 
 BLANK = re.compile(r"[ \t\n\r]*")
+SURROGATE = re.compile("[\ud800-\udfff]")
 Entry = dict[str, Any]
 _DECODER = json.JSONDecoder()
 
@@ -73,8 +74,14 @@ def _is_descriptor(item: object) -> bool:
         and DIGEST.fullmatch(digest) is not None
         and type(size := item.get("size")) is int
         and 0 <= size < 1 << 50
-        and isinstance(item.get("artifactType", ""), str)
+        and _is_text(item.get("artifactType", ""))
+        and _is_text(tag_of(item) or "")
     )
+
+
+def _is_text(value: object) -> bool:
+    """Whether a value is a text that can be written anywhere: one without lone surrogates."""
+    return isinstance(value, str) and not SURROGATE.search(value)
 
 
 def _past(text: str, at: int, mark: str, end: str = "") -> int:

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Iterator, Set
 from pathlib import Path
 
-from awareness_vllm.errors import ArtefactNotFound, RegistryError
+from awareness_vllm.errors import ArtefactCorrupt, ArtefactNotFound, RegistryError
 from awareness_vllm.files import put_in_place, scratch_folder
 from awareness_vllm.oci.artefact import (
     INDEX,
@@ -187,10 +187,10 @@ class Layout:
         if isinstance(ours := (entry.get("annotations") or {}).get(SUBJECT), str):
             return ours
         # Written by another program: the manifest says it, and the index need not.
-        raw = self.blob(self._descriptor(entry), MAX_MANIFEST)
         try:
+            raw = self.blob(self._descriptor(entry), MAX_MANIFEST)
             subject = parse_image_manifest(raw).subject
-        except FileRefused:  # an index, say, which refers to nothing
+        except (FileRefused, ArtefactCorrupt):  # an index, say, or one whose blob is gone
             return None
         return None if subject is None else subject.digest
 

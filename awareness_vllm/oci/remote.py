@@ -144,7 +144,7 @@ class Remote:
                 raise corrupt_blob(descriptor, "other bytes", f"those from {begin} on")
         else:
             begin = 0
-        if length.isdigit() and int(length) != descriptor.size - begin:
+        if length.isdecimal() and int(length) != descriptor.size - begin:
             response.close()
             raise corrupt_blob(descriptor, f"{length} bytes", f"{descriptor.size - begin}")
         return response

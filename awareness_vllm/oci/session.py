@@ -8,6 +8,7 @@ import ipaddress
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from email.utils import parsedate_to_datetime
@@ -35,6 +36,10 @@ MAX_ANSWER = 8 << 20
 """Bytes of an answer that is read as a whole: manifests, tags, tokens, errors."""
 BUSY = (429, 500, 502, 503, 504)
 REDIRECTS = 5
+MALFORMED = (AttributeError, LookupError, TypeError, ValueError, RecursionError)
+"""What comes of reading a document that is not as it should be."""
+QUERY = re.compile(r"\?[^\s'\"()]*")
+"""The query in the address of a message."""
 CONNECTIONS = 16
 _request = inspect.unwrap(Registry.do_request)
 """`Registry.do_request` without its retries: they sleep for two minutes before an unknown host is
@@ -215,7 +220,7 @@ class Session:
         if url.netloc != urlsplit(self.base).netloc:
             raise RegistryError(
                 f"{self.reference} sends its clients elsewhere",
-                found=escaped(url.geturl())[:200],
+                found=QUERY.sub("?…", url.geturl())[:200],
                 expected=f"an address of {self.reference.host}",
             )
         # The scheme stays: behind a proxy, registries may take themselves to be reached over http.
@@ -235,7 +240,7 @@ class Session:
             raise self._unreachable(error, "check its address and the network", kind) from error
         except requests.RequestException as error:
             raise self._unreachable(error, "check that it is an OCI registry") from error
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
+        except MALFORMED as error:
             # oras takes challenges and tokens to be as they should be.
             raise self._unreachable(error, "check that it is an OCI registry") from error
 
@@ -244,7 +249,8 @@ class Session:
     ) -> RegistryError:
         return kind(
             f"{self.reference} cannot be used",
-            found=str(error)[:300],
+            # Where a registry keeps its blobs elsewhere, the query is what lets clients in there.
+            found=QUERY.sub("?…", str(error))[:300],
             expected="an OCI registry that answers",
             remedy=remedy,
         )
@@ -264,7 +270,7 @@ class Session:
         return RegistryError(
             f"{self.reference} does not do what it is asked to",
             found=escaped(complaint)[:400],
-            remedy=f"try again in {wait} s" if wait and wait.isdigit() else None,
+            remedy=f"try again in {wait} s" if wait and wait.isdecimal() else None,
         )
 
     def _message(self, response: requests.Response) -> str:
@@ -272,7 +278,7 @@ class Session:
         try:
             errors = json.loads(response.content)["errors"]
             return "; ".join(str(e.get("message") or e.get("code")) for e in errors)
-        except (ValueError, LookupError, TypeError, AttributeError, requests.RequestException):
+        except (*MALFORMED, requests.RequestException):
             return ""  # the status speaks for itself
         finally:
             response.close()
@@ -315,7 +321,7 @@ def _may_pass(error: Exception) -> bool:
 def _wait(response: requests.Response, attempt: int) -> float:
     """Seconds until a busy registry is asked again."""
     text = response.headers.get("Retry-After", "")
-    if text.isdigit():
+    if text.isdecimal():  # digits such as ² are no numbers
         return float(text)
     with contextlib.suppress(ValueError):
         return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())

@@ -75,6 +75,10 @@ def elsewhere(request: Request) -> None:
     request.answer(status=202, Location="http://192.0.2.1/v2/team/memories/blobs/uploads/1")
 
 
+def presigned(request: Request) -> None:
+    request.answer(status=302, Location="http://127.0.0.1:1/bucket?X-Amz-Signature=0123")
+
+
 TAGS = b'{"tags": ["v1"]}'
 LAYER = "LAYER"
 """The path of the layer, which the test puts here."""
@@ -108,6 +112,9 @@ LAYER = "LAYER"
         (LAYER, lambda r: r.answer(status=401), RegistryDenied, "docker login"),
         (LAYER, lambda r: r.answer(status=403), RegistryDenied, "docker login"),
         (LAYER, lambda r: r.answer(status=503, Retry_After="0"), RegistryError, "503"),
+        (LAYER, lambda r: r.answer(status=418, Retry_After="9²"), RegistryError, "418"),
+        (LAYER, lambda r: r.answer(b"[" * 100_000, status=400), RegistryError, "400"),
+        (LAYER, presigned, RegistryError, r"/bucket\?…"),
         (LAYER, lambda r: r.answer(status=429, Retry_After="3600"), RegistryError, "in 3600 s"),
         (LAYER, lambda r: r.answer(status=418), RegistryError, "418"),
     ],

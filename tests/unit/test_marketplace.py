@@ -25,6 +25,7 @@ from awareness_vllm.errors import (
 )
 from awareness_vllm.marketplace import database, index
 from awareness_vllm.marketplace.index import ListingIndex, New
+from awareness_vllm.oci.artefact import MANIFEST, REF_NAME
 from awareness_vllm.oci.repository import Repository
 from awareness_vllm.packages.file import Package, publish
 from awareness_vllm.wmatrix.file import WMatrix
@@ -173,6 +174,21 @@ def test_what_cannot_be_used_is_passed_over(
     blob.write_bytes(whole)
     market.wmatrices.publish(Path(url).parent / "author" / "a.wmatrix", tags=["again"])
     assert len(market.memories.search()) == 2
+
+
+@pytest.mark.parametrize("repository", ["layout"], indirect=True)
+def test_what_is_not_ours_in_a_layout_s_index_hinders_nobody(
+    market: Marketplace, url: str, files: list[Path], tmp_path: Path
+) -> None:
+    file = Path(url) / "index.json"
+    whole = json.loads(file.read_bytes())
+    gone = {"mediaType": MANIFEST, "digest": f"sha256:{'0' * 64}", "size": 9}
+    file.write_text(json.dumps(whole | {"manifests": [gone, *whole["manifests"]]}))
+    assert market.memories.pull(files[0].stem, tmp_path).is_file()
+    named = gone | {"annotations": {REF_NAME: "\ud800"}}
+    file.write_text(json.dumps(whole | {"manifests": [named, *whole["manifests"]]}))
+    with pytest.raises(RegistryError, match="cannot be used as a layout"):
+        market.memories.search()
 
 
 def gatekeeper(upstream: str, kept: str) -> type[BaseHTTPRequestHandler]:

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from awareness_vllm import Marketplace
 from awareness_vllm.cli.main import main
+from awareness_vllm.errors import ArtefactCorrupt
 from awareness_vllm.oci.repository import Repository
 from awareness_vllm.packages.file import Package, publish
 from awareness_vllm.wmatrix.file import WMatrix
@@ -83,9 +85,31 @@ def test_maps_go_to_their_own_folder_and_replace_none(
     assert path == empty_home / "wmatrices" / "a-to-b.wmatrix"
     path.write_bytes(b"a map of one's own")
     (pulled,) = run("pull", f"{where}:v1")["pulled"]
-    assert pulled["path"].endswith(f"a-to-b.{pulled['digest'][:8]}.wmatrix")
+    assert pulled["path"].endswith(f"a-to-b.{pulled['digest'][:16]}.wmatrix")
     assert path.read_bytes() == b"a map of one's own"
     assert run("pull", f"{where}:v1")["pulled"] == [pulled]
+
+
+def test_a_long_name_is_cut_to_one_that_a_file_can_have(
+    run: Run, wmatrix: WMatrix, empty_home: Path
+) -> None:
+    wmatrix.save(Path("a.wmatrix"))
+    run("push", "a.wmatrix", "folder:v1", "--name", "名" * 200)
+    path = Path(run("pull", "folder:v1")["pulled"][0]["path"])
+    assert path.is_file()
+    assert path.parent == empty_home / "wmatrices"
+
+
+def test_an_id_is_that_of_what_is_pulled(run: Run, memories: list[str], wmatrix: WMatrix) -> None:
+    wmatrix.save(Path("a.wmatrix"))
+    run("push", memories[0], "folder", "--tag", memories[1])
+    run("push", "a.wmatrix", "folder", "--tag", f"pair_{'0' * 32}.{'0' * 16}")
+    for name in (memories[1], f"pair_{'0' * 32}.{'0' * 16}"):
+        for command in ("pull", "show"):
+            error = run(command, name, "--registry", "folder", status=1)["error"]
+            assert (error["type"], name in error["message"]) == ("ArtefactCorrupt", True)
+        with pytest.raises(ArtefactCorrupt):
+            Marketplace("folder").memories.pull(name)
 
 
 def test_what_can_be_pulled_is_there_though_another_one_fails(
