@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from awareness_vllm.errors import ArtefactCorrupt, BadInput
 from awareness_vllm.files import put_in_place, scratch_folder
 from awareness_vllm.marketplace.signatures import (
+    carry_signatures,
     choose,
     not_signed,
     push_signatures,
@@ -64,7 +65,9 @@ def push_file(
     artefact = artefact_of(path, **facts)
     listing = listing_in(artefact)
     # Nobody sees the file before its signatures, which may refer to what is not there yet.
-    push_signatures(repository, path, listing, descriptor_of(artefact.document, MANIFEST))
+    subject = descriptor_of(artefact.document, MANIFEST)
+    carry_signatures(repository, listing.tag, subject)
+    push_signatures(repository, path, listing, subject)
     return listing, push(repository, artefact, (listing.tag, *tags), progress)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast, get_args
 
-from awareness_vllm.errors import ArtefactCorrupt, SignatureInvalid
+from awareness_vllm.errors import ArtefactCorrupt, ArtefactNotFound, SignatureInvalid
 from awareness_vllm.oci.artefact import (
     EMPTY,
     EMPTY_BLOB,
@@ -101,10 +101,30 @@ def push_signatures(
         if (bundle := _read(file)) is None:
             continue
         parse_bundle(bundle, file.name)
-        layer = Layer(bundle, descriptor_of(bundle, BUNDLE))
-        push(repository, Artefact(BUNDLE, EMPTY, EMPTY_BLOB, [layer], {ROLE: role}, subject))
+        _push(repository, bundle, role, subject)
         pushed.append(role)
     return pushed
+
+
+def carry_signatures(repository: Repository, tag: str, subject: Descriptor) -> None:
+    """Have the signatures of the artefact that a file's own tag names refer to the one that is to
+    take its place, too: they are about the file, which is the same under another description.
+
+    Raises:
+        RegistryError
+    """
+    try:
+        old, _ = repository.manifest(tag)
+    except (ArtefactNotFound, ArtefactCorrupt):
+        return
+    if old.digest != subject.digest:
+        for signed in signatures(repository, old.digest):
+            _push(repository, signed.bundle, signed.role, subject)
+
+
+def _push(repository: Repository, bundle: bytes, role: Role, subject: Descriptor) -> None:
+    layer = Layer(bundle, descriptor_of(bundle, BUNDLE))
+    push(repository, Artefact(BUNDLE, EMPTY, EMPTY_BLOB, [layer], {ROLE: role}, subject))
 
 
 def choose(

@@ -82,6 +82,24 @@ def test_a_signature_comes_with_its_memory(
     assert signature_path(pull_file(repository, listing.id, tmp_path / "t"), "package").is_file()
 
 
+def test_a_signature_outlives_another_description(
+    memory: Path,
+    repository: Repository,
+    keys: Keys,
+    trust: TrustPolicy,
+    tmp_path: Path,
+) -> None:
+    signed(memory, keys["alice"])
+    listing, first = push_file(memory, repository)
+    signature_path(memory, "package").unlink()
+    _, second = push_file(memory, repository, description="somebody else's words")
+    assert first.digest != second.digest
+    pulled = pull(
+        repository, look(repository, listing.id), tmp_path / "s", trust=trust, require_signed=True
+    )
+    assert pulled.signers.package == "alice"
+
+
 def test_map_and_certificate_have_their_own(
     wmatrix: WMatrix,
     repository: Repository,
