@@ -47,6 +47,10 @@ SHIPPED = Path(__file__).parents[1] / "maps"
 def align(args: argparse.Namespace, minutes: float, cases: Path) -> dict[str, Any]:
     """What the command printed for a budget, its error where it refused; its map is in
     `args.work`."""
+    printed = args.work / f"{name_of(minutes)}.json"
+    if printed.is_file():  # of a run that was killed while its map was judged
+        known: dict[str, Any] = json.loads(printed.read_text())
+        return known
     held_out = held_out_dir()
     command: list[object] = [
         *(sys.executable, "-m", "awareness_vllm.cli.main", "align-on-demand", "--json"),
@@ -61,6 +65,8 @@ def align(args: argparse.Namespace, minutes: float, cases: Path) -> dict[str, An
         text=True,
     )
     found: dict[str, Any] = json.loads(done.stdout)
+    if "error" not in found:
+        printed.write_text(done.stdout)
     return found
 
 
