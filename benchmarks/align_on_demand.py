@@ -45,7 +45,12 @@ SHIPPED = Path(__file__).parents[1] / "maps"
 
 
 def align(args: argparse.Namespace, minutes: float, cases: Path) -> dict[str, Any]:
-    """What the command printed for a budget; its map is in `args.work`."""
+    """What the command printed for a budget, its error where it refused; its map is in
+    `args.work`."""
+    printed = args.work / f"{name_of(minutes)}.json"
+    if printed.is_file():  # of a run that was killed while its map was judged
+        known: dict[str, Any] = json.loads(printed.read_text())
+        return known
     held_out = held_out_dir()
     command: list[object] = [
         *(sys.executable, "-m", "awareness_vllm.cli.main", "align-on-demand", "--json"),
@@ -60,8 +65,8 @@ def align(args: argparse.Namespace, minutes: float, cases: Path) -> dict[str, An
         text=True,
     )
     found: dict[str, Any] = json.loads(done.stdout)
-    if "error" in found:
-        raise SystemExit(f"{minutes:g} minutes: {found['error']['message']}")
+    if "error" not in found:
+        printed.write_text(done.stdout)
     return found
 
 
@@ -105,6 +110,9 @@ def table(rows: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for name, row in rows.items():
+        if "refused" in row:
+            lines.append(f"| {name} | refused: {row['refused']['expected']} | | | | | |")
+            continue
         alone, served = (row["judged"][shape.condition()] for shape in SHAPES)
         run = row.get("run")
         cells = [
@@ -148,8 +156,11 @@ def main() -> None:
         if name in rows:
             continue
         run = None if minutes is None else align(args, minutes, known)
-        path = shipped if run is None else Path(run["path"])
-        rows[name] = {"judged": judge(args, path, cases[1::2])} | ({"run": run} if run else {})
+        if run is not None and "error" in run:
+            rows[name] = {"refused": run["error"]}
+        else:
+            path = shipped if run is None else Path(run["path"])
+            rows[name] = {"judged": judge(args, path, cases[1::2])} | ({"run": run} if run else {})
         document = {
             "date": datetime.date.today().isoformat(),
             "hardware": hardware(),
