@@ -85,7 +85,7 @@ def parse_listing(found: Found, model: type[SomeListing], types: MediaTypes) -> 
             raise FileRefused(f"layers {layers}"[:300], "the one that the listing describes")
     except FileRefused as error:
         raise ArtefactCorrupt(
-            f"{found.descriptor.digest} is no artefact of a {types.kind}",
+            f"{found.descriptor.digest} is no {types.kind} of ours",
             found=error.found,
             expected=error.expected,
         ) from error

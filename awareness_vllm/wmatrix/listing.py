@@ -158,7 +158,7 @@ def listing_of(found: Found) -> WMatrixListing:
         parse_certificate(listing.manifest.certificate)
     except ValueError as error:
         raise ArtefactCorrupt(
-            f"{found.descriptor.digest} is no artefact of a W-Matrix",
+            f"{found.descriptor.digest} is no W-Matrix of ours",
             found=str(error)[:200],
             expected="a certificate of figures that can be measured",
         ) from error

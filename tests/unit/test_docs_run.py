@@ -45,6 +45,7 @@ NOT_RUN = {
     "--engine vllm": "starts vLLM: tests/engine/harness.py's `captured` does so",
     "awareness certify": "tiny models gain nothing by reading; test_fidelity.py runs it",
     "awareness eval": "the same",
+    "awareness align-on-demand": "uses up its budget of minutes; test_on_demand.py runs it",
 }
 """Commands of the other pages that are only parsed, and why."""
 SMALLER = {"fit": ["--rank", "4", "--tokens", "1000", "--calibration", "2"]}
