@@ -84,12 +84,11 @@ class Work:
 
     def plan(self) -> tuple[Plan, FitConfig] | None:
         """The plan of a killed run, and its fit's configuration; else the folder is made anew."""
-        try:
+        # None, another version's or a torn one: all the same as no plan.
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             document = json.loads((self.folder / "plan.json").read_text())
             if document["key"] == self.key:
                 return Plan.restored(document["plan"]), FitConfig(**document["config"])
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
         shutil.rmtree(self.folder, ignore_errors=True)
         return None
 

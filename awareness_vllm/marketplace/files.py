@@ -119,8 +119,8 @@ def find(repository: Repository, name: str) -> tuple[Found, Listing]:
     if ID.fullmatch(name) and what.tag != name:
         raise ArtefactCorrupt(
             f"the registry's artefact {name} cannot be used",
-            found=f"the listing of {what.tag}",
-            expected="that of this ID",
+            found=f"the {'package' if isinstance(what, PackageListing) else 'W-Matrix'} {what.tag}",
+            expected="the file of this ID",
             remedy="push the file of this ID again",
         )
     return found, what

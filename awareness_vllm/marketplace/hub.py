@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -246,8 +247,7 @@ def _copy(source: Path, copy: Path) -> None:
     """Copy a regular file. Raises BadInput."""
     try:
         with opened(source) as (file, _), copy.open("wb") as out:
-            while chunk := file.read(CHUNK):
-                out.write(chunk)
+            shutil.copyfileobj(file, out, CHUNK)
     except FileRefused as error:
         raise BadInput(
             f"{escaped(source.name)} cannot be copied", found=error.found, expected=error.expected

@@ -5,6 +5,7 @@ There is no money in it and no ledger: whoever the registry lets in may pull.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -77,7 +78,7 @@ class Marketplace:
         )
 
 
-class Shelf(Generic[L]):
+class Shelf(ABC, Generic[L]):
     """The listings of one kind, and the files behind them."""
 
     kind: type[L]
@@ -138,9 +139,9 @@ class Shelf(Generic[L]):
         pushed, _ = push_file(Path(path), self.repository, tags=tags, progress=progress, **facts)
         return self._own(pushed)
 
+    @abstractmethod
     def folder(self) -> Path:
         """Where files are pulled to by default."""
-        raise NotImplementedError
 
     def _own(self, listing: Listing) -> L:
         if not isinstance(listing, self.kind):

@@ -25,9 +25,14 @@ from awareness_vllm.oci.artefact import (
 from awareness_vllm.oci.repository import Repository
 from awareness_vllm.oci.transfer import look, push
 from awareness_vllm.packages.listing import PackageListing
-from awareness_vllm.tensor_file import FileRefused, opened
-from awareness_vllm.trust.bundle import MAX_BUNDLE, invalid_signature, parse_bundle
-from awareness_vllm.trust.policy import Role, Signers, TrustPolicy, signature_path
+from awareness_vllm.trust.bundle import MAX_BUNDLE, parse_bundle
+from awareness_vllm.trust.policy import (
+    Role,
+    Signers,
+    TrustPolicy,
+    read_signature,
+    signature_path,
+)
 from awareness_vllm.wmatrix.listing import Listing, WMatrixListing
 
 BUNDLE = "application/vnd.dev.sigstore.bundle.v0.3+json"
@@ -97,10 +102,9 @@ def push_signatures(
     """
     pushed: list[Role] = []
     for role in roles_of(listing):
-        file = signature_path(path, role)
-        if (bundle := _read(file)) is None:
+        if (bundle := read_signature(path, role)) is None:
             continue
-        parse_bundle(bundle, file.name)
+        parse_bundle(bundle, signature_path(path, role).name)
         _push(repository, bundle, role, subject)
         pushed.append(role)
     return pushed
@@ -149,7 +153,7 @@ def choose(
         if (digest := digest_for(listing, role)) is None:
             continue
         candidates = [signed.bundle for signed in reversed(found) if signed.role == role]
-        if (own := _read(signature_path(beside, role))) is not None:
+        if (own := read_signature(beside, role)) is not None:
             candidates.insert(0, own)
         draft = scratch / beside.name
         signers[role] = _first(candidates, draft, digest, role, trust)
@@ -198,14 +202,3 @@ def not_signed(listing: Listing, role: Role, found: Sequence[Signed]) -> Signatu
         expected=f"one of a key with the role {role!r} in the trust file",
         remedy="have it signed (`awareness sign`) and pushed, or add the signer's key",
     )
-
-
-def _read(path: Path) -> bytes | None:
-    """A signature's file; None where there is none. Raises SignatureInvalid."""
-    if not path.exists():
-        return None
-    try:
-        with opened(path.resolve(), limit=MAX_BUNDLE) as (file, _):
-            return file.read(MAX_BUNDLE)
-    except (FileRefused, OSError) as error:
-        raise invalid_signature(path.name, str(error)) from error

@@ -17,7 +17,6 @@ from awareness_vllm.oci.artefact import (
     MAX_MANIFEST,
     REF_NAME,
     Descriptor,
-    ImageIndex,
     Layer,
     descriptor_of,
     parse_image_manifest,
@@ -54,10 +53,6 @@ class Layout:
     def blob_path(self, descriptor: Descriptor) -> Path:
         """The file of a blob."""
         return self.folder / "blobs" / "sha256" / descriptor.hex
-
-    def index(self) -> ImageIndex:
-        """All manifests, tagged or not; none where there is no folder yet. Raises RegistryError."""
-        return ImageIndex(manifests=[self._descriptor(e) for e in entries(self.index_file)])
 
     def manifest(self, name: str) -> tuple[Descriptor, bytes]:
         found = [e for e in entries(self.index_file) if name in (e["digest"], tag_of(e))]

@@ -17,13 +17,14 @@ from awareness_vllm.errors import (
     StorageFull,
 )
 from awareness_vllm.files import home, put_in_place, scratch_folder
+from awareness_vllm.marketplace.files import find
 from awareness_vllm.marketplace.signatures import choose, not_signed, signatures
 from awareness_vllm.oci.cache import Cache
 from awareness_vllm.oci.connect import open_repository
 from awareness_vllm.oci.reference import Reference
 from awareness_vllm.oci.repository import Progress, Repository, no_progress
-from awareness_vllm.oci.transfer import Found, look
-from awareness_vllm.packages.listing import PackageListing, listing_of
+from awareness_vllm.oci.transfer import Found
+from awareness_vllm.packages.listing import PackageListing
 from awareness_vllm.packages.manifest import MAX_TOKEN_BYTES, layout_of
 from awareness_vllm.packages.origin import is_own
 from awareness_vllm.packages.store import digest_in, file_of, memory_not_found
@@ -64,12 +65,10 @@ class RegistryMemories:
             MemoryNotFound, ArtefactCorrupt, RegistryError; PackageTooLarge: nobody could load it.
         """
         try:
-            found = look(self.repository, memory)
+            found, listing = find(self.repository, memory)
         except ArtefactNotFound as error:
             raise memory_not_found(memory) from error
-        listing = listing_of(found)
-        if listing.id != memory:
-            raise _not_what_it_says(memory, f"the package {listing.id}", "the package of this ID")
+        assert isinstance(listing, PackageListing)  # the tag is its own ID
         check_bytes(listing)
         if listing.bytes > self.max_bytes:
             raise PackageTooLarge(
@@ -184,13 +183,9 @@ def check_bytes(listing: PackageListing) -> None:
     most = least + MAX_TOKEN_BYTES * listing.manifest.rows + MAX_HEADER
     if not least <= listing.bytes <= most:
         expected = f"{least} to {most}, by its manifest"
-        raise _not_what_it_says(listing.id, f"{listing.bytes} bytes", expected)
-
-
-def _not_what_it_says(memory: str, found: str, expected: str) -> ArtefactCorrupt:
-    return ArtefactCorrupt(
-        f"the registry's artefact {memory} cannot be used",
-        found=found,
-        expected=expected,
-        remedy="push the package again",
-    )
+        raise ArtefactCorrupt(
+            f"the registry's artefact {listing.id} cannot be used",
+            found=f"{listing.bytes} bytes",
+            expected=expected,
+            remedy="push the package again",
+        )

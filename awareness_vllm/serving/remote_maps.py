@@ -8,14 +8,13 @@ from pathlib import Path
 
 from awareness_vllm.errors import AwarenessError, BadInput
 from awareness_vllm.files import wmatrices_dir
-from awareness_vllm.marketplace.files import pull
+from awareness_vllm.marketplace.files import find, pull
 from awareness_vllm.marketplace.maps import RepositoryMaps
 from awareness_vllm.models.describe import geometry_of
 from awareness_vllm.models.folder import resolve_folder
 from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.oci.connect import open_repository
 from awareness_vllm.oci.reference import SCHEME, Reference
-from awareness_vllm.oci.transfer import look
 from awareness_vllm.serving.config import ServingConfig
 from awareness_vllm.serving.trust import trust_of, trusted_maps
 from awareness_vllm.trust.policy import TrustPolicy
@@ -44,7 +43,7 @@ def local_map(wmatrix: str | Path, trust: TrustPolicy) -> Path:
                 expected=f"{SCHEME}HOST/REPOSITORY:TAG",
             )
         repository = open_repository(reference)
-        found = look(repository, reference.name)
+        found, _ = find(repository, reference.name)
         listing_of(found)  # no memory, that is
         return pull(repository, found, wmatrices_dir(), trust=trust).path
     path = Path(wmatrix)

@@ -13,7 +13,7 @@ import pytest
 
 from awareness_vllm.cli.main import main
 from awareness_vllm.errors import SignatureInvalid
-from awareness_vllm.marketplace.files import pull, pull_file, push_file
+from awareness_vllm.marketplace.files import Pulled, pull, pull_file, push_file
 from awareness_vllm.marketplace.signatures import push_signatures, signatures
 from awareness_vllm.oci.artefact import INDEX, Descriptor
 from awareness_vllm.oci.connect import open_repository
@@ -63,6 +63,12 @@ def alter_signature(path: Path) -> None:
     file.write_text(json.dumps(bundle))
 
 
+def pulled_signed(repository: Repository, name: str, folder: Path, trust: TrustPolicy) -> Pulled:
+    """What is pulled only where a trusted key has signed it."""
+    found = look(repository, name)
+    return pull(repository, found, folder, trust=trust, require_signed=True)
+
+
 def test_a_signature_comes_with_its_memory(
     memory: Path,
     repository: Repository,
@@ -72,9 +78,7 @@ def test_a_signature_comes_with_its_memory(
 ) -> None:
     signed(memory, keys["alice"])
     listing, _ = push_file(memory, repository)
-    pulled = pull(
-        repository, look(repository, listing.id), tmp_path / "s", trust=trust, require_signed=True
-    )
+    pulled = pulled_signed(repository, listing.id, tmp_path / "s", trust)
     assert pulled.signers.package == "alice"
     there = signature_path(pulled.path, "package")
     assert there.read_bytes() == signature_path(memory, "package").read_bytes()
@@ -94,9 +98,7 @@ def test_a_signature_outlives_another_description(
     signature_path(memory, "package").unlink()
     _, second = push_file(memory, repository, description="somebody else's words")
     assert first.digest != second.digest
-    pulled = pull(
-        repository, look(repository, listing.id), tmp_path / "s", trust=trust, require_signed=True
-    )
+    pulled = pulled_signed(repository, listing.id, tmp_path / "s", trust)
     assert pulled.signers.package == "alice"
 
 
