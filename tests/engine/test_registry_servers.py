@@ -63,7 +63,9 @@ def servers(
 
 def answer(server: Server, memory: str, salt: str) -> dict[str, Any]:
     body = {"model": "served", "prompt": "\n\nIn short, the text says", "max_tokens": 8}
-    body |= {"temperature": 0, "logprobs": 3, "memory_ids": [memory], "cache_salt": salt}
+    # A passage that is re-read has a request of its own, which would load the memory before.
+    body |= {"temperature": 0, "logprobs": 3, "cache_salt": salt}
+    body |= {"memory": {"ids": [memory], "reread": 0}}
     response = httpx.post(f"{server.url}/v1/completions", json=body, timeout=120)
     assert response.status_code == 200, response.text
     report = response.json()["memory"]
