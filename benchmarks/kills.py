@@ -23,7 +23,6 @@ import json
 import random
 import signal
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -114,10 +113,6 @@ def all_kills(kills: int, seed: int, root: Path) -> Iterator[Killer]:
     """The killers of all kinds, once each has done its share of the kills."""
     rng = random.Random(seed)
     prepare(root)
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread():
-            thread.join(10)  # one whose work is done may be about to end
-    assert threading.active_count() == 1, threading.enumerate()
     killers = [Killer(kind, root, rng) for kind in KINDS]
     for number in range(kills):
         killers[number % len(killers)].kill()
