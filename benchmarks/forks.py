@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 LONGEST_S = 600.0
-"""A child that takes longer hangs: some seconds of work, niced beside engines that keep the cores."""
+"""A child that takes longer hangs. Its work takes seconds, or minutes niced beside engines."""
 THREAD_S = 10.0
 """A thread whose work is done ends within this time."""
 
