@@ -7,10 +7,8 @@ import contextlib
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler
-from typing import Any
 
-from registry_server import serving
+from registry_server import Handler, serving
 
 from awareness_vllm.oci.artefact import MANIFEST, Artefact, Descriptor, descriptor_of
 
@@ -18,14 +16,11 @@ Answer = Callable[["Request"], None]
 RANGE = re.compile(r"bytes=(\d+)-")
 
 
-class Request(BaseHTTPRequestHandler):
+class Request(Handler):
     """A request, and the ways to answer it."""
 
     protocol_version = "HTTP/1.1"
     registry: HostileRegistry
-
-    def log_message(self, *_: Any) -> None:
-        """Nothing on stderr."""
 
     def answer(
         self, body: bytes = b"", status: int = 200, *, length: int | None = None, **headers: str

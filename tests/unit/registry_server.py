@@ -88,6 +88,16 @@ def _encoded(raw: bytes) -> str:
     return base64.urlsafe_b64encode(raw).rstrip(b"=").decode()
 
 
+class Handler(BaseHTTPRequestHandler):
+    """A request to a server of a test, which prints nothing."""
+
+    # Head and body are sent apart: with Nagle's algorithm the body waits 40 ms for the head's ACK.
+    disable_nagle_algorithm = True
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing on stderr."""
+
+
 @contextlib.contextmanager
 def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[ThreadingHTTPServer]:
     """An HTTP server on a free port of this machine."""
@@ -123,7 +133,7 @@ def token_server() -> Iterator[TokenServer]:
     tokens = TokenServer(key, certificate)
     login = "Basic " + base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
 
-    class Handler(BaseHTTPRequestHandler):
+    class Tokens(Handler):
         def do_GET(self) -> None:
             scopes = parse_qs(urlsplit(self.path).query).get("scope", [])
             tokens.asked += scopes
@@ -139,10 +149,7 @@ def token_server() -> Iterator[TokenServer]:
             self.end_headers()
             self.wfile.write(body)
 
-        def log_message(self, *_: Any) -> None:
-            """Nothing on stderr."""
-
-    with serving(Handler) as server:
+    with serving(Tokens) as server:
         tokens.server = server
         yield tokens
 

@@ -7,15 +7,14 @@ tests/engine/test_smollm2_server.py.
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from memories_server import UNKNOWN, Make, Server
+from registry_server import Handler, serving
 
 from awareness_vllm.anchors.corpus import Document
 from awareness_vllm.errors import (
@@ -83,7 +82,7 @@ def test_what_is_not_the_callers_own_capture_is_not_given(
 def endpoint(tiny_models: tuple[Path, Path], tmp_path: Path) -> Iterator[Any]:
     """The URL of a server of the tiny source; `answers` are put in the place of its own."""
 
-    class Handler(BaseHTTPRequestHandler):
+    class Answering(Handler):
         answers: ClassVar[dict[str, tuple[int, bytes]]] = {}
 
         def do_GET(self) -> None:
@@ -104,15 +103,10 @@ def endpoint(tiny_models: tuple[Path, Path], tmp_path: Path) -> Iterator[Any]:
             self.end_headers()
             self.wfile.write(content)
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    with serving(Answering) as server:
         server.url = f"http://127.0.0.1:{server.server_port}"  # type: ignore[attr-defined]
-        server.answers = Handler.answers  # type: ignore[attr-defined]
+        server.answers = Answering.answers  # type: ignore[attr-defined]
         yield server
-        server.shutdown()
 
 
 def test_rows_of_an_endpoint_are_those_of_the_model(

@@ -7,12 +7,11 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
 from random_maps import random_map
-from registry_server import RegistryServer, serving
+from registry_server import Handler, RegistryServer, serving
 
 from awareness_vllm import Marketplace, MemoryCompatibilityChecker
 from awareness_vllm.errors import (
@@ -191,10 +190,10 @@ def test_what_is_not_ours_in_a_layout_s_index_hinders_nobody(
         market.memories.search()
 
 
-def gatekeeper(upstream: str, kept: str) -> type[BaseHTTPRequestHandler]:
+def gatekeeper(upstream: str, kept: str) -> type[Handler]:
     """A registry that shows all of another one, but gives one blob to nobody."""
 
-    class Handler(BaseHTTPRequestHandler):
+    class Gatekeeper(Handler):
         def do_GET(self) -> None:
             if self.path.endswith(kept):
                 body, status, kind = b'{"errors": [{"code": "DENIED"}]}', 403, "application/json"
@@ -214,10 +213,7 @@ def gatekeeper(upstream: str, kept: str) -> type[BaseHTTPRequestHandler]:
             self.end_headers()
             self.wfile.write(body)
 
-        def log_message(self, *_: object) -> None:
-            """Nothing on stderr."""
-
-    return Handler
+    return Gatekeeper
 
 
 def test_a_listing_can_be_read_without_the_right_to_pull(

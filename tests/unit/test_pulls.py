@@ -217,9 +217,11 @@ def test_many_requests_pull_each_memory_once_and_some_at_once(
         requests = [
             asyncio.create_task(served.admission.admit("acme", [memory])) for memory in memories * 3
         ]
+        admitted = served.admission.loads  # one that came later would look its memory up again
+        while sum(load.requests for load in admitted.values()) < len(requests):
+            await asyncio.sleep(0.01)
         while watched(served).at_once < module.MAX_PULLS:
             await asyncio.sleep(0.01)
-        await asyncio.sleep(0.05)
         watched(served).may_send.set()
         for request in requests:
             (await request).end()
