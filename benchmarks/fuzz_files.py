@@ -3,8 +3,8 @@
     python benchmarks/fuzz_files.py --count 10000
 
 Each mutant must be refused with a typed error, or served with states that are finite and its own,
-in 200 ms and 200 MB beyond its size, and change nothing about other files. Prints one JSON
-document; status 1 where a mutant is not treated so. The same seed gives the same mutants.
+in 200 ms of the processor and 200 MB beyond its size, and change nothing about other files. Prints
+one JSON document; status 1 where a mutant is not treated so. The same seed gives the same mutants.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def listed(args: argparse.Namespace) -> Registry:
 
 def table(matrix: Matrix) -> str:
     """A line for each pair that has a cell, names with control characters escaped."""
-    from awareness_vllm.compatibility.html.figures import figure, is_prior
+    from awareness_vllm.compatibility.html.figures import figure
     from awareness_vllm.errors import escaped
 
     rows = []
@@ -77,13 +77,9 @@ def table(matrix: Matrix) -> str:
             if (cell := matrix.cell(source, target)) is None:
                 continue
             value = figure(cell.retention, cell.basis) if cell.retention else "not certified"
-            rows.append(
-                (
-                    escaped(source),
-                    escaped(target),
-                    value + (" (prior)" if is_prior(cell.basis) else ""),
-                )
-            )
+            kind = cell.basis.kind if cell.basis else "measured"
+            value += f" ({kind})" if kind != "measured" else ""
+            rows.append((escaped(source), escaped(target), value))
     if not rows:
         return (
             "no W-Matrix here: make one with `awareness fit`, or show what is published (--priors)"

@@ -25,6 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokens", metavar="N|MIN-MAX", help="tokens of a memory: at most, or a range"
     )
+    parser.add_argument(
+        "--refresh",
+        action="store_true",
+        help="ask which file each tag names now (default: new tags, and some asked an hour ago)",
+    )
     parser.add_argument("--limit", type=int, default=20, help="listings at most (default: 20)")
 
 
@@ -39,6 +44,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "source_model": args.source,
         "target_model": args.target,
         "limit": limit + 1,  # to know whether there are more
+        "refresh": args.refresh,
     }
     found: list[Any]
     if args.kind == "memory":

@@ -15,6 +15,7 @@ from awareness_vllm.compatibility.html.figures import native
 from awareness_vllm.compatibility.matrix import names_of, of_registry
 from awareness_vllm.compatibility.report import Cell, Matrix
 from awareness_vllm.errors import AwarenessError
+from awareness_vllm.marketplace.maps import entry_of
 from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.oci.reference import Reference
 from awareness_vllm.packages.listing import PackageListing
@@ -23,7 +24,7 @@ from awareness_vllm.packages.store import Store
 from awareness_vllm.passages import BUDGET
 from awareness_vllm.trust.policy import TrustPolicy
 from awareness_vllm.wmatrix.certificate import TAIL, Certificate, Interval, Plan
-from awareness_vllm.wmatrix.listing import Listing
+from awareness_vllm.wmatrix.listing import Listing, WMatrixListing
 from awareness_vllm.wmatrix.manifest import WMatrixManifest
 from awareness_vllm.wmatrix.plans import with_tail
 from awareness_vllm.wmatrix.registry import Registry, WMatrixEntry
@@ -105,7 +106,7 @@ def of_listings(
             tensors="" if isinstance(listing, PackageListing) else listing.tensors,
             description=listing.description,
             license=listing.license,
-            claimed=True,
+            claimed=isinstance(listing, WMatrixListing) and entry_of(listing).claimed,
         )
         for listing in once.values()
     ]

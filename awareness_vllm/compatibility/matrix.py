@@ -43,8 +43,9 @@ def of_registry(registry: Registry, priors: Iterable[Cell] = ()) -> Matrix:
 
 
 def shown(entries: Iterable[WMatrixEntry]) -> WMatrixEntry:
-    """The map of a pair that the matrix shows: the first that is certified, else the first."""
-    return min(entries, key=lambda entry: entry.certificate is None or entry.claimed)
+    """The map of a pair that the matrix shows: the first that is certified, else the first that
+    claims to be, else the first."""
+    return min(entries, key=lambda entry: (entry.certificate is None, entry.claimed))
 
 
 def cell(source: str, target: str, entry: WMatrixEntry) -> Cell:

@@ -41,8 +41,9 @@ class Basis(FrozenModel):
     "exact": computed, as for a copy of a model's own states, or from a geometry. "measured": by the
     certificate of the W-Matrix file `digest`, here on the package of that digest, or of this
     machine. "extrapolated": by the trend of such a certificate, whose texts were all shorter.
-    "claimed": by such a certificate that no trusted key signed, where there is a trust
-    file. "prior": published in `source`, or of another machine; not measured here.
+    "claimed": by such a certificate that no trusted key signed, where there is a trust file, or
+    where a registry only lists it. "prior": published in `source`, or of another machine; not
+    measured here.
     """
 
     kind: BasisKind

@@ -18,39 +18,43 @@ from awareness_vllm.wmatrix.listing import Listing
 T = TypeVar("T")
 WAIT = 60.0
 """Seconds for which another process may write."""
-SCHEMA = """
-CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS tags (tag TEXT PRIMARY KEY, digest TEXT, asked REAL) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS tags_digest ON tags (digest);
-CREATE TABLE IF NOT EXISTS listings (
-    id INTEGER PRIMARY KEY, digest TEXT UNIQUE, kind TEXT, readable INTEGER, tokens INTEGER,
-    source TEXT COLLATE NOCASE, source_key TEXT, target TEXT COLLATE NOCASE, target_key TEXT
-);
-CREATE INDEX IF NOT EXISTS listings_source ON listings (source);
-CREATE INDEX IF NOT EXISTS listings_source_key ON listings (source_key);
-CREATE INDEX IF NOT EXISTS listings_target_key ON listings (target_key);
-CREATE TABLE IF NOT EXISTS configs (id INTEGER PRIMARY KEY, kind TEXT, config BLOB);
-CREATE VIRTUAL TABLE IF NOT EXISTS texts USING fts5 (
-    name, tags, models, description, tokenize = "unicode61 remove_diacritics 2", prefix = '2 3'
-);
-CREATE TRIGGER IF NOT EXISTS gone AFTER DELETE ON listings BEGIN
-    DELETE FROM configs WHERE id = old.id;
-    DELETE FROM texts WHERE rowid = old.id;
-END;
-CREATE TRIGGER IF NOT EXISTS tagged AFTER INSERT ON tags BEGIN
-    UPDATE texts SET tags = (SELECT group_concat(tag, ' ') FROM tags WHERE digest = new.digest)
-        WHERE rowid = (SELECT id FROM listings WHERE digest = new.digest);
-END;
-CREATE TRIGGER IF NOT EXISTS untagged AFTER DELETE ON tags BEGIN
-    UPDATE texts SET tags = (SELECT group_concat(tag, ' ') FROM tags WHERE digest = old.digest)
-        WHERE rowid = (SELECT id FROM listings WHERE digest = old.digest);
-END;
-CREATE TEMP TABLE now (
-    id INTEGER PRIMARY KEY, tag TEXT UNIQUE, digest TEXT, size INTEGER, type TEXT, asked REAL
-);
-"""
-VERSION = 1
-"""Of the schema: part of the file's name, so that another version's is simply another file."""
+SCHEMA = (
+    "CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID",
+    "CREATE TABLE tags (tag TEXT PRIMARY KEY, digest TEXT, asked REAL) WITHOUT ROWID",
+    "CREATE INDEX tags_digest ON tags (digest)",
+    "CREATE TABLE damaged (tag TEXT PRIMARY KEY, digest TEXT, size INTEGER) WITHOUT ROWID",
+    """CREATE TABLE listings (
+        id INTEGER PRIMARY KEY, digest TEXT UNIQUE, kind TEXT, readable INTEGER, tokens INTEGER,
+        source TEXT COLLATE NOCASE, source_key TEXT, target TEXT COLLATE NOCASE, target_key TEXT
+    )""",
+    "CREATE INDEX listings_source ON listings (source)",
+    "CREATE INDEX listings_source_key ON listings (source_key)",
+    "CREATE INDEX listings_target_key ON listings (target_key)",
+    "CREATE TABLE configs (id INTEGER PRIMARY KEY, kind TEXT, config BLOB)",
+    """CREATE VIRTUAL TABLE texts USING fts5 (
+        name, tags, models, description,
+        tokenize = "unicode61 remove_diacritics 2", prefix = '2 3'
+    )""",
+    """CREATE TRIGGER gone AFTER DELETE ON listings BEGIN
+        DELETE FROM configs WHERE id = old.id;
+        DELETE FROM texts WHERE rowid = old.id;
+    END""",
+    """CREATE TRIGGER tagged AFTER INSERT ON tags BEGIN
+        UPDATE texts SET tags = (SELECT group_concat(tag, ' ') FROM tags WHERE digest = new.digest)
+            WHERE rowid = (SELECT id FROM listings WHERE digest = new.digest);
+    END""",
+    """CREATE TRIGGER untagged AFTER DELETE ON tags BEGIN
+        UPDATE texts SET tags = (SELECT group_concat(tag, ' ') FROM tags WHERE digest = old.digest)
+            WHERE rowid = (SELECT id FROM listings WHERE digest = old.digest);
+    END""",
+)
+NOW = """CREATE TEMP TABLE now (
+    id INTEGER PRIMARY KEY, tag TEXT UNIQUE, digest TEXT, size INTEGER, type TEXT, asked REAL,
+    damaged TEXT
+)"""
+"""What the repository lists now; `damaged` is the digest of what cannot be used."""
+VERSION = zlib.crc32("".join(SCHEMA).encode()) >> 1
+"""Of the schema, in the file: one that has another is emptied and filled again."""
 
 
 class Damaged(Exception):
@@ -59,7 +63,7 @@ class Damaged(Exception):
 
 def path_of(folder: Path, repository: str) -> Path:
     """The file of a repository's database in the folder of them."""
-    return folder / f"{hashlib.sha256(repository.encode()).hexdigest()[:32]}-{VERSION}.sqlite"
+    return folder / f"{hashlib.sha256(repository.encode()).hexdigest()[:32]}.sqlite"
 
 
 @contextlib.contextmanager
@@ -71,20 +75,52 @@ def connected(path: Path) -> Iterator[sqlite3.Connection]:
         connection = sqlite3.connect(path, timeout=WAIT, isolation_level=None)
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = NORMAL")
-        connection.executescript(SCHEMA)
+        connection.execute(NOW)
+        _bring_up(connection)
         yield connection
-    except (sqlite3.OperationalError, OSError) as error:
+    except (sqlite3.DatabaseError, OSError) as error:
+        if _damaged(error):
+            raise Damaged(str(error)) from error
         raise RegistryError(
             f"the search index {path.name} cannot be used",
             found=str(error),
             expected=f"a folder {path.parent} that can be written, with free space",
             remedy="free some space, or set AWARENESS_HOME to another folder",
         ) from error
-    except sqlite3.DatabaseError as error:
-        raise Damaged(str(error)) from error
     finally:
         if connection is not None:
             connection.close()
+
+
+def _damaged(error: Exception) -> bool:
+    """Whether an error is the file's, not the disk's or another process's."""
+    if isinstance(error, sqlite3.OperationalError):
+        # A statement that does not fit the tables: they are not ours.
+        return error.sqlite_errorcode == sqlite3.SQLITE_ERROR
+    return isinstance(error, sqlite3.DatabaseError)
+
+
+def _bring_up(connection: sqlite3.Connection) -> None:
+    """Have a database be of this version."""
+    if _version(connection) == VERSION:
+        return
+    connection.execute("BEGIN IMMEDIATE")
+    if _version(connection) != VERSION:  # no other process has done it meanwhile
+        tables = connection.execute(
+            "SELECT type, name FROM sqlite_master WHERE type IN ('table', 'view') "
+            "AND name NOT LIKE 'sqlite\\_%' ESCAPE '\\' ORDER BY sql NOT LIKE 'CREATE VIRTUAL%'"
+        )
+        for kind, name in tables.fetchall():  # a virtual table's own tables go with it
+            connection.execute(f'DROP {kind} IF EXISTS "{name.replace(chr(34), chr(34) * 2)}"')
+        for statement in SCHEMA:
+            connection.execute(statement)
+        connection.execute(f"PRAGMA user_version = {VERSION}")
+    connection.execute("COMMIT")
+
+
+def _version(connection: sqlite3.Connection) -> int:
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    return int(version)
 
 
 def rebuilding(path: Path, action: Callable[[sqlite3.Connection], T]) -> T:

@@ -44,6 +44,8 @@ TAKE_OVER = (
     "INSERT OR IGNORE INTO tags SELECT tag, digest, asked FROM now WHERE digest IS NOT NULL",
     "UPDATE tags SET asked = now.asked FROM now WHERE now.tag = tags.tag AND now.asked > 0",
     "DELETE FROM listings WHERE digest NOT IN (SELECT digest FROM tags)",
+    "DELETE FROM damaged",
+    "INSERT INTO damaged SELECT tag, damaged, size FROM now WHERE damaged IS NOT NULL",
 )
 """What makes the tags that are `now` the ones that are known."""
 SOURCES = """
@@ -90,7 +92,8 @@ class ListingIndex:
     """The listings of a repository, in a database under `$AWARENESS_HOME/cache/listings`.
 
     Config blobs never change: only those of new manifests are read. What has changed is known for
-    nothing of a layout folder; a registry is asked for its tags in each search.
+    nothing of a layout folder; a registry is asked for its tags in each search. What cannot be used
+    is asked for again in each search: it may have been repaired in place.
     """
 
     def __init__(self, repository: Repository) -> None:
@@ -101,16 +104,23 @@ class ListingIndex:
             where = str(Path(reference.repository).resolve())
         self.path = database.path_of(listings_dir(), where)
 
-    def search(self, wanted: Wanted, limit: int = LIMIT) -> list[Listing]:
+    def search(self, wanted: Wanted, limit: int = LIMIT, refresh: bool = False) -> list[Listing]:
         """The listings that match, the best first where there is a text, else the newest.
+
+        Args:
+            refresh: whether a registry is asked which manifest each tag names now.
 
         Raises:
             RegistryError
         """
         query, values = sql_of(wanted)
-        return database.rebuilding(
-            self.path, lambda connection: self._search(connection, query, (*values, limit))
-        )
+
+        def action(connection: sqlite3.Connection) -> list[Listing]:
+            if refresh:
+                connection.execute("UPDATE tags SET asked = -1")
+            return self._search(connection, query, (*values, limit))
+
+        return database.rebuilding(self.path, action)
 
     def _search(
         self, connection: sqlite3.Connection, query: str, values: tuple[object, ...]
@@ -129,21 +139,49 @@ class ListingIndex:
         version = self.repository.version()
         row = connection.execute("SELECT value FROM facts WHERE name = 'version'").fetchone()
         if version is not None and row == (version,):
-            return
+            skipped = self._ask_again(connection)
+        else:
+            skipped = self._take_over(connection, version)
+        if skipped:
+            where = escaped(str(self.repository.reference))
+            logger.warning("%d artefacts of %s cannot be used", skipped, where)
+
+    def _ask_again(self, connection: sqlite3.Connection) -> int:
+        """Read what could not be used when the repository last changed, BATCH of it; how many still
+        cannot be."""
+        rows = connection.execute(
+            "SELECT min(tag), digest, size FROM damaged GROUP BY digest ORDER BY random() LIMIT ?",
+            (BATCH,),
+        )
+        results = self._looks([New(tag, digest, size, None) for tag, digest, size in rows])
+        for result in filter(None, results):
+            digest, artefact = result
+            connection.execute("BEGIN IMMEDIATE")
+            known = connection.execute(
+                "SELECT tag, digest FROM damaged WHERE digest = ?", (digest,)
+            )
+            # None where another process has done it, or taken over a later list.
+            if (tags := known.fetchall()) and artefact is not None:
+                database.insert(connection, digest, *artefact)
+            connection.executemany("INSERT OR REPLACE INTO tags VALUES (?, ?, 0)", tags)
+            connection.execute("DELETE FROM damaged WHERE digest = ?", (digest,))
+            connection.execute("COMMIT")
+        return results.count(None)
+
+    def _take_over(self, connection: sqlite3.Connection, version: str | None) -> int:
+        """Have the database be what the repository lists; how much of that cannot be used."""
         self._list(connection)
         skipped = 0
         new = self._new(connection)
         for i in range(0, len(new), BATCH):
             skipped += self._read(connection, new[i : i + BATCH])
-        if skipped:
-            where = escaped(str(self.repository.reference))
-            logger.warning("%d artefacts of %s cannot be used", skipped, where)
         connection.execute("BEGIN IMMEDIATE")
         for statement in TAKE_OVER:
             connection.execute(statement)
         if version is not None:
             connection.execute("INSERT OR REPLACE INTO facts VALUES ('version', ?)", (version,))
         connection.execute("COMMIT")
+        return skipped
 
     def _list(self, connection: sqlite3.Connection) -> None:
         """List the tags, with the manifests that are known: from the repository, or from when it
@@ -155,11 +193,14 @@ class ListingIndex:
         )
         connection.execute("BEGIN")
         connection.execute("DELETE FROM now")
-        connection.executemany("INSERT OR REPLACE INTO now VALUES (NULL, ?, ?, ?, ?, 0)", rows)
+        connection.executemany(
+            "INSERT OR REPLACE INTO now (tag, digest, size, type, asked) VALUES (?, ?, ?, ?, 0)",
+            rows,
+        )
         connection.execute(
             "UPDATE now SET digest = tags.digest FROM tags "
-            "WHERE tags.tag = now.tag AND now.digest IS NULL AND now.tag NOT IN "
-            "(SELECT tag FROM tags WHERE asked < ? ORDER BY asked LIMIT ?)",
+            "WHERE tags.tag = now.tag AND now.digest IS NULL AND tags.asked >= 0 "
+            "AND now.tag NOT IN (SELECT tag FROM tags WHERE asked < ? ORDER BY asked LIMIT ?)",
             (time.time() - STALE, BATCH),
         )
         connection.execute("COMMIT")
@@ -179,15 +220,13 @@ class ListingIndex:
 
     def _read(self, connection: sqlite3.Connection, batch: Sequence[New]) -> int:
         """Read listings into the database; how many of them cannot be used."""
-        if self.repository.reference.host is None:
-            results = list(map(self._look, batch))
-        else:
-            with ThreadPoolExecutor(WORKERS) as pool:
-                results = list(pool.map(self._look, batch))
+        results = self._looks(batch)
         connection.execute("BEGIN IMMEDIATE")
         for new, result in zip(batch, results, strict=True):
             if result is None:  # asked for again next time
-                connection.execute("UPDATE now SET digest = NULL WHERE digest = ?", (new.digest,))
+                connection.execute(
+                    "UPDATE now SET damaged = digest, digest = NULL WHERE digest = ?", (new.digest,)
+                )
                 continue
             digest, artefact = result
             if artefact is not None:
@@ -197,6 +236,13 @@ class ListingIndex:
                 connection.execute("UPDATE now SET digest = ?, asked = ? WHERE tag = ?", values)
         connection.execute("COMMIT")
         return results.count(None)
+
+    def _looks(self, batch: Sequence[New]) -> list[tuple[str, tuple[Listing, bytes] | None] | None]:
+        """The result of `_look` for each."""
+        if self.repository.reference.host is None:
+            return list(map(self._look, batch))
+        with ThreadPoolExecutor(WORKERS) as pool:
+            return list(pool.map(self._look, batch))
 
     def _look(self, new: New) -> tuple[str, tuple[Listing, bytes] | None] | None:
         """The digest of a tag's manifest, with its listing where that is new and ours; None where

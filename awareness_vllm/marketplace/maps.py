@@ -25,6 +25,7 @@ from awareness_vllm.wmatrix.registry import Registry, WMatrixEntry
 
 logger = logging.getLogger(__name__)
 MOST_MAPS = 10_000
+NO_SIGNERS = Signers()
 Standing = tuple[bool, bool, float]
 """What a map is chosen by: whether it is signed as it must be, whether its certificate decides
 anything, and the retention."""
@@ -108,13 +109,13 @@ class RepositoryMaps:
         except (ArtefactCorrupt, ArtefactNotFound, SignatureInvalid) as error:
             logger.warning("skipped %s: %s", digest, error)
             return None
-        return entry_of(listing, signers if self.trust else None)
+        return entry_of(listing, signers)
 
     def _standing(self, entry: WMatrixEntry) -> Standing:
-        certificate = entry.certificate
+        certificate, anybody = entry.certificate, not self.trust
         return (
-            entry.signed_by is not None or not self.trust,
-            certificate is not None and not entry.claimed,
+            anybody or entry.signed_by is not None,
+            certificate is not None and (anybody or not entry.claimed),
             certificate.retention.mean if certificate else -math.inf,
         )
 
@@ -128,16 +129,17 @@ class RepositoryMaps:
         return WMatrixEntry.read(pulled.path, self.trust)
 
 
-def entry_of(listing: WMatrixListing, signers: Signers | None = None) -> WMatrixEntry:
-    """The entry of a map that is not here; `signers` where there is a trust policy."""
+def entry_of(listing: WMatrixListing, signers: Signers = NO_SIGNERS) -> WMatrixEntry:
+    """The entry of a map that is not here. Its certificate is the word of whoever listed it, so it
+    is claimed, unless a trusted key is among the `signers`."""
     return WMatrixEntry(
         Path(f"{file_name(listing.name)}.wmatrix"),
         listing.manifest,
         listing.digest,
         listing.tensors,
-        signed_by=signers.wmatrix if signers else None,
-        certificate_signed_by=signers.certificate if signers else None,
-        claimed=bool(signers and listing.certificate and not signers.certificate),
+        signed_by=signers.wmatrix,
+        certificate_signed_by=signers.certificate,
+        claimed=listing.certificate is not None and signers.certificate is None,
         listed=True,
     )
 

@@ -153,8 +153,8 @@ class Shelf(ABC, Generic[L]):
             )
         return listing
 
-    def _search(self, wanted: Wanted, limit: int) -> list[L]:
-        return [self._own(listing) for listing in self.index.search(wanted, limit)]
+    def _search(self, wanted: Wanted, limit: int, refresh: bool) -> list[L]:
+        return [self._own(listing) for listing in self.index.search(wanted, limit, refresh)]
 
 
 class Memories(Shelf[PackageListing]):
@@ -181,6 +181,7 @@ class Memories(Shelf[PackageListing]):
         target_model: str | Path | None = None,
         tokens: int | tuple[int, int] | None = None,
         limit: int = LIMIT,
+        refresh: bool = False,
     ) -> list[PackageListing]:
         """The listings that match, at most `limit`: the best first where there is a text, else the
         newest.
@@ -192,6 +193,7 @@ class Memories(Shelf[PackageListing]):
                 this repository or at hand leads there. By folder, or by its name in listings and
                 maps.
             tokens: how many of the source model at most, or the least and the most.
+            refresh: ask which file each tag names now; else those that were asked an hour ago.
 
         Raises:
             RegistryDenied, RegistryError; BadInput: tokens that are none, or the name of several
@@ -210,7 +212,7 @@ class Memories(Shelf[PackageListing]):
             maps = (e.manifest for e in local.usable(has_text=True))
             at_hand = frozenset(m.source.fingerprint for m in maps if m.target.fingerprint == key)
             wanted = replace(wanted, target=key, sources=at_hand, readable=True)
-        return self._search(wanted, limit)
+        return self._search(wanted, limit, refresh)
 
 
 class WMatrices(Shelf[WMatrixListing]):
@@ -227,6 +229,7 @@ class WMatrices(Shelf[WMatrixListing]):
         source_model: str | Path | None = None,
         target_model: str | Path | None = None,
         limit: int = LIMIT,
+        refresh: bool = False,
     ) -> list[WMatrixListing]:
         """The listings that match, as of `Memories.search`: maps from one model to another.
 
@@ -239,7 +242,7 @@ class WMatrices(Shelf[WMatrixListing]):
             source=None if source_model is None else model_key(source_model),
             target=None if target_model is None else model_key(target_model),
         )
-        return self._search(wanted, limit)
+        return self._search(wanted, limit, refresh)
 
 
 def model_key(model: str | Path) -> str:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from prometheus_client import Counter, Histogram
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
 
 BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
@@ -15,17 +15,23 @@ BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 class PullMetrics:
     """Prometheus metrics of the memories that this process pulls."""
 
-    def __init__(self) -> None:
+    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
         self.bytes = Counter(
-            "vllm:awareness_pull_bytes", "Bytes that were pulled from the registry."
+            "vllm:awareness_pull_bytes",
+            "Bytes that were pulled from the registry.",
+            registry=registry,
         )
         self.seconds = Histogram(
             "vllm:awareness_pull_seconds",
             "Seconds that a memory's pull took, up to its place in the cache.",
             buckets=BUCKETS,
+            registry=registry,
         )
         self.failures = Counter(
-            "vllm:awareness_pull_failures", "Pulls that failed, by exception.", ["reason"]
+            "vllm:awareness_pull_failures",
+            "Pulls that failed, by exception.",
+            ["reason"],
+            registry=registry,
         )
 
     @classmethod

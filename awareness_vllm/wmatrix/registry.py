@@ -29,8 +29,8 @@ class WMatrixEntry:
     of its `tensors`.
 
     `signed_by` and `certificate_signed_by` are the names of the trusted keys that signed the file
-    and its certificate. The certificate is `claimed` where there is a trust policy, and none of its
-    keys signed it: its figures are shown, and decide nothing.
+    and its certificate. The certificate is `claimed` where none of them signed it, and there is a
+    trust policy or no file, but a registry's listing: its figures are shown, and decide nothing.
     """
 
     path: Path

@@ -30,6 +30,7 @@ from fuzz.mutate import ENTRY, FOLDER, HOLE, INT8, LINK, OTHER_NAME, OVERWRITTEN
 from fuzz.server import Server, Way
 
 SECONDS, BYTES, HANG = 0.2, 200 * 2**20, 2.0
+"""The processor's seconds and bytes that a way may take; seconds after which it hangs."""
 LARGEST = largest(torch.bfloat16)
 REFUSED, SERVED = "refused", "served"
 HEADER_ONLY = ("packages.manifest.read_manifest", "wmatrix.manifest.read_manifest",
@@ -211,14 +212,14 @@ class Oracle:
         return path, {"MemoryLoader": lambda: self.server.load(part)}
 
     def run(self, verdict: Verdict, name: str, way: Way) -> None:
-        """One way, its outcome and what it cost; a slow one has two more tries, because other
-        processes share the machine."""
+        """One way, its outcome and what it cost: the processor's seconds, on which other processes
+        of the machine have less of a hold. A slow one has two more tries."""
         seconds = math.inf
         for _ in range(3):
             reset_peak()
-            before, began = rss_now(), time.perf_counter()
+            before, began = rss_now(), time.process_time()
             outcome = self.outcome(verdict.mutant, name, way)
-            seconds = min(seconds, time.perf_counter() - began)
+            seconds = min(seconds, time.process_time() - began)
             used = rss_peak() - before - len(verdict.mutant.raw)
             if seconds <= SECONDS or outcome == "hangs":
                 break

@@ -36,6 +36,7 @@ from awareness_vllm.serving.connector.metrics import (
     merge_ranks,
 )
 from awareness_vllm.serving.connector.worker import Loaded
+from awareness_vllm.serving.pull_metrics import PullMetrics
 
 pytestmark = pytest.mark.unit
 
@@ -271,6 +272,8 @@ def test_the_dashboard_shows_exactly_the_metrics(
     registry: CollectorRegistry, shown: KVConnectorProm
 ) -> None:
     shown.observe(stats_of(COLD, Failed("OSError"), requests=("cold",)).to_dict())
+    with pytest.raises(OSError, match="disk"), PullMetrics(registry).pull(1):
+        raise OSError("disk")
     families = [family for family in registry.collect() if family.name.startswith("vllm:")]
     labels = {sample.name: set(sample.labels) for family in families for sample in family.samples}
     queries = expressions(json.loads(DASHBOARD.read_text()))

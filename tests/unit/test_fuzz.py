@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Iterator
 from itertools import count
@@ -10,7 +11,7 @@ from itertools import count
 import pytest
 import torch
 from fuzz.mutate import OVERWRITTEN, OWN_NAME, Mutant, mutant
-from fuzz.oracle import REFUSED, SERVED, Oracle, Verdict
+from fuzz.oracle import REFUSED, SECONDS, SERVED, Oracle, Verdict
 from fuzz.registry import KINDS, MAY
 from fuzz.seeds import make_seeds
 from fuzz.server import Server
@@ -94,6 +95,21 @@ def test_the_oracle_sees_what_a_reader_lets_through(
     monkeypatch.setattr(package_file, "check_finite", lambda *args, **kwargs: None)
     monkeypatch.setattr(TensorFile, "check_digest", lambda *args: None)
     assert all(faults(oracle.judge(one)) for one in mutants)
+
+
+def test_the_oracle_counts_what_a_way_computes_and_not_what_it_waits(
+    oracle: Oracle, files: dict[str, bytes]
+) -> None:
+    def computes() -> None:
+        ends = time.process_time() + 1.5 * SECONDS
+        while time.process_time() < ends:
+            pass
+
+    verdict = Verdict(Mutant(0, "wmatrix", "wmatrix", (), True, OWN_NAME, MAY, files["wmatrix"]))
+    oracle.run(verdict, "waits", lambda: time.sleep(2 * SECONDS))
+    oracle.run(verdict, "computes", computes)
+    assert verdict.ways["waits"] == SERVED
+    assert verdict.ways["computes"].startswith("takes 0.")
 
 
 def test_the_oracle_sees_what_others_get(

@@ -98,7 +98,7 @@ def test_a_check_of_a_listing_costs_64_kib(
         report = checker.check(memory_listing=listing, target_model="gemma3-270m")
     assert (report.basis, report.refusal) != (None, None)
     assert report.basis is not None
-    assert report.basis.kind == "measured"
+    assert report.basis.kind == "claimed"
     assert report.basis.source.endswith("not pulled)")
     certificate = read_manifest(MAPS / THERE).measured
     assert certificate is not None
@@ -234,12 +234,13 @@ def test_estimates_of_listings(
         estimate = checker.estimate(wmatrix, target)
         assert (estimate.source, estimate.target, estimate.retention) == ("tiny", "target", 0.85)
         assert estimate.basis is not None
-        assert estimate.basis.kind == "measured"
+        assert estimate.basis.kind == "claimed"
     with pytest.raises(BadInput, match="leads"):
         checker.estimate(wmatrix, "gpt-4")
     memory = market.memories.publish(publish(make_package(), tmp_path / "author"))
     local = CompatibilityChecker([tmp_path / "a.wmatrix"])
-    assert local.estimate(memory, "target").retention == 0.85
+    estimate = local.estimate(memory, "target")
+    assert (estimate.retention, estimate.basis and estimate.basis.kind) == (0.85, "measured")
     assert local.estimate(memory, "tiny").retention == 1
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import sqlite3
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -131,6 +133,19 @@ def test_only_what_is_new_is_read(
     assert len(market.memories.search()) == 3
 
 
+def test_a_moved_tag_is_noticed_at_once_where_all_are_asked_for(
+    market: Marketplace, files: list[Path], reads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert len(market.memories.search("short")) == 1
+    market.memories.publish(files[0], name="Note", tags=["short"])
+    monkeypatch.setattr(index, "BATCH", 1)
+    assert [m.name for m in market.memories.search("short", refresh=True)] == ["Note"]
+    assert market.memories.search("letter") == []
+    reads.clear()
+    assert len(market.memories.search()) == 2
+    assert reads == []
+
+
 def test_what_is_no_longer_tagged_is_no_longer_found(
     market: Marketplace, files: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,6 +167,24 @@ def test_a_damaged_index_is_made_again(market: Marketplace, reads: list[str]) ->
         assert len(reads) >= 3
 
 
+def test_an_index_of_another_version_is_filled_again(market: Marketplace) -> None:
+    before = market.memories.search("notes")
+    path = market.memories.index.path
+    tables = (
+        "CREATE TABLE tags (digest TEXT)",
+        "CREATE VIRTUAL TABLE texts USING fts5 (name)",
+        "CREATE VIEW configs AS SELECT digest FROM tags",
+        """CREATE TABLE "an ""odd"" name" (id INTEGER PRIMARY KEY AUTOINCREMENT)""",
+    )
+    for version in (0, 7, database.VERSION):
+        database.remove(path)
+        with contextlib.closing(sqlite3.connect(path)) as other:
+            for statement in (*tables, f"PRAGMA user_version = {version}"):
+                other.execute(statement)
+        for _ in range(2):
+            assert market.memories.search("notes") == before, version
+
+
 def test_an_index_that_cannot_be_written_is_named(market: Marketplace) -> None:
     market.memories.index.path.mkdir(parents=True)
     with pytest.raises(RegistryError, match="AWARENESS_HOME"):
@@ -170,9 +203,15 @@ def test_what_cannot_be_used_is_passed_over(
     blob.write_bytes(whole[:-1])
     assert [m.name for m in market.memories.search()] == ["Release notes"]
     assert "1 artefacts" in caplog.text
-    blob.write_bytes(whole)
-    market.wmatrices.publish(Path(url).parent / "author" / "a.wmatrix", tags=["again"])
+    caplog.clear()
+    assert [m.name for m in market.memories.search()] == ["Release notes"]
+    assert "1 artefacts" in caplog.text
+    blob.write_bytes(whole)  # the index stays as it is
     assert len(market.memories.search()) == 2
+    assert [m.name for m in market.memories.search("short")] == ["Grüße aus Köln"]  # by its tag
+    caplog.clear()
+    assert len(market.memories.search()) == 2
+    assert not caplog.text
 
 
 @pytest.mark.parametrize("repository", ["layout"], indirect=True)

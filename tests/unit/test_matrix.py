@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from awareness_vllm.cli.main import main
-from awareness_vllm.compatibility.matrix import matrix
+from awareness_vllm.compatibility.matrix import matrix, of_registry
 from awareness_vllm.compatibility.report import Basis, Cell, Matrix
 from awareness_vllm.errors import WMatrixCorrupt
 from awareness_vllm.wmatrix.certificate import Certificate, Interval, Plan, Protocol
 from awareness_vllm.wmatrix.file import WMatrix
-from awareness_vllm.wmatrix.registry import WMatrixEntry
+from awareness_vllm.wmatrix.registry import Registry, WMatrixEntry
 
 pytestmark = pytest.mark.unit
 
@@ -104,6 +104,12 @@ def test_of_several_for_a_pair_the_first_certified_counts(put: Callable[..., Pat
     (cell,) = matrix([folder]).cells
     assert cell.basis is not None
     assert cell.basis.source.startswith("two.wmatrix")
+    none, two, three = Registry.read([folder])
+    claims = [replace(entry, claimed=True) for entry in (two, three)]
+    for entries, shown in (((none, *claims), "two"), ((none, claims[0], three), "zzz")):
+        (cell,) = of_registry(Registry(entries)).cells
+        assert cell.basis is not None
+        assert cell.basis.source.startswith(f"{shown}.wmatrix")
 
 
 def test_what_nobody_measured_has_no_figure(put: Callable[..., Path]) -> None:

@@ -85,8 +85,15 @@ def test_show(offered: str, result: Callable[..., Any], tmp_path: Path) -> None:
 
 
 def test_matrix(offered: str, result: Callable[..., Any], tmp_path: Path) -> None:
-    (cell,) = result("matrix", "--registry", offered)["matrix"]["cells"]
-    assert (cell["source"], cell["target"], cell["basis"]["kind"]) == ("tiny", "target", "measured")
+    page = tmp_path / "matrix.html"
+    drawn = result("matrix", "--registry", offered, "--html", str(page))
+    (cell,) = drawn["matrix"]["cells"]
+    assert (cell["source"], cell["target"], cell["basis"]["kind"]) == ("tiny", "target", "claimed")
+    assert "claimed" in drawn["table"][0]
+    assert 'class="key claimed' in page.read_text()
+    local = result("matrix", "--wmatrix", str(tmp_path / "pair.wmatrix"), "--html", str(page))
+    assert local["matrix"]["cells"][0]["basis"]["kind"] == "measured"
+    assert "claimed" not in local["table"][0]
     both = ("--registry", offered, "--wmatrix", str(tmp_path))
     assert result("matrix", *both, status=1)["error"]["type"] == "BadInput"
 
@@ -105,4 +112,5 @@ def test_check(offered: str, result: Callable[..., Any], wmatrix: WMatrix, tmp_p
         report = result("check", *argv)
         assert (report["tokens"], report["refusal"]) == (12, None)
         assert "not pulled" in report["basis"]["source"]
+        assert report["basis"]["kind"] == "claimed"
     assert result("check", "mem_x", *where, "--target", "target", status=1)["error"]
