@@ -21,6 +21,7 @@ from awareness_vllm.oci.artefact import (
     descriptor_of,
     parse_image_manifest,
 )
+from awareness_vllm.oci.deadline import check_deadline
 from awareness_vllm.oci.download import CHUNK, corrupt_blob, download
 from awareness_vllm.oci.index_file import Entry, entries, tag_of
 from awareness_vllm.oci.reference import Reference
@@ -74,6 +75,7 @@ class Layout:
             ) from error
 
     def blob(self, descriptor: Descriptor, limit: int) -> bytes:
+        check_deadline()
         if descriptor.size > limit:
             raise corrupt_blob(descriptor, f"{descriptor.size} bytes", f"{limit} at most")
         try:

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from urllib3.exceptions import HTTPError, ReadTimeoutError
 
 from awareness_vllm.errors import ArtefactCorrupt, ArtefactNotFound, RegistryError, escaped
+from awareness_vllm.oci.adapter import Timeout
 from awareness_vllm.oci.artefact import (
     INDEX,
     MANIFEST,
@@ -29,7 +30,7 @@ from awareness_vllm.oci.artefact import (
 from awareness_vllm.oci.download import CHUNK, Download, corrupt_blob, download
 from awareness_vllm.oci.reference import DIGEST, Reference
 from awareness_vllm.oci.repository import Progress, Tagged, no_progress
-from awareness_vllm.oci.session import ATTEMPTS, TIMEOUT, Session, Timeout
+from awareness_vllm.oci.session import ATTEMPTS, TIMEOUT, Session
 from awareness_vllm.tensor_file import FileRefused, parse_document
 
 PAGE = 1000

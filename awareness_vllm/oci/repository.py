@@ -31,7 +31,8 @@ class Repository(Protocol):
     """A repository. Blobs and manifests are named by their digests, tags name manifests.
 
     Whatever is returned or written has the digest and the size that it should have: errors are
-    typed (`RegistryError` and its kin), and leave nothing half-written.
+    typed (`RegistryError` and its kin), and leave nothing half-written. All of them end by the
+    deadline of the thread that asks (`oci/deadline`), if it has one.
     """
 
     reference: Reference

@@ -13,42 +13,33 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 import requests
 from oras.auth.token import TokenAuth
 from oras.provider import Registry
-from requests.adapters import HTTPAdapter
 
 from awareness_vllm.errors import RegistryDenied, RegistryError, escaped
+from awareness_vllm.oci.adapter import Adapter, Timeout
+from awareness_vllm.oci.deadline import check_deadline, seconds_left
 from awareness_vllm.oci.reference import Reference
 
 PLAIN_HTTP = "AWARENESS_PLAIN_HTTP"
 """Environment variable: hosts, with their ports, that are spoken to over http."""
-Timeout = tuple[float, float]
-"""Seconds to wait for a connection, and for the next bytes."""
 TIMEOUT: Timeout = (10.0, 60.0)
 ATTEMPTS = 5
 LONGEST_WAIT = 30.0
 """Seconds: of a registry that asks for more patience, the error says so."""
-MAX_ANSWER = 8 << 20
-"""Bytes of an answer that is read as a whole: manifests, tags, tokens, errors."""
 BUSY = (429, 500, 502, 503, 504)
 REDIRECTS = 5
 MALFORMED = (AttributeError, LookupError, TypeError, ValueError, RecursionError)
 """What comes of reading a document that is not as it should be."""
 QUERY = re.compile(r"\?[^\s'\"()]*")
 """The query in the address of a message."""
-CONNECTIONS = 16
 _request = inspect.unwrap(Registry.do_request)
 """`Registry.do_request` without its retries: they sleep for two minutes before an unknown host is
 reported, and send a body that has been read to its end."""
 logging.getLogger("oras.logger").addHandler(logging.NullHandler())  # our errors say it
-
-
-class _TooLong(requests.RequestException):
-    """An answer that does not end."""
 
 
 class _Denied(Exception):
@@ -57,46 +48,6 @@ class _Denied(Exception):
     def __init__(self, response: requests.Response) -> None:
         super().__init__()
         self.response = response
-
-
-class _Limited:
-    """An answer's body, of which what reads all of it gets MAX_ANSWER bytes at most."""
-
-    def __init__(self, raw: Any) -> None:
-        self._raw = raw
-
-    def stream(self, amount: int, decode_content: bool = True) -> Iterator[bytes]:
-        total = 0
-        for chunk in self._raw.stream(amount, decode_content=decode_content):
-            total += len(chunk)
-            if total > MAX_ANSWER:
-                self._raw.close()
-                raise _TooLong(f"an answer of more than {MAX_ANSWER} bytes")
-            yield chunk
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._raw, name)
-
-
-class _Adapter(HTTPAdapter):
-    """Requests that end: oras sets no timeouts, and reads what it is sent."""
-
-    def __init__(self, timeout: Timeout) -> None:
-        super().__init__(pool_maxsize=CONNECTIONS)
-        self.timeout = timeout
-
-    def send(
-        self,
-        request: requests.PreparedRequest,
-        stream: bool = False,
-        timeout: Any = None,
-        verify: bool | str = True,
-        cert: Any = None,
-        proxies: Any = None,
-    ) -> requests.Response:
-        response = super().send(request, stream, timeout or self.timeout, verify, cert, proxies)
-        response.raw = _Limited(response.raw)
-        return response
 
 
 class _Login(TokenAuth):
@@ -155,7 +106,7 @@ class Session:
         http.auth = _as_it_is  # else a netrc file would replace the login
         http.max_redirects = REDIRECTS
         for scheme in ("http://", "https://"):
-            http.mount(scheme, _Adapter(timeout))
+            http.mount(scheme, Adapter(timeout))
         login = _Login(api_key)
         login.session, login.prefix, login._tls_verify = http, self.registry.prefix, True
         login.hostname = reference.host
@@ -184,7 +135,8 @@ class Session:
             data: the body; what is no bytes is iterated once for each time that it is sent.
 
         Raises:
-            RegistryDenied; RegistryError: unreachable, or another status.
+            RegistryDenied; RegistryTimeout: the deadline is over; RegistryError: unreachable, or
+            another status.
         """
         url = self.url(path)
         for attempt in range(ATTEMPTS):
@@ -199,7 +151,7 @@ class Session:
             except _Interrupted:
                 if last:
                     raise
-                time.sleep(0.2 * 2**attempt)
+                _sleep(0.2 * 2**attempt)
                 continue
             if response.status_code in expect:
                 return response
@@ -207,7 +159,7 @@ class Session:
             if response.status_code not in BUSY or last or wait > LONGEST_WAIT:
                 raise self._refused(response)
             response.close()
-            time.sleep(wait)
+            _sleep(wait)
         raise AssertionError("every attempt returns or raises")
 
     def url(self, path: str) -> str:
@@ -236,6 +188,7 @@ class Session:
                 error, f"name its host in {PLAIN_HTTP} if it speaks http alone"
             ) from error
         except (requests.ConnectionError, requests.Timeout) as error:
+            check_deadline()
             kind = _Interrupted if _may_pass(error) else RegistryError
             raise self._unreachable(error, "check its address and the network", kind) from error
         except requests.RequestException as error:
@@ -316,6 +269,10 @@ def _may_pass(error: Exception) -> bool:
     on so."""
     text = repr(error)
     return not any(sign in text for sign in ("NameResolution", "NewConnection", "Timeout"))
+
+
+def _sleep(seconds: float) -> None:
+    time.sleep(min(seconds, seconds_left()))
 
 
 def _wait(response: requests.Response, attempt: int) -> float:

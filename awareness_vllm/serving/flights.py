@@ -67,7 +67,7 @@ class Flights(Generic[T]):
                 "the registry took too long",
                 found=f"{self.what} that did not end within the request's deadline",
                 expected="an answer within --load-timeout",
-                remedy="send the request again: it goes on where this one has stopped",
+                remedy="send the request again: a pull goes on where this one has stopped",
             ) from error
 
     async def _run(self, flight: Flight[T], work: Callable[[Flight[T]], T]) -> T:

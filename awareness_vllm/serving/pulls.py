@@ -1,8 +1,8 @@
 """Pulls: memories that a tenant's store lacks, looked up in the server's registry and pulled.
 
 Threads talk to the registry, never the event loop. Each lookup and each pull is made once, however
-many requests wait for it. A request waits no longer than its deadline; its pull goes on for as long
-again, and whoever asks next finds what is there by then.
+many requests wait for it. A request waits no longer than its deadline, and nor does its lookup; its
+pull goes on for as long again, and whoever asks next finds what is there by then.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from awareness_vllm.errors import (
     StorageFull,
     TooManyLoads,
 )
+from awareness_vllm.oci.deadline import check_deadline, deadline_at
 from awareness_vllm.packages.listing import PackageListing
 from awareness_vllm.packages.store import Store
 from awareness_vllm.serving.flights import MAX_REMEMBERED, Flight, Flights, Remembered
@@ -95,9 +96,15 @@ class Pulls:
         if (offer := self.offers.get(memory)) is None:
             misses = self.misses.setdefault(tenant, MissBudget())
             with misses.one(memory in self.lookups), self._remembering(memory):
-                offer = await self.lookups.run(memory, lambda _: self.registry.look(memory), until)
+                offer = await self.lookups.run(memory, lambda f: self._look(memory, f), until)
             self.offers.put(memory, offer, OFFER_S)
         return offer
+
+    def _look(self, memory: str, flight: Flight[Offer]) -> Offer:
+        """Look up, in a thread, as long as anybody waits: it is free then for the next lookup,
+        whatever the registry does."""
+        with deadline_at(lambda: flight.until):
+            return self.registry.look(memory)
 
     async def pull(self, tenant: str, offers: Sequence[Offer], until: float) -> None:
         """Have memories that were looked up in the cache.
@@ -119,14 +126,12 @@ class Pulls:
 
     def _fetch(self, offer: Offer, flight: Flight[None]) -> None:
         """Pull, in a thread, as long as anybody has waited a short time ago."""
-
-        def progress(size: int) -> None:
-            if time.monotonic() > flight.until + self.timeout:
-                raise RegistryTimeout("a pull was given up that nobody waits for any more")
-
         try:
-            with self.metrics.pull(offer.listing.bytes):
-                self.registry.pull(offer, progress)
+            with (
+                self.metrics.pull(offer.listing.bytes),
+                deadline_at(lambda: flight.until + self.timeout),
+            ):
+                self.registry.pull(offer, lambda _: check_deadline())
         except Exception as error:
             logger.warning("%s was not pulled: %s", offer.listing.id, error)
             raise

@@ -3,6 +3,7 @@ and what has come stays for the next attempt."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import threading
@@ -22,12 +23,14 @@ from awareness_vllm.errors import (
     AwarenessError,
     RegistryDenied,
     RegistryError,
+    RegistryTimeout,
     StorageFull,
 )
 from awareness_vllm.marketplace.files import artefact_of, pull_file, push_file
 from awareness_vllm.oci import download
-from awareness_vllm.oci.artefact import MANIFEST
+from awareness_vllm.oci.artefact import MANIFEST, MAX_CONFIG
 from awareness_vllm.oci.connect import open_repository
+from awareness_vllm.oci.deadline import deadline_at
 from awareness_vllm.packages.file import Package, publish
 
 pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("empty_home")]
@@ -304,6 +307,65 @@ def test_a_registry_that_is_silent(hostile: HostileRegistry, part: str, tmp_path
     finally:
         over.set()
     assert time.monotonic() - begin < 2
+
+
+def dripping(request: Request) -> None:
+    """A header that never ends, of which a byte comes now and then."""
+    with contextlib.suppress(OSError):
+        request.wfile.write(b"HTTP/1.1 200 OK\r\nX-Header: ")
+        for _ in range(500):
+            request.wfile.write(b"x")
+            time.sleep(0.02)
+    request.close_connection = True
+
+
+def dripping_body(request: Request) -> None:
+    request.send_response(200)
+    request.send_header("Content-Type", MANIFEST)
+    request.send_header("Connection", "close")
+    request.end_headers()
+    with contextlib.suppress(OSError):
+        for _ in range(500):
+            request.wfile.write(b" ")
+            time.sleep(0.02)
+    request.close_connection = True
+
+
+def busy_for_long(request: Request) -> None:
+    request.answer(status=503, Retry_After="20")
+
+
+def login_that_drips(request: Request) -> None:
+    if "/token" in request.path:
+        dripping_body(request)
+    else:
+        realm = f"http://{request.registry.host}/token"
+        request.answer(status=401, Www_Authenticate=f'Bearer realm="{realm}"')
+
+
+@pytest.mark.parametrize(
+    "answer", [dripping, dripping_body, busy_for_long, login_that_drips], ids=lambda a: a.__name__
+)
+def test_requests_end_by_their_deadline(
+    hostile: HostileRegistry, answer: Answer, tmp_path: Path
+) -> None:
+    """However a registry draws them out: its next byte always comes before a timeout."""
+    hostile.odd[""] = answer
+    repository, begin = open_repository(hostile.reference, timeout=(1, 1)), time.monotonic()
+    for request in (
+        lambda: repository.manifest(hostile.tag),
+        lambda: list(repository.tags()),
+        lambda: repository.blob(hostile.artefact.config_layer.descriptor, MAX_CONFIG),
+        lambda: repository.fetch(hostile.layer, tmp_path / "draft"),
+        lambda: repository.referrers(hostile.digest),
+    ):
+        until = time.monotonic() + 0.15
+        with deadline_at(lambda until=until: until), pytest.raises(RegistryTimeout):
+            request()
+    assert time.monotonic() - begin < 2
+    hostile.odd.clear()
+    with deadline_at(lambda: time.monotonic() + 5):
+        assert repository.manifest(hostile.tag)[1] == hostile.document
 
 
 def test_errors_say_what_the_registry_says(hostile: HostileRegistry) -> None:
