@@ -8,6 +8,7 @@ import time
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -241,8 +242,9 @@ class ListingIndex:
         """The result of `_look` for each."""
         if self.repository.reference.host is None:
             return list(map(self._look, batch))
-        with ThreadPoolExecutor(WORKERS) as pool:
-            return list(pool.map(self._look, batch))
+        with ThreadPoolExecutor(WORKERS) as pool:  # each within this thread's deadline
+            looks = [pool.submit(copy_context().run, self._look, new) for new in batch]
+            return [look.result() for look in looks]
 
     def _look(self, new: New) -> tuple[str, tuple[Listing, bytes] | None] | None:
         """The digest of a tag's manifest, with its listing where that is new and ours; None where

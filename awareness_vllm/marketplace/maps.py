@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,9 @@ from awareness_vllm.wmatrix.registry import Registry, WMatrixEntry
 logger = logging.getLogger(__name__)
 MOST_MAPS = 10_000
 NO_SIGNERS = Signers()
+MOST_OF_A_PAIR = 256
+"""Maps between two models that a lookup asks about: each costs the registry a request, and whoever
+may push can tag any number."""
 Standing = tuple[bool, bool, float]
 """What a map is chosen by: whether it is signed as it must be, whether its certificate decides
 anything, and the retention."""
@@ -92,8 +96,19 @@ class RepositoryMaps:
 
     def _candidates(self, source: Geometry, target: Geometry) -> Iterator[tuple[float, str]]:
         """What is said of the retention of each map between two models, and its manifest's
-        digest."""
-        for tag in self.repository.tags(f"{pair_of(source, target)}."):
+        digest. Of too many, some are drawn: tags say nothing of a map but its digest, and any fixed
+        order of digests is one that a stranger can be first in."""
+        tags = list(self.repository.tags(f"{pair_of(source, target)}."))
+        if len(tags) > MOST_OF_A_PAIR:
+            logger.warning(
+                "%d of %d maps from %s to %s are not looked at: name the one you want by its tag",
+                len(tags) - MOST_OF_A_PAIR,
+                len(tags),
+                escaped(source.name),
+                escaped(target.name),
+            )
+            tags = random.sample(tags, MOST_OF_A_PAIR)
+        for tag in tags:
             try:
                 descriptor, raw = self.repository.manifest(tag)
                 yield claimed_retention(parsed(descriptor, raw)), descriptor.digest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from awareness_vllm.models.describe import geometry_of
 from awareness_vllm.models.folder import resolve_folder
 from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.oci.connect import open_repository
+from awareness_vllm.oci.deadline import deadline_at
 from awareness_vllm.oci.reference import SCHEME, Reference
 from awareness_vllm.serving.config import ServingConfig
 from awareness_vllm.serving.trust import trust_of, trusted_maps
@@ -25,6 +27,12 @@ logger = logging.getLogger(__name__)
 
 MAX_MAPS = 8
 """Source models whose maps come from the registry unasked: each takes memory of the server's."""
+MAX_TRIED = 64
+"""Source models whose maps are looked for: those that no trusted key has signed do not come, though
+they may be listed as the best."""
+MAPS_S = 300.0
+"""Seconds that a start takes for maps that nobody named; a transfer that did not end goes on at the
+next one."""
 
 
 def local_map(wmatrix: str | Path, trust: TrustPolicy) -> Path:
@@ -61,27 +69,34 @@ def with_registry_maps(config: ServingConfig, model: str) -> ServingConfig:
     """The configuration with further maps to a model, from its registry: the best certified one for
     each source model that no given map serves.
 
-    Where the registry cannot be asked, or vLLM alone finds the model, there are none: what is here
-    is served all the same.
+    Where the registry cannot be asked, does not end within MAPS_S, or vLLM alone finds the model,
+    there are none, or fewer: what is here is served all the same.
     """
     if config.registry is None:
         return config
+    paths: list[str] = []
+    end = time.monotonic() + MAPS_S
     try:
         trust = trust_of(config)
         target, given = geometry_of(resolve_folder(model)), trusted_maps(config, trust)
         maps = RepositoryMaps(open_repository(config.registry), trust, pull=True)
-        sources = [*_unserved(maps.to(target), target, given)]
+        with deadline_at(lambda: end):
+            for source in _unserved(maps.to(target), target, given):
+                if len(paths) == MAX_MAPS:
+                    logger.warning("the registry has more maps: name those you want by --wmatrix")
+                    break
+                if (path := _pulled(maps, source, target)) is not None:
+                    paths.append(path)
     except AwarenessError as error:
         logger.warning("no maps come from the registry: %s", error)
-        return config
-    paths = [path for source in sources if (path := _pulled(maps, source, target))]
     return config.model_copy(update={"wmatrices": (*config.wmatrices, *paths)})
 
 
 def _unserved(
     listings: list[WMatrixListing], target: Geometry, given: Registry
 ) -> Iterator[Geometry]:
-    """The source models of certified maps, each once, that no given one serves."""
+    """The source models of certified maps, each once, that no given one serves; the first MAX_TRIED
+    of them."""
     sources: list[Geometry] = []
     for listing in listings:
         source = listing.manifest.source
@@ -89,8 +104,8 @@ def _unserved(
         known = any(source.same_model(other) for other in sources)
         if served or known or listing.manifest.certificate is None:
             continue
-        if len(sources) == MAX_MAPS:
-            logger.warning("the registry has further maps: name those you want with --wmatrix")
+        if len(sources) == MAX_TRIED:
+            logger.warning("maps from more than %d models are not looked for", MAX_TRIED)
             return
         sources.append(source)
         yield source

@@ -19,10 +19,12 @@ from awareness_vllm import CompatibilityChecker, Marketplace, MemoryCompatibilit
 from awareness_vllm.cli.main import main
 from awareness_vllm.errors import BadInput, RegistryError, SignatureInvalid
 from awareness_vllm.files import file_digest
-from awareness_vllm.marketplace.files import push_file
+from awareness_vllm.marketplace.files import listing_in, push_file
 from awareness_vllm.marketplace.maps import RepositoryMaps
 from awareness_vllm.models.geometry import Geometry
-from awareness_vllm.oci.artefact import MAX_CONFIG
+from awareness_vllm.oci.artefact import MANIFEST, MAX_CONFIG, Descriptor
+from awareness_vllm.oci.layout import Layout
+from awareness_vllm.oci.reference import Reference
 from awareness_vllm.oci.repository import Repository
 from awareness_vllm.oci.transfer import push
 from awareness_vllm.packages.file import Package, build, publish
@@ -207,6 +209,48 @@ def test_where_there_is_a_trust_file_signatures_go_first(
         assert found is not None
         assert (found.signed_by, found.certificate_signed_by) == ("alice", "alice")
         assert not found.claimed
+
+
+def test_a_stranger_s_tags_cost_a_lookup_no_more_than_so_many_requests(
+    certified: Callable[[float], WMatrix],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    empty_home: Path,
+) -> None:
+    monkeypatch.setattr("awareness_vllm.marketplace.maps.MOST_OF_A_PAIR", 4)
+    asked: list[str] = []
+
+    class Counted(Layout):
+        def manifest(self, name: str) -> tuple[Descriptor, bytes]:
+            asked.append(name)
+            return super().manifest(name)
+
+    repository = Counted(Reference.parse(tmp_path / "layout"))
+    best = push_map(repository, certified(0.9), tmp_path / "best.wmatrix")
+    push_map(repository, certified(0.5), tmp_path / "other.wmatrix")
+    manifest = certified(0.5).manifest
+    maps, ends = RepositoryMaps(repository), (manifest.source, manifest.target)
+    tag = listing_in(artefact_of(tmp_path / "other.wmatrix")).tag
+    _, other = repository.manifest(tag)
+
+    def found() -> str:
+        entry = maps.find(*ends, True)
+        assert entry is not None
+        return entry.digest
+
+    repository.put_manifest(other, MANIFEST, *(f"{tag[:-1]}{i}" for i in "gh"))  # four in all
+    assert found() == best
+    assert not caplog.text
+    # Whatever order they can be first in, a stranger's are not the only ones that are looked at.
+    repository.put_manifest(other, MANIFEST, *(f"{tag.partition('.')[0]}.0{i}" for i in "abcd"))
+    push_map(repository, certified(0.9), tmp_path / "best.wmatrix")
+    assert best[:16] in list(repository.tags(tag.partition(".")[0]))[-1]
+    asked.clear()
+    digests = {found() for _ in range(40)}
+    assert best in digests
+    assert len(asked) <= 40 * (4 + 4)  # each candidate's tag, and its digest
+    assert "4 of 8 maps" in caplog.text
 
 
 def test_a_registry_that_cannot_be_asked_is_no_verdict(tmp_path: Path, empty_home: Path) -> None:
