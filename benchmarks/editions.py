@@ -14,24 +14,15 @@ rounds: alone, and with an edition in the making, which it interrupts.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
 import statistics
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from awareness_demo.anchors import install
-from awareness_demo.models import prepare
-from first_token import QUESTION, TEXTS, Client
-from servers import FLAGS, paired_ratio, serving, smollm2, stop_on_terminate, stretches
-
-from awareness_vllm.files import wmatrices_dir
-from awareness_vllm.provenance import hardware, versions
-from awareness_vllm.serving.plugin import vllm_version
+from first_token import QUESTION, TEXTS, Client, first_tokens
+from servers import about, arguments, served_texts
 
 STREAM = 192
 """Tokens of a stream."""
@@ -86,16 +77,8 @@ def measure(client: Client, contexts: dict[str, str], rounds: int) -> dict[str, 
             between["edition in the making"] += gaps(client)
             interrupted += not has_edition(client, memory)
             until_made(client, memory)
-    native = seconds.pop("native")
     return {
-        "native_ms": round(1e3 * statistics.median(native)),
-        "first_token": {
-            condition: {
-                "ms": round(1e3 * statistics.median(values), 1),
-                **paired_ratio(native, values),
-            }
-            for condition, values in seconds.items()
-        },
+        **first_tokens(seconds),
         "made_s": round(statistics.median(made), 2),
         "interrupted": interrupted,
         **streams(between),
@@ -122,25 +105,11 @@ def streams(between: dict[str, list[float]]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=2000, help="of each memory, the target's")
     parser.add_argument("--policy", choices=["idle", "always"], default="idle")
-    parser.add_argument("--wmatrix", type=Path, help="default: the demo's")
-    args, flags = parser.parse_known_args()
-    stop_on_terminate()
-    wmatrix = args.wmatrix or wmatrices_dir() / "smollm2-135m--gemma3-270m.wmatrix"
-    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the figures
-        install()
-        target = prepare()["gemma3-270m"]
-    flags = [*(flags or FLAGS), "--max-model-len", str(max(4096, 2 * args.tokens))]
-    flags += ["--editions", args.policy]
-    with serving(smollm2(), target, wmatrix, stretches(target, [args.tokens] * TEXTS), flags) as (
-        url,
-        contexts,
-    ):
+    args, flags = arguments(parser)
+    with served_texts(args, [*flags, "--editions", args.policy], TEXTS) as (url, contexts):
         values = measure(Client(url), contexts, args.rounds)
-    about = {"tokens": args.tokens, "rounds": args.rounds, "policy": args.policy}
-    about |= {"wmatrix": wmatrix.name, "hardware": hardware()}
-    print(json.dumps(values | about | {"versions": {**versions(), "vllm": vllm_version()}}))
+    print(json.dumps(values | {"policy": args.policy} | about(args)))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ in nats, as native reading sees them. In float32 (`--dtype float32`) there is no
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import sys
 import time
@@ -20,14 +19,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import httpx
-from awareness_demo.anchors import install
-from awareness_demo.models import prepare
 from awareness_demo.servers import NAME
 from awareness_demo.wmatrices import shipped
-from servers import CHAT_TEMPLATE, FLAGS, serving, stop_on_terminate, stretches
-
-from awareness_vllm.provenance import hardware, versions
-from awareness_vllm.serving.plugin import vllm_version
+from servers import CHAT_TEMPLATE, FLAGS, demo, machine, serving, stop_on_terminate, stretches
 
 LENGTHS = (300, 900)
 """Tokens of the texts, by turns; a window of Gemma-3 is 512."""
@@ -130,11 +124,9 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=128)
     args, flags = parser.parse_known_args()
     stop_on_terminate()
-    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the figures
-        install()
-        models = prepare()
+    models = demo()
     report: dict[str, Any] = {"texts": args.texts, "chunk": args.chunk, "flags": flags}
-    for source, target in (models.values(), reversed(models.values())):
+    for source, target in (models, models[::-1]):
         wmatrix = shipped(source, target)
         if wmatrix is None:
             raise SystemExit(f"no map is shipped from {source.name} to {target.name}")
@@ -143,8 +135,7 @@ def main() -> None:
         with serving(source, target, wmatrix, stretches(target, lengths), given) as (url, ids):
             report[target.name] = measure(Client(url), list(ids), args.chunk)
         print(target.name, report[target.name], file=sys.stderr)
-    report |= {"hardware": hardware(), "versions": {**versions(), "vllm": vllm_version()}}
-    print(json.dumps(report))
+    print(json.dumps(report | machine()))
 
 
 if __name__ == "__main__":

@@ -16,27 +16,18 @@ is loaded, and while its text is read natively instead.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
 import re
 import statistics
-import sys
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
-from awareness_demo.anchors import install
-from awareness_demo.models import prepare
 from awareness_demo.servers import NAME
-from servers import ALIGNED, FLAGS, paired_ratio, serving, smollm2, stop_on_terminate, stretches
-
-from awareness_vllm.files import wmatrices_dir
-from awareness_vllm.provenance import hardware, versions
-from awareness_vllm.serving.plugin import vllm_version
+from servers import ALIGNED, about, arguments, paired_ratio, served_texts
 
 TEXTS = 3
 QUESTION = "\n\nIn one sentence, this text is about"
@@ -96,6 +87,22 @@ class Client:
         return max(later - earlier for earlier, later in itertools.pairwise(times))
 
 
+def first_tokens(seconds: dict[str, list[float]]) -> dict[str, Any]:
+    """Seconds to first tokens by condition, as medians and as ratios to *native*."""
+    native = seconds["native"]
+    return {
+        "native_ms": round(1e3 * statistics.median(native)),
+        "first_token": {
+            condition: {
+                "ms": round(1e3 * statistics.median(values), 1),
+                **paired_ratio(native, values),
+            }
+            for condition, values in seconds.items()
+            if condition != "native"
+        },
+    }
+
+
 def measure(client: Client, contexts: dict[str, str], rounds: int) -> dict[str, Any]:
     """Every condition for every memory, in every round."""
     client.first(QUESTION)
@@ -131,16 +138,8 @@ def measure(client: Client, contexts: dict[str, str], rounds: int) -> dict[str, 
                 ("native", client.longest_wait(text + QUESTION, cache_salt=salt)),
             ):
                 stalls.setdefault(condition, []).append(wait)
-    native = seconds.pop("native")
     return {
-        "native_ms": round(1e3 * statistics.median(native)),
-        "first_token": {
-            condition: {
-                "ms": round(1e3 * statistics.median(values), 1),
-                **paired_ratio(native, values),
-            }
-            for condition, values in seconds.items()
-        },
+        **first_tokens(seconds),
         "stall_ms": {
             condition: round(1e3 * statistics.median(values))
             for condition, values in stalls.items()
@@ -151,23 +150,10 @@ def measure(client: Client, contexts: dict[str, str], rounds: int) -> dict[str, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=2000, help="of each memory, the target's")
-    parser.add_argument("--wmatrix", type=Path, help="default: the demo's")
-    args, flags = parser.parse_known_args()
-    stop_on_terminate()
-    wmatrix = args.wmatrix or wmatrices_dir() / "smollm2-135m--gemma3-270m.wmatrix"
-    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the figures
-        install()
-        target = prepare()["gemma3-270m"]
-    flags = [*(flags or FLAGS), "--max-model-len", str(max(4096, 2 * args.tokens)), *ALIGNED]
-    with serving(smollm2(), target, wmatrix, stretches(target, [args.tokens] * TEXTS), flags) as (
-        url,
-        contexts,
-    ):
+    args, flags = arguments(parser)
+    with served_texts(args, [*flags, *ALIGNED], TEXTS) as (url, contexts):
         values = measure(Client(url), contexts, args.rounds)
-    about = {"tokens": args.tokens, "rounds": args.rounds, "texts": TEXTS, "wmatrix": wmatrix.name}
-    about |= {"hardware": hardware(), "versions": {**versions(), "vllm": vllm_version()}}
-    print(json.dumps(values | about))
+    print(json.dumps(values | {"texts": TEXTS} | about(args)))
 
 
 if __name__ == "__main__":

@@ -15,11 +15,9 @@ Prints a Markdown table and the share of cases within 25 %, then one JSON line.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import statistics
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,21 +25,17 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from awareness_demo.anchors import held_out_dir, install
-from awareness_demo.models import prepare
+from awareness_demo.anchors import held_out_dir
 from awareness_demo.servers import AWARENESS, NAME, running
-from servers import ALIGNED, stop_on_terminate
+from servers import ALIGNED, demo, demo_map, machine, stop_on_terminate
 
 from awareness_vllm.anchors.corpus import load
 from awareness_vllm.compatibility.load_time.cost import load_times_s
 from awareness_vllm.compatibility.load_time.speed import Calibration
 from awareness_vllm.compatibility.target import TargetConfig
-from awareness_vllm.files import wmatrices_dir
 from awareness_vllm.models.describe import geometry_of
 from awareness_vllm.models.tokens import load_tokenizer, tokenize
-from awareness_vllm.provenance import hardware, versions
 from awareness_vllm.serving.load_benchmark import calibrated
-from awareness_vllm.serving.plugin import vllm_version
 from awareness_vllm.wmatrix.manifest import read_manifest
 
 TEMPERATURES = ("cold", "warm", "hot")
@@ -200,19 +194,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     stop_on_terminate()
-    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the figures
-        install()
-        smollm2, gemma3 = (prepare()[name] for name in ("smollm2-135m", "gemma3-270m"))
-    forth = args.forth or wmatrices_dir() / "smollm2-135m--gemma3-270m.wmatrix"
-    ways = [Direction(smollm2, gemma3, forth)]
+    smollm2, gemma3 = demo()
+    ways = [Direction(smollm2, gemma3, args.forth or demo_map())]
     if args.back:
         ways.append(Direction(gemma3, smollm2, args.back))
     here = calibrated()
     results = [case for way in ways for case in measure(way, args.tokens, args.rounds, here)]
     print(table(results))
     about = {"rounds": args.rounds, "calibration": here.model_dump(mode="json")}
-    about |= {"hardware": hardware(), "versions": {**versions(), "vllm": vllm_version()}}
-    print(json.dumps({"cases": [vars(case) for case in results], **about}))
+    print(json.dumps({"cases": [vars(case) for case in results], **about, **machine()}))
 
 
 if __name__ == "__main__":

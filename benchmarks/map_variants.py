@@ -25,7 +25,7 @@ from typing import Any, cast
 
 import torch
 from awareness_demo.anchors import held_out_dir
-from gpu_fit import evaluate
+from held_out_figures import evaluate
 from latent_attention import Blocks
 from torch import Tensor, nn
 

@@ -24,7 +24,6 @@ every arm begins cold, with nothing of it cached, but for *warm* (aligned states
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import statistics
 import sys
@@ -37,17 +36,15 @@ from typing import Any
 
 import httpx
 import numpy as np
-from awareness_demo.anchors import held_out_dir, install
-from awareness_demo.models import prepare
+from awareness_demo.anchors import held_out_dir
 from awareness_demo.servers import AWARENESS, NAME, running
-from servers import ALIGNED, FLAGS, smollm2, stop_on_terminate
+from servers import ALIGNED, FLAGS, demo, demo_map, machine, smollm2, stop_on_terminate
 
 from awareness_vllm.align.realign import prompt_ids
 from awareness_vllm.cli.eval import read_cases
 from awareness_vllm.evaluate.bootstrap import margin, share
 from awareness_vllm.evaluate.evaluate import sample_evenly
 from awareness_vllm.evaluate.flops import Prefill, map_flop, plan_cost, plan_flop
-from awareness_vllm.files import wmatrices_dir
 from awareness_vllm.models.describe import geometry_of
 from awareness_vllm.models.hf import load_model
 from awareness_vllm.models.tokens import load_tokenizer, tokenize
@@ -57,8 +54,6 @@ from awareness_vllm.passages.index import PassageIndex
 from awareness_vllm.passages.quotes import quote
 from awareness_vllm.passages.strategies import DEFAULT
 from awareness_vllm.passages.vectors import word_vectors
-from awareness_vllm.provenance import hardware, versions
-from awareness_vllm.serving.plugin import vllm_version
 from awareness_vllm.wmatrix.certificate import TAIL
 from awareness_vllm.wmatrix.file import WMatrix
 from awareness_vllm.wmatrix.file import load as load_wmatrix
@@ -242,10 +237,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="file for the figures")
     args, flags = parser.parse_known_args()
     stop_on_terminate()
-    path = args.wmatrix or wmatrices_dir() / "smollm2-135m--gemma3-270m.wmatrix"
-    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the figures
-        install()
-        target = prepare()["gemma3-270m"]
+    path, (_, target) = args.wmatrix or demo_map(), demo()
     cases = read_cases(held_out_dir() / "needles" / "cases.jsonl")[1::2]
     cases.sort(key=lambda case: str(case["kind"]))  # else a limit may take some kinds only
     by_length = {
@@ -254,8 +246,7 @@ def main() -> None:
     wmatrix = load_wmatrix(path)
     costs = Costs(target, wmatrix)
     results: dict[str, Any] = {}
-    document: dict[str, Any] = {"lengths": results, "wmatrix": path.name, "hardware": hardware()}
-    document["versions"] = {**versions(), "vllm": vllm_version()}
+    document: dict[str, Any] = {"lengths": results, "wmatrix": path.name, **machine()}
     with tempfile.TemporaryDirectory() as scratch:
         store = Path(scratch) / "store"
         store.mkdir()

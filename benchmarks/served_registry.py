@@ -18,7 +18,6 @@ the registry is within 1.5 times the local one plus the transfer.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import shutil
@@ -32,13 +31,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from awareness_demo.anchors import install
-from awareness_demo.models import prepare
 from awareness_demo.servers import AWARENESS, NAME, running
-from first_token import question_about
-from servers import ALIGNED, FLAGS, smollm2, stop_on_terminate, stretches
+from first_token import TEXTS, question_about
+from servers import ALIGNED, about, arguments, stretches
 
-from awareness_vllm.files import wmatrices_dir
 from awareness_vllm.marketplace.files import push_file
 from awareness_vllm.models.hf import load_model
 from awareness_vllm.oci.cache import Cache
@@ -46,15 +42,12 @@ from awareness_vllm.oci.connect import open_repository
 from awareness_vllm.packages.capture import capture
 from awareness_vllm.packages.file import publish
 from awareness_vllm.packages.store import file_of
-from awareness_vllm.provenance import hardware, versions
-from awareness_vllm.serving.plugin import vllm_version
 from awareness_vllm.serving.registry import RegistryMemories, pulled_folder
 from awareness_vllm.trust.policy import TrustPolicy
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "unit"))
 from registry_server import registry_server
 
-TEXTS = 3
 FACTOR = 1.5
 GIB = 2**30
 
@@ -145,48 +138,37 @@ def figures(bench: Bench, size: int) -> dict[str, Any]:
     }
 
 
-def captured(target: Path, tokens: int, folder: Path) -> dict[str, str]:
-    """The texts by the IDs of SmolLM2's memories of them, which are put into a folder."""
-    source = smollm2()
+def captured(source: Path, texts: Sequence[str], folder: Path) -> dict[str, str]:
+    """The texts by the IDs of a model's memories of them, which are put into a folder."""
     model = load_model(source)
-    texts: Sequence[str] = stretches(target, [tokens] * TEXTS)
     return {publish(capture(source, t, model=model), folder).stem: t for t in texts}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--tokens", type=int, default=2000, help="of each memory, the target's")
-    parser.add_argument("--wmatrix", type=Path, help="default: the demo's")
     parser.add_argument("--out", type=Path, help="file for the figures")
-    args, flags = parser.parse_known_args()
-    stop_on_terminate()
-    wmatrix = args.wmatrix or wmatrices_dir() / "smollm2-135m--gemma3-270m.wmatrix"
-    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the figures
-        install()
-        target = prepare()["gemma3-270m"]
+    args, flags = arguments(parser)
     with (
         tempfile.TemporaryDirectory() as scratch,
         registry_server(Path(scratch) / "registry") as registry,
     ):
         folder, where = Path(scratch), registry.reference()
         (store := folder / "store").mkdir()
-        texts = captured(target, args.tokens, folder / "kept")
+        stretched = stretches(args.target, [args.tokens] * TEXTS)
+        texts = captured(args.source, stretched, folder / "kept")
         for memory in texts:
             push_file(folder / "kept" / file_of(memory), open_repository(where))
-        flags = [*(flags or FLAGS[:-2]), "--max-model-len", str(max(4096, 2 * args.tokens))]
-        flags += ["--store", str(store), "--wmatrix", str(wmatrix), "--registry", where, *ALIGNED]
+        flags += ["--store", str(store), "--wmatrix", str(args.wmatrix), "--registry", where]
         try:
-            with running(AWARENESS, target, flags, folder / "log") as server:
+            with running(AWARENESS, args.target, [*flags, *ALIGNED], folder / "log") as server:
                 http = httpx.Client(base_url=server.url, timeout=300)
                 bench = Bench(http, where, folder / "kept", store)
                 bench.measure(texts, args.rounds)
         finally:
             shutil.rmtree(pulled_folder(where), ignore_errors=True)
         size = (folder / "kept" / file_of(next(iter(texts)))).stat().st_size
-    found = figures(bench, size) | {"tokens": args.tokens, "rounds": args.rounds, "texts": TEXTS}
-    found |= {"wmatrix": wmatrix.name, "hardware": hardware()}
-    found |= {"versions": {**versions(), "vllm": vllm_version()}}
+    found = figures(bench, size) | {"texts": TEXTS} | about(args)
     if args.out:
         args.out.write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found))

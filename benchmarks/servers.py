@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import itertools
 import json
@@ -10,16 +11,20 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from awareness_demo.anchors import held_out_dir
+from awareness_demo.anchors import held_out_dir, install
 from awareness_demo.models import prepare
 from awareness_demo.servers import AWARENESS, running
 
 from awareness_vllm.anchors.corpus import load
+from awareness_vllm.files import wmatrices_dir
 from awareness_vllm.models.tokens import load_tokenizer, tokenize
+from awareness_vllm.provenance import hardware, versions
+from awareness_vllm.serving.plugin import vllm_version
 
 FLAGS = ["--enforce-eager", "--kv-cache-memory-bytes", "1G", "--max-model-len", "2048"]
 ALIGNED = ["--editions", "never"]
@@ -44,6 +49,42 @@ def paired_ratio(one: Sequence[float], other: Sequence[float]) -> dict[str, Any]
 def stop_on_terminate() -> None:
     """Let SIGTERM end this program by an exception, so that no server stays behind."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+
+def demo() -> tuple[Path, Path]:
+    """The model folders of SmolLM2 and Gemma-3; with the anchors, prepared if they are missing."""
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the figures
+        install()
+        models = prepare()
+    return models["smollm2-135m"], models["gemma3-270m"]
+
+
+def demo_map() -> Path:
+    """The map between them that the demo made."""
+    return wmatrices_dir() / "smollm2-135m--gemma3-270m.wmatrix"
+
+
+def arguments(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, list[str]]:
+    """The arguments of a benchmark of SmolLM2's memories on Gemma-3, with `source`, `target` and
+    `wmatrix`; and the flags of its server, which has room for a memory beside its text."""
+    parser.add_argument("--tokens", type=int, default=2000, help="of each memory, the target's")
+    parser.add_argument("--wmatrix", type=Path, help="default: the demo's")
+    args, flags = parser.parse_known_args()
+    stop_on_terminate()
+    args.wmatrix = args.wmatrix or demo_map()
+    args.source, args.target = demo()
+    return args, [*(flags or FLAGS[:-2]), "--max-model-len", str(max(4096, 2 * args.tokens))]
+
+
+def about(args: argparse.Namespace) -> dict[str, Any]:
+    """What a benchmark of these `arguments` was run with."""
+    run = {"tokens": args.tokens, "rounds": args.rounds, "wmatrix": args.wmatrix.name}
+    return run | machine()
+
+
+def machine() -> dict[str, Any]:
+    """What figures were measured on, and with."""
+    return {"hardware": hardware(), "versions": {**versions(), "vllm": vllm_version()}}
 
 
 def smollm2() -> Path:
@@ -81,3 +122,11 @@ def serving(
         flags = [*flags, "--store", str(store), "--wmatrix", str(wmatrix)]
         with running(AWARENESS, target, flags, Path(scratch) / "log") as server:
             yield server.url, contexts
+
+
+def served_texts(
+    args: argparse.Namespace, flags: Sequence[str], count: int
+) -> AbstractContextManager[tuple[str, dict[str, str]]]:
+    """`serving` of some held-out texts by a benchmark's `arguments`."""
+    texts = stretches(args.target, [args.tokens] * count)
+    return serving(args.source, args.target, args.wmatrix, texts, flags)

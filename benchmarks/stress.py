@@ -27,15 +27,13 @@ from typing import Any
 import httpx
 from awareness_demo.anchors import held_out_dir
 from awareness_demo.servers import AWARENESS, NAME, Running, running
-from servers import smollm2, stop_on_terminate
+from servers import machine, smollm2, stop_on_terminate
 
 from awareness_vllm.anchors.corpus import load
 from awareness_vllm.models.describe import geometry_of
 from awareness_vllm.models.tokens import load_tokenizer
 from awareness_vllm.packages.capture import capture
 from awareness_vllm.packages.file import publish
-from awareness_vllm.provenance import hardware, versions
-from awareness_vllm.serving.plugin import vllm_version
 
 MEMORIES = 8
 BLOCK = 128
@@ -341,8 +339,7 @@ def run(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         **result,
         "server_errors": {"count": len(complaints), "first": complaints[:SHOWN]},
         "model": args.model.name,
-        "hardware": hardware(),
-        "versions": {**versions(), "vllm": vllm_version()},
+        **machine(),
     }
 
 

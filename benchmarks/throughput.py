@@ -31,12 +31,10 @@ from typing import Any
 import httpx
 from awareness_demo.anchors import held_out_dir, install
 from awareness_demo.servers import AWARENESS, NAME, STOCK, running
-from servers import FLAGS, paired_ratio, smollm2, stop_on_terminate
+from servers import FLAGS, machine, paired_ratio, smollm2, stop_on_terminate
 
 from awareness_vllm.anchors.corpus import load
 from awareness_vllm.models.tokens import load_tokenizer
-from awareness_vllm.provenance import hardware, versions
-from awareness_vllm.serving.plugin import vllm_version
 
 ANSWER_SECONDS = 120.0
 WARM_UP_SEED = 10**6
@@ -127,8 +125,7 @@ def compare(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         "model": args.model.name,
         "flags": args.flags,
         "cores": os.environ[BIND],
-        "hardware": hardware(),
-        "versions": {**versions(), "vllm": vllm_version()},
+        **machine(),
     }
 
 

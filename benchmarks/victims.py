@@ -30,13 +30,11 @@ import httpx
 from awareness_demo.anchors import held_out_dir
 from awareness_demo.servers import AWARENESS, NAME, running
 from poison import Poison, forged_maps, overwrite, packages, places, spoil_disk_cache, stranger
-from servers import ALIGNED, smollm2, stop_on_terminate
+from servers import ALIGNED, machine, smollm2, stop_on_terminate
 
 from awareness_vllm.anchors.corpus import load
 from awareness_vllm.packages.capture import capture
 from awareness_vllm.packages.file import publish
-from awareness_vllm.provenance import hardware, versions
-from awareness_vllm.serving.plugin import vllm_version
 
 TOKENS, SECONDS = 4, 30.0
 DEAD = 3
@@ -310,8 +308,7 @@ def run(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         "alive": alive,
         "seconds_without_poison": round(seconds, 1),
         "model": model.name,
-        "hardware": hardware(),
-        "versions": {**versions(), "vllm": vllm_version()},
+        **machine(),
     }
 
 

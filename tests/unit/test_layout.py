@@ -149,6 +149,13 @@ def test_no_circle_and_no_import_against_the_floors(edges: Edges) -> None:
     assert against_the_floors(edges) == []
 
 
+def test_no_benchmarks_import_each_other() -> None:
+    scripts = (ROOT / "benchmarks").rglob("*.py")
+    names = {module_of(path).removeprefix("benchmarks."): imports_of(path) for path in scripts}
+    assert "fuzz.container" in names["fuzz.oracle"]
+    assert circles(names) == []
+
+
 def test_the_checks_of_the_layout_find_what_they_look_for() -> None:
     edges = {
         "awareness_vllm.fit.a": {"awareness_vllm.fit.b"},
