@@ -105,19 +105,30 @@ def capture_text(model: Path, text: str, store: Path) -> str:
     """The ID of a text's memory."""
     file = store / "text.txt"
     file.write_text(text)
-    command = [*AWARENESS[:-1], "capture", "--model", model, "--text", file, "--store", store]
-    done = subprocess.run([*map(str, command), "--json"], capture_output=True, check=True)
+    return written_id("capture", "--model", model, "--text", file, "--store", store)
+
+
+def written_id(*command: object) -> str:
+    """The ID of the memory that a command of `awareness` writes."""
+    called = [*AWARENESS[:-1], *map(str, command), "--json"]
+    done = subprocess.run(called, stdout=subprocess.PIPE, check=True)
     return str(json.loads(done.stdout)["id"])
 
 
 @contextlib.contextmanager
 def serving(
-    source: Path, target: Path, wmatrix: Path, texts: Sequence[str], flags: Sequence[str]
+    source: Path,
+    target: Path,
+    wmatrix: Path,
+    texts: Sequence[str],
+    flags: Sequence[str],
+    store: Path | None = None,
 ) -> Iterator[tuple[str, dict[str, str]]]:
-    """A server of a target, with a source's memories of some texts; its URL, the texts by ID."""
+    """A server of a target, with a source's memories of some texts in an empty store, by default
+    one of its own; its URL, the texts by ID."""
     with tempfile.TemporaryDirectory() as scratch:
-        store = Path(scratch) / "store"
-        store.mkdir()
+        store = store or Path(scratch) / "store"
+        store.mkdir(exist_ok=True)
         contexts = {capture_text(source, text, store): text for text in texts}
         flags = [*flags, "--store", str(store), "--wmatrix", str(wmatrix)]
         with running(AWARENESS, target, flags, Path(scratch) / "log") as server:

@@ -96,7 +96,7 @@ def states_of(result: Any) -> list[Tensor]:
     if isinstance(result, (Package, AlignedMemory)):
         return [*result.keys, *result.values]
     if isinstance(result, LatentPackage):
-        return [result.rows]
+        return [result.rows()]
     if isinstance(result, WMatrix):
         parts = [result.mean, result.scale, result.encode, result.decode, result.bias]
         return [*parts, *result.sink_keys, *result.sink_values]
@@ -329,7 +329,7 @@ class Oracle:
         tokens = parts["tokens"].tolist()
         package = LatentPackage(manifest, text, tokens, spans, stored)
         if isinstance(result, LatentPackage):
-            return same([result.rows], [package.rows])
+            return same([result.rows()], [package.rows()])
         memory = self.realigned(package)
         return result.ids == memory.ids and near(states_of(result), states_of(memory))
 

@@ -1,8 +1,12 @@
-"""The benchmark of facts through the server: its figures and its table."""
+"""The benchmarks of facts and of first tokens through the server: their figures and tables."""
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+
 import certificate_tables
+import first_token
 import pytest
 import served_facts
 from test_plans import certified, interval, plan
@@ -46,6 +50,29 @@ def test_a_length_that_native_cannot_answer_has_no_shares() -> None:
     found = served_facts.figures([question("sum", default=True)] * 2, 0.1)
     assert found["of_native"] == {}
     assert "| 1.00 | 0.00 | 0.00 | 0.00 |  |" in served_facts.table({"300": found})
+
+
+def test_first_tokens_of_latents_are_paired_without_what_was_no_load(tmp_path: Path) -> None:
+    assert first_token.is_load({"plan": "load", "temperature": "warm"}, "warm")
+    for way, temperature in (("recompute", "warm"), ("load", "recomputed"), ("load", "cold")):
+        assert not first_token.is_load({"plan": way, "temperature": temperature}, "warm")
+    ids = [f"mem_{i:032x}" for i in range(3)]
+    for i, memory in enumerate(ids):
+        (tmp_path / first_token.file_of(memory)).write_bytes(bytes(4 - i))
+    turns = first_token.Turns(first_token.Client("http://localhost"), tmp_path, {"text": ids})
+    turns.seconds |= {
+        "native": [4.0, 6.0, 8.0],
+        "plain, cold": [2.0, 3.0, 4.0],
+        "latent, cold": [1.0, 1.5, math.nan],
+    }
+    turns.tokens |= {"plain, cold": ["a", "b", "c"], "latent, cold": ["a", "x", "c"]}
+    found = turns.figures()
+    assert (found["n"], found["refused"]) == (2, 1)
+    assert found["bytes"] == {"plain": 4, "latent": 3, "int8": 2}
+    latent = found["first_token"]["latent, cold"]
+    assert (latent["ms"], latent["sooner than native"]["ratio"]) == (1250, 4)
+    assert latent["of plain"] == {"ratio": 0.5, "interval": [0.5, 0.5]}
+    assert latent["same token"] == "2 of 3"
 
 
 def test_the_tables_of_a_certificate_have_every_plan_and_control() -> None:
