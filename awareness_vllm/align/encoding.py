@@ -1,4 +1,4 @@
-"""A memory's latent, encoded in chunks on the lanes of a device."""
+"""A memory's latent for a device: encoded in chunks on its lanes, or that of a latent package."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from awareness_vllm.align.paged import Latent, PagedMap, Pages
+from awareness_vllm.align.realign import BLOCK, latent_rows
 from awareness_vllm.align.workspace import Staging
 from awareness_vllm.models.rope import cos_sin_table
+from awareness_vllm.packages.latent import LatentPackage
 from awareness_vllm.wmatrix.features import Embed
+from awareness_vllm.wmatrix.file import WMatrix
 
 
 class LatentEncoding:
@@ -114,6 +117,26 @@ class LatentEncoding:
             return torch.zeros(len(ids), 1)
         with lane.stream.launching():
             return self.embed(torch.tensor(ids))
+
+
+class LatentCopy:
+    """The latent of a latent package for a map, checked in steps of one block."""
+
+    def __init__(self, package: LatentPackage, wmatrix: WMatrix, ids: list[int]) -> None:
+        self.package, self.wmatrix, self.begin = package, wmatrix, 0
+        shape = package.info.tokens, package.info.rank
+        self.memory = Latent(ids, torch.empty(shape, dtype=wmatrix.encode.dtype))
+
+    def step(self) -> bool:
+        """Take the next block; whether the memory is complete.
+
+        Raises:
+            PackageCorrupt: a latent that no states give.
+        """
+        block = slice(self.begin, self.begin + BLOCK)
+        self.memory.rows[block] = latent_rows(self.package, self.wmatrix, block)
+        self.begin = min(block.stop, len(self.memory.rows))
+        return self.begin == len(self.memory.rows)
 
 
 @torch.inference_mode()

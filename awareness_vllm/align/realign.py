@@ -197,13 +197,12 @@ class Realignment:
         masked: bool = False,
     ) -> None:
         manifest = wmatrix.manifest
-        self.wmatrix, self.rows, self.features = wmatrix, len(source), None
+        self.wmatrix, self.rows = wmatrix, len(source)
+        self.input: Features | LatentPackage
         if isinstance(package, LatentPackage) and not masked:
-            self.latent = latent_of(package, wmatrix)
+            self.input = package
         else:
-            self.features = Features(
-                with_states(package), wmatrix, ids, source, embed, masked=masked
-            )
+            self.input = Features(with_states(package), wmatrix, ids, source, embed, masked=masked)
         self.sink = len(manifest.sink)
         self.begin = 0
         shapes = [(len(ids), layer.heads, layer.head_dim) for layer in manifest.target.layers]
@@ -215,9 +214,9 @@ class Realignment:
 
     def mapped(self, block: slice) -> tuple[list[Tensor], list[Tensor]]:
         """Position-free keys, and values, of a block of tokens. Raises PackageCorrupt."""
-        if self.features is None:
-            return self.wmatrix.states(self.latent[block])
-        return self.wmatrix.map(*self.features.block(block))
+        if isinstance(self.input, LatentPackage):
+            return self.wmatrix.states(latent_rows(self.input, self.wmatrix, block))
+        return self.wmatrix.map(*self.input.block(block))
 
     @torch.inference_mode()
     def step(self) -> bool:
@@ -238,12 +237,14 @@ class Realignment:
         return self.begin >= self.rows
 
 
-def latent_of(package: LatentPackage, wmatrix: WMatrix) -> Tensor:
-    """The latent [T, R] that a package holds for this map, of its dtype and on its device.
+def latent_rows(package: LatentPackage, wmatrix: WMatrix, block: slice) -> Tensor:
+    """A block [T, R] of the latent that a package holds for this map, of its dtype and on its
+    device.
 
     Raises:
         PackageCorrupt: one that no states give.
     """
-    rows = package.rows.to(wmatrix.encode.device)
+    # A number may be finite in the file, and not in the map's dtype.
+    rows = package.rows(block).to(wmatrix.encode.device, wmatrix.encode.dtype)
     check_plausible(rows / wmatrix.reach)
-    return rows.to(wmatrix.encode.dtype)
+    return rows

@@ -109,6 +109,7 @@ class MultiHopRouter:
             BadInput: an unknown name, or one that several models have.
             NoWMatrix: no route leads there.
             UnsupportedModel: the memory is another model's, or a model to measure with is missing.
+            UnsupportedRequest: the memory is a latent package.
         """
         start, end = self.model(source), self.model(target)
         memory = None if memory_state is None else self._manifest(memory_state, start)
@@ -235,11 +236,13 @@ class MultiHopRouter:
         )
 
     def _manifest(self, memory: Package | str | Path, source: Geometry) -> Manifest:
-        """The memory's manifest. Raises UnsupportedModel for one of another model."""
-        if isinstance(memory, Package):
-            manifest = memory.manifest
-        else:
+        """The memory's manifest. Raises UnsupportedModel for one of another model,
+        UnsupportedRequest for a latent, which only the map that made it can move."""
+        if isinstance(memory, str | Path):
             manifest = read_manifest(locate(memory, self.store))
+        else:
+            manifest = memory.manifest
+        manifest.check_states()
         if not manifest.geometry.same_model(source):
             raise UnsupportedModel(
                 "the memory was captured on another model",

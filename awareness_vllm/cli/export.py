@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 HELP = "write a memory as the latent of a map, or a memory or a map as a Hugging Face repository"
 
 
+OF_HUB = ("name", "description", "license", "base_model")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_what(parser)
     form = parser.add_mutually_exclusive_group(required=True)
@@ -59,6 +62,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    from awareness_vllm.errors import BadInput
+
+    of_the_other = ("int8", "target", "out") if args.hf else OF_HUB
+    if given := [name for name in of_the_other if getattr(args, name)]:
+        raise BadInput(
+            "nothing was exported",
+            found=", ".join(f"--{name.replace('_', '-')}" for name in given),
+            expected=f"options of --{'hf' if args.hf else 'latent'}",
+        )
     return run_hub(args) if args.hf else run_latent(args)
 
 

@@ -80,6 +80,8 @@ def row(listing: Any) -> dict[str, Any]:
     facts = {"id": listing.id} | described(listing)
     facts |= {"license": listing.license, "description": listing.description}
     if isinstance(listing, PackageListing):
+        latent = listing.manifest.latent
+        facts |= {"latent_of": latent.package, "target": latent.target.name} if latent else {}
         return facts | {"source": listing.source_model, "tokens": listing.token_count}
     return facts | {"standing": listing.manifest.standing}
 
@@ -88,6 +90,7 @@ def show(result: dict[str, Any]) -> None:
     for found in result["listings"]:
         if result["kind"] == "memory":
             what = f"{found['tokens']} tokens of {found['source']}"
+            what += f"  latent for {found['target']}" if "latent_of" in found else ""
         else:
             what = f"{found['source']} → {found['target']}, {found['standing']}"
         license = f"  {found['license']}" if found["license"] else ""

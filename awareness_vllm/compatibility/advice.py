@@ -15,12 +15,12 @@ def advice(check: CheckContext, retention: float | None) -> tuple[Action, ...]:
     """Actions that would keep more, the greatest gain first, those of unknown gain last."""
     if check.exact:
         return ()
+    # No map but the one that made it moves a latent.
+    other_maps = () if check.memory.latent else (other_route, better_map)
     actions = [
         *first_steps(check),
         *longer_tails(check),
-        *recompute(check, retention),
-        *other_route(check, retention),
-        *better_map(check, retention),
+        *(action for kind in (recompute, *other_maps) for action in kind(check, retention)),
         *precision(check),
     ]
     return tuple(sorted(actions, key=lambda a: (a.gain is None, -(a.gain or 0.0))))
@@ -28,7 +28,11 @@ def advice(check: CheckContext, retention: float | None) -> tuple[Action, ...]:
 
 def first_steps(check: CheckContext) -> Iterator[Action]:
     """A map where there is none, a certificate where the map has none."""
-    if check.entry is None:
+    if check.entry is None and (latent := check.memory.latent):
+        text = f"use the package that the latent was made of, {latent.package}; or give the map "
+        text += f"that made it, whose tensors have the digest {latent.wmatrix[:12]}…"
+        yield Action(description=text, gain=None, basis="estimated")
+    elif check.entry is None:
         text = f"fit a W-Matrix from {check.memory.source.name} to {check.target.name} "
         text += "(`awareness fit`)" if check.verdict else "if the weights of both can be had"
         yield Action(description=text, gain=None, basis="estimated")

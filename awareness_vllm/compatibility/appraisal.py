@@ -226,7 +226,7 @@ def load_times(check: CheckContext) -> tuple[dict[str, float], Basis | None]:
     if source is None or target is None or size is None or unmapped:
         return {}, None
     wmatrix: MapSize | WMatrixManifest | None = check.entry.manifest if check.entry else None
-    if check.entry and check.memory.manifest and check.memory.manifest.latent:
+    if check.entry and check.memory.latent:
         wmatrix = decoding(check.entry.manifest)
     rates, what = saved(), ""
     if check.verdict is None:

@@ -12,7 +12,7 @@ from awareness_vllm.compatibility.models import Listing, Model, model
 from awareness_vllm.compatibility.target import TargetConfig
 from awareness_vllm.errors import AwarenessError, BadInput
 from awareness_vllm.packages.listing import PackageListing
-from awareness_vllm.packages.manifest import Manifest, read_manifest, signer_of
+from awareness_vllm.packages.manifest import Manifest, StoredLatent, read_manifest, signer_of
 from awareness_vllm.packages.store import locate
 from awareness_vllm.trust.policy import Signers, TrustPolicy
 from awareness_vllm.wmatrix.certificate import Certificate, Interval
@@ -33,8 +33,8 @@ class MemoryListing(Listing, Protocol):
 @dataclass(frozen=True)
 class MemoryInfo:
     """The memory to check. That of a registry's listing has no file but its `size`, one of another
-    listing no manifest either. `tokens` are the source's, `signed_by` is the name of the trusted
-    key that signed the package."""
+    listing no manifest either. `tokens` are the source's, of a latent its target's; `signed_by` is
+    the name of the trusted key that signed the package."""
 
     name: str
     source: Model
@@ -43,6 +43,11 @@ class MemoryInfo:
     path: Path | None = None
     signed_by: str | None = None
     size: int | None = None
+
+    @property
+    def latent(self) -> StoredLatent | None:
+        """What the memory holds instead of its source's states."""
+        return self.manifest.latent if self.manifest else None
 
     @property
     def bytes(self) -> int | None:
@@ -171,4 +176,4 @@ def of_manifest(
 ) -> MemoryInfo:
     """The memory that a package's manifest describes."""
     source = Model(manifest.geometry.name, manifest.geometry)
-    return MemoryInfo(name, source, manifest.tokens, manifest, path, signed_by)
+    return MemoryInfo(name, source, manifest.rows, manifest, path, signed_by)

@@ -101,8 +101,7 @@ def lost_facts(check: CheckContext) -> Iterator[tuple[Impact, str]]:
 @risk
 def rounded(check: CheckContext) -> Iterator[tuple[Impact, str]]:
     """A latent in int8."""
-    manifest = check.memory.manifest
-    if manifest is not None and manifest.latent is not None and manifest.latent.dtype == "int8":
+    if check.memory.latent is not None and check.memory.latent.dtype == "int8":
         yield "low", "its latent is rounded to int8, which the certificate's figures are not"
 
 

@@ -20,6 +20,7 @@ from awareness_vllm.oci.connect import open_repository
 from awareness_vllm.oci.reference import default_registry
 from awareness_vllm.oci.repository import Repository
 from awareness_vllm.oci.transfer import look, parsed
+from awareness_vllm.packages.manifest import StoredLatent
 from awareness_vllm.trust.policy import Signers, TrustPolicy
 from awareness_vllm.wmatrix.listing import RETENTION, WMatrixListing, listing_of, pair_of
 from awareness_vllm.wmatrix.registry import Registry, WMatrixEntry
@@ -53,9 +54,9 @@ class RepositoryMaps:
     pull: bool = False
 
     def find(
-        self, source: Geometry, target: Geometry, has_text: bool, tensors: str | None = None
+        self, source: Geometry, target: Geometry, has_text: bool, latent: StoredLatent | None = None
     ) -> WMatrixEntry | None:
-        """The best map between two models, or the one with these `tensors`.
+        """The best map between two models, or the one that made a `latent`.
 
         Raises:
             RegistryError; WMatrixCorrupt, SignatureInvalid: of what was pulled.
@@ -70,8 +71,7 @@ class RepositoryMaps:
                 continue
             if not entry.leads(source, target):
                 continue
-            # What a residual map adds to is not in a latent, which names its map by the tensors.
-            if tensors and (entry.tensors != tensors or entry.manifest.residual):
+            if latent is not None and not entry.made(latent):
                 continue
             standing = self._standing(entry)
             if best is None or standing > best[0]:

@@ -22,7 +22,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from awareness_vllm.errors import UnsupportedRequest
 from awareness_vllm.files import put_in_place, scratch_folder
 from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.models.tokens import Spans
@@ -218,13 +217,8 @@ def read(path: Path, *, digest: str | None = None, largest: float = math.inf) ->
 
 def with_states(package: AnyPackage) -> Package:
     """The package itself. Raises UnsupportedRequest for a latent one."""
-    if isinstance(package, LatentPackage):
-        raise UnsupportedRequest(
-            "a latent package has no states of its source",
-            found=f"the latent of a map to {package.info.target.name}",
-            expected="the source's states",
-            remedy=f"use the package that it was made of, {package.info.package}",
-        )
+    package.manifest.check_states()
+    assert isinstance(package, Package)
     return package
 
 

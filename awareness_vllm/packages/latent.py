@@ -8,7 +8,6 @@ tokens hardly at all, and one scale for each token loses five times as much (doc
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -42,10 +41,10 @@ class LatentPackage:
         assert self.manifest.latent is not None
         return self.manifest.latent
 
-    @functools.cached_property
-    def rows(self) -> Tensor:
-        """The latent [T, R], of the map's dtype, or in float32 where it was stored in int8."""
-        rows = self.stored["latent"]
+    def rows(self, part: slice = slice(None)) -> Tensor:
+        """A part of the latent [T, R], of the map's dtype, or in float32 where it was stored in
+        int8."""
+        rows = self.stored["latent"][part]
         scale = self.stored.get("latent_scale")
         return rows if scale is None else rows.float() * scale
 

@@ -108,6 +108,20 @@ class Manifest(FrozenModel):
         """The index of the first token whose states a layer holds."""
         return self.first_tokens[layer] if self.first_tokens else 0
 
+    def check_states(self) -> None:
+        """Check that the package holds the source's states.
+
+        Raises:
+            UnsupportedRequest: it is a latent one.
+        """
+        if self.latent is not None:
+            raise UnsupportedRequest(
+                "a latent package has no states of its source",
+                found=f"the latent of a map to {self.latent.target.name}",
+                expected="the source's states",
+                remedy=f"use the package that it was made of, {self.latent.package}",
+            )
+
     def check_whole(self, layers: Iterable[int]) -> None:
         """Check that these layers hold the states of all tokens.
 

@@ -15,7 +15,7 @@ from awareness_vllm.files import wmatrices_dir
 from awareness_vllm.models.describe import geometry_of
 from awareness_vllm.models.folder import is_model_folder
 from awareness_vllm.models.geometry import Geometry
-from awareness_vllm.packages.manifest import Manifest
+from awareness_vllm.packages.manifest import Manifest, StoredLatent
 from awareness_vllm.trust.policy import Signers, TrustPolicy
 from awareness_vllm.wmatrix.certificate import Certificate
 from awareness_vllm.wmatrix.manifest import WMatrixManifest, read_digests
@@ -78,6 +78,13 @@ class WMatrixEntry:
         """Whether the map is one from these exact weights to those."""
         return self.manifest.source.same_model(source) and self.manifest.target.same_model(target)
 
+    def made(self, latent: StoredLatent) -> bool:
+        """Whether the map is one that a latent can have come of, and whose states it gives. What a
+        residual map adds to is in no latent."""
+        manifest = self.manifest
+        can = manifest.reads_tokens and not manifest.residual and manifest.rank == latent.rank
+        return can and self.tensors == latent.wmatrix
+
     def __str__(self) -> str:
         where = f"{self.path.name}, not pulled" if self.listed else self.path.name
         name = f"{self.manifest.source.name} → {self.manifest.target.name} ({where})"
@@ -88,9 +95,9 @@ class MoreMaps(Protocol):
     """Where there may be maps that no file at hand is: a registry of artefacts."""
 
     def find(
-        self, source: Geometry, target: Geometry, has_text: bool, tensors: str | None = None
+        self, source: Geometry, target: Geometry, has_text: bool, latent: StoredLatent | None = None
     ) -> WMatrixEntry | None:
-        """The best map between two models, or the one with these `tensors`. Raises
+        """The best map between two models, or the one that made a `latent`. Raises
         RegistryError."""
         ...
 
@@ -197,11 +204,9 @@ class Registry:
                 "latent for this model",
             )
         for entry in self.entries:
-            # What a residual map adds to is not in its latent.
-            made = entry.tensors == latent.wmatrix and not entry.manifest.residual
-            if made and entry.leads(source, target) and entry.manifest.rank == latent.rank:
+            if entry.made(latent) and entry.leads(source, target):
                 return entry
-        if self.more and (found := self.more.find(source, target, True, latent.wmatrix)):
+        if self.more and (found := self.more.find(source, target, True, latent)):
             return found
         from_source = [f"{e} {e.tensors[:12]}" for e in self.entries if e.leads(source, target)]
         raise NoWMatrix(

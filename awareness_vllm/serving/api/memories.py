@@ -386,7 +386,7 @@ def _report(
         config=front.target,
         registry=resolver.registry,
         # Where the memory is refused, the report's verdict says so, too.
-        tokens=len(use.ids) if isinstance(use, ResolvedMemory) else manifest.tokens,
+        tokens=len(use.ids) if isinstance(use, ResolvedMemory) else memory.tokens,
         refused=use if isinstance(use, SignatureInvalid) else None,
     )
     return report(check)

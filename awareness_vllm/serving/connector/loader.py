@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from awareness_vllm.align.encoding import LatentEncoding
-from awareness_vllm.align.paged import Latent, PagedMap
-from awareness_vllm.align.realign import AlignedMemory, Realignment, copy, latent_of, sources
+from awareness_vllm.align.encoding import LatentCopy, LatentEncoding
+from awareness_vllm.align.paged import PagedMap
+from awareness_vllm.align.realign import AlignedMemory, Realignment, copy, sources
 from awareness_vllm.align.workspace import DeviceWorkspace
 from awareness_vllm.errors import (
     AwarenessError,
@@ -73,7 +73,7 @@ class PendingAlignment:
     part: Part
     source: Future[LoadedSource]
     result: Future[tuple[Memory, str]] = field(default_factory=Future)
-    work: Realignment | LatentEncoding | None = None
+    work: Realignment | LatentEncoding | LatentCopy | None = None
     waiters: int = 1
     tenants: set[str] = field(default_factory=set)
 
@@ -288,9 +288,10 @@ class MemoryLoader:
         assert source.package is not None
         assert source.source is not None
         digest, package = alignment.part.wmatrix, source.package
-        if digest in self.paged and isinstance(package, LatentPackage):
-            return Latent(source.ids, latent_of(package, self.wmatrices[digest]))
-        if alignment.work is None and digest in self.paged:
+        on_device = alignment.work is None and digest in self.paged
+        if on_device and isinstance(package, LatentPackage):
+            alignment.work = LatentCopy(package, self.wmatrices[digest], source.ids)
+        elif on_device:
             states = (whole := with_states(package)).keys, whole.values
             alignment.work = LatentEncoding(
                 self.paged[digest], *states, source.ids, source.source, self.embed
