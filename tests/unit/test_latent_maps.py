@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from latent_pairs import RANK, Pair, make_pair
+from memories_server import CHECK, LOAD, server_of_tenants
 
 from awareness_vllm.align.latent import check_exportable, to_latent
 from awareness_vllm.aligners.multihop import MultiHopRouter
@@ -185,3 +187,34 @@ def test_what_a_stranger_captured_does_not_become_ours_by_an_export(
     assert main([*export, "--target", str(pair.target), "--json"]) == 0
     made = json.loads(capfd.readouterr().out)
     assert not is_own(read_index(Path(made["path"])).digest)
+
+
+def test_a_server_says_what_it_can_do_with_it(pair: Pair, tmp_path: Path) -> None:
+    """With the map that made it, with another one of the same models, and on the source."""
+    replace(pair.map, bias=pair.map.bias + 1).save(tmp_path / "other.wmatrix")
+    own, other = str(pair.store / "pair.wmatrix"), str(tmp_path / "other.wmatrix")
+    for folder, served, maps, reason in (
+        ("all", pair.target, (other, own), None),
+        ("without", pair.target, (other,), "the W-Matrix that made the latent"),
+        ("source", pair.source, (own,), "the latent was made for"),
+    ):
+        (tmp_path / folder).mkdir()
+        server = server_of_tenants(tmp_path / folder, served, wmatrices=maps)
+        server.set_window(1 << 14)
+        store = server.stores / "acme"
+        store.mkdir(parents=True, exist_ok=True)
+        memory = Path(shutil.copy(pair.path("latent"), store)).stem
+        detail, report = server.get(memory), server.call(CHECK, memory).json()
+        assert detail["latent_of"] == pair.ids["plain"]
+        assert detail["compatibility"]["loadable"] == (reason is None)
+        loaded = server.call(LOAD, memory)
+        if reason is None:
+            assert detail["compatibility"]["wmatrix"] == "pair.wmatrix"
+            tokens = detail["compatibility"]["prompt_tokens"]
+            assert report["tokens"] == tokens + len(pair.map.manifest.sink)
+            assert loaded.status_code == 200, loaded.text
+        else:
+            assert report["tokens"] == read_manifest(pair.path("latent")).rows
+            assert loaded.status_code == 422
+            assert reason in loaded.text
+            assert reason in detail["compatibility"]["reason"]
