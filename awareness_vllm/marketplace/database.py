@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import sqlite3
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -73,7 +74,7 @@ def connected(path: Path) -> Iterator[sqlite3.Connection]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         connection = sqlite3.connect(path, timeout=WAIT, isolation_level=None)
-        connection.execute("PRAGMA journal_mode = WAL")
+        _to_wal(connection)
         connection.execute("PRAGMA synchronous = NORMAL")
         connection.execute(NOW)
         _bring_up(connection)
@@ -98,6 +99,20 @@ def _damaged(error: Exception) -> bool:
         # A statement that does not fit the tables: they are not ours.
         return error.sqlite_errorcode == sqlite3.SQLITE_ERROR
     return isinstance(error, sqlite3.DatabaseError)
+
+
+def _to_wal(connection: sqlite3.Connection) -> None:
+    """Have readers and a writer not wait for each other. Where several processes change a file's
+    mode at once, SQLite itself does not wait."""
+    ends = time.monotonic() + WAIT
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > ends:
+                raise
+        time.sleep(0.01)
 
 
 def _bring_up(connection: sqlite3.Connection) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import sqlite3
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -183,6 +184,17 @@ def test_an_index_of_another_version_is_filled_again(market: Marketplace) -> Non
                 other.execute(statement)
         for _ in range(2):
             assert market.memories.search("notes") == before, version
+
+
+def test_an_index_waits_for_who_makes_it(market: Marketplace) -> None:
+    path = market.memories.index.path
+    path.parent.mkdir(parents=True)
+    options = {"isolation_level": None, "check_same_thread": False}
+    with contextlib.closing(sqlite3.connect(path, **options)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        (timer := threading.Timer(0.2, other.rollback)).start()
+        assert len(market.memories.search()) == 2
+        timer.join()
 
 
 def test_an_index_that_cannot_be_written_is_named(market: Marketplace) -> None:
