@@ -4,9 +4,10 @@ blobs that never change, and thrown away where it is damaged."""
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
+import os
 import sqlite3
-import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -55,7 +56,7 @@ NOW = """CREATE TEMP TABLE now (
 )"""
 """What the repository lists now; `damaged` is the digest of what cannot be used."""
 VERSION = zlib.crc32("".join(SCHEMA).encode()) >> 1
-"""Of the schema, in the file: one that has another is emptied and filled again."""
+"""Of the schema, in the file: one that has another is made again."""
 
 
 class Damaged(Exception):
@@ -73,11 +74,8 @@ def connected(path: Path) -> Iterator[sqlite3.Connection]:
     connection: sqlite3.Connection | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        connection = sqlite3.connect(path, timeout=WAIT, isolation_level=None)
-        _to_wal(connection)
-        connection.execute("PRAGMA synchronous = NORMAL")
-        connection.execute(NOW)
-        _bring_up(connection)
+        with _alone(path.parent):
+            connection = _open(path)
         yield connection
     except (sqlite3.DatabaseError, OSError) as error:
         if _damaged(error):
@@ -101,41 +99,46 @@ def _damaged(error: Exception) -> bool:
     return isinstance(error, sqlite3.DatabaseError)
 
 
-def _to_wal(connection: sqlite3.Connection) -> None:
-    """Have readers and a writer not wait for each other. Where several processes change a file's
-    mode at once, SQLite itself does not wait."""
-    ends = time.monotonic() + WAIT
-    while True:
-        try:
-            connection.execute("PRAGMA journal_mode = WAL")
-            return
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > ends:
-                raise
-        time.sleep(0.01)
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Within, no other process opens or removes a database in a folder: SQLite itself does not wait
+    where two change a file's mode, and would use what it finds beside a file that was replaced."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # where folders cannot be locked (NFS), without
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
-def _bring_up(connection: sqlite3.Connection) -> None:
-    """Have a database be of this version."""
-    if _version(connection) == VERSION:
-        return
-    connection.execute("BEGIN IMMEDIATE")
-    if _version(connection) != VERSION:  # no other process has done it meanwhile
-        tables = connection.execute(
-            "SELECT type, name FROM sqlite_master WHERE type IN ('table', 'view') "
-            "AND name NOT LIKE 'sqlite\\_%' ESCAPE '\\' ORDER BY sql NOT LIKE 'CREATE VIRTUAL%'"
-        )
-        for kind, name in tables.fetchall():  # a virtual table's own tables go with it
-            connection.execute(f'DROP {kind} IF EXISTS "{name.replace(chr(34), chr(34) * 2)}"')
-        for statement in SCHEMA:
-            connection.execute(statement)
-        connection.execute(f"PRAGMA user_version = {VERSION}")
-    connection.execute("COMMIT")
+def _open(path: Path) -> sqlite3.Connection:
+    """A connection to a database of this version, in the place of what else there is."""
+    try:
+        return _connect(path)
+    except sqlite3.DatabaseError as error:
+        if not _damaged(error):
+            raise
+    remove(path)
+    return _connect(path)
 
 
-def _version(connection: sqlite3.Connection) -> int:
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
-    return int(version)
+def _connect(path: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, timeout=WAIT, isolation_level=None)
+    try:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = NORMAL")
+        connection.execute(NOW)
+        if connection.execute("PRAGMA user_version").fetchone() != (VERSION,):
+            connection.execute("BEGIN IMMEDIATE")
+            for statement in SCHEMA:  # which fails where another version's tables are there
+                connection.execute(statement)
+            connection.execute(f"PRAGMA user_version = {VERSION}")
+            connection.execute("COMMIT")
+    except sqlite3.DatabaseError:
+        connection.close()
+        raise
+    return connection
 
 
 def rebuilding(path: Path, action: Callable[[sqlite3.Connection], T]) -> T:
@@ -148,7 +151,8 @@ def rebuilding(path: Path, action: Callable[[sqlite3.Connection], T]) -> T:
         with connected(path) as connection:
             return action(connection)
     except Damaged:
-        remove(path)
+        with _alone(path.parent):
+            remove(path)
     try:
         with connected(path) as connection:
             return action(connection)

@@ -190,9 +190,14 @@ def test_an_index_waits_for_who_makes_it(market: Marketplace) -> None:
     path = market.memories.index.path
     path.parent.mkdir(parents=True)
     options = {"isolation_level": None, "check_same_thread": False}
-    with contextlib.closing(sqlite3.connect(path, **options)) as other:
+    with (
+        contextlib.closing(sqlite3.connect(path, **options)) as other,
+        contextlib.ExitStack() as made,
+    ):
+        made.enter_context(database._alone(path.parent))
         other.execute("BEGIN IMMEDIATE")
-        (timer := threading.Timer(0.2, other.rollback)).start()
+        made.callback(other.rollback)
+        (timer := threading.Timer(0.2, made.close)).start()
         assert len(market.memories.search()) == 2
         timer.join()
 
