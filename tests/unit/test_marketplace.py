@@ -184,6 +184,10 @@ def test_an_index_of_another_version_is_filled_again(market: Marketplace) -> Non
                 other.execute(statement)
         for _ in range(2):
             assert market.memories.search("notes") == before, version
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("DELETE FROM listings")  # the same tables, by another version without any
+        other.execute("PRAGMA user_version = 7")
+    assert market.memories.search("notes") == before
 
 
 def test_an_index_waits_for_who_makes_it(market: Marketplace) -> None:
