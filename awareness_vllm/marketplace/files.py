@@ -22,7 +22,7 @@ from awareness_vllm.marketplace.signatures import (
     signatures,
 )
 from awareness_vllm.oci.artefact import MANIFEST, Artefact, Descriptor, descriptor_of
-from awareness_vllm.oci.cache import Cache
+from awareness_vllm.oci.cache import Cache, check_draft
 from awareness_vllm.oci.download import storage_full
 from awareness_vllm.oci.repository import Progress, Repository, no_progress
 from awareness_vllm.oci.transfer import Found, look, push
@@ -232,7 +232,7 @@ def _bring(
     if layer.size > cache.limit:
         with cache.draft(layer, progress) as partial:
             repository.fetch(layer, partial, progress)
-            check(partial)
+            check_draft(partial, check)
             _link(partial, draft)
             partial.unlink()
         return

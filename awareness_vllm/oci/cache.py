@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from awareness_vllm.errors import BadInput, StorageFull
+from awareness_vllm.errors import AwarenessError, BadInput, StorageFull
 from awareness_vllm.files import home
 from awareness_vllm.oci.artefact import Descriptor
 from awareness_vllm.oci.repository import Progress, Repository, no_progress
@@ -116,7 +116,7 @@ class Cache:
         with self.draft(descriptor, progress) as draft:
             if (path := self.path(name)) is None:
                 repository.fetch(descriptor, draft, progress)
-                check(draft)
+                check_draft(draft, check)
                 self.used(name)
                 path = self.folder / name
                 os.replace(draft, path)
@@ -152,9 +152,9 @@ class Cache:
             path.unlink(missing_ok=True)
 
     def collect(self) -> Collected:
-        """Remove what was not used for the longest, until the rest is within the limit; and parts
-        of downloads that nobody has gone on with for days. Downloads that run stay, and so does
-        what was used in the last seconds."""
+        """Remove what was not used for the longest, until the rest is within the limit; parts of
+        downloads that nobody has gone on with for days; and what lies beside no file. Downloads
+        that run stay, and so does what was used in the last seconds."""
         entries = sorted(self._entries(), key=lambda entry: entry.used)
         total, removed, freed, now = sum(e.size for e in entries), 0, 0, time.time()
         for entry in entries:
@@ -163,6 +163,8 @@ class Cache:
                 continue
             if self._remove(entry):
                 removed, freed = removed + 1, freed + entry.size
+        for stray in self._strays(now):
+            stray.unlink(missing_ok=True)
         return Collected(removed, freed, len(entries) - removed, total - freed)
 
     @property
@@ -185,6 +187,17 @@ class Cache:
         finally:
             os.close(handle)
 
+    def _strays(self, now: float) -> Iterator[Path]:
+        """What lies beside a file that is not there: of a pull that was killed between both, say.
+        A pull that runs puts both in place within a moment."""
+        for path in _files(self.folder):
+            for suffix in SUFFIXES:
+                name, is_beside, _ = path.name.partition(f"{suffix}.")
+                if is_beside and not (self.folder / f"{name}{suffix}").exists():
+                    with contextlib.suppress(FileNotFoundError):
+                        if now - path.stat().st_mtime > FRESH:
+                            yield path
+
     def _entries(self) -> Iterator[_Entry]:
         """What takes room."""
         for folder in (self.folder, self.folder / "listings", self.folder / "partial"):
@@ -196,6 +209,15 @@ class Cache:
                     facts = path.stat(follow_symlinks=False)
                     if facts.st_nlink == 1:
                         yield _Entry(path, facts.st_size, _used(path, facts.st_mtime), partial)
+
+
+def check_draft(draft: Path, check: Check) -> None:
+    """Check a whole draft. One that is refused goes: no other attempt makes it better."""
+    try:
+        check(draft)
+    except AwarenessError:
+        draft.unlink(missing_ok=True)
+        raise
 
 
 def caches() -> list[Path]:

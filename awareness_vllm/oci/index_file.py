@@ -3,6 +3,7 @@ of them as objects at once."""
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Generator, Iterator
@@ -10,41 +11,67 @@ from pathlib import Path
 from typing import Any
 
 from awareness_vllm.errors import RegistryError
-from awareness_vllm.oci.artefact import REF_NAME
+from awareness_vllm.oci.artefact import INDEX, REF_NAME
 from awareness_vllm.oci.reference import DIGEST
+from awareness_vllm.tensor_file import FileRefused, opened
 
+MAX_LAYOUT = 64 << 20
+"""Bytes of an index: those of 2 · 10⁵ artefacts."""
+MAX_ENTRY = 64 << 10
+"""Characters of one entry: a document as long as the index would take many times its memory."""
+USUAL_ENTRY = 1 << 11
 BLANK = re.compile(r"[ \t\n\r]*")
 SURROGATE = re.compile("[\ud800-\udfff]")
 Entry = dict[str, Any]
 _DECODER = json.JSONDecoder()
 
 
-def entries(path: Path) -> Iterator[Entry]:
+def entries(path: Path, naming: str = "") -> Iterator[Entry]:
     """The entries of an index, in order: descriptors as they are in JSON. None where there is no
     such file.
 
+    Args:
+        naming: a tag, a digest or the beginning of one that the caller looks for. There are no
+            entries where the whole file has none of it, which is known in a tenth of the time.
+
     Raises:
-        RegistryError: no readable index.
+        RegistryError: no readable index, or more than MAX_LAYOUT.
     """
     try:
-        text = path.read_bytes().decode()
+        text = _read(path)
+        if _lacks(text, naming):
+            return
         at = _past(text, 0, "{")
         while text[at] != "}":
-            key, at = _DECODER.raw_decode(text, at)
+            key, at = _decoded(text, at)
             at = _past(text, at, ":")
             if key == "manifests":
                 at = yield from _items(text, at)
             else:
-                _, at = _DECODER.raw_decode(text, at)
+                _, at = _decoded(text, at)
             at = _past(text, at, ",", end="}")
-    except FileNotFoundError:
-        return
-    except (OSError, ValueError, IndexError, RecursionError) as error:
+    except (FileRefused, OSError, ValueError, IndexError, RecursionError) as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return
         raise RegistryError(
             f"{path.parent} cannot be used as a layout",
             found=str(error)[:200],
             expected="an index.json of the OCI image layout",
         ) from error
+
+
+def written(manifests: list[Entry]) -> bytes:
+    """The index of some entries. Raises RegistryError: nobody would read so large a one."""
+    index = {"schemaVersion": 2, "mediaType": INDEX, "manifests": manifests}
+    document = json.dumps(index, separators=(",", ":")).encode()
+    if len(document) > MAX_LAYOUT:
+        raise RegistryError(
+            "the layout folder is full",
+            found=f"an index.json of {len(document)} bytes, for {len(manifests)} tags",
+            expected=f"{MAX_LAYOUT} at most",
+            remedy="push to another folder, or to a registry",
+        )
+    return document
 
 
 def tag_of(entry: Entry) -> str | None:
@@ -54,11 +81,32 @@ def tag_of(entry: Entry) -> str | None:
     return tag if isinstance(tag, str) else None
 
 
+def _read(path: Path) -> str:
+    with opened(path, limit=MAX_LAYOUT) as (file, size), io.BufferedReader(file) as reader:
+        return reader.read(size).decode()
+
+
+def _lacks(text: str, name: str) -> bool:
+    """Whether a document, which is whole by its ends, has no such name anywhere: one with escapes
+    may have it in another form."""
+    whole = text[:1] == "{" and text[-1:] == "}"
+    return whole and name not in text and "\\" not in text
+
+
+def _decoded(text: str, at: int) -> tuple[Any, int]:
+    """The value at a place, of at most MAX_ENTRY characters, and where it ends."""
+    try:
+        value, length = _DECODER.raw_decode(text[at : at + USUAL_ENTRY])
+    except ValueError:
+        value, length = _DECODER.raw_decode(text[at : at + MAX_ENTRY])
+    return value, at + length
+
+
 def _items(text: str, at: int) -> Generator[Entry, None, int]:
     """The objects of the array that begins at `at`; returns where it ends."""
     at = _past(text, at, "[")
     while text[at] != "]":
-        item, at = _DECODER.raw_decode(text, at)
+        item, at = _decoded(text, at)
         if not _is_descriptor(item):
             raise ValueError(f"the entry {item!r}"[:100])
         yield item

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Iterator, Set
 from pathlib import Path
@@ -13,7 +12,6 @@ from pathlib import Path
 from awareness_vllm.errors import ArtefactCorrupt, ArtefactNotFound, RegistryError
 from awareness_vllm.files import put_in_place, scratch_folder
 from awareness_vllm.oci.artefact import (
-    INDEX,
     MAX_MANIFEST,
     REF_NAME,
     Descriptor,
@@ -23,7 +21,7 @@ from awareness_vllm.oci.artefact import (
 )
 from awareness_vllm.oci.deadline import check_deadline
 from awareness_vllm.oci.download import CHUNK, corrupt_blob, download
-from awareness_vllm.oci.index_file import Entry, entries, tag_of
+from awareness_vllm.oci.index_file import Entry, entries, tag_of, written
 from awareness_vllm.oci.reference import Reference
 from awareness_vllm.oci.repository import Progress, Tagged, no_progress
 from awareness_vllm.tensor_file import FileRefused, opened
@@ -56,7 +54,7 @@ class Layout:
         return self.folder / "blobs" / "sha256" / descriptor.hex
 
     def manifest(self, name: str) -> tuple[Descriptor, bytes]:
-        found = [e for e in entries(self.index_file) if name in (e["digest"], tag_of(e))]
+        found = [e for e in entries(self.index_file, name) if name in (e["digest"], tag_of(e))]
         if not found:
             raise ArtefactNotFound(
                 f"{self.reference} has no {name}",
@@ -158,7 +156,7 @@ class Layout:
         return plain.model_copy(update=update)
 
     def tags(self, prefix: str = "") -> Iterator[str]:
-        tags = (tag_of(entry) for entry in entries(self.index_file))
+        tags = (tag_of(entry) for entry in entries(self.index_file, prefix))
         return (tag for tag in tags if tag is not None and tag.startswith(prefix))
 
     def tagged(self) -> Iterator[Tagged]:
@@ -201,12 +199,9 @@ class Layout:
             os.close(handle)
 
     def _write(self, manifests: list[Entry]) -> None:
-        index = {"schemaVersion": 2, "mediaType": INDEX, "manifests": manifests}
+        index = written(manifests)
         with scratch_folder(self.folder) as scratch:
-            for name, content in (
-                (MARKER, LAYOUT),
-                (self.index_file.name, json.dumps(index, separators=(",", ":")).encode()),
-            ):
+            for name, content in ((MARKER, LAYOUT), (self.index_file.name, index)):
                 (scratch / name).write_bytes(content)
                 put_in_place(scratch / name, self.folder / name)
 

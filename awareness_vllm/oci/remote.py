@@ -35,7 +35,9 @@ from awareness_vllm.tensor_file import FileRefused, parse_document
 
 PAGE = 1000
 """Tags that are asked for at once."""
-MAX_PAGES = 10_000
+MAX_TAGS = 1_000_000
+"""Tags of a repository; a page counts as LEAST at least."""
+LEAST = 100
 REFERRERS = re.compile(r"sha256-[0-9a-f]{64}")
 """Tags of the indexes of referrers."""
 CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
@@ -216,17 +218,19 @@ class Remote:
         # Tags come in the order of the alphabet; a registry that cannot begin in the middle
         # (Distribution 2.8) gives all of them.
         path = f"tags/list?n={PAGE}" + (f"&last={quote(prefix)}" if prefix else "")
-        for _ in range(MAX_PAGES):
+        seen = 0
+        while seen < MAX_TAGS:
             response = self.session.request("GET", path, expect=(200, 404))
             if response.status_code == 404:
                 return  # nobody has pushed anything yet
             tags = self._tags(response)
+            seen += max(len(tags), LEAST)
             yield from (t for t in tags if t.startswith(prefix) and not REFERRERS.fullmatch(t))
             link = response.links.get("next", {}).get("url")
             if not link or (tags and tags[-1] > prefix and not tags[-1].startswith(prefix)):
                 return
             path = urljoin(self.session.url(path), link)
-        raise self._unreadable(b"a list without end", f"{MAX_PAGES} pages of tags at most")
+        raise self._unreadable(b"a list without end", f"{MAX_TAGS} tags at most")
 
     def tagged(self) -> Iterator[Tagged]:
         return map(Tagged, self.tags())

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import math
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,14 +90,15 @@ class RegistryMemories:
         (layer,) = offer.found.manifest.layers
         listing = offer.listing
         try:
-            self._take_signature(offer)
-            self.cache.fetch(
-                self.repository,
-                layer,
-                file_of(listing.id),
-                check=listing.check_file,
-                progress=progress,
-            )
+            with self._signature(offer) as put_signature:
+
+                def check(draft: Path) -> None:
+                    listing.check_file(draft)
+                    put_signature()  # nobody sees the file without it, nor it without the file
+
+                name = file_of(listing.id)
+                self.cache.fetch(self.repository, layer, name, check=check, progress=progress)
+                put_signature()  # of a file that was there
         except OSError as error:
             raise StorageFull(
                 f"memory {listing.id} cannot be kept in the cache",
@@ -104,10 +106,13 @@ class RegistryMemories:
                 expected=f"a disk with room for {listing.bytes} bytes that can be written to",
             ) from error
 
-    def _take_signature(self, offer: Offer) -> None:
-        """Put the signature that counts beside the package to come. Raises SignatureInvalid."""
+    @contextlib.contextmanager
+    def _signature(self, offer: Offer) -> Iterator[Callable[[], None]]:
+        """What puts the signature that counts, if any, beside the package, once that is there.
+        Raises SignatureInvalid."""
         listing, path = offer.listing, self.cache.folder / file_of(offer.listing.id)
         if not self.trust:
+            yield lambda: None
             return
         found = signatures(self.repository, offer.found.descriptor.digest)
         self.cache.folder.mkdir(parents=True, exist_ok=True)
@@ -116,8 +121,12 @@ class RegistryMemories:
             if self.signed and signer is None and not is_own(listing.digest):
                 raise not_signed(listing, "package", found)
             draft = signature_path(scratch / path.name, "package")
-            if draft.is_file():
-                put_in_place(draft, signature_path(path, "package"))
+
+            def put() -> None:
+                if draft.is_file():
+                    put_in_place(draft, signature_path(path, "package"))
+
+            yield put
 
     def lacks_signature(self, memory: str) -> bool:
         """Whether a pulled memory must be signed, and came without a signature: there may be one in

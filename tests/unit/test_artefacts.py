@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from awareness_vllm.errors import ArtefactCorrupt, ArtefactNotFound, BadInput
+from awareness_vllm.errors import ArtefactCorrupt, ArtefactNotFound, BadInput, RegistryError
 from awareness_vllm.marketplace.files import listing, pull_file, push_file
+from awareness_vllm.oci import index_file
 from awareness_vllm.oci.connect import open_repository
+from awareness_vllm.oci.index_file import MAX_ENTRY, MAX_LAYOUT
 from awareness_vllm.oci.reference import Reference
 from awareness_vllm.oci.repository import Repository
 from awareness_vllm.packages.file import Package, publish
@@ -100,6 +103,71 @@ def test_other_bytes_in_the_layout_are_refused(package_file: Path, tmp_path: Pat
 def test_what_is_not_there_is_not_found(tmp_path: Path) -> None:
     with pytest.raises(ArtefactNotFound):
         listing(open_repository(tmp_path / "nowhere"), "mem_" + 32 * "0")
+
+
+def of_too_many_bytes(index: Path) -> None:
+    os.truncate(index, MAX_LAYOUT + 1)
+
+
+def a_pipe(index: Path) -> None:
+    index.unlink()
+    os.mkfifo(index)
+
+
+def a_link(index: Path) -> None:
+    index.symlink_to(index.rename(index.with_name("elsewhere")))
+
+
+def with_a_long_entry(index: Path) -> None:
+    document = json.loads(index.read_bytes())
+    document["manifests"][0]["urls"] = ["x" * MAX_ENTRY]
+    index.write_text(json.dumps(document))
+
+
+def with_a_long_value(index: Path) -> None:
+    index.write_text(f'{{"x": [{"[]," * MAX_ENTRY} 0], {index.read_text()[1:]}')
+
+
+@pytest.mark.parametrize(
+    "damage", [of_too_many_bytes, a_pipe, a_link, with_a_long_entry, with_a_long_value]
+)
+def test_an_index_that_nobody_should_read_is_refused(
+    damage: Callable[[Path], None], package_file: Path, tmp_path: Path
+) -> None:
+    repository = open_repository(tmp_path / "layout")
+    listing, descriptor = push_file(package_file, repository)
+    damage(tmp_path / "layout" / "index.json")
+    for use in (
+        lambda: repository.manifest(listing.tag),
+        lambda: list(repository.tags()),
+        lambda: repository.referrers(descriptor.digest),
+        lambda: push_file(package_file, repository),
+    ):
+        with pytest.raises(RegistryError, match="cannot be used as a layout"):
+            use()
+
+
+def test_a_full_layout_takes_no_more_and_stays_as_it_is(
+    package_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository, index = open_repository(tmp_path / "layout"), tmp_path / "layout" / "index.json"
+    listing, _ = push_file(package_file, repository)
+    before = index.read_bytes()
+    monkeypatch.setattr(index_file, "MAX_LAYOUT", len(before) + 100)
+    with pytest.raises(RegistryError, match="full"):
+        push_file(package_file, repository, tags=["another"])
+    assert index.read_bytes() == before
+    assert repository.manifest(listing.tag)
+
+
+def test_an_index_may_be_written_with_escapes(package_file: Path, tmp_path: Path) -> None:
+    repository, index = open_repository(tmp_path / "layout"), tmp_path / "layout" / "index.json"
+    push_file(package_file, repository, tags=["notes"])
+    index.write_text(index.read_text().replace('"notes"', r'"\u006eotes"'))
+    assert list(repository.tags("n")) == ["notes"]
+    assert repository.manifest("notes")
+    with pytest.raises(ArtefactNotFound):
+        repository.manifest("other")
 
 
 def test_the_folder_is_an_oci_image_layout(package_file: Path, tmp_path: Path) -> None:

@@ -264,7 +264,7 @@ def test_uploads_go_to_no_other_host(hostile: HostileRegistry, memory: Path) -> 
 def test_lists_of_tags(
     hostile: HostileRegistry, answer: Answer, match: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("awareness_vllm.oci.remote.MAX_PAGES", 10)
+    monkeypatch.setattr("awareness_vllm.oci.remote.MAX_TAGS", 1000)
     hostile.odd["tags/list"] = answer
     with pytest.raises(RegistryError, match=match):
         list(open_repository(hostile.reference).tags())

@@ -108,6 +108,21 @@ def test_parts_of_downloads_go_when_they_are_old_and_nobody_works_at_them(
     assert Cache(limit=0).collect().removed == 1
 
 
+def test_what_lies_beside_no_file_goes(layout: Repository) -> None:
+    cache = Cache(limit=1 << 20)
+    there, gone, coming = (
+        cache.folder / f"{name}.wmatrix" for name in (fetched(cache, layout, A).stem, "b", "c")
+    )
+    for path in (there, gone, coming):
+        for suffix in ("sig", "certificate.sig", "used"):
+            path.with_name(f"{path.name}.{suffix}").write_bytes(b"")
+    age(there)
+    age(gone)
+    assert cache.collect().removed == 0
+    left = {path.name.partition(".")[0] for path in cache.folder.glob("*.wmatrix.*")}
+    assert left == {there.stem, coming.stem}
+
+
 def test_too_large_for_the_cache(layout: Repository) -> None:
     with pytest.raises(StorageFull, match="larger than the cache"):
         fetched(Cache(limit=999), layout, A)

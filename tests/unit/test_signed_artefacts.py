@@ -10,17 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pulls_server import relist, without_text
 
 from awareness_vllm.cli.main import main
-from awareness_vllm.errors import SignatureInvalid
+from awareness_vllm.errors import ArtefactCorrupt, SignatureInvalid
 from awareness_vllm.marketplace.files import Pulled, pull, pull_file, push_file
 from awareness_vllm.marketplace.signatures import push_signatures, signatures
 from awareness_vllm.oci.artefact import INDEX, Descriptor
+from awareness_vllm.oci.cache import Cache
 from awareness_vllm.oci.connect import open_repository
 from awareness_vllm.oci.remote import Remote
 from awareness_vllm.oci.repository import Repository
 from awareness_vllm.oci.transfer import look
 from awareness_vllm.packages.file import Package, publish
+from awareness_vllm.serving.registry import RegistryMemories
 from awareness_vllm.trust.policy import Signers, TrustPolicy, signature_path
 from awareness_vllm.trust.signing import KeyPair, keygen
 from awareness_vllm.wmatrix.file import WMatrix, load
@@ -184,6 +187,38 @@ def test_an_unreadable_signature_is_not_pushed(memory: Path, tmp_path: Path) -> 
     with pytest.raises(SignatureInvalid):
         push_file(memory, repository)
     assert list(repository.tags()) == []
+
+
+def files_in(folder: Path) -> set[str]:
+    return {file.name for file in folder.rglob("*") if file.is_file()}
+
+
+def test_a_server_s_failed_pull_leaves_nothing(
+    memory: Path, keys: Keys, trust: TrustPolicy, tmp_path: Path
+) -> None:
+    repository, cache = open_repository(tmp_path / "layout"), Cache(tmp_path / "cache")
+    registry = RegistryMemories(repository, cache, 1 << 30, trust)
+    used = {memory.name, f"{memory.name}.used"}
+    signed(memory, keys["alice"])
+    listing, _ = push_file(memory, repository)
+    blob = tmp_path / "layout" / "blobs" / "sha256" / listing.digest
+    blob.write_bytes(bytes(listing.bytes))
+    with pytest.raises(ArtefactCorrupt, match="sha256"):
+        registry.pull(registry.look(memory.stem))
+    assert files_in(cache.folder) == set()
+    blob.write_bytes(memory.read_bytes())
+    registry.pull(registry.look(memory.stem))
+    assert files_in(cache.folder) == used | {f"{memory.name}.sig"}
+    # A signature that came later joins a file that is there.
+    signature_path(cache.folder / memory.name, "package").unlink()
+    registry.pull(registry.look(memory.stem))
+    assert files_in(cache.folder) == used | {f"{memory.name}.sig"}
+    # All bytes come, and the listing is a lie: a download that nothing will make good.
+    cache.remove(memory.name)
+    relist(tmp_path / "layout", memory.stem, without_text)
+    with pytest.raises(ArtefactCorrupt, match="not that of its file"):
+        registry.pull(registry.look(memory.stem))
+    assert files_in(cache.folder) == set()
 
 
 def test_two_that_sign_at_once(
