@@ -74,7 +74,7 @@ test: $(STAMP) models anchors browser registry
 	wait $$rest || { last=$$?; [ $$status != 0 ] || status=$$last; }; \
 	cat $$log; exit $$status
 
-unit: $(STAMP) registry
+unit: $(STAMP)
 	@OMP_NUM_THREADS=1 $(UNIT) -m "unit and not slow and not nightly"
 
 engine: $(STAMP) models anchors registry

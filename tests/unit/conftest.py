@@ -76,6 +76,14 @@ def byte_fallback() -> Tokenizer:
     return tokenizer
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`make unit` starts no registry, and needs none."""
+    for item in items:
+        if "registry" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A home of the tests' own: they neither read the user's nor leave anything there."""
@@ -101,7 +109,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RegistryServe
         yield server
 
 
-@pytest.fixture(params=["layout", "registry"])
+@pytest.fixture(params=["layout", pytest.param("registry", marks=pytest.mark.slow)])
 def repository(request: pytest.FixtureRequest, tmp_path: Path) -> Repository:
     """A repository of the test's own: a folder, or one in a registry."""
     from awareness_vllm.oci.connect import open_repository

@@ -33,7 +33,7 @@ from awareness_vllm.oci.connect import open_repository
 from awareness_vllm.oci.deadline import deadline_at
 from awareness_vllm.packages.file import Package, publish
 
-pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("empty_home")]
+pytestmark = [pytest.mark.unit, pytest.mark.slow, pytest.mark.usefixtures("empty_home")]
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from awareness_vllm.oci.artefact import Layer, descriptor_of
 from awareness_vllm.oci.connect import open_repository
 from awareness_vllm.oci.repository import Repository
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.slow]
 LOGIN = f"{USER}:{PASSWORD}"
 BLOB = Layer(b"content", descriptor_of(b"content", "application/octet-stream"))
 
