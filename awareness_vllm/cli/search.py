@@ -38,7 +38,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from awareness_vllm.marketplace.market import Marketplace
 
     market = Marketplace(args.registry)
-    limit = max(1, args.limit)
+    limit = args.limit
+    if limit < 1:
+        raise BadInput("--limit cannot be used", found=str(limit), expected="1 or more")
     wanted = {
         "text": " ".join(args.text),
         "source_model": args.source,
@@ -99,7 +101,7 @@ def show(result: dict[str, Any]) -> None:
             print(f"  {found['description']}")
     count = len(result["listings"])
     more = ", and there are more (--limit)" if result["more"] else ""
-    print(f"{count} listings in {result['registry']}{more}")
+    print(f"{count} {'listing' if count == 1 else 'listings'} in {result['registry']}{more}")
 
 
 def size(count: float) -> str:

@@ -56,7 +56,8 @@ def push_file(
     it are pushed, too.
 
     Raises:
-        PackageCorrupt, WMatrixCorrupt, RegistryError; BadInput: another kind of file;
+        PackageCorrupt, WMatrixCorrupt, RegistryError; BadInput: another kind of file or another
+        file's ID for a tag, or a folder that is no layout and holds other files;
         SignatureInvalid: one beside it that cannot be read.
     """
     for tag in tags:
@@ -64,6 +65,13 @@ def push_file(
     facts = {"name": name, "description": description, "license": license}
     artefact = artefact_of(path, **facts)
     listing = listing_in(artefact)
+    for tag in tags:
+        if ID.fullmatch(tag) and tag != listing.tag:
+            raise BadInput(
+                f"{path.name} cannot have this tag",
+                found=f"the ID of another file, {tag}",
+                expected=f"a name of yours; {listing.tag} it is tagged with anyway",
+            )
     # Nobody sees the file before its signatures, which may refer to what is not there yet.
     subject = descriptor_of(artefact.document, MANIFEST)
     carry_signatures(repository, listing.tag, subject)

@@ -13,13 +13,14 @@ from typing import Generic, NoReturn, TypeVar
 
 from awareness_vllm.errors import ArtefactCorrupt, BadInput, NotAvailable
 from awareness_vllm.files import default_store, wmatrices_dir
-from awareness_vllm.marketplace.files import find, listing, pull, push_file
+from awareness_vllm.marketplace.files import find, pull, push_file
 from awareness_vllm.marketplace.index import LIMIT, ListingIndex, Wanted
 from awareness_vllm.models.describe import geometry_of
 from awareness_vllm.models.folder import is_model_folder
 from awareness_vllm.oci.connect import open_repository
 from awareness_vllm.oci.reference import Reference, default_registry
 from awareness_vllm.oci.repository import Progress, Repository, no_progress
+from awareness_vllm.oci.transfer import Found
 from awareness_vllm.packages.listing import PackageListing
 from awareness_vllm.wmatrix.listing import Listing, WMatrixListing
 from awareness_vllm.wmatrix.registry import Registry
@@ -94,7 +95,7 @@ class Shelf(ABC, Generic[L]):
             ArtefactNotFound; ArtefactCorrupt: also another kind of artefact; RegistryDenied: the
                 registry shows its listings to others only; RegistryError.
         """
-        return self._own(listing(self.repository, id))
+        return self._find(id)[1]
 
     def pull(self, id: str, folder: Path | None = None, progress: Progress = no_progress) -> Path:
         """The file of an ID, a tag or a digest, checked and in place.
@@ -105,8 +106,7 @@ class Shelf(ABC, Generic[L]):
         Raises:
             PackageCorrupt, WMatrixCorrupt, and as of `get`.
         """
-        found, what = find(self.repository, id)
-        self._own(what)
+        found, _ = self._find(id)
         return pull(self.repository, found, folder or self.folder(), progress=progress).path
 
     def publish(
@@ -142,6 +142,16 @@ class Shelf(ABC, Generic[L]):
     @abstractmethod
     def folder(self) -> Path:
         """Where files are pulled to by default."""
+
+    def _find(self, id: str) -> tuple[Found, L]:
+        if not isinstance(id, str):
+            raise BadInput(
+                "not what a listing is found by",
+                found=f"{type(id).__name__} {id!r}"[:200],
+                expected="an ID, a tag or a digest, such as listing.id",
+            )
+        found, what = find(self.repository, id)
+        return found, self._own(what)
 
     def _own(self, listing: Listing) -> L:
         if not isinstance(listing, self.kind):
@@ -254,11 +264,13 @@ def token_range(tokens: int | tuple[int, int] | None) -> tuple[int, int] | None:
     """The least and the most tokens. Raises BadInput."""
     if tokens is None:
         return None
-    least, most = (0, tokens) if isinstance(tokens, int) else tokens
-    if not 0 <= least <= most <= MOST_TOKENS:
-        raise BadInput(
-            "no range of tokens",
-            found=repr(tokens),
-            expected="how many at most, or the least and the most",
-        )
-    return least, most
+    wanted = (0, tokens) if isinstance(tokens, int) else tokens
+    match wanted:
+        case (int(least), int(most)) if 0 <= least <= most <= MOST_TOKENS:
+            return least, most
+        case _:
+            raise BadInput(
+                "no range of tokens",
+                found=repr(tokens),
+                expected="how many at most, or the least and the most",
+            )

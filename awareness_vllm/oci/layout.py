@@ -9,8 +9,8 @@ import os
 from collections.abc import Iterable, Iterator, Set
 from pathlib import Path
 
-from awareness_vllm.errors import ArtefactCorrupt, ArtefactNotFound, RegistryError
-from awareness_vllm.files import put_in_place, scratch_folder
+from awareness_vllm.errors import ArtefactCorrupt, ArtefactNotFound, BadInput, RegistryError
+from awareness_vllm.files import DRAFT, home, put_in_place, scratch_folder
 from awareness_vllm.oci.artefact import (
     MAX_MANIFEST,
     REF_NAME,
@@ -58,7 +58,7 @@ class Layout:
         if not found:
             raise ArtefactNotFound(
                 f"{self.reference} has no {name}",
-                found="no such tag or digest in its index.json",
+                found=self._absence() or "no such tag or digest in its index.json",
                 expected="one that `awareness search` shows",
             )
         descriptor = self._descriptor(found[-1])
@@ -104,6 +104,7 @@ class Layout:
         if path.is_file() and path.stat().st_size == layer.descriptor.size:
             progress(layer.descriptor.size)
             return
+        self._check_new()
         path.parent.mkdir(parents=True, exist_ok=True)
         with scratch_folder(path.parent) as scratch:
             draft = scratch / path.name
@@ -160,6 +161,13 @@ class Layout:
         return (tag for tag in tags if tag is not None and tag.startswith(prefix))
 
     def tagged(self) -> Iterator[Tagged]:
+        absence = self._absence()
+        if absence and self.folder != home() / "registry":  # the default one may be yet to come
+            raise ArtefactNotFound(
+                f"{self.reference} is no registry",
+                found=absence,
+                expected="oci://HOST/REPOSITORY, or a folder that `awareness push` has made",
+            )
         for entry in entries(self.index_file):
             if (tag := tag_of(entry)) is not None:
                 yield Tagged(tag, entry["digest"], entry.get("size"), entry.get("artifactType"))
@@ -188,6 +196,31 @@ class Layout:
         except (FileRefused, ArtefactCorrupt):  # an index, say, or one whose blob is gone
             return None
         return None if subject is None else subject.digest
+
+    def _absence(self) -> str | None:
+        """What is there instead of an index; None where there is one."""
+        if self.index_file.exists():
+            return None
+        return "a folder without an index.json" if self.folder.is_dir() else "no such folder"
+
+    def _check_new(self) -> None:
+        """Check that the first write makes a layout where a user may have meant one. Raises
+        BadInput."""
+        if self.index_file.exists():
+            return
+        if self.folder.is_dir():
+            ours = ("blobs", MARKER, DRAFT)  # of another first push
+            others = [f.name for f in self.folder.iterdir() if not f.name.startswith(ours)]
+            found = f"a folder with other files, such as {others[0]}" if others else None
+        else:
+            parent = self.folder.parent
+            found = None if parent.is_dir() or parent == home() else f"no folder {parent}"
+        if found:
+            raise BadInput(
+                f"{self.folder} cannot become a folder in OCI image layout",
+                found=found,
+                expected="oci://HOST/REPOSITORY, or a folder that is new or empty",
+            )
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:

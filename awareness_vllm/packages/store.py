@@ -99,7 +99,7 @@ def memory_not_found(memory_id: object) -> MemoryNotFound:
         f"no memory {memory_id}",
         found="no such package in this store",
         expected="the ID of a published package",
-        remedy="`awareness list` shows the packages of a store; is --store the right one?",
+        remedy="`awareness list` shows those of a store, `awareness search` those of a registry",
     )
 
 

@@ -189,3 +189,8 @@ def certificate_with(retention: float) -> dict[str, Any]:
 
 Make = Callable[..., Package]
 """The fixture `make_package`."""
+
+
+def allow_captures(server: Server) -> None:
+    front = server.app.state.awareness
+    object.__setattr__(front, "capture_limits", CaptureLimits(allowed=True, min_free=0))

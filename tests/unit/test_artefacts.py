@@ -11,6 +11,7 @@ import pytest
 
 from awareness_vllm.errors import ArtefactCorrupt, ArtefactNotFound, BadInput, RegistryError
 from awareness_vllm.marketplace.files import listing, pull_file, push_file
+from awareness_vllm.marketplace.market import Marketplace
 from awareness_vllm.oci import index_file
 from awareness_vllm.oci.connect import open_repository
 from awareness_vllm.oci.index_file import MAX_ENTRY, MAX_LAYOUT
@@ -171,10 +172,49 @@ def test_an_index_may_be_written_with_escapes(package_file: Path, tmp_path: Path
 
 
 def test_the_folder_is_an_oci_image_layout(package_file: Path, tmp_path: Path) -> None:
-    push_file(package_file, open_repository(tmp_path))
-    push_file(package_file, open_repository(tmp_path), tags=["again"])
-    assert json.loads((tmp_path / "oci-layout").read_bytes()) == {"imageLayoutVersion": "1.0.0"}
-    index = json.loads((tmp_path / "index.json").read_bytes())
+    layout = tmp_path / "layout"
+    push_file(package_file, open_repository(layout))
+    push_file(package_file, open_repository(layout), tags=["again"])
+    assert json.loads((layout / "oci-layout").read_bytes()) == {"imageLayoutVersion": "1.0.0"}
+    index = json.loads((layout / "index.json").read_bytes())
     assert index["schemaVersion"] == 2
     names = [m["annotations"]["org.opencontainers.image.ref.name"] for m in index["manifests"]]
     assert names == [package_file.stem, "again"]
+
+
+@pytest.mark.parametrize("where", ["author", "localhost:5000/team", "author:x/tag"])
+def test_no_layout_is_made_where_nobody_meant_one(
+    package_file: Path, tmp_path: Path, where: str
+) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(BadInput, match="layout"):
+        push_file(package_file, open_repository(tmp_path / where))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("where", ["nowhere", "author"])
+def test_a_search_of_what_is_no_layout_says_so(
+    package_file: Path, tmp_path: Path, where: str
+) -> None:
+    with pytest.raises(ArtefactNotFound, match="no registry"):
+        Marketplace(tmp_path / where).memories.search()
+    assert Marketplace().memories.search() == []  # the default one is made by the first push
+
+
+def test_a_tag_is_not_another_files_id(package_file: Path, repository: Repository) -> None:
+    other = "mem_" + 32 * "0"
+    with pytest.raises(BadInput, match=other):
+        push_file(package_file, repository, tags=[other])
+    assert list(repository.tags()) == []
+    push_file(package_file, repository, tags=[package_file.stem])
+
+
+def test_what_names_no_listing_is_refused(package_file: Path, tmp_path: Path) -> None:
+    market = Marketplace(tmp_path / "layout")
+    found = market.memories.publish(package_file)
+    for wrong in (found, None, 7):
+        with pytest.raises(BadInput, match=r"listing\.id"):
+            market.memories.pull(wrong)  # type: ignore[arg-type]
+    for tokens in ("4000", (1, 2, 3), -1, (3, 1)):
+        with pytest.raises(BadInput, match="tokens"):
+            market.memories.search(tokens=tokens)  # type: ignore[arg-type]

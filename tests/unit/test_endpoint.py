@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from memories_server import UNKNOWN, Make, Server
+from memories_server import UNKNOWN, Make, Server, allow_captures
 from registry_server import Handler, serving
 
 from awareness_vllm.anchors.corpus import Document
@@ -31,16 +31,10 @@ from awareness_vllm.fit.reader import Reader
 from awareness_vllm.fit.trainer import WMatrixTrainer
 from awareness_vllm.packages.capture import capture
 from awareness_vllm.packages.file import publish
-from awareness_vllm.serving.storage import CaptureLimits
 
 pytestmark = pytest.mark.unit
 
 PACKAGE = "GET /{}/package"
-
-
-def allow(server: Server) -> None:
-    front = server.app.state.awareness
-    object.__setattr__(front, "capture_limits", CaptureLimits(allowed=True, min_free=0))
 
 
 def test_a_captured_packages_file_is_fetched_byte_for_byte(
@@ -50,7 +44,7 @@ def test_a_captured_packages_file_is_fetched_byte_for_byte(
     refused = server.call(PACKAGE, memory)
     assert refused.status_code == 403
     assert "--allow-capture" in refused.text
-    allow(server)
+    allow_captures(server)
     answer = server.call(PACKAGE, memory)
     assert answer.status_code == 200
     assert answer.content == server.path(memory).read_bytes()
@@ -60,7 +54,7 @@ def test_a_captured_packages_file_is_fetched_byte_for_byte(
 def test_what_is_not_the_callers_own_capture_is_not_given(
     server: Server, make_package: Make, tmp_path: Path
 ) -> None:
-    allow(server)
+    allow_captures(server)
     foreign = server.publish(make_package(), "umbrella")
     theirs, nobodys = (server.call(PACKAGE, memory) for memory in (foreign, UNKNOWN))
     assert theirs.status_code == nobodys.status_code == 404

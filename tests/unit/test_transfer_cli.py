@@ -12,6 +12,8 @@ import pytest
 from awareness_vllm import Marketplace
 from awareness_vllm.cli.main import main
 from awareness_vllm.errors import ArtefactCorrupt
+from awareness_vllm.oci.artefact import MANIFEST
+from awareness_vllm.oci.connect import open_repository
 from awareness_vllm.oci.repository import Repository
 from awareness_vllm.packages.file import Package, publish
 from awareness_vllm.wmatrix.file import WMatrix
@@ -102,9 +104,12 @@ def test_a_long_name_is_cut_to_one_that_a_file_can_have(
 
 def test_an_id_is_that_of_what_is_pulled(run: Run, memories: list[str], wmatrix: WMatrix) -> None:
     wmatrix.save(Path("a.wmatrix"))
-    run("push", memories[0], "folder", "--tag", memories[1])
-    run("push", "a.wmatrix", "folder", "--tag", f"pair_{'0' * 32}.{'0' * 16}")
-    for name in (memories[1], f"pair_{'0' * 32}.{'0' * 16}"):
+    folder = open_repository("folder")
+    others = {memories[0]: memories[1], "a.wmatrix": f"pair_{'0' * 32}.{'0' * 16}"}
+    for what, name in others.items():
+        assert run("push", what, "folder", "--tag", name, status=1)["error"]["type"] == "BadInput"
+        (pushed,) = run("push", what, "folder")["pushed"]
+        folder.put_manifest(folder.manifest(pushed["tags"][0])[1], MANIFEST, name)
         for command in ("pull", "show"):
             error = run(command, name, "--registry", "folder", status=1)["error"]
             assert (error["type"], name in error["message"]) == ("ArtefactCorrupt", True)

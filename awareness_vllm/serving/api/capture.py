@@ -152,19 +152,20 @@ async def capture_edition(
 
 
 def captured_file(front: FrontEnd, tenant: str, memory_id: str) -> StreamingResponse:
-    """The bytes of a package in a tenant's store that was captured under this server's home.
+    """The bytes of a package in a tenant's own store that was captured under this server's home.
     Whoever fetches them has their digest in the ID.
 
     Raises:
         CaptureNotAllowed, InvalidMemoryId, MemoryNotFound, PackageCorrupt; UnsupportedRequest: a
-        package that was put there by other means, of which the operator alone may dispose.
+        package that came by other means, of which the operator alone may dispose.
     """
     _check_allowed(front, "a package's file")
     package = front.resolver.check(memory_id, tenant)
-    if package.origin != "own":
+    pulled = front.resolver.stores[tenant].is_pulled(memory_id)
+    if pulled or package.origin != "own":
         raise UnsupportedRequest(
             f"the file of memory {memory_id} cannot be fetched",
-            found=f"a package that is {package.origin}",
+            found="one of the registry" if pulled else f"a package that is {package.origin}",
             expected="one that was captured on this server",
             remedy="fetch it from where it came",
         )
