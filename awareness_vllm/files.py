@@ -7,6 +7,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -15,6 +16,9 @@ from pathlib import Path
 from awareness_vllm.errors import BadInput, UnsupportedModel
 
 DRAFT = ".draft-"
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+OS_ERROR = re.compile(r"os error (\d+)")
+"""How safetensors' writer, which is not Python's, names the system's error."""
 
 
 @contextlib.contextmanager
@@ -26,6 +30,23 @@ def atomic_write(path: Path, *, durable: bool = True) -> Iterator[Path]:
         draft = scratch / path.name
         yield draft
         put_in_place(draft, path, durable=durable)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file as a whole, or leave what is there; a pipe or a device is written to."""
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+        return
+    with atomic_write(path.resolve()) as draft:
+        draft.write_text(text, encoding="utf-8")
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error of a writer says that the disk, or the user's share of it, is full."""
+    if isinstance(error, OSError):
+        return error.errno in FULL
+    match = OS_ERROR.search(str(error))
+    return match is not None and int(match[1]) in FULL
 
 
 @contextlib.contextmanager

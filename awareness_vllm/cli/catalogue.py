@@ -32,9 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from awareness_vllm.compatibility.html.page import page
+    from awareness_vllm.files import replace_text
 
     known = of_registry(args.registry) if args.registry else of_machine(args)
-    args.html.write_text(page(catalogue=known), encoding="utf-8")
+    replace_text(args.html, page(catalogue=known))
     return {
         "html": str(args.html),
         "of": known.where,

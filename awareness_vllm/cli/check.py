@@ -93,6 +93,7 @@ def write_page(path: Path, report: CompatibilityReport, registry: Registry) -> N
     """The report, the matrix of all W-Matrices, and the heads of the one that it speaks of."""
     from awareness_vllm.compatibility.html.page import page
     from awareness_vllm.compatibility.matrix import of_registry
+    from awareness_vllm.files import replace_text
     from awareness_vllm.wmatrix.file import load
     from awareness_vllm.wmatrix.heads import head_shares
 
@@ -100,7 +101,7 @@ def write_page(path: Path, report: CompatibilityReport, registry: Registry) -> N
     entry = next((e for e in registry if basis and e.digest == basis.digest), None)
     heads = head_shares(load(entry.path)) if entry else None
     document = page(report=report, matrix=of_registry(registry), heads=heads)
-    path.write_text(document, encoding="utf-8")
+    replace_text(path, document)
 
 
 def show(result: dict[str, Any]) -> None:

@@ -26,8 +26,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     wmatrix = load(args.wmatrix)
     if args.html:
         from awareness_vllm.compatibility.html.page import page
+        from awareness_vllm.files import replace_text
 
-        args.html.write_text(page(heads=head_shares(wmatrix)), encoding="utf-8")
+        replace_text(args.html, page(heads=head_shares(wmatrix)))
     rows = head_mapping_summary(wmatrix, args.top)
     return {
         "source": wmatrix.manifest.source.name,

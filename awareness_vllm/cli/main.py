@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-from awareness_vllm.errors import AwarenessError, BadInput, escaped
+from awareness_vllm.errors import AwarenessError, BadInput, StorageFull, escaped
+from awareness_vllm.files import is_disk_full
 
 SUBCOMMANDS = (
     *("ask", "capture", "export", "fit", "align-on-demand", "quantize", "eval", "certify"),
@@ -76,18 +77,8 @@ def report(caught: Exception, as_json: bool) -> int:
 
     A fault of ours, which no error describes, has its traceback on stderr.
     """
-    kind, error = type(caught).__name__, caught
-    if isinstance(caught, OSError):
-        error = unusable_file(caught)
-        kind = type(error).__name__
-    elif not isinstance(caught, AwarenessError):
-        traceback.print_exception(caught)
-        error = AwarenessError(
-            "awareness failed",
-            found=f"{kind}: {caught}",
-            remedy="report it with the traceback on stderr",
-        )
-    assert isinstance(error, AwarenessError)
+    error = typed(caught)
+    kind = type(caught if type(error) is AwarenessError else error).__name__
     print(f"awareness: {kind}: {error}", file=sys.stderr)
     if as_json:
         document: dict[str, str | None] = {"type": kind, "message": error.what}
@@ -110,13 +101,29 @@ def printable(value: Any) -> Any:
     return value
 
 
-def unusable_file(error: OSError) -> BadInput:
-    """The error about a file that cannot be read or written."""
-    return BadInput(
-        "a file cannot be used",
-        found=str(error),
-        expected="a path that can be read or written",
-        remedy="check the path and its permissions",
+def typed(caught: Exception) -> AwarenessError:
+    """An error that says what to do."""
+    if isinstance(caught, AwarenessError):
+        return caught
+    if is_disk_full(caught):
+        return StorageFull(
+            "the disk is full",
+            found=str(caught),
+            expected="room for what is written",
+            remedy="make some, by `awareness gc --limit-gib 0` if need be, and try again",
+        )
+    if isinstance(caught, OSError):
+        return BadInput(
+            "a file cannot be used",
+            found=str(caught),
+            expected="a path that can be read or written",
+            remedy="check the path and its permissions",
+        )
+    traceback.print_exception(caught)
+    return AwarenessError(
+        "awareness failed",
+        found=f"{type(caught).__name__}: {caught}",
+        remedy="report it with the traceback on stderr",
     )
 
 

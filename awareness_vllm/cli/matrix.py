@@ -44,8 +44,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         known = matrix(args.wmatrix, priors=priors)
     if args.html:
         from awareness_vllm.compatibility.html.page import page
+        from awareness_vllm.files import replace_text
 
-        args.html.write_text(page(matrix=known), encoding="utf-8")
+        replace_text(args.html, page(matrix=known))
     return {
         "matrix": known.model_dump(mode="json"),
         "html": str(args.html) if args.html else None,

@@ -162,7 +162,8 @@ class Layout:
 
     def tagged(self) -> Iterator[Tagged]:
         absence = self._absence()
-        if absence and self.folder != home() / "registry":  # the default one may be yet to come
+        # The default one may be yet to come.
+        if absence and self.folder.resolve() != (home() / "registry").resolve():
             raise ArtefactNotFound(
                 f"{self.reference} is no registry",
                 found=absence,

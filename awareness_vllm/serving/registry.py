@@ -63,7 +63,8 @@ class RegistryMemories:
         """What the registry has under a memory's ID: some kilobytes are read.
 
         Raises:
-            MemoryNotFound, ArtefactCorrupt, RegistryError; PackageTooLarge: nobody could load it.
+            MemoryNotFound, ArtefactCorrupt, RegistryError; PackageTooLarge: nobody could load it;
+            StorageFull: the cache could never hold it.
         """
         try:
             found, listing = find(self.repository, memory)
@@ -77,6 +78,13 @@ class RegistryMemories:
                 found=f"{listing.bytes / 2**30:.3g} GiB in the registry",
                 expected=f"{self.max_bytes / 2**30:.3g} GiB at most",
                 remedy="start the server with a larger --max-load-gib",
+            )
+        if listing.bytes > self.cache.limit:
+            raise StorageFull(
+                f"memory {memory} is larger than the cache of this server's registry",
+                found=f"{listing.bytes / 2**30:.3g} GiB in the registry",
+                expected=f"{self.cache.limit / 2**30:.3g} GiB at most",
+                remedy="start the server with a larger --registry-cache-gib",
             )
         return Offer(found, listing)
 

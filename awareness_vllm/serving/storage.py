@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import re
 import shutil
 import threading
 from collections.abc import Callable
@@ -13,20 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from awareness_vllm.errors import StorageFull
+from awareness_vllm.files import is_disk_full
 from awareness_vllm.serving.config import ServingConfig
 
 GIB = 2**30
-FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
-OS_ERROR = re.compile(r"os error (\d+)")
-"""How safetensors' writer, which is not Python's, names the system's error."""
-
-
-def is_disk_full(error: BaseException) -> bool:
-    """Whether an error of a writer says that the disk, or the user's share of it, is full."""
-    if isinstance(error, OSError):
-        return error.errno in FULL
-    match = OS_ERROR.search(str(error))
-    return match is not None and int(match[1]) in FULL
 
 
 @dataclass(frozen=True)

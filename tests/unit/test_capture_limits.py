@@ -23,6 +23,7 @@ from starlette.responses import JSONResponse, Response
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
 from awareness_vllm.errors import AwarenessError, CaptureNotAllowed, StorageFull, TooManyLoads
+from awareness_vllm.files import is_disk_full
 from awareness_vllm.packages.manifest import tensor_name
 from awareness_vllm.serving import storage
 from awareness_vllm.serving.api.capture import announce_capture
@@ -32,7 +33,7 @@ from awareness_vllm.serving.connector.capture_queue import DISK_FULL
 from awareness_vllm.serving.connector.kv_reader import CAPTURE_KEY
 from awareness_vllm.serving.connector.worker_extension import ANNOUNCE, FORGET, STATE
 from awareness_vllm.serving.http import client_error
-from awareness_vllm.serving.storage import GIB, CaptureLimits, bytes_in, is_disk_full
+from awareness_vllm.serving.storage import GIB, CaptureLimits, bytes_in
 
 pytestmark = pytest.mark.unit
 

@@ -392,3 +392,9 @@ def test_serve_prints_its_command_before_it_becomes_the_server(
     assert json.loads(out)["argv"][3] == "m"
     assert "the server's log" in err
     assert duplicated[-1] == (2, 1)
+
+
+def test_a_full_disk_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    argv = ["matrix", "--wmatrix", str(tmp_path), "--html", "/dev/full"]
+    assert document(argv, capfd, 1)["error"]["type"] == "StorageFull"
+    assert Path("/dev/full").is_char_device()

@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from memories_server import UNKNOWN, Make, Server, allow_captures
+from memories_server import LOAD, UNKNOWN, Make, Server, allow_captures
+from pulls_server import serve
 from registry_server import Handler, serving
 
 from awareness_vllm.anchors.corpus import Document
@@ -29,8 +30,11 @@ from awareness_vllm.fit import gather
 from awareness_vllm.fit.endpoint import Endpoint
 from awareness_vllm.fit.reader import Reader
 from awareness_vllm.fit.trainer import WMatrixTrainer
+from awareness_vllm.marketplace.files import push_file
+from awareness_vllm.oci.connect import open_repository
 from awareness_vllm.packages.capture import capture
 from awareness_vllm.packages.file import publish
+from awareness_vllm.wmatrix.file import WMatrix
 
 pytestmark = pytest.mark.unit
 
@@ -70,6 +74,18 @@ def test_what_is_not_the_callers_own_capture_is_not_given(
     server.path(memory).rename(elsewhere)
     server.path(memory).symlink_to(elsewhere)
     assert server.call(PACKAGE, memory).status_code == 422
+
+
+def test_what_a_registry_has_is_not_given_though_it_was_captured_here(
+    make_package: Make, tmp_path: Path, tiny_models: tuple[Path, Path], wmatrix: WMatrix
+) -> None:
+    path, layout = publish(make_package(), tmp_path / "author"), tmp_path / "layout"
+    push_file(path, open_repository(layout))
+    for server in serve(tmp_path, layout, tiny_models[1], wmatrix):
+        allow_captures(server)
+        assert server.call(LOAD, path.stem).status_code == 200
+        refused = server.call(PACKAGE, path.stem)
+        assert (refused.status_code, "registry" in refused.text) == (400, True)
 
 
 @pytest.fixture

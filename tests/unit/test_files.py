@@ -16,7 +16,14 @@ from safetensors.torch import save_file
 
 from awareness_vllm.anchors.corpus import load
 from awareness_vllm.cli.eval import read_cases
-from awareness_vllm.files import DRAFT, atomic_write, read_text_file, scratch_folder, sweep
+from awareness_vllm.files import (
+    DRAFT,
+    atomic_write,
+    read_text_file,
+    replace_text,
+    scratch_folder,
+    sweep,
+)
 from awareness_vllm.packages.file import Package, publish
 from awareness_vllm.serving.config import ServingConfig
 from awareness_vllm.serving.tenants import Tenants, stores_of
@@ -184,3 +191,11 @@ def test_a_scratch_folder_goes_with_all_that_is_in_it(tmp_path: Path) -> None:
         (scratch / "a" / "b").mkdir(parents=True)
     assert list(tmp_path.iterdir()) == []
     sweep(tmp_path / "missing")
+
+
+def test_a_text_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    replace_text(page, "old")
+    with pytest.raises(UnicodeEncodeError):
+        replace_text(page, 100_000 * "x" + "\ud800")
+    assert [(f.name, f.read_text()) for f in tmp_path.iterdir()] == [("page.html", "old")]

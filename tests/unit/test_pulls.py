@@ -151,7 +151,7 @@ def test_what_cannot_be_loaded_is_refused_before_it_is_pulled(
         expected = f"the package {other}"
     elif fault == "no room":
         object.__setattr__(registry, "cache", Cache(registry.cache.folder, limit=100))
-        expected = "larger than the cache"
+        expected = "--registry-cache-gib"
     else:
         relist(layout, memory, without_text)
         expected = "has no text"

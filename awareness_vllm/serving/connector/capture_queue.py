@@ -13,11 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from awareness_vllm.errors import AwarenessError
-from awareness_vllm.files import atomic_write
+from awareness_vllm.files import atomic_write, is_disk_full
 from awareness_vllm.packages.manifest import tensor_name
 from awareness_vllm.serving.connector.kv_reader import CAPTURE_KEY
 from awareness_vllm.serving.params import is_signed, signature
-from awareness_vllm.serving.storage import is_disk_full
 
 States = dict[str, Tensor]
 """`layers.i.key` and `layers.i.value` [T, H, D]."""
