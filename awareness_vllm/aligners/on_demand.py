@@ -27,7 +27,7 @@ from awareness_vllm.fit.progress import say
 from awareness_vllm.fit.reader import Reader
 from awareness_vllm.oci.connect import open_repository
 from awareness_vllm.wmatrix.file import REGISTERED, WMatrix, load
-from awareness_vllm.wmatrix.listing import push_version
+from awareness_vllm.wmatrix.versions import push_version
 
 MOST_LESSONS = 4000
 """Different calibration texts at most; of a fast machine they are gone through again."""

@@ -38,8 +38,10 @@ PAGE = 1000
 MAX_TAGS = 1_000_000
 """Tags of a repository; a page counts as LEAST at least."""
 LEAST = 100
-REFERRERS = re.compile(r"sha256-[0-9a-f]{64}")
-"""Tags of the indexes of referrers."""
+REFERRERS = re.compile(r"sha256-[0-9a-f]{64}(\.[0-9a-f]{16})?")
+"""Tags of the indexes of referrers, and of each referrer that is in one."""
+MOST_LOST = 64
+"""Referrers that a pusher looks up at once: whoever may push can tag any number."""
 CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 
 
@@ -172,13 +174,7 @@ class Remote:
     def put_manifest(self, raw: bytes, media_type: str, *tags: str) -> Descriptor:
         descriptor = descriptor_of(raw, media_type)
         for name in tags or (descriptor.digest,):
-            response = self.session.request(
-                "PUT",
-                f"manifests/{name}",
-                headers={"Content-Type": media_type},
-                data=raw,
-                expect=(201,),
-            )
+            response = self._put(raw, media_type, name)
         stored = response.headers.get("Docker-Content-Digest")
         if stored not in (None, descriptor.digest):
             raise RegistryError(
@@ -186,35 +182,60 @@ class Remote:
             )
         subject = None if media_type == INDEX else parse_image_manifest(raw).subject
         if subject is not None and "OCI-Subject" not in response.headers:
-            self._refer(subject, descriptor, raw)
+            own = referrer_tag(subject.digest, descriptor)
+            self._put(raw, media_type, own)
+            self._refer(subject.digest, own)
         return descriptor
 
-    def _refer(self, subject: Descriptor, descriptor: Descriptor, raw: bytes) -> None:
-        """Add an artefact to the tagged index of its subject's referrers, which a registry without
-        the API has clients keep.
-
-        Two that write at once may overwrite each other's, and no request of the protocol prevents
-        that: each looks again, a moment later, and writes again until its own is there.
-        """
-        kind = parse_image_manifest(raw)
-        entry = descriptor.model_copy(
-            update={"artifact_type": kind.artifact_type, "annotations": kind.annotations}
+    def _put(self, raw: bytes, media_type: str, name: str) -> requests.Response:
+        headers = {"Content-Type": media_type}
+        return self.session.request(
+            "PUT", f"manifests/{name}", headers=headers, data=raw, expect=(201,)
         )
+
+    def _refer(self, subject: str, own: str) -> None:
+        """Have all referrers with a tag of their own, first of all that of `own`, in the tagged
+        index of their subject's, which a registry without the API has clients keep.
+
+        Two that write at once overwrite each other's index, and no request of the protocol prevents
+        that. But nobody overwrites a tag that is one referrer's alone. Whoever writes the index
+        last looks at these tags afterwards: so none that was there by then is missing.
+        """
         for _ in range(3 * ATTEMPTS):
-            index = self._tagged_referrers(subject.digest)
-            if any(other.digest == entry.digest for other in index.manifests):
+            index = self._tagged_referrers(subject)
+            known = {referrer_tag(subject, entry) for entry in index.manifests}
+            tags = {own, *self._all_tags(f"{referrers_tag(subject)}.")} - known
+            some = sorted(tags, key=lambda tag: (tag != own, random.random()))[:MOST_LOST]
+            lost = [entry for tag in some if (entry := self._referrer(subject, tag)) is not None]
+            if not lost:
                 return
-            added = index.model_copy(update={"manifests": [*index.manifests, entry]})
-            document = added.model_dump_json(by_alias=True, exclude_none=True).encode()
-            self.put_manifest(document, INDEX, referrers_tag(subject.digest))
+            whole = index.model_copy(update={"manifests": [*index.manifests, *lost]})
+            document = whole.model_dump_json(by_alias=True, exclude_none=True).encode()
+            self._put(document, INDEX, referrers_tag(subject))
             time.sleep(random.uniform(0, 0.1))
         raise RegistryError(
-            f"{self.reference} does not keep who refers to {subject.digest}",
+            f"{self.reference} does not keep who refers to {subject}",
             found="an index that others overwrite",
             remedy="push again",
         )
 
+    def _referrer(self, subject: str, tag: str) -> Descriptor | None:
+        """The entry of a referrer by its own tag; None for what is not one of this subject."""
+        try:
+            descriptor, raw = self.manifest(tag)
+            manifest = parse_image_manifest(raw)
+        except (ArtefactNotFound, ArtefactCorrupt, FileRefused):
+            return None
+        refers = manifest.subject is not None and manifest.subject.digest == subject
+        if not refers or referrer_tag(subject, descriptor) != tag:
+            return None
+        update = {"artifact_type": manifest.artifact_type, "annotations": manifest.annotations}
+        return descriptor.model_copy(update=update)
+
     def tags(self, prefix: str = "") -> Iterator[str]:
+        return (tag for tag in self._all_tags(prefix) if not REFERRERS.fullmatch(tag))
+
+    def _all_tags(self, prefix: str) -> Iterator[str]:
         # Tags come in the order of the alphabet; a registry that cannot begin in the middle
         # (Distribution 2.8) gives all of them.
         path = f"tags/list?n={PAGE}" + (f"&last={quote(prefix)}" if prefix else "")
@@ -225,7 +246,7 @@ class Remote:
                 return  # nobody has pushed anything yet
             tags = self._tags(response)
             seen += max(len(tags), LEAST)
-            yield from (t for t in tags if t.startswith(prefix) and not REFERRERS.fullmatch(t))
+            yield from (tag for tag in tags if tag.startswith(prefix))
             link = response.links.get("next", {}).get("url")
             if not link or (tags and tags[-1] > prefix and not tags[-1].startswith(prefix)):
                 return
@@ -333,6 +354,11 @@ class _Body:
 def referrers_tag(digest: str) -> str:
     """The tag of the index of a manifest's referrers."""
     return digest.replace(":", "-", 1)
+
+
+def referrer_tag(subject: str, referrer: Descriptor) -> str:
+    """The tag that is one referrer's alone."""
+    return f"{referrers_tag(subject)}.{referrer.hex[:16]}"
 
 
 def _type(response: requests.Response) -> str:

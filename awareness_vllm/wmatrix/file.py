@@ -23,7 +23,6 @@ from awareness_vllm.packages.manifest import METADATA_KEY
 from awareness_vllm.tensor_file import FileRefused, read_file
 from awareness_vllm.wmatrix.features import split_states
 from awareness_vllm.wmatrix.int8 import dequantized, quantized
-from awareness_vllm.wmatrix.listing import push_version
 from awareness_vllm.wmatrix.manifest import (
     PRODUCTS,
     TensorDigest,
@@ -33,6 +32,7 @@ from awareness_vllm.wmatrix.manifest import (
     refusing,
     tensors_digest,
 )
+from awareness_vllm.wmatrix.versions import push_version
 
 MAX_STANDARDISED = 100.0
 """Standard deviations by which a feature may lie off its mean: genuine ones stay below 13."""

@@ -18,8 +18,7 @@ from awareness_vllm.oci.listing import (
     contradicted,
     parse_listing,
 )
-from awareness_vllm.oci.repository import Repository
-from awareness_vllm.oci.transfer import Found, look, push
+from awareness_vllm.oci.transfer import Found
 from awareness_vllm.packages.listing import PackageListing
 from awareness_vllm.wmatrix.certificate import Certificate, parse_certificate
 from awareness_vllm.wmatrix.manifest import WMatrixManifest, read_digests, read_manifest
@@ -118,33 +117,6 @@ def artefact_of(
     certificate = listing.certificate
     notes = {RETENTION: f"{certificate.retention.mean:.6f}"} if certificate else {}
     return artefact_with(listing, TYPES, path, path.name, notes)
-
-
-def push_version(path: Path, name: str, repository: Repository) -> str:
-    """Push a W-Matrix as the newest version of a name; the version's tag, `NAME.v1` and so on,
-    which stays. The tag `NAME` is that of the newest.
-
-    Raises:
-        WMatrixCorrupt, RegistryError
-    """
-    artefact = artefact_of(path, name=name)
-    listing = WMatrixListing.model_validate_json(artefact.config)
-    numbers = {
-        int(number): tag
-        for tag in repository.tags(f"{name}.v")
-        if (number := tag.removeprefix(f"{name}.v")).isdecimal()
-    }
-    newest = max(numbers, default=0)
-    if newest and _layers(look(repository, numbers[newest])) == [listing.digest]:
-        version = numbers[newest]
-    else:
-        version = f"{name}.v{newest + 1}"
-    push(repository, artefact, (listing.tag, version, name))
-    return version
-
-
-def _layers(found: Found) -> list[str]:
-    return [layer.hex for layer in found.manifest.layers]
 
 
 def listing_of(found: Found) -> WMatrixListing:

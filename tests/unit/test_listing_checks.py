@@ -7,8 +7,10 @@ import json
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,10 +32,12 @@ from awareness_vllm.oci.transfer import push
 from awareness_vllm.packages.file import Package, build, publish
 from awareness_vllm.trust.policy import TrustPolicy
 from awareness_vllm.trust.signing import keygen
+from awareness_vllm.wmatrix import versions
 from awareness_vllm.wmatrix.file import WMatrix, load
 from awareness_vllm.wmatrix.listing import RETENTION, WMatrixListing, artefact_of
 from awareness_vllm.wmatrix.manifest import read_manifest
 from awareness_vllm.wmatrix.registry import Registry
+from awareness_vllm.wmatrix.versions import push_version
 
 pytestmark = pytest.mark.unit
 MAPS = Path(__file__).parents[2] / "maps"
@@ -303,3 +307,39 @@ def test_a_registered_map_is_the_newest_version_of_its_name(
     with pytest.raises(BadInput, match="reference"):
         certified(0.6).register("other", "http://nowhere")
     assert not (empty_home / "wmatrices" / "other.wmatrix").exists()
+
+
+def test_two_that_register_one_name_at_once(
+    repository: Repository,
+    certified: Callable[[float], WMatrix],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    empty_home: Path,
+) -> None:
+    """Both have asked for the newest version before either has pushed one, and look again when both
+    have."""
+    together, seen = threading.Barrier(2, timeout=10), threading.local()
+    newest = versions._newest
+
+    def first(what: str) -> None:
+        if what not in seen.__dict__:
+            seen.__dict__[what] = True
+            together.wait()
+
+    def asked(*args: Any) -> Any:
+        answer = newest(*args)
+        first("asked")
+        return answer
+
+    monkeypatch.setattr(versions, "_newest", asked)
+    monkeypatch.setattr(versions, "_pause", lambda: first("pushed"))
+    paths = [tmp_path / f"{kept}.wmatrix" for kept in (0.7, 0.8)]
+    for path in paths:
+        certified(float(path.stem)).save(path)
+    with ThreadPoolExecutor(2) as pool:
+        taken = list(pool.map(lambda path: push_version(path, "pair", repository), paths))
+    assert sorted(taken) == ["pair.v1", "pair.v2"]
+    market = Marketplace(str(repository.reference))
+    for path, version in zip(paths, taken, strict=True):
+        assert market.wmatrices.get(version).digest == file_digest(path)
+    assert market.wmatrices.get("pair").digest == market.wmatrices.get("pair.v2").digest

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from awareness_vllm.cli.main import main
 from awareness_vllm.errors import ArtefactCorrupt, SignatureInvalid
 from awareness_vllm.marketplace.files import Pulled, pull, pull_file, push_file
 from awareness_vllm.marketplace.signatures import push_signatures, signatures
-from awareness_vllm.oci.artefact import INDEX, Descriptor
+from awareness_vllm.oci.artefact import INDEX, MANIFEST
 from awareness_vllm.oci.cache import Cache
 from awareness_vllm.oci.connect import open_repository
 from awareness_vllm.oci.remote import Remote
@@ -224,22 +225,53 @@ def test_a_server_s_failed_pull_leaves_nothing(
 def test_two_that_sign_at_once(
     memory: Path, registry: Any, keys: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The registry has no referrers API: the second pusher has read the index before the first one
-    wrote it, and overwrites it."""
-    repository = open_repository(registry.reference("test/two-pushers"))
-    signed(memory, keys["bob"])
-    _, descriptor = push_file(memory, repository)
-    put, before = Remote.put_manifest, repository.manifest(f"sha256-{descriptor.hex}")[1]
-    overwritten = []
+    """The registry has no referrers API. One pusher has read the index before the other one wrote
+    it, and writes its own only when that one has looked again and found everything in order."""
+    where = registry.reference("test/two-pushers")
+    listing, descriptor = push_file(memory, open_repository(where))
+    has_read, may_write, put = threading.Event(), threading.Event(), Remote._put
 
-    def late(self: Remote, raw: bytes, media_type: str, *tags: str) -> Descriptor:
-        done = put(self, raw, media_type, *tags)
-        if media_type == INDEX and not overwritten:
-            overwritten.append(put(self, before, INDEX, *tags))
-        return done
+    def late(self: Remote, raw: bytes, media_type: str, name: str) -> Any:
+        if media_type == INDEX and threading.current_thread().name == "slow":
+            has_read.set()
+            assert may_write.wait(10)
+        return put(self, raw, media_type, name)
 
-    monkeypatch.setattr(Remote, "put_manifest", late)
+    monkeypatch.setattr(Remote, "_put", late)
+    paths = [tmp / memory.name for name in keys if (tmp := memory.parent / name).mkdir() is None]
+    for path, key in zip(paths, keys.values(), strict=True):
+        path.hardlink_to(memory)
+        signed(path, key)
+    slow, fast = (
+        threading.Thread(
+            target=push_signatures,
+            args=(open_repository(where), path, listing, descriptor),
+            name=name,
+        )
+        for path, name in zip(paths, ("slow", "fast"), strict=True)
+    )
+    slow.start()
+    assert has_read.wait(10)
+    fast.start()
+    fast.join(10)
+    before = signatures(open_repository(where), descriptor.digest)
+    may_write.set()
+    slow.join(10)
+    assert len(before) == 2  # the fast one has seen that the other one is on its way
+    assert len(signatures(open_repository(where), descriptor.digest)) == 2
+    # Tags of referrers are no tags of anybody's.
+    assert list(open_repository(where).tags()) == [listing.tag]
+
+
+def test_tags_that_a_stranger_made_up_keep_no_signature_away(
+    memory: Path, registry: Any, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("awareness_vllm.oci.remote.MOST_LOST", 2)
+    repository = open_repository(registry.reference("test/made-up"))
+    listing, descriptor = push_file(memory, repository)
+    _, raw = repository.manifest(listing.tag)
+    tags = (f"sha256-{descriptor.hex}.{i:016x}" for i in range(5))
+    repository.put_manifest(raw, MANIFEST, *tags)
     signed(memory, keys["alice"])
-    push_file(memory, repository)
-    assert overwritten
-    assert len(signatures(repository, descriptor.digest)) == 2
+    push_signatures(repository, memory, listing, descriptor)
+    assert len(signatures(repository, descriptor.digest)) == 1
