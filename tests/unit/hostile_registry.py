@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -35,6 +36,19 @@ class Request(Handler):
             with contextlib.suppress(ConnectionError):
                 self.wfile.write(body)
         self.close_connection = length not in (None, len(body))
+
+    def drip(self, body: bytes, **headers: str) -> None:
+        """A response, of whose body a byte comes now and then."""
+        self.send_response(200)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Connection", "close")
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            for byte in body:
+                self.wfile.write(bytes([byte]))
+                time.sleep(0.02)
+        self.close_connection = True
 
     def as_it_should(self) -> None:
         """The right answer."""

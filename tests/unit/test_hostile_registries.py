@@ -320,15 +320,7 @@ def dripping(request: Request) -> None:
 
 
 def dripping_body(request: Request) -> None:
-    request.send_response(200)
-    request.send_header("Content-Type", MANIFEST)
-    request.send_header("Connection", "close")
-    request.end_headers()
-    with contextlib.suppress(OSError):
-        for _ in range(500):
-            request.wfile.write(b" ")
-            time.sleep(0.02)
-    request.close_connection = True
+    request.drip(500 * b" ", Content_Type=MANIFEST)
 
 
 def busy_for_long(request: Request) -> None:

@@ -30,6 +30,7 @@ from awareness_vllm.oci.reference import Reference
 from awareness_vllm.oci.repository import Repository
 from awareness_vllm.oci.transfer import push
 from awareness_vllm.packages.file import Package, build, publish
+from awareness_vllm.packages.manifest import StoredLatent
 from awareness_vllm.trust.policy import TrustPolicy
 from awareness_vllm.trust.signing import keygen
 from awareness_vllm.wmatrix import versions
@@ -155,7 +156,15 @@ def test_the_best_certified_map_is_found(
     assert entry.digest == digests[0.9]
     assert maps.find(target, source, has_text=True) is None
     assert maps.find(source, target, has_text=False) is None
-    by_tensors = maps.find(source, target, True, load(tmp_path / "0.7.wmatrix").tensors_digest)
+    latent = StoredLatent(
+        package=f"mem_{32 * '0'}",
+        wmatrix=load(tmp_path / "0.7.wmatrix").tensors_digest,
+        target=target,
+        tokens=9,
+        rank=wmatrix.manifest.rank,
+        dtype="bfloat16",
+    )
+    by_tensors = maps.find(source, target, True, latent)
     assert by_tensors is not None
     assert by_tensors.digest == digests[0.7]
     assert [m.digest for m in maps.to(target)][:3] == [digests[k] for k in (0.9, 0.8, 0.7)]

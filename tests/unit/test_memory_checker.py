@@ -333,7 +333,8 @@ def test_measured_without_a_certificate(
     publish(capture(tiny_models[0], "something else"), tmp_path)
     found = checker.check(package=path.stem, target_model=tiny_models[1], measure=True)
     assert set(found.conditions) == {*alone.conditions, "wrong_memory"}
-    assert found.conditions["memory"] == alone.conditions["memory"]
+    # Kernels choose their way by where a tensor lies in memory: the last bits may differ.
+    assert found.conditions["memory"] == pytest.approx(alone.conditions["memory"], rel=1e-5)
 
 
 def test_load_times_come_from_the_doctor(

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -304,14 +302,7 @@ def other_bytes(request: Request) -> None:
 
 
 def drip(request: Request) -> None:
-    """A byte now and then."""
-    request.send_response(200)
-    request.send_header("Content-Length", str(len(request.registry.file)))
-    request.end_headers()
-    with contextlib.suppress(OSError):
-        for byte in request.registry.file:
-            request.wfile.write(bytes([byte]))
-            time.sleep(0.05)
+    request.drip(request.registry.file, Content_Length=str(len(request.registry.file)))
 
 
 @pytest.mark.parametrize(
