@@ -11,7 +11,9 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-LONGEST_S = 600.0
+from tqdm import tqdm
+
+LONGEST_S = 300.0
 """A child that takes longer hangs. Its work takes seconds, or minutes niced beside engines."""
 THREAD_S = 10.0
 """A thread whose work is done ends within this time."""
@@ -35,6 +37,8 @@ def forked(work: Callable[[], None], log: Path) -> int:
         os.dup2(handle, 2)
         faulthandler.register(signal.SIGALRM, chain=True)  # where it hangs, in its log
         signal.alarm(int(LONGEST_S))
+        # tqdm's own is shared by all children: one that was killed in a bar would keep it.
+        tqdm.set_lock(threading.RLock())
         work()
         status = 0
     except BaseException:
