@@ -21,6 +21,7 @@ from awareness_vllm.packages.file import Package, build
 from awareness_vllm.wmatrix.file import WMatrix
 
 if TYPE_CHECKING:
+    from latent_pairs import Pair
     from memories_server import Server
     from registry_server import RegistryServer
     from v2_model import Served
@@ -247,6 +248,14 @@ def tiny_models(
         save_model(root / "source", byte_level_tokenizer, hidden=16, layers=4, heads=2),
         save_model(root / "target", byte_fallback_tokenizer, hidden=24, layers=2, heads=3),
     )
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory, tiny_models: tuple[Path, Path]) -> Pair:
+    """A package of the first tiny model, with its latents of a map to the second."""
+    from latent_pairs import make_pair
+
+    return make_pair(*tiny_models, tmp_path_factory.mktemp("store"))
 
 
 @pytest.fixture(scope="session")

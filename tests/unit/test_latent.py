@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from latent_pairs import RANK, TEXT, Pair, make_pair, no_embedding
+from latent_pairs import RANK, TEXT, Pair, no_embedding
 from loader_stubs import loader_of, part
 from paged_stubs import paged_map
 from safetensors import safe_open
@@ -46,11 +46,6 @@ from awareness_vllm.serving.connector.capture_queue import CaptureQueue
 from awareness_vllm.serving.request import MemoryRequest
 
 pytestmark = pytest.mark.unit
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory, tiny_models: tuple[Path, Path]) -> Pair:
-    return make_pair(*tiny_models, tmp_path_factory.mktemp("store"))
 
 
 def states(memory: AlignedMemory) -> Tensor:

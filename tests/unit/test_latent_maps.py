@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from latent_pairs import RANK, Pair, make_pair
+from latent_pairs import RANK, Pair
 from memories_server import CHECK, LOAD, server_of_tenants
 
 from awareness_vllm.align.latent import check_exportable, to_latent
@@ -43,11 +43,6 @@ from awareness_vllm.wmatrix.file import WMatrix
 from awareness_vllm.wmatrix.registry import Registry
 
 pytestmark = pytest.mark.unit
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory, tiny_models: tuple[Path, Path]) -> Pair:
-    return make_pair(*tiny_models, tmp_path_factory.mktemp("store"))
 
 
 # Which map
