@@ -6,6 +6,7 @@ digest that of its tensors.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -209,16 +210,24 @@ def overwrite(path: Path) -> None:
 
 
 def spoil_disk_cache(folder: Path, rng: random.Random) -> int:
-    """A value of each aligned memory made infinite or NaN, or half of the file zeroed; how many."""
-    files = sorted(folder.glob("*.aligned"))
-    for path in files:
-        raw = bytearray(path.read_bytes())
+    """A value of each aligned memory made infinite or NaN, or half of the file zeroed; how many.
+    A server that has found one spoilt may remove it at any time."""
+    spoilt = 0
+    for path in sorted(folder.glob("*.aligned")):
+        with contextlib.suppress(FileNotFoundError):
+            spoil(path, rng)
+            spoilt += 1
+    return spoilt
+
+
+def spoil(path: Path, rng: random.Random) -> None:
+    with path.open("r+b") as opened:
+        raw = bytearray(opened.read())
         begin = 8 + int.from_bytes(raw[:8], "little")
         if rng.random() < 0.3:
             raw[len(raw) // 2 :] = bytes(len(raw) - len(raw) // 2)
         for _ in range(50):
             at = begin + 4 * rng.randrange((len(raw) - begin) // 4)
             raw[at : at + 4] = b"\xff\xff\xff\x7f"
-        with path.open("r+b") as opened:
-            opened.write(raw)
-    return len(files)
+        opened.seek(0)
+        opened.write(raw)

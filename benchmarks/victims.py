@@ -188,6 +188,7 @@ class Villain:
     spoilt: int = 0
     rounds: int = 0
     slowest: float = 0.0
+    failure: Exception | None = None
 
     def __post_init__(self) -> None:
         self.rng, self.stop = random.Random(1), threading.Event()
@@ -196,6 +197,12 @@ class Villain:
         self.thread = threading.Thread(target=self.work, daemon=True)
 
     def work(self) -> None:
+        try:
+            self.poison()
+        except Exception as error:
+            self.failure = error
+
+    def poison(self) -> None:
         with client_of(self.url, "villain") as client:
             self.ask(client, Poison("replaced: before", self.replaced.stem, harmless=True))
             overwrite(self.replaced)
@@ -223,12 +230,14 @@ class Villain:
         self.statuses.setdefault(poison.kind, Counter())[status] += 1
 
     def leave(self) -> None:
-        """Stop, after a round at least."""
+        """Stop, after a round at least; one who gave up before has shown nothing, and raises."""
         deadline = time.monotonic() + 10 * SECONDS
         while not self.rounds and self.thread.is_alive() and time.monotonic() < deadline:
             time.sleep(0.1)
         self.stop.set()
         self.thread.join()
+        if self.failure:
+            raise self.failure
 
     @property
     def served(self) -> dict[str, dict[str, int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import os
 import socket
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import openai
 import psutil
 from openai.types.completion_choice import Logprobs
@@ -74,6 +76,35 @@ def parting(native: Logprobs, other: Logprobs) -> float:
         if right != found:
             return top[right] - top.get(found, -float("inf"))
     return 0.0
+
+
+def logprobs_of(response: httpx.Response) -> Logprobs:
+    """The only choice's, of a completion or a chat."""
+    (choice,) = response.json()["choices"]
+    found = choice["logprobs"]
+    if "content" in found:
+        tops = [{t["token"]: t["logprob"] for t in at["top_logprobs"]} for at in found["content"]]
+        found = {
+            "tokens": [at["token"] for at in found["content"]],
+            "token_logprobs": [at["logprob"] for at in found["content"]],
+            "top_logprobs": tops,
+        }
+    return Logprobs.model_validate(found)
+
+
+def assert_same(
+    expected: httpx.Response, other: httpx.Response, rounding: float = NEAR_TIE
+) -> None:
+    """Two greedy answers are one, but for what another batch rounds otherwise: they part at a tie
+    if at all, and their tokens are as likely until then."""
+    one, two = logprobs_of(expected), logprobs_of(other)
+    assert parting(one, two) <= NEAR_TIE, (one.tokens, two.tokens)
+    assert one.token_logprobs
+    assert two.token_logprobs
+    pairs = zip(one.tokens, two.tokens, one.token_logprobs, two.token_logprobs, strict=True)
+    gaps = [abs(a - b) for left, right, a, b in itertools.takewhile(lambda p: p[0] == p[1], pairs)]
+    print("parting", parting(one, two), "apart", gaps)
+    assert max(gaps, default=0.0) <= rounding, gaps
 
 
 @dataclass

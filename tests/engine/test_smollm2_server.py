@@ -14,8 +14,7 @@ import httpx
 import openai
 import pytest
 import torch
-from harness import NEAR_TIE, Server, awareness, captured, parting, serving
-from openai.types.completion_choice import Logprobs
+from harness import NEAR_TIE, Server, awareness, captured, logprobs_of, parting, serving
 from torch import Tensor
 
 from awareness_vllm.wmatrix.file import WMatrix, load
@@ -78,10 +77,6 @@ def post(server: Server, path: str, key: str = "none", **body: object) -> httpx.
         headers={"Authorization": f"Bearer {key}"},
         timeout=120,
     )
-
-
-def logprobs_of(response: httpx.Response) -> Logprobs:
-    return Logprobs.model_validate(response.json()["choices"][0]["logprobs"])
 
 
 def test_same_model_greedy_is_native(server: Server, own: tuple[str, str]) -> None:
