@@ -32,7 +32,7 @@ from awareness_vllm.packages.store import locate
 from awareness_vllm.wmatrix.certificate import Interval, Plan
 from awareness_vllm.wmatrix.file import WMatrix, load
 from awareness_vllm.wmatrix.heads import head_mapping_summary, table
-from awareness_vllm.wmatrix.plans import basis_of, cheapest, with_tail
+from awareness_vllm.wmatrix.plans import PlanBasis, basis_of, cheapest, with_tail
 from awareness_vllm.wmatrix.registry import Registry, WMatrixEntry
 
 if TYPE_CHECKING:
@@ -45,8 +45,9 @@ CONTINUATION = 60
 @dataclass(frozen=True)
 class Basis:
     """The origin of a quality: `measured` in five arms at `context` tokens, `extrapolated` from
-    shorter contexts, or `exact`, the same model's own states. `digest` is that of the W-Matrix file
-    whose certificate has it, of the texts that it was measured on, or of the package."""
+    shorter contexts or from states that no int8 has rounded, or `exact`, the same model's own
+    states. `digest` is that of the W-Matrix file whose certificate has it, of the texts that it was
+    measured on, or of the package."""
 
     kind: Literal["measured", "extrapolated", "exact"]
     digest: str
@@ -159,12 +160,14 @@ class KVCacheAligner:
         if texts is not None:
             interval = self.measured(wmatrix, texts, context, limit)
             check_reached(interval, quality_target, f"on at most {limit} texts")
-            basis, tail = Basis("measured", digest(texts), context), 0
+            of_map: PlanBasis = "extrapolated" if package.manifest.rounded else "measured"
+            basis, tail = Basis(of_map, digest(texts), context), 0
         elif (plan := certified_plan(entry, quality_target, context)) is not None:
             assert entry is not None
             assert entry.certificate is not None
             interval, tail = plan.retention, plan.tail
-            basis = Basis(basis_of(entry.certificate, context), entry.digest, plan.context)
+            kind = basis_of(entry.certificate, context, rounded=package.manifest.rounded)
+            basis = Basis(kind, entry.digest, plan.context)
         else:
             return AlignedState(**vars(self._realign(package, wmatrix)))
         memory = self._with_tail(self._realign(package, wmatrix), tail)

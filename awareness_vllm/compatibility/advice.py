@@ -93,6 +93,6 @@ def better_map(check: CheckContext, retention: float | None) -> Iterator[Action]
 
 def precision(check: CheckContext) -> Iterator[Action]:
     """A cache that does not round."""
-    if check.config.kv_cache_dtype.startswith("fp8"):
+    if check.config.rounds:
         text = "keep the cache in the model's own dtype (`--kv-cache-dtype auto`)"
         yield Action(description=text, gain=None, basis="estimated")

@@ -38,6 +38,7 @@ from awareness_vllm.passages import BUDGET
 from awareness_vllm.wmatrix.certificate import TIERS, Certificate, Interval, Plan
 from awareness_vllm.wmatrix.manifest import WMatrixManifest
 from awareness_vllm.wmatrix.plans import basis_of, with_tail
+from awareness_vllm.wmatrix.registry import WMatrixEntry
 
 Known = tuple[Interval, Basis]
 Figure = tuple[float, Basis]
@@ -114,9 +115,7 @@ def expected(check: CheckContext) -> Known | None:
         retention = predict(
             check.certificate, check.tokens, config.tail, check.kind, reread=config.reread
         )
-        kind: BasisKind = basis_of(check.certificate, check.tokens)
-        kind = "claimed" if check.claimed else kind
-        return retention, Basis(kind=kind, source=str(check.entry), digest=check.entry.digest)
+        return retention, certified(check, check.certificate, check.entry)
     if check.self_test is not None and check.memory.manifest is not None:
         digest = check.memory.manifest.payload
         basis = Basis(kind="measured", source="its own last part", digest=digest)
@@ -125,6 +124,13 @@ def expected(check: CheckContext) -> Known | None:
     if names[0] is None or names[1] is None:
         return None
     return published_retention(names[0], names[1], check.tokens, check.kind)
+
+
+def certified(check: CheckContext, certificate: Certificate, entry: WMatrixEntry) -> Basis:
+    """The basis of what a map's certificate says of the memory."""
+    kind: BasisKind = basis_of(certificate, check.tokens, rounded=check.rounded)
+    kind = "claimed" if check.claimed else kind
+    return Basis(kind=kind, source=str(entry), digest=entry.digest)
 
 
 def scored(check: CheckContext, retention: Interval | None) -> float | None:
@@ -169,8 +175,8 @@ def head_mapping(check: CheckContext, known: Known | None) -> Figure | None:
     if check.exact:
         return 1.0, Basis(kind="exact", source="heads stay as they are")
     if check.certificate is not None and check.certificate.metrics is not None and check.entry:
-        basis = Basis(kind="measured", source=str(check.entry), digest=check.entry.digest)
-        return fmean(check.certificate.metrics.attention_fidelity), basis
+        overlap = fmean(check.certificate.metrics.attention_fidelity)
+        return overlap, certified(check, check.certificate, check.entry)
     return published_share("Head Redistribution Error", known)
 
 

@@ -129,6 +129,12 @@ class CheckContext:
         return self.entry is not None and self.entry.claimed
 
     @property
+    def rounded(self) -> bool:
+        """Whether the target's cache gets other states than those that a certificate is of."""
+        manifest = self.memory.manifest
+        return self.config.rounds or (manifest is not None and manifest.rounded)
+
+    @property
     def certificate(self) -> Certificate | None:
         return self.entry.certificate if self.entry else None
 

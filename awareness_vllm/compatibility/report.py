@@ -40,7 +40,8 @@ class Basis(FrozenModel):
 
     "exact": computed, as for a copy of a model's own states, or from a geometry. "measured": by the
     certificate of the W-Matrix file `digest`, here on the package of that digest, or of this
-    machine. "extrapolated": by the trend of such a certificate, whose texts were all shorter.
+    machine. "extrapolated": by such a certificate, but of a memory longer than all that were
+    measured, by their trend, or of states that are rounded more than the measured ones.
     "claimed": by such a certificate that no trusted key signed, where there is a trust file, or
     where a registry only lists it. "prior": published in `source`, or of another machine; not
     measured here.

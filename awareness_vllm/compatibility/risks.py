@@ -101,7 +101,7 @@ def lost_facts(check: CheckContext) -> Iterator[tuple[Impact, str]]:
 @risk
 def rounded(check: CheckContext) -> Iterator[tuple[Impact, str]]:
     """A latent in int8."""
-    if check.memory.latent is not None and check.memory.latent.dtype == "int8":
+    if check.memory.manifest is not None and check.memory.manifest.rounded:
         yield "low", "its latent is rounded to int8, which the certificate's figures are not"
 
 
@@ -150,7 +150,7 @@ def other_weights(config: TargetConfig) -> tuple[RiskFactor, ...]:
 
 def other_cache(config: TargetConfig) -> tuple[RiskFactor, ...]:
     """A cache that rounds the states."""
-    if not config.kv_cache_dtype.startswith("fp8"):
+    if not config.rounds:
         return ()
     text = f"a {config.kv_cache_dtype} cache rounds the memory's states: a loss never measured here"
     return (RiskFactor(description=text, impact="low"),)

@@ -115,6 +115,11 @@ class TargetConfig(FrozenModel):
                 expected=f"auto, fp8 or fp8_e4m3; attention computes in {computed}",
             )
 
+    @property
+    def rounds(self) -> bool:
+        """Whether the cache rounds states more than attention does."""
+        return self.kv_cache_dtype.startswith("fp8")
+
     def computed_in(self, geometry: Geometry) -> str:
         """The dtype that attention computes in; float32 only where it is set, as in vLLM."""
         own = "bfloat16" if geometry.dtype == "float32" else geometry.dtype

@@ -104,6 +104,11 @@ class Manifest(FrozenModel):
         """The number of those tokens."""
         return self.tokens if self.latent is None else self.latent.tokens
 
+    @property
+    def rounded(self) -> bool:
+        """Whether the file holds a latent in int8."""
+        return self.latent is not None and self.latent.dtype == "int8"
+
     def first_token(self, layer: int) -> int:
         """The index of the first token whose states a layer holds."""
         return self.first_tokens[layer] if self.first_tokens else 0

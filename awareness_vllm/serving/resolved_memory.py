@@ -25,9 +25,10 @@ class Promise:
     measured it.
 
     `basis` is "own" for states of the served model itself, "measured" or "extrapolated" (a memory
-    longer than all that were measured) by a certificate, "claimed" by one that no trusted key
-    signed where one should. `margin` is the retention above what the same cost buys without a
-    memory, None where the certificate has no controls; not positive, there is no reason to load.
+    longer than all that were measured, or one whose states are rounded) by a certificate, "claimed"
+    by one that no trusted key signed where one should. `margin` is the retention above what the
+    same cost buys without a memory, None where the certificate has no controls; not positive, there
+    is no reason to load.
     """
 
     retention: float | None = None
@@ -44,7 +45,8 @@ class ResolvedMemory:
     (None: an exact copy), its prompt ids, of which the first `prefix` stand only at the beginning
     of a prompt, the trusted key that signed the package, and its text with the bytes [T, 2] of the
     tokens after the prefix (None where nothing of it can be re-read), beside the served model's
-    embeddings of words, where they can be read."""
+    embeddings of words, where they can be read. Its states are `rounded` if they come of a latent
+    in int8 or go into a cache in fp8."""
 
     id: str
     digest: str
@@ -55,6 +57,7 @@ class ResolvedMemory:
     signed_by: str | None = None
     text: tuple[str, Spans] | None = None
     vectors: WordVectors | None = None
+    rounded: bool = False
 
     @functools.cached_property
     def index(self) -> PassageIndex | None:
@@ -87,7 +90,7 @@ class ResolvedMemory:
         if (certificate := self.wmatrix.certificate) is None:
             return Promise()
         plan = with_tail(certificate, self.tokens, tail, reread)
-        basis: PromiseBasis = basis_of(certificate, self.tokens)
+        basis: PromiseBasis = basis_of(certificate, self.tokens, rounded=self.rounded)
         return Promise(
             plan.retention.mean,
             "claimed" if self.wmatrix.claimed else basis,

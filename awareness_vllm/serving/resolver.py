@@ -258,6 +258,7 @@ class MemoryResolver:
             signed_by,
             text,
             word_vectors(model.folder) if text else None,
+            rounded=index.manifest.rounded or model.rounds,
         )
 
     def append_question(self, prompt: Prompt, question: list[int]) -> list[int]:

@@ -24,13 +24,15 @@ if TYPE_CHECKING:
 class ServedModel:
     """A model's `folder`, its context window of `max_model_len` tokens, the `geometry` of its KV
     cache (LongRoPE's positions depend on the window), and the ids `prefix` that its tokenizer puts
-    before every text. `largest` is the greatest magnitude of a state in its cache."""
+    before every text. `largest` is the greatest magnitude of a state in its cache, which `rounds`
+    states where it is in fp8."""
 
     folder: Path
     max_model_len: int
     geometry: Geometry
     prefix: tuple[int, ...] = ()
     largest: float = math.inf
+    rounds: bool = False
 
     @classmethod
     def read(cls, model: str | Path, max_model_len: int) -> ServedModel:
@@ -49,7 +51,9 @@ class ServedModel:
         model = vllm_config.model_config
         # A name only in what the user passes; vLLM has resolved it by now.
         dtype = cast(torch.dtype, model.dtype)
-        return replace(cls.read(model.model, model.max_model_len), largest=largest(dtype))
+        rounds = vllm_config.cache_config.cache_dtype.startswith("fp8")
+        read = cls.read(model.model, model.max_model_len)
+        return replace(read, largest=largest(dtype), rounds=rounds)
 
     def without_prefix(self, ids: Sequence[int]) -> list[int]:
         """The ids of a text without the tokenizer's prefix, however often it stands before them: a

@@ -11,7 +11,7 @@ from awareness_vllm.errors import QualityUnreachable
 from awareness_vllm.wmatrix.certificate import Certificate, Interval, Plan
 
 PlanBasis = Literal["measured", "extrapolated"]
-"""Whether memories at least as long were measured, or only shorter ones."""
+"""Whether memories at least as long, with such states, were measured; or only ones like them."""
 ASSUMED_TREND = -0.06
 """What a figure gains for each factor of e in length where only one length was measured: the maps
 that were measured at several lost about so much of their retention (docs/results.md)."""
@@ -22,9 +22,15 @@ def longest_context(certificate: Certificate) -> int:
     return max(plan.context for plan in certificate.plans)
 
 
-def basis_of(certificate: Certificate, context: int) -> PlanBasis:
-    """The basis of the figures for a memory of `context` tokens."""
-    return "measured" if context <= longest_context(certificate) else "extrapolated"
+def basis_of(certificate: Certificate, context: int, *, rounded: bool = False) -> PlanBasis:
+    """The basis of the figures for a memory of `context` tokens.
+
+    Args:
+        rounded: whether its states come of a latent in int8, or go into a cache in fp8: the
+            certificate is of states that were not rounded.
+    """
+    within = context <= longest_context(certificate)
+    return "measured" if within and not rounded else "extrapolated"
 
 
 def plans_for(certificate: Certificate, context: int) -> list[Plan]:

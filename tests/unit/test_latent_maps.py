@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 from latent_pairs import RANK, Pair
-from memories_server import CHECK, LOAD, server_of_tenants
+from memories_server import CHECK, LOAD, certificate_with, server_of_tenants
 
 from awareness_vllm.align.latent import check_exportable, to_latent
+from awareness_vllm.aligners.aligner import KVCacheAligner
 from awareness_vllm.aligners.multihop import MultiHopRouter
 from awareness_vllm.cli.main import main
 from awareness_vllm.compatibility.advice import advice
@@ -213,3 +214,32 @@ def test_a_server_says_what_it_can_do_with_it(pair: Pair, tmp_path: Path) -> Non
             assert loaded.status_code == 422
             assert reason in loaded.text
             assert reason in detail["compatibility"]["reason"]
+
+
+def test_no_certificate_has_measured_rounded_states(pair: Pair, tmp_path: Path) -> None:
+    """Of a latent in int8, and of all memories in a cache in fp8."""
+    certificate = certificate_with(0.875)
+    certificate["plans"][0]["context"] = 1 << 14
+    manifest = pair.map.manifest.model_copy(update={"certificate": certificate})
+    replace(pair.map, manifest=manifest).save(tmp_path / "pair.wmatrix")
+    server = server_of_tenants(tmp_path, pair.target, wmatrices=[str(tmp_path / "pair.wmatrix")])
+    shutil.copytree(pair.store, server.stores / "acme", dirs_exist_ok=True)
+    server.set_window(1 << 14)
+    resolver, aligner = (
+        server.resolver,
+        KVCacheAligner(*pair[:2], wmatrix=tmp_path / "pair.wmatrix"),
+    )
+    checker = MemoryCompatibilityChecker([tmp_path / "pair.wmatrix"], store=pair.store)
+    for name, basis in (("plain", "measured"), ("latent", "measured"), ("int8", "extrapolated")):
+        answer = server.get(pair.ids[name])["compatibility"]
+        assert (answer["retention"], answer["basis"]) == (0.875, basis)
+        assert server.call(CHECK, pair.ids[name]).json()["basis"]["kind"] == basis
+        state = aligner.align(pair.path(name))
+        assert state.basis is not None
+        assert (state.quality_score, state.basis.kind) == (0.875, basis)
+        fp8 = checker.check(pair.path(name), pair.target, {"kv_cache_dtype": "fp8"})
+        assert fp8.basis is not None
+        assert fp8.basis.kind == "extrapolated"
+        server.serve(resolver.with_model(replace(resolver.model, rounds=True)))
+        assert server.get(pair.ids[name])["compatibility"]["basis"] == "extrapolated"
+        server.serve(resolver)
