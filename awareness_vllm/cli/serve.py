@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    from awareness_vllm.serving.launch import command, serving_config
+    from awareness_vllm.serving.launch import check_model, command, serving_config
     from awareness_vllm.serving.plugin import register
     from awareness_vllm.serving.remote_maps import with_registry_maps
 
@@ -82,6 +82,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         capture_quota_gib=args.capture_quota_gib,
         min_free_gib=args.min_free_gib,
     )
+    check_model(args.model)
     config = with_registry_maps(config, args.model)
     return {"argv": command(args.model, config, args.flags)}
 

@@ -11,10 +11,12 @@ from pathlib import Path
 
 from awareness_vllm.errors import BadInput
 from awareness_vllm.files import default_store
+from awareness_vllm.models.folder import is_model_folder
 from awareness_vllm.packages.manifest import check_id
 from awareness_vllm.serving.config import WORKER_EXTENSION, ServingConfig, transfer_config
 from awareness_vllm.serving.registry import absolute_registry
 from awareness_vllm.serving.remote_maps import local_map
+from awareness_vllm.serving.served_model import ServedModel
 from awareness_vllm.serving.tenants import Tenants
 from awareness_vllm.serving.trust import trust_of, trusted_maps
 from awareness_vllm.trust.policy import TrustPolicy
@@ -73,6 +75,17 @@ def serving_config(
 
 def _absolute(path: Path | None) -> str | None:
     return str(path.expanduser().resolve()) if path else None
+
+
+def check_model(model: str) -> None:
+    """Read of a model's folder what the server will read of it. A model's name is left to vLLM,
+    which may download it.
+
+    Raises:
+        UnsupportedModel
+    """
+    if is_model_folder(model):
+        ServedModel.read(model, max_model_len=0)  # vLLM fails on such files without naming them
 
 
 def command(model: str, config: ServingConfig, flags: Sequence[str] = ()) -> list[str]:

@@ -17,6 +17,7 @@ from awareness_vllm.errors import UnsupportedModel
 from awareness_vllm.models.describe import geometry_of
 from awareness_vllm.models.folder import INDEX, LFS_POINTER, weights_fingerprint
 from awareness_vllm.models.hf import cannot_load, load_model
+from awareness_vllm.serving import launch
 
 pytestmark = pytest.mark.unit
 
@@ -96,6 +97,23 @@ def test_a_damaged_file_is_named(
     if name == WEIGHTS:
         with pytest.raises(UnsupportedModel, match=WEIGHTS):
             load_model(model)
+
+
+@pytest.mark.parametrize(("name", "damage", "says"), DAMAGE)
+def test_serve_names_a_damaged_file_before_vllm_starts(
+    name: str,
+    damage: Callable[[bytes], bytes],
+    says: str,
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(launch, "become", lambda argv, **options: pytest.fail("vLLM started"))
+    (model / name).write_bytes(damage((model / name).read_bytes()))
+    assert main(["serve", str(model), "--store", str(model.parent), "--json"]) == 1
+    error = json.loads(capfd.readouterr().out)["error"]
+    assert error["type"] == "UnsupportedModel"
+    assert says in " ".join(str(value) for value in error.values())
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", WEIGHTS])
