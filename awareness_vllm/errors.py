@@ -81,7 +81,7 @@ class TooManyLoads(AwarenessError):
 
 
 class StorageFull(AwarenessError):
-    """A capture for which the tenant's quota, or the disk, has no room."""
+    """What a quota or the disk has no room for, or a disk that nothing can be written to."""
 
     status = 507
 

@@ -49,6 +49,15 @@ def is_disk_full(error: BaseException) -> bool:
     return match is not None and int(match[1]) in FULL
 
 
+def disk_error(error: BaseException) -> str | None:
+    """What the system says in an error of a writer: that the disk is full, or the folder read-only;
+    None where the error is another one."""
+    if isinstance(error, OSError):
+        return error.strerror or type(error).__name__
+    match = OS_ERROR.search(str(error))
+    return os.strerror(int(match[1])) if match else None
+
+
 @contextlib.contextmanager
 def scratch_folder(folder: Path) -> Iterator[Path]:
     """A new folder in a folder, for drafts; removed when the block ends. What killed processes left

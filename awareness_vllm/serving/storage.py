@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from awareness_vllm.errors import StorageFull
-from awareness_vllm.files import is_disk_full
+from awareness_vllm.files import disk_error
 from awareness_vllm.serving.config import ServingConfig
 
 GIB = 2**30
@@ -64,18 +64,19 @@ class CaptureLimits:
             try:
                 return publish()
             except Exception as error:
-                if is_disk_full(error):
-                    raise disk_full() from error
+                if found := disk_error(error):
+                    raise not_written(found) from error
                 raise
 
 
-def disk_full() -> StorageFull:
-    """The error of a capture that the disk had no room for after all."""
+def not_written(found: str) -> StorageFull:
+    """The error of a capture that the disk did not take after all, with what the system says."""
     return StorageFull(
         "the capture could not be written",
-        found="no space left on the disk",
+        found=found,
         expected="room for the prompt's states, in the store and in the folder for temporary files",
-        remedy="free some space; --min-free-gib says how much captures leave",
+        remedy="free some space (--min-free-gib says how much captures leave), and see that the "
+        "server may write to both folders",
     )
 
 

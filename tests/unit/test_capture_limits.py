@@ -29,7 +29,7 @@ from awareness_vllm.serving import storage
 from awareness_vllm.serving.api.capture import announce_capture
 from awareness_vllm.serving.api.scratch import PREFIX, ScratchFolder
 from awareness_vllm.serving.config import ServingConfig
-from awareness_vllm.serving.connector.capture_queue import DISK_FULL
+from awareness_vllm.serving.connector.capture_queue import NOT_WRITTEN
 from awareness_vllm.serving.connector.kv_reader import CAPTURE_KEY
 from awareness_vllm.serving.connector.worker_extension import ANNOUNCE, FORGET, STATE
 from awareness_vllm.serving.http import client_error
@@ -167,9 +167,12 @@ def test_captures_on_their_way_are_bounded(capturing: Capturing) -> None:
     capturing.run()
 
 
-def test_a_full_disk_is_said_so(capturing: Capturing, monkeypatch: pytest.MonkeyPatch) -> None:
-    capturing.server.engine.answers[STATE] = [DISK_FULL]
-    with pytest.raises(StorageFull) as full:
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
+def test_a_disk_that_takes_no_capture_is_said_so(
+    code: int, capturing: Capturing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capturing.server.engine.answers[STATE] = [NOT_WRITTEN + os.strerror(code)]
+    with pytest.raises(StorageFull, match=os.strerror(code)) as full:
         capturing.run()
     error: Any = client_error(full.value)
     assert error.http_status == 507
@@ -179,10 +182,10 @@ def test_a_full_disk_is_said_so(capturing: Capturing, monkeypatch: pytest.Monkey
     capturing.server.engine.answers[STATE] = [""]
 
     def publish(*args: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr("awareness_vllm.serving.api.capture.publish", publish)
-    with pytest.raises(StorageFull):
+    with pytest.raises(StorageFull, match=os.strerror(code)):
         capturing.run()
     assert capturing.left == []
 

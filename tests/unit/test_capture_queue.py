@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import threading
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from awareness_vllm.errors import AwarenessError
 from awareness_vllm.serving.connector import capture_queue as module
 from awareness_vllm.serving.connector.capture_queue import (
-    DISK_FULL,
+    NOT_WRITTEN,
     PENDING,
     CaptureQueue,
     States,
@@ -103,15 +104,25 @@ def test_an_error_while_writing_is_reported(tmp_path: Path) -> None:
     assert "No such file" in status_of(captures, "a")
 
 
-def test_a_full_disk_is_reported_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), errno.ENOSPC),
+        (OSError(errno.EROFS, "Read-only file system"), errno.EROFS),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), errno.ENOSPC),
+    ],
+)
+def test_a_disk_that_takes_no_capture_is_reported_as_such(
+    error: Exception, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*args: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
 
     monkeypatch.setattr(module, "save_file", full)
     captures = CaptureQueue()
     captures.announce("a", str(tmp_path / "states"))
     captures.capture("a", states)
-    assert status_of(captures, "a") == DISK_FULL
+    assert status_of(captures, "a") == NOT_WRITTEN + os.strerror(code)
 
 
 @pytest.mark.parametrize("when", ["queued", "being written", "written"])

@@ -21,7 +21,7 @@ from awareness_vllm.packages.store import memory_not_found
 from awareness_vllm.serving.api.passages import Passages
 from awareness_vllm.serving.api.prefetch import POLL_S, Prefetches
 from awareness_vllm.serving.api.scratch import ScratchFolder
-from awareness_vllm.serving.connector.capture_queue import DISK_FULL, PENDING
+from awareness_vllm.serving.connector.capture_queue import NOT_WRITTEN, PENDING
 from awareness_vllm.serving.connector.kv_reader import CAPTURE_KEY
 from awareness_vllm.serving.connector.worker_extension import (
     ANNOUNCE,
@@ -38,7 +38,7 @@ from awareness_vllm.serving.params import LoadParams, kv_transfer_params
 from awareness_vllm.serving.prompt import Prompt, head_name
 from awareness_vllm.serving.request import MemoryRequest
 from awareness_vllm.serving.resolver import MemoryResolver
-from awareness_vllm.serving.storage import disk_full
+from awareness_vllm.serving.storage import not_written
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
@@ -216,7 +216,7 @@ class MemoryEngineClient:
         """The states of a capture from its file, which is removed.
 
         Raises:
-            StorageFull: the disk is full.
+            StorageFull: the disk did not take them.
             AwarenessError: they were not read back, or not written in time; discard it.
         """
         try:
@@ -226,8 +226,9 @@ class MemoryEngineClient:
             raise AwarenessError(
                 "the prompt was not captured", found=f"nothing after {WRITE_TIMEOUT_S:.0f} s"
             ) from error
-        if DISK_FULL in answers:
-            raise disk_full()
+        for answer in answers:
+            if answer.startswith(NOT_WRITTEN):
+                raise not_written(answer.removeprefix(NOT_WRITTEN))
         if errors := [answer for answer in answers if answer]:
             raise AwarenessError("the prompt was not captured", found=errors[0])
         path = self._path(key)

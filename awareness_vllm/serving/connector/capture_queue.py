@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from awareness_vllm.errors import AwarenessError
-from awareness_vllm.files import atomic_write, is_disk_full
+from awareness_vllm.files import atomic_write, disk_error
 from awareness_vllm.packages.manifest import tensor_name
 from awareness_vllm.serving.connector.kv_reader import CAPTURE_KEY
 from awareness_vllm.serving.params import is_signed, signature
@@ -21,7 +21,8 @@ from awareness_vllm.serving.params import is_signed, signature
 States = dict[str, Tensor]
 """`layers.i.key` and `layers.i.value` [T, H, D]."""
 PENDING = "pending"
-DISK_FULL = "no space left on the disk"
+NOT_WRITTEN = "not written: "
+"""How the status of a capture begins that the disk did not take."""
 
 
 class CaptureQueue:
@@ -75,7 +76,8 @@ class CaptureQueue:
             self.thread.submit(_write, states, path, future)
 
     def status(self, key: str) -> str:
-        """PENDING, "" when it is done, DISK_FULL or another error; reported once."""
+        """PENDING, "" when it is done, or an error, which begins with NOT_WRITTEN where it is one of
+        the disk; reported once."""
         future = self.results.get(key)
         if future is None or not future.done():
             return PENDING
@@ -83,7 +85,9 @@ class CaptureQueue:
         error = self.results.pop(key).exception()
         if error is None:
             return ""
-        return DISK_FULL if is_disk_full(error) else str(error) or type(error).__name__
+        if found := disk_error(error):
+            return NOT_WRITTEN + found
+        return str(error) or type(error).__name__
 
     def collect(self, key: str) -> States:
         """The states of a capture that has no file. Raises AwarenessError."""
