@@ -39,7 +39,7 @@ MEMORIES = 8
 BLOCK = 128
 """Tokens in a block of vLLM's CPU backend."""
 MAX_MODEL_LEN = 2048
-BLOCKS_PER_STREAM = 1.0
+BLOCKS_PER_STREAM = 2.0
 """A request takes three to seven blocks: a fraction of the streams fits, and has to grow."""
 OUTPUT_TOKENS = (32, 64, 128)
 """Long enough that requests need blocks which others have taken since they began."""
@@ -163,7 +163,7 @@ def make_requests(memories: list[str], plain: list[str], rng: random.Random) -> 
 
 def flags(model: Path, streams: int, store: Path) -> list[object]:
     """Flags of a float32 server whose KV cache is too small for its streams."""
-    token = 2 * geometry_of(model).width * 4
+    token = geometry_of(model).width * 4
     blocks = max(MAX_MODEL_LEN // BLOCK + 2, int(BLOCKS_PER_STREAM * streams))
     return [
         "--store", store, "--dtype", "float32", "--enforce-eager", "--block-size", BLOCK,

@@ -81,14 +81,15 @@ def as_package(
 
 
 def cache_bytes(geometry: Geometry, tokens: int) -> int:
-    """Bytes of KV cache for one request, with room for blocks that are not full."""
-    return state_bytes(geometry, tokens + BLOCK_SLACK)
+    """Bytes of KV cache for one request, with room for blocks that are not full; twice, since what
+    vLLM adds to pages of layers that differ is not known before it starts."""
+    return 2 * state_bytes(geometry, tokens + BLOCK_SLACK)
 
 
 def state_bytes(geometry: Geometry, tokens: int) -> int:
     """Bytes of the keys and values of so many tokens, of all layers."""
     itemsize = getattr(torch, geometry.dtype).itemsize
-    return 2 * tokens * geometry.width * itemsize
+    return int(tokens * geometry.width * itemsize)  # the width is that of keys and values
 
 
 def _prefill(model: Path, ids: list[int], states: Path, cache: int) -> None:

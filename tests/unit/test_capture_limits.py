@@ -157,6 +157,16 @@ def test_a_quota_and_free_space_are_kept(
     assert capturing.left == []
 
 
+def test_a_capture_is_admitted_by_the_bytes_of_its_states(
+    capturing: Capturing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    monkeypatch.setattr(CaptureLimits, "check", lambda self, folder, size: sizes.append(size))
+    capturing.run()
+    expected, written = sizes
+    assert expected == written
+
+
 def test_captures_on_their_way_are_bounded(capturing: Capturing) -> None:
     capturing.server.admission.max_loads = 1
     held = asyncio.run(capturing.server.admission.admit_capture("another", 1))
