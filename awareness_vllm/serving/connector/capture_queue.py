@@ -76,8 +76,8 @@ class CaptureQueue:
             self.thread.submit(_write, states, path, future)
 
     def status(self, key: str) -> str:
-        """PENDING, "" when it is done, or an error, which begins with NOT_WRITTEN if it is one of the
-        disk; reported once."""
+        """PENDING, "" when it is done, or an error, reported once; one of the disk begins with
+        NOT_WRITTEN."""
         future = self.results.get(key)
         if future is None or not future.done():
             return PENDING
