@@ -60,7 +60,8 @@ registry:
 	$(call debian,docker-registry,docker-registry)
 
 # Two processes for what needs no engine, of one thread each: of two, they would wait for each other.
-UNIT := $(BIN)/python -m pytest -n 2 --dist loadfile
+# Neither imports the other folders' files and what those import.
+UNIT := $(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/engine --ignore=tests/browser
 ENGINE := $(BIN)/python -m pytest
 
 # All of it even where one part fails; the status is the first failure's. An engine's start keeps one
