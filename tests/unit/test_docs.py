@@ -13,13 +13,14 @@ import importlib
 import json
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 from doc_blocks import MEMORY, PAGES, ROOT, Block, blocks, commands, inline, name_of, prose
 
-from awareness_vllm.cli.main import parser
+from awareness_vllm.cli import main
 from awareness_vllm.models.geometry import Geometry, Positions
 from awareness_vllm.packages.manifest import Manifest
 from awareness_vllm.serving.config import WORKER_EXTENSION, ServingConfig, transfer_config
@@ -87,11 +88,16 @@ def test_named_files_and_modules_exist(page: Path) -> None:
 # Commands
 
 
+parser = cache(main.parser)
+
+
+@cache
 def subparsers() -> dict[str, argparse.ArgumentParser]:
     (action,) = (a for a in parser()._actions if isinstance(a, argparse._SubParsersAction))
     return dict(action.choices)
 
 
+@cache
 def script_flags(path: Path) -> tuple[dict[str, bool], bool]:
     """A script's flags and whether each is required; and whether it takes others, too."""
     source = path.read_text()

@@ -9,6 +9,7 @@ FOLDER holds the package `vllm`, such as an unpacked wheel.
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ BASES = tuple(
 OWN = ("failing",)
 """Methods of our connector that vLLM does not call."""
 FOLDERS = ("awareness_vllm", "demo", "benchmarks", "examples")
+IMPORT = re.compile(r"\b(import|from)\b.*\bvllm\b")
+"""In every file that imports vLLM, and few others: those need not be parsed."""
 USED = {
     "vllm.config.VllmConfig": (
         "cache_config compilation_config device_config kv_transfer_config model_config "
@@ -182,7 +185,8 @@ def _definitions(body: Sequence[ast.stmt]) -> Iterator[tuple[str, ast.AST]]:
 def imported(folders: Sequence[str] = FOLDERS) -> Iterator[tuple[Path, str, str]]:
     """The file, module and name ("" for the module itself) of each import of vLLM."""
     for path in (path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))):
-        for node in ast.walk(ast.parse(path.read_text())):
+        text = path.read_text()
+        for node in ast.walk(ast.parse(text)) if IMPORT.search(text) else ():
             if isinstance(node, ast.Import):
                 for alias in node.names:
                     if alias.name.split(".")[0] == "vllm":
