@@ -269,6 +269,17 @@ def anchors() -> list[Document]:
     return [Document(f"d{i}", text()) for i in range(10)]
 
 
+@pytest.fixture(scope="session")
+def fitted(tiny_models: tuple[Path, Path], anchors: list[Document]) -> WMatrix:
+    """The map from the first tiny model to the second, without a certificate."""
+    from awareness_vllm.fit import fit, gather  # late: it imports transformers
+
+    config = fit.FitConfig(tokens=1000, rank=4, predecessors=0, calibration=0, held_out=0.3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gather, "CHUNK_ROWS", 256)
+        return fit.fit(*tiny_models, anchors, config, progress=False)
+
+
 @pytest.fixture
 def server(
     tmp_path: Path, tiny_models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch

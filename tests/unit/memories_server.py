@@ -7,11 +7,13 @@ import inspect
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
+from starlette.routing import BaseRoute
 from starlette.testclient import TestClient
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 
@@ -146,9 +148,17 @@ class Server:
         self.resolver.registry = Registry((entry,))
 
 
+@cache
+def routes() -> list[BaseRoute]:
+    """Our routes as an app includes them, which takes ten milliseconds: they keep no state."""
+    including = APIRouter()
+    including.include_router(router)
+    return including.routes
+
+
 def app() -> FastAPI:
     made = FastAPI()
-    made.include_router(router)
+    made.router.routes.extend(routes())
     made.add_middleware(Guard, memory_routes=())
     answer_unauthorized(made)
     answer_busy(made)

@@ -13,17 +13,14 @@ import torch
 
 from awareness_vllm.align.realign import AlignedMemory, copy
 from awareness_vllm.aligners.answer import COMPLETION, OfflineMemory, OfflineTarget
-from awareness_vllm.anchors.corpus import Document
 from awareness_vllm.cli.main import main
 from awareness_vllm.errors import AwarenessError, BadInput, ContextTooLong, NoWMatrix
 from awareness_vllm.files import wmatrices_dir
-from awareness_vllm.fit import gather
-from awareness_vllm.fit.config import FitConfig
-from awareness_vllm.fit.fit import fit
 from awareness_vllm.models.hf import states
 from awareness_vllm.models.tokens import tokenize
 from awareness_vllm.packages.capture import capture
 from awareness_vllm.packages.file import Package, publish, without_text
+from awareness_vllm.wmatrix.file import WMatrix
 
 pytestmark = pytest.mark.unit
 
@@ -33,15 +30,10 @@ Models = tuple[Path, Path]
 
 
 @pytest.fixture(scope="module")
-def pair(
-    tiny_models: Models, anchors: list[Document], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def pair(fitted: WMatrix, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A fitted map in a file."""
-    config = FitConfig(tokens=1000, rank=4, predecessors=0, calibration=0, held_out=0.3)
     path = tmp_path_factory.mktemp("maps") / "pair.wmatrix"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gather, "CHUNK_ROWS", 256)
-        fit(*tiny_models, anchors, config, progress=False).to_int8().save(path)
+    fitted.to_int8().save(path)
     return path
 
 

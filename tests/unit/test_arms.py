@@ -18,7 +18,6 @@ from awareness_vllm.evaluate.bootstrap import margin, share
 from awareness_vllm.evaluate.conditions import EvalHarness
 from awareness_vllm.evaluate.flops import Prefill, map_flop, plan_cost, plan_flop
 from awareness_vllm.evaluate.reader import Reader, Text
-from awareness_vllm.fit import fit, gather
 from awareness_vllm.models.describe import geometry_of
 from awareness_vllm.models.hf import load_model, states
 from awareness_vllm.models.tokens import load_tokenizer, tokenize
@@ -28,6 +27,7 @@ from awareness_vllm.passages.quotes import quote
 from awareness_vllm.passages.vectors import word_vectors
 from awareness_vllm.wmatrix.certificate import CONTROLS
 from awareness_vllm.wmatrix.features import joined
+from awareness_vllm.wmatrix.file import WMatrix
 
 pytestmark = pytest.mark.unit
 
@@ -36,11 +36,8 @@ QUESTION = "Which dogs look on?"
 
 
 @pytest.fixture(scope="module")
-def harness(tiny_models: tuple[Path, Path], anchors: list) -> EvalHarness:
-    config = fit.FitConfig(tokens=1000, rank=4, predecessors=0, calibration=0, held_out=0.3)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gather, "CHUNK_ROWS", 256)
-        return EvalHarness(*tiny_models, fit.fit(*tiny_models, anchors, config, progress=False))
+def harness(tiny_models: tuple[Path, Path], fitted: WMatrix) -> EvalHarness:
+    return EvalHarness(*tiny_models, fitted)
 
 
 @pytest.fixture(scope="module")

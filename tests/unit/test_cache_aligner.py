@@ -20,13 +20,11 @@ from awareness_vllm.anchors.corpus import Document
 from awareness_vllm.errors import NoWMatrix, QualityUnreachable, UnsupportedModel
 from awareness_vllm.evaluate.evaluate import TextFigures
 from awareness_vllm.files import file_digest
-from awareness_vllm.fit import gather
-from awareness_vllm.fit.config import FitConfig
-from awareness_vllm.fit.fit import fit
 from awareness_vllm.models.hf import load_model, states
 from awareness_vllm.packages.capture import capture
 from awareness_vllm.packages.file import Package, publish
 from awareness_vllm.wmatrix.certificate import Certificate
+from awareness_vllm.wmatrix.file import WMatrix
 
 pytestmark = pytest.mark.unit
 
@@ -65,18 +63,12 @@ def certificate() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def maps(
-    tiny_models: Models, anchors: list[Document], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, Path]:
+def maps(fitted: WMatrix, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The same fitted map without a certificate, and with one."""
     root = tmp_path_factory.mktemp("maps")
-    config = FitConfig(tokens=1000, rank=4, predecessors=0, calibration=0, held_out=0.3)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gather, "CHUNK_ROWS", 256)
-        plain = fit(*tiny_models, anchors, config, progress=False)
-    manifest = plain.manifest.model_copy(update={"certificate": certificate()})
-    plain.save(root / "plain" / "pair.wmatrix")
-    replace(plain, manifest=manifest).save(root / "certified" / "pair.wmatrix")
+    manifest = fitted.manifest.model_copy(update={"certificate": certificate()})
+    fitted.save(root / "plain" / "pair.wmatrix")
+    replace(fitted, manifest=manifest).save(root / "certified" / "pair.wmatrix")
     return root / "plain", root / "certified" / "pair.wmatrix"
 
 

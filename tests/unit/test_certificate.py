@@ -21,7 +21,6 @@ from awareness_vllm.evaluate.arms import PlanShape
 from awareness_vllm.evaluate.certify import build_certificate, build_plan, certify
 from awareness_vllm.evaluate.evaluate import CaseFigures, TextFigures
 from awareness_vllm.evaluate.monitor import WMatrixMonitor
-from awareness_vllm.fit import fit, gather
 from awareness_vllm.wmatrix.certificate import (
     CONTROLS,
     Certificate,
@@ -203,21 +202,13 @@ def test_lines_name_every_kind() -> None:
 
 
 @pytest.fixture
-def fitted(
-    tiny_models: tuple[Path, Path],
-    anchors: list[Document],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Path:
+def fitted(fitted: WMatrix, tmp_path: Path) -> Path:
     """A map between the tiny models, with a certificate that is not theirs: what is measured is
     set by each test."""
-    monkeypatch.setattr(gather, "CHUNK_ROWS", 256)
-    config = fit.FitConfig(tokens=1000, rank=4, predecessors=0, calibration=0, held_out=0.3)
-    wmatrix = fit.fit(*tiny_models, anchors, config, progress=False)
     document = build_certificate(PROTOCOL, texts(), cases(), METRICS, PLANS).model_dump(mode="json")
-    manifest = wmatrix.manifest.model_copy(update={"certificate": document})
+    manifest = fitted.manifest.model_copy(update={"certificate": document})
     path = tmp_path / "tiny.wmatrix"
-    replace(wmatrix, manifest=manifest).save(path)
+    replace(fitted, manifest=manifest).save(path)
     return path
 
 

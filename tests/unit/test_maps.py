@@ -9,12 +9,8 @@ import pytest
 from awareness_demo.wmatrices import MAPS, name_of, provide, shipped
 from tokenizers import Tokenizer
 
-from awareness_vllm.anchors.corpus import Document
 from awareness_vllm.files import file_digest, wmatrices_dir
-from awareness_vllm.fit import gather
-from awareness_vllm.fit.config import FitConfig
-from awareness_vllm.fit.fit import fit
-from awareness_vllm.wmatrix.file import load
+from awareness_vllm.wmatrix.file import WMatrix, load
 from awareness_vllm.wmatrix.manifest import read_manifest
 
 pytestmark = pytest.mark.unit
@@ -34,15 +30,10 @@ def test_a_shipped_map_is_small_certified_and_named_with_its_digest(path: Path) 
 
 
 @pytest.fixture(scope="module")
-def maps(
-    tiny_models: Models, anchors: list[Document], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def maps(tiny_models: Models, fitted: WMatrix, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the map between two models."""
     folder = tmp_path_factory.mktemp("shipped")
-    config = FitConfig(tokens=1000, rank=4, predecessors=0, calibration=0, held_out=0.3)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gather, "CHUNK_ROWS", 256)
-        fit(*tiny_models, anchors, config, progress=False).save(folder / name_of(*tiny_models))
+    fitted.save(folder / name_of(*tiny_models))
     return folder
 
 

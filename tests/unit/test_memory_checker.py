@@ -15,7 +15,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from awareness_vllm import MemoryCompatibilityChecker
-from awareness_vllm.anchors.corpus import Document
 from awareness_vllm.cli.main import main
 from awareness_vllm.compatibility import appraisal, self_test
 from awareness_vllm.compatibility.context import SelfTest
@@ -23,14 +22,11 @@ from awareness_vllm.compatibility.estimate import predict
 from awareness_vllm.compatibility.load_time.speed import REFERENCE
 from awareness_vllm.compatibility.report import CompatibilityReport, level_of
 from awareness_vllm.errors import BadInput, PackageCorrupt
-from awareness_vllm.fit import gather
-from awareness_vllm.fit.config import FitConfig
-from awareness_vllm.fit.fit import fit
 from awareness_vllm.models import describe
 from awareness_vllm.packages.capture import capture
 from awareness_vllm.packages.file import Package, publish
 from awareness_vllm.wmatrix.certificate import Certificate, Interval
-from awareness_vllm.wmatrix.file import load
+from awareness_vllm.wmatrix.file import WMatrix, load
 
 pytestmark = pytest.mark.unit
 
@@ -82,15 +78,10 @@ def controlled(kept: float, margin: float | None) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def plain(
-    tiny_models: Models, anchors: list[Document], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def plain(fitted: WMatrix, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A fitted map that nobody measured."""
     path = tmp_path_factory.mktemp("plain") / "pair.wmatrix"
-    config = FitConfig(tokens=1000, rank=4, predecessors=0, calibration=0, held_out=0.3)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gather, "CHUNK_ROWS", 256)
-        fit(*tiny_models, anchors, config, progress=False).save(path)
+    fitted.save(path)
     return path
 
 

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from families import TRAINED, save
 
-from awareness_vllm.anchors.corpus import Document
 from awareness_vllm.compatibility.memory_checker import MemoryCompatibilityChecker
 from awareness_vllm.errors import (
     ContextTooLong,
@@ -23,9 +22,6 @@ from awareness_vllm.errors import (
     QualityUnreachable,
     UnsupportedRequest,
 )
-from awareness_vllm.fit import gather
-from awareness_vllm.fit.config import FitConfig
-from awareness_vllm.fit.fit import fit
 from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.packages.capture import capture
 from awareness_vllm.packages.file import build, publish, read_index
@@ -38,6 +34,7 @@ from awareness_vllm.serving.request import MemoryRequest
 from awareness_vllm.serving.resolver import MemoryResolver
 from awareness_vllm.serving.served_model import ServedModel
 from awareness_vllm.wmatrix.certificate import Certificate, Interval, Plan
+from awareness_vllm.wmatrix.file import WMatrix
 from awareness_vllm.wmatrix.plans import basis_of, plans_for
 from awareness_vllm.wmatrix.registry import Registry, WMatrixEntry
 
@@ -48,16 +45,9 @@ OTHER = "quite other words"
 
 
 @pytest.fixture(scope="module")
-def wmatrix_file(
-    tiny_models: tuple[Path, Path],
-    anchors: list[Document],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Path:
+def wmatrix_file(fitted: WMatrix, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("map") / "pair.wmatrix"
-    config = FitConfig(tokens=1000, rank=4, predecessors=0, calibration=0, held_out=0.3)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gather, "CHUNK_ROWS", 256)
-        fit(*tiny_models, anchors, config, progress=False).save(path)
+    fitted.save(path)
     return path
 
 
