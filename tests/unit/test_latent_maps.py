@@ -6,9 +6,11 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from latent_pairs import RANK, Pair
 from memories_server import CHECK, LOAD, certificate_with, server_of_tenants
 
@@ -40,6 +42,7 @@ from awareness_vllm.packages.file import (
 )
 from awareness_vllm.packages.manifest import read_manifest
 from awareness_vllm.packages.origin import is_own
+from awareness_vllm.serving.served_model import ServedModel
 from awareness_vllm.wmatrix.file import WMatrix
 from awareness_vllm.wmatrix.registry import Registry
 
@@ -243,3 +246,14 @@ def test_no_certificate_has_measured_rounded_states(pair: Pair, tmp_path: Path) 
         server.serve(resolver.with_model(replace(resolver.model, rounds=True)))
         assert server.get(pair.ids[name])["compatibility"]["basis"] == "extrapolated"
         server.serve(resolver)
+
+
+@pytest.mark.parametrize(("dtype", "rounds"), [("auto", False), ("bfloat16", False), ("fp8", True)])
+def test_a_server_knows_whether_its_cache_rounds(pair: Pair, dtype: str, rounds: bool) -> None:
+    vllm_config: Any = SimpleNamespace(
+        model_config=SimpleNamespace(
+            model=str(pair.target), max_model_len=64, dtype=torch.bfloat16
+        ),
+        cache_config=SimpleNamespace(cache_dtype=dtype),
+    )
+    assert ServedModel.of(vllm_config).rounds == rounds

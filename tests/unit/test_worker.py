@@ -294,6 +294,7 @@ def test_the_worker_of_a_vllm_process(
         model_config=SimpleNamespace(
             model=str(tiny_models[1]), max_model_len=64, dtype=torch.bfloat16
         ),
+        cache_config=SimpleNamespace(cache_dtype="auto"),
         compilation_config=SimpleNamespace(
             static_forward_context={name: layer for name in (*NAMES, "another")}
         ),
