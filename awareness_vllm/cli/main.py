@@ -22,6 +22,22 @@ SUBCOMMANDS = (
 )
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose arguments, if they are `intermixed`, may stand among its options, as those of
+    git and docker."""
+
+    intermixed = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        if not self.intermixed:
+            return super().parse_known_args(args, namespace)
+        self.intermixed = False  # this comes back here for the options, then for what is left
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self.intermixed = True
+
+
 def parser(names: Sequence[str] = SUBCOMMANDS) -> argparse.ArgumentParser:
     """The parser of subcommands, all of them by default.
 
@@ -30,9 +46,7 @@ def parser(names: Sequence[str] = SUBCOMMANDS) -> argparse.ArgumentParser:
     optionally `after(args, result)`, which runs once the result is printed, and `status(result)`,
     the exit status.
     """
-    top = argparse.ArgumentParser(
-        prog="awareness", description="Serve memories of one model with another."
-    )
+    top = Parser(prog="awareness", description="Serve memories of one model with another.")
     subparsers = top.add_subparsers(dest="subcommand", required=True, metavar="SUBCOMMAND")
     for name in names:
         module = importlib.import_module(f"awareness_vllm.cli.{name}".replace("-", "_"))
@@ -40,6 +54,7 @@ def parser(names: Sequence[str] = SUBCOMMANDS) -> argparse.ArgumentParser:
             name, help=module.HELP, description=module.HELP, allow_abbrev=False
         )
         module.add_arguments(sub)
+        sub.intermixed = name != "serve"  # whose unknown flags bring values, which are no arguments
         sub.add_argument("--json", action="store_true", help="print one JSON document on stdout")
         sub.set_defaults(module=module)
     return top
