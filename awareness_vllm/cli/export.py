@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     hub = parser.add_argument_group("with --hf")
     hub.add_argument("--name", help="name on the card (default: the one in the file)")
     hub.add_argument("--description", help="what it is, in one line")
-    hub.add_argument("--license", metavar="SPDX", help="licence, such as CC0-1.0")
+    hub.add_argument("--license", help="SPDX expression, such as CC0-1.0, or the hub's name")
     hub.add_argument(
         "--base-model",
         nargs="+",

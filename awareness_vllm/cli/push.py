@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--store", type=Path, help="folder in which IDs are looked up")
     parser.add_argument("--name", help="the name that it is listed by (default: the file's own)")
     parser.add_argument("--description", help="a line about it")
-    parser.add_argument("--license", help="whose terms it is under, as SPDX has them: CC-BY-4.0")
+    parser.add_argument("--license", help="SPDX expression, such as CC-BY-4.0, or the hub's name")
     parser.add_argument(
         "--tag", action="append", default=[], help="another tag than its ID; may be repeated"
     )

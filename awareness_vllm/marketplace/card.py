@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from awareness_vllm.errors import escaped
+from awareness_vllm.marketplace.licenses import HUB
 from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.packages.listing import PackageListing
 from awareness_vllm.trust.policy import Role, signature_path
@@ -20,12 +21,6 @@ from awareness_vllm.wmatrix.listing import Listing, WMatrixListing
 LIBRARY = "awareness-vllm"
 MARKUP = re.compile(r"([\\`*_{}\[\]()<>#+.!|~&:@=$^]|^-)")
 """What could begin any of Markdown's forms within a line; "-" does so only at its beginning."""
-LICENSES = re.compile(
-    r"cc0-1\.0|cc-by(-nc|-nc-nd|-nc-sa|-nd|-sa)?-[34]\.0|apache-2\.0|mit|isc|zlib|unlicense|ncsa"
-    r"|bsd-[23]-clause|bsd-3-clause-clear|[al]?gpl-3\.0|gpl-2\.0|lgpl-2\.1|mpl-2\.0|epl-[12]\.0"
-    r"|eupl-1\.[12]|ofl-1\.1|osl-3\.0|afl-3\.0|artistic-2\.0|ecl-2\.0|ms-pl|postgresql"
-)
-"""The hub's names of licences, which are those of SPDX in small letters; others are `other`."""
 
 
 def card(
@@ -61,7 +56,7 @@ def front_matter(listing: Listing, base_models: Sequence[str]) -> str:
     if license is not None:
         # The hub does not tell "this version only" from "or any later".
         known = re.sub(r"-(only|or-later)$", "", license.casefold())
-        license, name = (known, None) if LICENSES.fullmatch(known) else ("other", license)
+        license, name = (known, None) if known in HUB else ("other", license)
     data = ModelCardData(
         license=license,
         license_name=name,

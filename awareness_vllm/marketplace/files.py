@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from awareness_vllm.errors import ArtefactCorrupt, BadInput
 from awareness_vllm.files import put_in_place, scratch_folder
+from awareness_vllm.marketplace.licenses import canonical_license
 from awareness_vllm.marketplace.signatures import (
     carry_signatures,
     choose,
@@ -80,7 +81,10 @@ def push_file(
 
 
 def artefact_of(path: Path, **facts: str | None) -> Artefact:
-    """The artefact of a file, by its suffix. Raises PackageCorrupt, WMatrixCorrupt, BadInput."""
+    """The artefact of a file, by its suffix; the `license` in its canonical form. Raises
+    PackageCorrupt, WMatrixCorrupt, BadInput."""
+    if (license := facts.get("license")) is not None:
+        facts["license"] = canonical_license(license)
     try:
         match path.suffix:
             case ".safetensors":
@@ -92,7 +96,7 @@ def artefact_of(path: Path, **facts: str | None) -> Artefact:
         raise BadInput(
             f"{path.name} cannot be listed so",
             found=f"{first['loc'][0]}: {first['msg']}",
-            expected="a name, a description and a licence of one line each",
+            expected="a name, a description and a license of one line each",
         ) from error
     raise BadInput(
         f"{path.name} is no file that a registry takes",

@@ -66,7 +66,8 @@ def export_folder(
         base_models: the source and the target, by their names on the hub.
 
     Raises:
-        BadInput: another kind of file, a name that cannot be one, or a folder with something in it.
+        BadInput: another kind of file, a name or license that cannot be one, or a folder with
+            something in it.
         PackageCorrupt, WMatrixCorrupt; SignatureInvalid: a signature beside it is not of this file.
     """
     if wrong := [model for model in base_models if not MODEL.fullmatch(model)]:

@@ -122,12 +122,12 @@ class Shelf(ABC, Generic[L]):
 
         Args:
             name: for people, by default the name in the file.
-            license: an SPDX expression.
+            license: an SPDX expression, or a name of the Hugging Face hub.
             tags: further names to get it by.
 
         Raises:
             PackageCorrupt, WMatrixCorrupt, RegistryDenied, RegistryError; BadInput: another kind of
-                file, or a name or tag that cannot be one.
+                file, or a name, license or tag that cannot be one.
         """
         if Path(path).suffix != self.suffix:
             raise BadInput(

@@ -28,7 +28,8 @@ class MediaTypes:
 
 class FileListing(FrozenModel):
     """What is listed of any file: its sha256 in hex, its size, and what whoever pushed it says of
-    it; `license` is an SPDX expression."""
+    it; `license` is an SPDX expression or a name of the Hugging Face hub, of older and foreign
+    listings anything."""
 
     digest: str = Field(pattern="^[0-9a-f]{64}$")
     bytes: int = Field(ge=0, le=1 << 50)
