@@ -251,6 +251,14 @@ def digest_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def is_whole(path: Path, digest: str) -> bool:
+    """Whether a file is there and has this sha256, in hex."""
+    try:
+        return digest_of(path) == digest
+    except FileRefused:
+        return False
+
+
 def parse_json(document: str | bytes) -> Any:
     """A JSON document's value: no key twice in an object, no NaN, no infinity.
 

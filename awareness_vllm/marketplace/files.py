@@ -30,7 +30,7 @@ from awareness_vllm.oci.transfer import Found, look, push
 from awareness_vllm.packages import listing as package_listing
 from awareness_vllm.packages.listing import PackageListing
 from awareness_vllm.packages.manifest import MEMORY_ID
-from awareness_vllm.tensor_file import FileRefused, digest_of
+from awareness_vllm.tensor_file import is_whole
 from awareness_vllm.trust.policy import Signers, TrustPolicy
 from awareness_vllm.wmatrix import listing as wmatrix_listing
 from awareness_vllm.wmatrix.listing import Listing, WMatrixListing
@@ -209,20 +209,13 @@ def destination(folder: Path, what: Listing) -> tuple[Path, bool]:
     """Where a file goes, and whether it is there."""
     if isinstance(what, PackageListing):
         path = folder / f"{what.id}.safetensors"
-        return path, _has(path, what)
+        return path, is_whole(path.resolve(), what.digest)
     name = file_name(what.name)
     path = folder / f"{name}.wmatrix"
-    if not path.exists() or _has(path, what):
+    if not path.exists() or is_whole(path.resolve(), what.digest):
         return path, path.exists()
     path = folder / f"{name}.{what.digest[:16]}.wmatrix"
-    return path, _has(path, what)
-
-
-def _has(path: Path, what: Listing) -> bool:
-    try:
-        return path.stat().st_size == what.bytes and digest_of(path.resolve()) == what.digest
-    except (FileNotFoundError, FileRefused):
-        return False
+    return path, is_whole(path.resolve(), what.digest)
 
 
 def _bring(
@@ -249,8 +242,8 @@ def _bring(
             partial.unlink()
         return
     name = cache_name(what)
-    if (cached := cache.path(name)) and digest_of(cached) != what.digest:
-        cache.remove(name)  # somebody wrote to it
+    if (cached := cache.path(name)) and not is_whole(cached, what.digest):
+        cache.remove(name)  # somebody wrote to it, or has removed it by now
     for last in (False, True):
         try:
             _link(cache.fetch(repository, layer, name, check=check, progress=progress), draft)

@@ -8,6 +8,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator, Set
 from pathlib import Path
+from typing import IO
 
 from awareness_vllm.errors import ArtefactCorrupt, ArtefactNotFound, BadInput, RegistryError
 from awareness_vllm.files import DRAFT, home, put_in_place, scratch_folder
@@ -20,11 +21,11 @@ from awareness_vllm.oci.artefact import (
     parse_image_manifest,
 )
 from awareness_vllm.oci.deadline import check_deadline
-from awareness_vllm.oci.download import CHUNK, corrupt_blob, download
+from awareness_vllm.oci.download import CHUNK, Download, corrupt_blob, download
 from awareness_vllm.oci.index_file import Entry, entries, tag_of, written
 from awareness_vllm.oci.reference import Reference
 from awareness_vllm.oci.repository import Progress, Tagged, no_progress
-from awareness_vllm.tensor_file import FileRefused, opened
+from awareness_vllm.tensor_file import FileRefused, is_whole, opened
 
 MARKER = "oci-layout"
 NewManifest = tuple[bytes, str, str | None]
@@ -92,16 +93,24 @@ class Layout:
                 opened(self.blob_path(descriptor), limit=descriptor.size) as (file, _),
                 download(draft, descriptor, progress) as into,
             ):
-                file.seek(into.done)
-                while chunk := file.read(CHUNK):
-                    into.write(chunk)
+                resumed = into.resumed
+                self._read(file, into)
+                if resumed and into.digest != descriptor.hex:
+                    into.restart()  # what was there already may have been at fault
+                    self._read(file, into)
                 into.check()
         except FileRefused as error:
             raise corrupt_blob(descriptor, str(error)) from error
 
+    def _read(self, file: IO[bytes], into: Download) -> None:
+        file.seek(into.done)
+        while chunk := file.read(CHUNK):
+            into.write(chunk)
+
     def upload(self, layer: Layer, progress: Progress = no_progress) -> None:
         path = self.blob_path(layer.descriptor)
-        if path.is_file() and path.stat().st_size == layer.descriptor.size:
+        # A crash or a bad disk can leave other bytes of the right size.
+        if is_whole(path, layer.descriptor.hex):
             progress(layer.descriptor.size)
             return
         self._check_new()

@@ -28,6 +28,7 @@ from awareness_vllm.oci.artefact import (
     parse_image_manifest,
 )
 from awareness_vllm.oci.download import CHUNK, Download, corrupt_blob, download
+from awareness_vllm.oci.failures import failure_of
 from awareness_vllm.oci.reference import DIGEST, Reference
 from awareness_vllm.oci.repository import Progress, Tagged, no_progress
 from awareness_vllm.oci.session import ATTEMPTS, TIMEOUT, Session
@@ -113,7 +114,7 @@ class Remote:
                 while chunk := response.raw.read1(CHUNK, decode_content=False):
                     into.write(chunk)
             except HTTPError as error:
-                found = str(error)[:200]
+                found = failure_of(error).found
                 if isinstance(error, ReadTimeoutError):
                     idle = ATTEMPTS - 1  # a registry that is silent was waited for
             else:
@@ -156,8 +157,7 @@ class Remote:
 
     def upload(self, layer: Layer, progress: Progress = no_progress) -> None:
         descriptor = layer.descriptor
-        path = f"blobs/{descriptor.digest}"
-        if self.session.request("HEAD", path, expect=(200, 404)).status_code == 200:
+        if self._has(descriptor):
             progress(descriptor.size)
             return
         begun = self.session.request("POST", "blobs/uploads/", expect=(202,))
@@ -170,6 +170,26 @@ class Remote:
             data=_Body(layer, progress),
             expect=(201,),
         )
+
+    def _has(self, descriptor: Descriptor) -> bool:
+        """Whether the registry has a blob. Whether the bytes are right only a pull could tell.
+
+        Raises:
+            ArtefactCorrupt: it has it in another size; what is sent again it would not keep.
+        """
+        path = f"blobs/{descriptor.digest}"
+        response = self.session.request("HEAD", path, expect=(200, 404))
+        if response.status_code == 404:
+            return False
+        length = response.headers.get("Content-Length", "")
+        if length.isdecimal() and int(length) != descriptor.size:
+            raise ArtefactCorrupt(
+                f"{self.reference} has a damaged blob {descriptor.digest}",
+                found=f"{length} bytes",
+                expected=f"{descriptor.size} bytes",
+                remedy="ask who runs it to delete that blob, and push again",
+            )
+        return True
 
     def put_manifest(self, raw: bytes, media_type: str, *tags: str) -> Descriptor:
         descriptor = descriptor_of(raw, media_type)
@@ -294,17 +314,17 @@ class Remote:
         try:
             content = response.raw.read(limit + 1, decode_content=False)
         except HTTPError as error:
-            raise self._unreadable(str(error).encode(), "a whole answer") from error
+            raise self._unreadable(failure_of(error).found, "a whole answer") from error
         finally:
             response.close()
         if len(content) > limit:
             raise self._unreadable(content, f"{limit} bytes at most")
         return bytes(content)
 
-    def _unreadable(self, found: bytes, expected: str) -> RegistryError:
+    def _unreadable(self, found: bytes | str, expected: str) -> RegistryError:
         return RegistryError(
             f"{self.reference} answers what it should not",
-            found=repr(found[:80]),
+            found=found if isinstance(found, str) else repr(found[:80]),
             expected=expected,
             remedy="check that it is an OCI registry",
         )

@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import ipaddress
-import json
 import logging
 import os
-import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from email.utils import parsedate_to_datetime
@@ -16,73 +14,33 @@ from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 
 import requests
-from oras.auth.token import TokenAuth
 from oras.provider import Registry
 
-from awareness_vllm.errors import RegistryDenied, RegistryError, escaped
+from awareness_vllm.errors import RegistryError
 from awareness_vllm.oci.adapter import Adapter, Timeout
 from awareness_vllm.oci.deadline import check_deadline, seconds_left
+from awareness_vllm.oci.failures import MALFORMED, PLAIN_HTTP, failure_of, without_query
+from awareness_vllm.oci.login import Login, Refused, complaint_of, denied
 from awareness_vllm.oci.reference import Reference
 
-PLAIN_HTTP = "AWARENESS_PLAIN_HTTP"
-"""Environment variable: hosts, with their ports, that are spoken to over http."""
 TIMEOUT: Timeout = (10.0, 60.0)
 ATTEMPTS = 5
 LONGEST_WAIT = 30.0
 """Seconds: of a registry that asks for more patience, the error says so."""
 BUSY = (429, 500, 502, 503, 504)
 REDIRECTS = 5
-MALFORMED = (AttributeError, LookupError, TypeError, ValueError, RecursionError)
-"""What comes of reading a document that is not as it should be."""
-QUERY = re.compile(r"\?[^\s'\"()]*")
-"""The query in the address of a message."""
 _request = inspect.unwrap(Registry.do_request)
 """`Registry.do_request` without its retries: they sleep for two minutes before an unknown host is
 reported, and send a body that has been read to its end."""
 logging.getLogger("oras.logger").addHandler(logging.NullHandler())  # our errors say it
 
 
-class _Denied(Exception):
-    """An answer that no login of ours does for."""
+class _Interrupted(Exception):
+    """A connection that broke: the next one may not."""
 
-    def __init__(self, response: requests.Response) -> None:
+    def __init__(self, error: RegistryError) -> None:
         super().__init__()
-        self.response = response
-
-
-class _Login(TokenAuth):
-    """oras's login with tokens, which answers a challenge for basic authentication too, and asks
-    for another token where the one that was sent has expired or does not reach far enough."""
-
-    def __init__(self, api_key: str | None) -> None:
-        super().__init__()
-        self.given = api_key is not None and ":" not in api_key
-        self.basic = False
-        if self.given:
-            self.set_token_auth(str(api_key))
-        elif api_key is not None:
-            self.set_basic_auth(*api_key.split(":", 1))
-
-    def get_auth_header(self) -> dict[str, str]:
-        token = self.token
-        return {"Authorization": f"{'Basic' if self.basic else 'Bearer'} {token}"} if token else {}
-
-    def authenticate_request(
-        self, original: requests.Response, headers: dict[str, str], refresh: bool = False
-    ) -> tuple[dict[str, str], bool]:
-        challenge = original.headers.get("Www-Authenticate", "")
-        if self.given or not challenge:
-            raise _Denied(original)
-        if not challenge.lower().startswith("basic"):
-            self.token = None
-            headers, changed = super().authenticate_request(original, headers, refresh)
-        else:
-            self.basic, self.token = True, getattr(self, "_basic_auth", None)
-            tried = original.request.headers.get("Authorization") == f"Basic {self.token}"
-            headers, changed = headers | self.get_auth_header(), not tried and bool(self.token)
-        if not changed:
-            raise _Denied(original)
-        return headers, True
+        self.error = error
 
 
 class Session:
@@ -107,16 +65,21 @@ class Session:
         http.max_redirects = REDIRECTS
         for scheme in ("http://", "https://"):
             http.mount(scheme, Adapter(timeout))
-        login = _Login(api_key)
+        self.login = login = Login(api_key)
         login.session, login.prefix, login._tls_verify = http, self.registry.prefix, True
         login.hostname = reference.host
         self.registry.auth = login
         if api_key is None:
             try:
                 login.load_configs(f"{reference.host}/{reference.repository}", _docker_configs())
-            except (AttributeError, LookupError, TypeError, ValueError, OSError) as error:
+            except (*MALFORMED, OSError) as error:
                 # oras takes docker's configuration and its helpers' answers to be as they should.
-                raise self._unreachable(error, "repair docker's config.json") from error
+                raise RegistryError(
+                    f"docker's configuration says no login to {reference.host}",
+                    found=f"{type(error).__name__}: {error}"[:200],
+                    expected="a config.json as docker writes it, and helpers that work",
+                    remedy="repair it, or `docker login` again, or give an API key",
+                ) from error
 
     def request(
         self,
@@ -146,18 +109,20 @@ class Session:
                     response = _request(
                         self.registry, url, method, data, dict(headers or {}), None, stream
                     )
-            except _Denied as denied:
-                raise self._refused(denied.response) from denied
-            except _Interrupted:
+            except Refused as refused:
+                response, done = refused.response, False
+            except _Interrupted as broken:
                 if last:
-                    raise
+                    raise broken.error from broken
                 _sleep(0.2 * 2**attempt)
                 continue
-            if response.status_code in expect:
+            else:
+                done = response.status_code in expect
+            if done:
                 return response
             wait = _wait(response, attempt)
             if response.status_code not in BUSY or last or wait > LONGEST_WAIT:
-                raise self._refused(response)
+                raise self._refused(response, expect)
             response.close()
             _sleep(wait)
         raise AssertionError("every attempt returns or raises")
@@ -172,7 +137,7 @@ class Session:
         if url.netloc != urlsplit(self.base).netloc:
             raise RegistryError(
                 f"{self.reference} sends its clients elsewhere",
-                found=QUERY.sub("?…", url.geturl())[:200],
+                found=without_query(url.geturl())[:200],
                 expected=f"an address of {self.reference.host}",
             )
         # The scheme stays: behind a proxy, registries may take themselves to be reached over http.
@@ -180,65 +145,43 @@ class Session:
 
     @contextlib.contextmanager
     def _typed(self) -> Iterator[None]:
-        """Turns the errors of the libraries into ours."""
+        """Turns the errors of the libraries into ours: oras takes challenges and tokens to be as
+        they should be."""
         try:
             yield
-        except requests.exceptions.SSLError as error:
-            raise self._unreachable(
-                error, f"name its host in {PLAIN_HTTP} if it speaks http alone"
-            ) from error
-        except (requests.ConnectionError, requests.Timeout) as error:
+        except (requests.RequestException, *MALFORMED) as error:
             check_deadline()
-            kind = _Interrupted if _may_pass(error) else RegistryError
-            raise self._unreachable(error, "check its address and the network", kind) from error
-        except requests.RequestException as error:
-            raise self._unreachable(error, "check that it is an OCI registry") from error
-        except MALFORMED as error:
-            # oras takes challenges and tokens to be as they should be.
-            raise self._unreachable(error, "check that it is an OCI registry") from error
+            failure, found = failure_of(error), ""
+            request = getattr(error, "request", None)
+            if request is not None and urlsplit(request.url).netloc != self.reference.host:
+                found = f", at {without_query(request.url)[:200]}"
+            unusable = RegistryError(
+                f"{self.reference} cannot be used",
+                found=failure.found + found,
+                expected="an OCI registry that answers",
+                remedy=failure.remedy,
+            )
+            raise (_Interrupted(unusable) if failure.passing else unusable) from error
 
-    def _unreachable(
-        self, error: Exception, remedy: str, kind: type[RegistryError] = RegistryError
-    ) -> RegistryError:
-        return kind(
-            f"{self.reference} cannot be used",
-            # Where a registry keeps its blobs elsewhere, the query is what lets clients in there.
-            found=QUERY.sub("?…", str(error))[:300],
-            expected="an OCI registry that answers",
-            remedy=remedy,
-        )
-
-    def _refused(self, response: requests.Response) -> RegistryError:
+    def _refused(self, response: requests.Response, expect: tuple[int, ...]) -> RegistryError:
         """The error about a status that was not expected."""
-        complaint = f"{response.status_code} {response.reason or ''}".strip()
-        complaint += f" ({message})" if (message := self._message(response)) else ""
         if response.status_code in (401, 403):
-            return RegistryDenied(
-                f"{self.reference} does not let you in",
-                found=escaped(complaint)[:400],
-                expected="a login that may do this",
-                remedy=f"`docker login {self.reference.host}`, or a token as the API key",
+            return denied(self.reference, self.login, response)
+        complaint = complaint_of(response, self.reference)
+        if response.status_code not in BUSY:
+            return RegistryError(
+                f"{self.reference} does not do what it is asked to",
+                found=complaint,
+                expected=f"the status {' or '.join(map(str, expect))}",
+                remedy="check the repository's name, and that it is an OCI registry",
             )
         wait = response.headers.get("Retry-After")
         return RegistryError(
-            f"{self.reference} does not do what it is asked to",
-            found=escaped(complaint)[:400],
-            remedy=f"try again in {wait} s" if wait and wait.isdecimal() else None,
+            f"{self.reference} cannot be used now",
+            found=complaint,
+            expected="a registry that is up and has time",
+            remedy=f"try again in {wait} s" if wait and wait.isdecimal() else "try again later",
         )
-
-    def _message(self, response: requests.Response) -> str:
-        """What the registry says of an error."""
-        try:
-            errors = json.loads(response.content)["errors"]
-            return "; ".join(str(e.get("message") or e.get("code")) for e in errors)
-        except (*MALFORMED, requests.RequestException):
-            return ""  # the status speaks for itself
-        finally:
-            response.close()
-
-
-class _Interrupted(RegistryError):
-    """A connection that broke: the next one may not."""
 
 
 def is_plain(host: str) -> bool:
@@ -262,13 +205,6 @@ def _docker_configs() -> list[str]:
     folder = os.environ.get("DOCKER_CONFIG")
     path = Path(folder or "/nonexistent") / "config.json"
     return [str(path)] if path.is_file() else []
-
-
-def _may_pass(error: Exception) -> bool:
-    """Whether a connection was made and broke; a host that is unknown, refuses or is silent will go
-    on so."""
-    text = repr(error)
-    return not any(sign in text for sign in ("NameResolution", "NewConnection", "Timeout"))
 
 
 def _sleep(seconds: float) -> None:

@@ -42,6 +42,7 @@ from awareness_vllm.tensor_file import (
     TensorEntry,
     TensorFile,
     digest_of,
+    is_whole,
     read_file,
 )
 
@@ -187,17 +188,9 @@ def publish(package: AnyPackage, store: Path, *, sealed: bool = True) -> Path:
         path = store / f"{id_of(digest)}.safetensors"
         if sealed:
             seal(digest)
-        if not _is_whole(path, digest):
+        if not is_whole(path, digest):
             put_in_place(draft, path)
     return path
-
-
-def _is_whole(path: Path, digest: str) -> bool:
-    """Whether a file is there and has this sha256."""
-    try:
-        return digest_of(path) == digest
-    except FileRefused:
-        return False
 
 
 def read(path: Path, *, digest: str | None = None, largest: float = math.inf) -> Package:

@@ -17,6 +17,7 @@ from awareness_vllm.oci.connect import open_repository
 from awareness_vllm.oci.index_file import MAX_ENTRY, MAX_LAYOUT
 from awareness_vllm.oci.reference import Reference
 from awareness_vllm.oci.repository import Repository
+from awareness_vllm.oci.transfer import look
 from awareness_vllm.packages.file import Package, publish
 from awareness_vllm.packages.listing import PackageListing
 from awareness_vllm.wmatrix.file import WMatrix
@@ -99,6 +100,26 @@ def test_other_bytes_in_the_layout_are_refused(package_file: Path, tmp_path: Pat
     with pytest.raises(ArtefactCorrupt, match="sha256"):
         pull_file(repository, pushed.id, tmp_path / "store")
     assert list((tmp_path / "store").iterdir()) == []
+
+
+@pytest.mark.parametrize("which", ["layer", "config", "manifest"])
+def test_a_damaged_blob_is_written_again(package_file: Path, tmp_path: Path, which: str) -> None:
+    """Its size says nothing: a crash or a bad disk leaves other bytes of the right size."""
+    repository = open_repository(tmp_path / "layout")
+    pushed, descriptor = push_file(package_file, repository)
+    config = look(repository, pushed.id).manifest.config.hex
+    names = {"layer": pushed.digest, "config": config, "manifest": descriptor.hex}
+    blob = tmp_path / "layout" / "blobs" / "sha256" / names[which]
+    content = blob.read_bytes()
+    blob.write_bytes(content[:9] + bytes(len(content) - 9))
+    with pytest.raises(ArtefactCorrupt):
+        pull_file(repository, pushed.id, tmp_path / "store")
+    push_file(package_file, repository)
+    assert blob.read_bytes() == content
+    whole = blob.stat().st_ino
+    push_file(package_file, repository)
+    assert blob.stat().st_ino == whole  # which stays
+    assert pull_file(repository, pushed.id, tmp_path / "store").is_file()
 
 
 def test_what_is_not_there_is_not_found(tmp_path: Path) -> None:

@@ -193,6 +193,15 @@ def test_a_part_that_was_altered_is_fetched_again(
     assert hostile.blob_requests == ["bytes=14-", None]
 
 
+def test_a_blob_of_another_size_is_not_taken_for_the_one_to_push(
+    hostile: HostileRegistry, memory: Path
+) -> None:
+    hostile.odd["blobs"] = lambda request: request.answer(b"abc")
+    with pytest.raises(ArtefactCorrupt, match=r"3 bytes.*push again"):
+        push_file(memory, open_repository(hostile.reference))
+    assert not [request for request in hostile.requests if request.command == "PUT"]
+
+
 def test_a_full_disk(
     hostile: HostileRegistry, monkeypatch: pytest.MonkeyPatch, empty_home: Path, tmp_path: Path
 ) -> None:

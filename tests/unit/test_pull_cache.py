@@ -153,6 +153,17 @@ def test_a_pulled_file_takes_no_room_twice_and_is_checked_when_it_is_taken_again
     assert pull_file(repository, listing.id, tmp_path / "other").read_bytes() == content
 
 
+def test_a_part_that_was_altered_is_copied_again(
+    make_package: Callable[..., Package], tmp_path: Path, empty_home: Path
+) -> None:
+    """From a folder as from a registry: what is at fault is here."""
+    repository = open_repository(tmp_path / "layout")
+    listing, _ = push_file(publish(make_package(), tmp_path), repository)
+    (empty_home / "cache" / "partial").mkdir(parents=True)
+    (empty_home / "cache" / "partial" / listing.digest).write_bytes(b"not its beginning")
+    assert pull_file(repository, listing.id, tmp_path / "store").stat().st_size == listing.bytes
+
+
 @pytest.mark.parametrize("text", ["much", "-1", "nan", "1e30"])
 def test_limits_that_are_none(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWARENESS_CACHE_GIB", text)

@@ -75,6 +75,44 @@ def test_a_wrong_login_is_denied(basic: RegistryServer, token: str, api_key: str
             open_repository(reference, api_key=api_key).upload(BLOB)
 
 
+@pytest.mark.parametrize(
+    ("api_key", "found", "remedy"),
+    [
+        (None, "no login: 401", "docker login"),
+        (f"{USER}:wrong", "a user and password that it does not accept: 401", "check both"),
+        ("secret", "a token that it does not accept: 401", "a new token"),
+    ],
+)
+def test_a_refusal_says_what_was_sent(
+    basic: RegistryServer, token: str, api_key: str | None, found: str, remedy: str
+) -> None:
+    for reference in (basic.reference(), token):
+        with pytest.raises(RegistryDenied) as denied:
+            open_repository(reference, api_key=api_key).upload(BLOB)
+        assert str(denied.value.found).startswith(found)
+        assert remedy in str(denied.value.remedy)
+        for secret in (USER, "wrong", "secret"):
+            assert secret not in str(denied.value)
+
+
+def test_a_token_that_expired_says_when(token: str, tokens: TokenServer) -> None:
+    tokens.lifetime = -3600
+    try:
+        expired = tokens.token(["repository:team/memories:pull,push"])
+        with pytest.raises(RegistryDenied, match=r"a token that expired at 20\d\d-.*a new token"):
+            exchange(open_repository(token, api_key=expired))
+        with pytest.raises(RegistryDenied, match=r"just made.*clocks"):
+            exchange(open_repository(token, api_key=LOGIN))
+    finally:
+        tokens.lifetime = 60
+
+
+def test_a_login_that_may_do_less_says_so(token: str, tokens: TokenServer) -> None:
+    less = tokens.token(["repository:team/memories:pull"])
+    with pytest.raises(RegistryDenied, match=r"a token that may not do this: 401.*for the right"):
+        open_repository(token, api_key=less).upload(Layer(b"y", descriptor_of(b"y", "text/plain")))
+
+
 def test_docker_has_logged_in(basic: RegistryServer, docker: Path) -> None:
     auth = base64.b64encode(LOGIN.encode()).decode()
     docker.write_text(json.dumps({"auths": {basic.host: {"auth": auth}}}))
