@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 from awareness_vllm.compatibility.context import CheckContext
 from awareness_vllm.compatibility.estimate import predict
@@ -41,6 +42,11 @@ def first_steps(check: CheckContext) -> Iterator[Action]:
         yield Action(description=text, gain=None, basis="estimated")
 
 
+def basis_of_gain(check: CheckContext) -> Literal["measured", "estimated"]:
+    """The basis of a gain over the memory's retention: that of the retention."""
+    return "measured" if check.measured else "estimated"
+
+
 def longer_tails(check: CheckContext) -> Iterator[Action]:
     """More of the memory's last tokens read by the target itself."""
     if check.certificate is None:
@@ -55,14 +61,14 @@ def longer_tails(check: CheckContext) -> Iterator[Action]:
         if check.config.tail < plan.tail < check.tokens and gain > 0:
             text = f"read the last {plan.tail} tokens natively (`--tail {plan.tail}`)"
             text += f", at {plan.cost:.0%} of the prefill's operations"
-            yield Action(description=text, gain=gain, basis="measured")
+            yield Action(description=text, gain=gain, basis=basis_of_gain(check))
 
 
 def recompute(check: CheckContext, retention: float | None) -> Iterator[Action]:
     """Everything read by the target: always possible."""
     if retention is not None and check.entry is not None and retention < 1:
         text = "let the target read the text itself (`on_low_quality: recompute`), at all its cost"
-        yield Action(description=text, gain=1 - retention, basis="measured")
+        yield Action(description=text, gain=1 - retention, basis=basis_of_gain(check))
 
 
 def other_route(check: CheckContext, retention: float | None) -> Iterator[Action]:

@@ -16,6 +16,7 @@ from awareness_vllm.packages.manifest import Manifest, StoredLatent, read_manife
 from awareness_vllm.packages.store import locate
 from awareness_vllm.trust.policy import Signers, TrustPolicy
 from awareness_vllm.wmatrix.certificate import Certificate, Interval
+from awareness_vllm.wmatrix.plans import basis_of
 from awareness_vllm.wmatrix.registry import Registry, WMatrixEntry
 from awareness_vllm.wmatrix.verdict import Verdict, verdict
 
@@ -137,6 +138,15 @@ class CheckContext:
     @property
     def certificate(self) -> Certificate | None:
         return self.entry.certificate if self.entry else None
+
+    @property
+    def measured(self) -> bool:
+        """Whether the memory's retention was measured: by a certificate that is of such memories
+        and counts here, or without one on the memory itself."""
+        if self.certificate is None:
+            return self.self_test is not None
+        known = basis_of(self.certificate, self.tokens, rounded=self.rounded)
+        return known == "measured" and not self.claimed
 
     @functools.cached_property
     def degradation(self) -> Degradation | None:

@@ -240,6 +240,10 @@ def test_no_certificate_has_measured_rounded_states(pair: Pair, tmp_path: Path) 
         state = aligner.align(pair.path(name))
         assert state.basis is not None
         assert (state.quality_score, state.basis.kind) == (0.875, basis)
+        gains = [a for a in checker.check(pair.path(name), pair.target).actions if a.gain]
+        expected = "measured" if basis == "measured" else "estimated"
+        assert gains
+        assert {action.basis for action in gains} == {expected}
         fp8 = checker.check(pair.path(name), pair.target, {"kv_cache_dtype": "fp8"})
         assert fp8.basis is not None
         assert fp8.basis.kind == "extrapolated"
