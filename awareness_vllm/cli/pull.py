@@ -95,9 +95,11 @@ def placed(pulled: Pulled, trust: TrustPolicy) -> dict[str, Any]:
 def located(what: str, registry: str | None) -> Reference:
     """The reference of what a user names. Raises BadInput."""
     from awareness_vllm.errors import BadInput
+    from awareness_vllm.oci.layout import MARKER
     from awareness_vllm.oci.reference import DIGEST, TAG, Reference, default_registry
 
-    if TAG.fullmatch(what) or DIGEST.fullmatch(what):
+    is_folder = (Path(what) / MARKER).exists()  # a layout's own name is no tag
+    if (TAG.fullmatch(what) and not is_folder) or DIGEST.fullmatch(what):
         return Reference.parse(registry or default_registry()).at(what)
     reference = Reference.parse(what)
     if reference.name is None:

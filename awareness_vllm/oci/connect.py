@@ -6,11 +6,8 @@ import os
 from pathlib import Path
 
 from awareness_vllm.oci.layout import Layout
-from awareness_vllm.oci.reference import Reference, default_registry
+from awareness_vllm.oci.reference import KEY, Reference, default_registry
 from awareness_vllm.oci.repository import Repository
-
-KEY = "AWARENESS_REGISTRY_KEY"
-"""Environment variable: the API key of the registry that `$AWARENESS_REGISTRY` names."""
 
 
 def open_repository(

@@ -61,6 +61,7 @@ class Layout:
                 f"{self.reference} has no {name}",
                 found=self._absence() or "no such tag or digest in its index.json",
                 expected="one that `awareness search` shows",
+                remedy=self._meant,
             )
         descriptor = self._descriptor(found[-1])
         return descriptor, self.blob(descriptor, MAX_MANIFEST)
@@ -177,6 +178,7 @@ class Layout:
                 f"{self.reference} is no registry",
                 found=absence,
                 expected="oci://HOST/REPOSITORY, or a folder that `awareness push` has made",
+                remedy=self._meant,
             )
         for entry in entries(self.index_file):
             if (tag := tag_of(entry)) is not None:
@@ -207,6 +209,12 @@ class Layout:
             return None
         return None if subject is None else subject.digest
 
+    @property
+    def _meant(self) -> str | None:
+        """What to write where a registry was meant."""
+        meant = None if self.folder.is_dir() else Reference.meant(str(self.reference))
+        return None if meant is None else f"write {meant} if a registry is meant"
+
     def _absence(self) -> str | None:
         """What is there instead of an index; None where there is one."""
         if self.index_file.exists():
@@ -230,6 +238,7 @@ class Layout:
                 f"{self.folder} cannot become a folder in OCI image layout",
                 found=found,
                 expected="oci://HOST/REPOSITORY, or a folder that is new or empty",
+                remedy=self._meant,
             )
 
     @contextlib.contextmanager

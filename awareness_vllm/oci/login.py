@@ -13,7 +13,7 @@ from oras.auth.utils import parse_auth_header
 
 from awareness_vllm.errors import RegistryDenied, escaped
 from awareness_vllm.oci.failures import MALFORMED, without_query
-from awareness_vllm.oci.reference import Reference
+from awareness_vllm.oci.reference import ENVIRONMENT, KEY, Reference
 
 
 class Refused(Exception):
@@ -99,20 +99,20 @@ def denied(reference: Reference, login: Login, response: requests.Response) -> R
         found, remedy = "storage that refuses its own link", "try again, or ask who runs it"
     elif not login.given and login.password is None:
         found = "no login"
-        remedy = f"{again}, or a token or USER:PASSWORD as the API key"
+        remedy = f"{again}, or a token or USER:PASSWORD in {KEY}, for the registry in {ENVIRONMENT}"
     elif lacks:
         found = f"a {'token' if login.given else 'login'} that may not do this"
         remedy = f"ask who runs it for the right, or {again} as another user"
     elif login.given:
         expiry = expiry_of(str(login.token))
         found = f"a token that expired at {expiry}" if expiry else "a token that it does not accept"
-        remedy = f"a new token as the API key, or {again}"
+        remedy = f"a new token in {KEY}, or none there and {again}"
     elif bearer:
         found = "a token that was just made for the login, which it does not accept"
         remedy = "ask who runs it whether clocks differ: tokens expire early then"
     else:
         found = "a user and password that it does not accept"
-        remedy = f"check both, and {again} again"
+        remedy = f"check both, in {KEY} or by {again}"
     return RegistryDenied(
         f"{reference} does not let you in",
         found=f"{found}: {complaint_of(response, reference)}",

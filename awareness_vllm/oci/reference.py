@@ -17,6 +17,8 @@ HOST = re.compile(r"(?:[A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\])(?::[0-9]{1,5})?")
 COMPONENT = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 REPOSITORY = re.compile(rf"{COMPONENT}(?:/{COMPONENT})*")
 ENVIRONMENT = "AWARENESS_REGISTRY"
+KEY = "AWARENESS_REGISTRY_KEY"
+"""Environment variable: the API key of the registry that `$AWARENESS_REGISTRY` names."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,29 @@ class Reference:
         text = str(text)
         if not text.startswith(SCHEME):
             return cls._of_layout(text)
-        host, _, rest = text.removeprefix(SCHEME).partition("/")
+        if (reference := cls._of_registry(text.removeprefix(SCHEME))) is None:
+            raise malformed(text)
+        return reference
+
+    @classmethod
+    def _of_registry(cls, text: str) -> Reference | None:
+        host, _, rest = text.partition("/")
         repository, tag, digest = _split(rest)
         fits = HOST.fullmatch(host) and REPOSITORY.fullmatch(repository) and len(repository) <= 255
         if not fits or (tag is not None and not TAG.fullmatch(tag)):
-            raise malformed(text)
+            return None
         return cls(host, repository, tag, digest)
+
+    @classmethod
+    def meant(cls, text: str) -> Reference | None:
+        """The registry's reference that a text may be meant for: with another scheme or none, in
+        capitals, or with a slash behind; None where it looks like a folder."""
+        rest = text.split("://", 1)[-1].rstrip("/")
+        host, _, path = rest.partition("/")
+        repository, tag, digest = _split(path)
+        looks = "://" in text or "." in host.strip(".") or ":" in host or host == "localhost"
+        found = cls._of_registry(f"{host}/{repository.lower()}") if looks else None
+        return found and replace(found, tag=tag, digest=digest)
 
     @classmethod
     def _of_layout(cls, text: str) -> Reference:
@@ -91,10 +110,12 @@ def default_registry() -> str:
 
 def malformed(text: str) -> BadInput:
     """The error about what is no reference."""
+    meant = Reference.meant(text)
     return BadInput(
         "not a reference to a registry",
         found=repr(escaped(text))[:200],
         expected="oci://HOST/REPOSITORY, or a layout folder, then perhaps :TAG or @sha256:DIGEST",
+        remedy=None if meant is None else f"write {meant}",
     )
 
 

@@ -67,6 +67,43 @@ def test_what_is_no_reference_is_refused(text: str) -> None:
         Reference.parse(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("http://h/a", "oci://h/a"),
+        ("docker://ghcr.io/me/Notes:V1", "oci://ghcr.io/me/notes:V1"),
+        ("oci://h:5000/a/", "oci://h:5000/a"),
+        ("oci://h/UPPER", "oci://h/upper"),
+        ("127.0.0.1:5000/team/memories", "oci://127.0.0.1:5000/team/memories"),
+        ("ghcr.io/me/notes:v1", "oci://ghcr.io/me/notes:v1"),
+        ("localhost/a", "oci://localhost/a"),
+        ("folder/a:v1", None),
+        ("../nosuch/a", None),
+        ("./folder/a", None),
+        ("oci://", None),
+    ],
+)
+def test_a_registry_that_is_meant_is_named(
+    text: str,
+    meant: str | None,
+    package_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for use in (
+        lambda: push_file(package_file, open_repository(text)),
+        lambda: open_repository(text).manifest("v1"),
+        lambda: list(open_repository(text).tagged()),
+    ):
+        with pytest.raises((BadInput, ArtefactNotFound)) as caught:
+            use()
+        expected = (
+            () if meant is None else (f"write {meant}", f"write {meant} if a registry is meant")
+        )
+        assert caught.value.remedy in (expected or (None,))
+
+
 def test_a_package_comes_back_as_it_was_pushed(
     package_file: Path, repository: Repository, tmp_path: Path
 ) -> None:

@@ -77,6 +77,16 @@ def test_the_default_is_a_folder_of_this_home(
     assert run("pull", memories[0], status=1)["error"]["type"] == "ArtefactNotFound"
 
 
+def test_a_layout_s_own_name_is_no_tag(run: Run, memories: list[str]) -> None:
+    run("push", memories[0], "folder")
+    for command in ("pull", "show"):
+        error = run(command, "folder", status=1)["error"]
+        assert (error["type"], error["message"]) == (
+            "BadInput",
+            "folder names no memory and no W-Matrix",
+        )
+
+
 def test_maps_go_to_their_own_folder_and_replace_none(
     run: Run, wmatrix: WMatrix, repository: Repository, empty_home: Path
 ) -> None:
