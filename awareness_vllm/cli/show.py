@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from awareness_vllm.cli.pull import located
     from awareness_vllm.cli.push import described
     from awareness_vllm.marketplace.files import find
-    from awareness_vllm.marketplace.signatures import signatures, signers_of
+    from awareness_vllm.marketplace.signatures import candidates, signatures, signers_of
     from awareness_vllm.oci.connect import open_repository
     from awareness_vllm.packages.listing import PackageListing
     from awareness_vllm.trust.policy import TrustPolicy
@@ -43,7 +43,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "signatures": [signature.role for signature in signed],
     }
     if trust:
-        facts["signers"] = signers_of(listing, signed, trust).model_dump()
+        offered = candidates(repository, found.descriptor.digest, listing, trust)
+        facts["signers"] = signers_of(listing, offered, trust).model_dump()
     manifest = listing.manifest.model_dump(mode="json")
     if isinstance(listing, PackageListing):
         return facts | {"manifest": manifest}

@@ -15,12 +15,12 @@ from awareness_vllm.errors import ArtefactCorrupt, BadInput
 from awareness_vllm.files import put_in_place, scratch_folder
 from awareness_vllm.marketplace.licenses import canonical_license
 from awareness_vllm.marketplace.signatures import (
+    candidates,
     carry_signatures,
     choose,
     not_signed,
     push_signatures,
     roles_of,
-    signatures,
 )
 from awareness_vllm.oci.artefact import MANIFEST, Artefact, Descriptor, descriptor_of
 from awareness_vllm.oci.cache import Cache, check_draft
@@ -186,11 +186,11 @@ def pull(
     folder.mkdir(parents=True, exist_ok=True)
     path, there = destination(folder, what)
     with scratch_folder(folder) as scratch:
-        signed = signatures(repository, found.descriptor.digest)
+        signed = candidates(repository, found.descriptor.digest, what, trust)
         signers = choose(what, signed, path, scratch, trust)
         role = roles_of(what)[0]
         if require_signed and getattr(signers, role) is None:
-            raise not_signed(what, role, signed)
+            raise not_signed(what, role)
         beside = list(scratch.iterdir())
         draft = scratch / path.name
         if there:

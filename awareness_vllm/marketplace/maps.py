@@ -13,7 +13,7 @@ from awareness_vllm.errors import ArtefactCorrupt, ArtefactNotFound, SignatureIn
 from awareness_vllm.files import wmatrices_dir
 from awareness_vllm.marketplace.files import file_name, pull
 from awareness_vllm.marketplace.index import ListingIndex, Wanted
-from awareness_vllm.marketplace.signatures import signatures, signers_of
+from awareness_vllm.marketplace.signatures import candidates, signers_of
 from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.oci.artefact import ImageManifest
 from awareness_vllm.oci.connect import open_repository
@@ -119,8 +119,10 @@ class RepositoryMaps:
         """The entry of an artefact; None where it cannot be used."""
         try:
             listing = listing_of(look(self.repository, digest))
-            found = signatures(self.repository, digest) if self.trust else []
-            signers = signers_of(listing, found, self.trust)
+            signers = NO_SIGNERS
+            if self.trust:
+                found = candidates(self.repository, digest, listing, self.trust)
+                signers = signers_of(listing, found, self.trust)
         except (ArtefactCorrupt, ArtefactNotFound, SignatureInvalid) as error:
             logger.warning("skipped %s: %s", digest, error)
             return None

@@ -6,8 +6,9 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic.alias_generators import to_camel
 
 from awareness_vllm.oci.reference import DIGEST
@@ -63,11 +64,30 @@ class ImageManifest(_Document):
 
 
 class ImageIndex(_Document):
-    """An image index: a layout's `index.json`, or a list of referrers."""
+    """An image index: a list of referrers.
+
+    Entries that are no descriptors of ours are left out: whoever may push can put one in, which is
+    to hide none of the others.
+    """
 
     schema_version: int = Field(2, ge=2, le=2)
     media_type: str = INDEX
     manifests: list[Descriptor] = []
+
+    @field_validator("manifests", mode="before")
+    @classmethod
+    def _readable(cls, manifests: Any) -> Any:
+        if not isinstance(manifests, list):
+            return manifests
+        parsed = map(_descriptor, manifests)
+        return [descriptor for descriptor in parsed if descriptor is not None]
+
+
+def _descriptor(entry: Any) -> Descriptor | None:
+    try:
+        return Descriptor.model_validate(entry, strict=True)
+    except ValidationError:
+        return None
 
 
 @dataclass(frozen=True)

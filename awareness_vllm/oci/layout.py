@@ -24,7 +24,7 @@ from awareness_vllm.oci.deadline import check_deadline
 from awareness_vllm.oci.download import CHUNK, Download, corrupt_blob, download
 from awareness_vllm.oci.index_file import Entry, entries, tag_of, written
 from awareness_vllm.oci.reference import Reference
-from awareness_vllm.oci.repository import Progress, Tagged, no_progress
+from awareness_vllm.oci.repository import INTERNAL, Progress, Tagged, no_progress
 from awareness_vllm.tensor_file import FileRefused, is_whole, opened
 
 MARKER = "oci-layout"
@@ -146,7 +146,12 @@ class Layout:
         named = {tag: entry for entry in new if (tag := _tag(entry)) is not None}
         with self._locked():
             old = list(entries(self.index_file))
-            kept = [e for e in old if not _replaced(e, digests, named.keys())]
+            # A referrer whose tag another one takes is listed all the same.
+            kept = [
+                _untagged(e) if _displaced(e, digests, named.keys()) else e
+                for e in old
+                if not _replaced(e, digests, named.keys())
+            ]
             tagged = {e["digest"] for e in kept if tag_of(e) is not None}
             tagged |= {entry.digest for entry in named.values()}
             plain = {e.digest: e for e in new if e.digest not in tagged}
@@ -168,7 +173,8 @@ class Layout:
 
     def tags(self, prefix: str = "") -> Iterator[str]:
         tags = (tag_of(entry) for entry in entries(self.index_file, prefix))
-        return (tag for tag in tags if tag is not None and tag.startswith(prefix))
+        named = (tag for tag in tags if tag is not None and tag.startswith(prefix))
+        return (tag for tag in named if not INTERNAL.fullmatch(tag))
 
     def tagged(self) -> Iterator[Tagged]:
         absence = self._absence()
@@ -181,7 +187,7 @@ class Layout:
                 remedy=self._meant,
             )
         for entry in entries(self.index_file):
-            if (tag := tag_of(entry)) is not None:
+            if (tag := tag_of(entry)) is not None and not INTERNAL.fullmatch(tag):
                 yield Tagged(tag, entry["digest"], entry.get("size"), entry.get("artifactType"))
 
     def version(self) -> str | None:
@@ -191,16 +197,20 @@ class Layout:
             return None
         return f"{facts.st_ino} {facts.st_size} {facts.st_mtime_ns} {facts.st_ctime_ns}"
 
-    def referrers(self, digest: str) -> list[Descriptor]:
-        found = (e for e in entries(self.index_file) if self._subject(e) == digest)
-        return [self._descriptor(entry) for entry in found]
+    def referrers(self, digest: str, artifact_type: str | None = None) -> list[Descriptor]:
+        found = (
+            self._descriptor(entry)
+            for entry in entries(self.index_file)
+            if artifact_type in (None, entry.get("artifactType")) and self._subject(entry) == digest
+        )
+        return list({descriptor.digest: descriptor for descriptor in found}.values())
 
     def _subject(self, entry: Entry) -> str | None:
         """The digest of the manifest that an artefact refers to."""
+        if (ours := _noted_subject(entry)) is not None:
+            return ours
         if tag_of(entry) is not None:
             return None  # it is known by its own name
-        if isinstance(ours := (entry.get("annotations") or {}).get(SUBJECT), str):
-            return ours
         # Written by another program: the manifest says it, and the index need not.
         try:
             raw = self.blob(self._descriptor(entry), MAX_MANIFEST)
@@ -262,8 +272,26 @@ def _tag(manifest: Descriptor) -> str | None:
     return (manifest.annotations or {}).get(REF_NAME)
 
 
+def _noted_subject(entry: Entry) -> str | None:
+    """The subject that we have noted of an artefact."""
+    notes = entry.get("annotations")
+    subject = notes.get(SUBJECT) if isinstance(notes, dict) else None
+    return subject if isinstance(subject, str) else None
+
+
+def _displaced(old: Entry, digests: Set[str], tags: Set[str]) -> bool:
+    """Whether an entry is a referrer that loses its tag to another manifest."""
+    return tag_of(old) in tags and old["digest"] not in digests and _noted_subject(old) is not None
+
+
+def _untagged(entry: Entry) -> Entry:
+    notes = {key: note for key, note in entry["annotations"].items() if key != REF_NAME}
+    return entry | {"annotations": notes}
+
+
 def _replaced(old: Entry, digests: Set[str], tags: Set[str]) -> bool:
     """Whether new manifests take an entry's place: that of their tags, or of themselves without
     one."""
-    tag = tag_of(old)
-    return old["digest"] in digests if tag is None else tag in tags
+    if (tag := tag_of(old)) is None:
+        return old["digest"] in digests
+    return tag in tags and not _displaced(old, digests, tags)

@@ -30,7 +30,7 @@ from awareness_vllm.oci.artefact import (
 from awareness_vllm.oci.download import CHUNK, Download, corrupt_blob, download
 from awareness_vllm.oci.failures import failure_of
 from awareness_vllm.oci.reference import DIGEST, Reference
-from awareness_vllm.oci.repository import Progress, Tagged, no_progress
+from awareness_vllm.oci.repository import INTERNAL, Progress, Tagged, no_progress
 from awareness_vllm.oci.session import ATTEMPTS, TIMEOUT, Session
 from awareness_vllm.tensor_file import FileRefused, parse_document
 
@@ -39,8 +39,8 @@ PAGE = 1000
 MAX_TAGS = 1_000_000
 """Tags of a repository; a page counts as LEAST at least."""
 LEAST = 100
-REFERRERS = re.compile(r"sha256-[0-9a-f]{64}(\.[0-9a-f]{16})?")
-"""Tags of the indexes of referrers, and of each referrer that is in one."""
+MAX_REFERRERS = 10_000
+"""Referrers of one manifest that are listed; a page counts as LEAST at least."""
 MOST_LOST = 64
 """Referrers that a pusher looks up at once: whoever may push can tag any number."""
 CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
@@ -253,7 +253,7 @@ class Remote:
         return descriptor.model_copy(update=update)
 
     def tags(self, prefix: str = "") -> Iterator[str]:
-        return (tag for tag in self._all_tags(prefix) if not REFERRERS.fullmatch(tag))
+        return (tag for tag in self._all_tags(prefix) if not INTERNAL.fullmatch(tag))
 
     def _all_tags(self, prefix: str) -> Iterator[str]:
         # Tags come in the order of the alphabet; a registry that cannot begin in the middle
@@ -285,29 +285,48 @@ class Remote:
         except ValueError as error:
             raise self._unreadable(response.content, "a list of tags in JSON") from error
 
-    def referrers(self, digest: str) -> list[Descriptor]:
-        """The artefacts whose subject is a manifest, by the referrers API, or else by the index
-        under the tag that the specification has registries without the API keep."""
-        if self._lists_referrers:
-            response = self.session.request("GET", f"referrers/{digest}", expect=(200, 404, 405))
-            if response.status_code == 200:
-                return list(self._index(response.content).manifests)
+    def referrers(self, digest: str, artifact_type: str | None = None) -> list[Descriptor]:
+        """As of a `Repository`: by the referrers API, or else by the index under the tag that the
+        specification has registries without the API keep."""
+        found = self._listed_referrers(digest, artifact_type) if self._lists_referrers else None
+        if found is None:
             # A registry with the API answers so for no digest.
             self._lists_referrers = False
-        return list(self._tagged_referrers(digest).manifests)
+            found = self._tagged_referrers(digest).manifests[-MAX_REFERRERS:]
+        # A registry need not know the filter.
+        return [d for d in found if artifact_type in (None, d.artifact_type)]
+
+    def _listed_referrers(self, digest: str, artifact_type: str | None) -> list[Descriptor] | None:
+        """The referrers by the API, page by page; None without the API."""
+        query = f"?artifactType={quote(artifact_type, safe='')}" if artifact_type else ""
+        path, seen = f"referrers/{digest}{query}", 0
+        found: list[Descriptor] = []
+        while seen < MAX_REFERRERS:
+            response = self.session.request("GET", path, expect=(200, 404, 405))
+            if response.status_code != 200:
+                return found or None
+            page = self._index(response.content).manifests
+            found += page
+            seen += max(len(page), LEAST)
+            if not (link := response.links.get("next", {}).get("url")):
+                break
+            path = urljoin(self.session.url(path), link)
+        return found[:MAX_REFERRERS]
 
     def _tagged_referrers(self, digest: str) -> ImageIndex:
+        """The tagged index of referrers. What a client has put there that is none is as good as
+        none: whoever pushes the next referrer writes another."""
         try:
-            _, raw = self.manifest(referrers_tag(digest))
-        except ArtefactNotFound:
+            descriptor, raw = self.manifest(referrers_tag(digest))
+            return self._index(raw) if descriptor.media_type == INDEX else ImageIndex()
+        except (ArtefactNotFound, ArtefactCorrupt):
             return ImageIndex()
-        return self._index(raw)
 
     def _index(self, raw: bytes) -> ImageIndex:
         try:
             return parse_document(ImageIndex, raw, "image index")
         except FileRefused as error:
-            raise self._unreadable(raw, "an image index") from error
+            raise self._unreadable(raw, "an image index", ArtefactCorrupt) from error
 
     def _body(self, response: requests.Response, limit: int) -> bytes:
         """A small body as a whole. Raises RegistryError."""
@@ -318,11 +337,13 @@ class Remote:
         finally:
             response.close()
         if len(content) > limit:
-            raise self._unreadable(content, f"{limit} bytes at most")
+            raise self._unreadable(content, f"{limit} bytes at most", ArtefactCorrupt)
         return bytes(content)
 
-    def _unreadable(self, found: bytes | str, expected: str) -> RegistryError:
-        return RegistryError(
+    def _unreadable(
+        self, found: bytes | str, expected: str, kind: type[RegistryError] = RegistryError
+    ) -> RegistryError:
+        return kind(
             f"{self.reference} answers what it should not",
             found=found if isinstance(found, str) else repr(found[:80]),
             expected=expected,

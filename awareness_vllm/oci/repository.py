@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -11,6 +12,10 @@ from awareness_vllm.oci.reference import Reference
 
 Progress = Callable[[int], None]
 """Called with the number of bytes that have gone through since the last call."""
+
+INTERNAL = re.compile(r"sha256-[0-9a-f]{64}(\.([0-9a-f]{16}|[0-9a-f]{32}))?")
+"""Tags that name nothing for people: the index of a manifest's referrers, each referrer that is in
+one, and the signature of a file by one key (32 digits)."""
 
 
 class Tagged(NamedTuple):
@@ -60,7 +65,7 @@ class Repository(Protocol):
         ...
 
     def tags(self, prefix: str = "") -> Iterator[str]:
-        """All tags, or those that begin so. Raises RegistryError."""
+        """All tags for people, or those that begin so. Raises RegistryError."""
         ...
 
     def tagged(self) -> Iterator[Tagged]:
@@ -71,6 +76,7 @@ class Repository(Protocol):
         """What changes whenever a tag does; None where only asking for all of them can tell."""
         ...
 
-    def referrers(self, digest: str) -> list[Descriptor]:
-        """The artefacts whose subject is a manifest. Raises RegistryError."""
+    def referrers(self, digest: str, artifact_type: str | None = None) -> list[Descriptor]:
+        """The artefacts whose subject is a manifest, or those of one type; of too many, only the
+        first that a registry lists. Raises RegistryError."""
         ...

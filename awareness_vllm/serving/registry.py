@@ -19,7 +19,7 @@ from awareness_vllm.errors import (
 )
 from awareness_vllm.files import home, put_in_place, scratch_folder
 from awareness_vllm.marketplace.files import find
-from awareness_vllm.marketplace.signatures import choose, not_signed, signatures
+from awareness_vllm.marketplace.signatures import candidates, choose, not_signed
 from awareness_vllm.oci.cache import Cache
 from awareness_vllm.oci.connect import open_repository
 from awareness_vllm.oci.reference import Reference
@@ -122,12 +122,13 @@ class RegistryMemories:
         if not self.trust:
             yield lambda: None
             return
-        found = signatures(self.repository, offer.found.descriptor.digest)
+        digest = offer.found.descriptor.digest
+        found = candidates(self.repository, digest, listing, self.trust)
         self.cache.folder.mkdir(parents=True, exist_ok=True)
         with scratch_folder(self.cache.folder) as scratch:
             signer = choose(listing, found, path, scratch, self.trust).package
             if self.signed and signer is None and not is_own(listing.digest):
-                raise not_signed(listing, "package", found)
+                raise not_signed(listing, "package")
             draft = signature_path(scratch / path.name, "package")
 
             def put() -> None:
