@@ -171,10 +171,10 @@ class Layout:
         update = {"artifact_type": parsed.artifact_type, "annotations": notes or None}
         return plain.model_copy(update=update)
 
-    def tags(self, prefix: str = "") -> Iterator[str]:
+    def tags(self, prefix: str = "", *, internal: bool = False) -> Iterator[str]:
         tags = (tag_of(entry) for entry in entries(self.index_file, prefix))
         named = (tag for tag in tags if tag is not None and tag.startswith(prefix))
-        return (tag for tag in named if not INTERNAL.fullmatch(tag))
+        return (tag for tag in named if bool(INTERNAL.fullmatch(tag)) == internal)
 
     def tagged(self) -> Iterator[Tagged]:
         absence = self._absence()

@@ -252,8 +252,8 @@ class Remote:
         update = {"artifact_type": manifest.artifact_type, "annotations": manifest.annotations}
         return descriptor.model_copy(update=update)
 
-    def tags(self, prefix: str = "") -> Iterator[str]:
-        return (tag for tag in self._all_tags(prefix) if not INTERNAL.fullmatch(tag))
+    def tags(self, prefix: str = "", *, internal: bool = False) -> Iterator[str]:
+        return (t for t in self._all_tags(prefix) if bool(INTERNAL.fullmatch(t)) == internal)
 
     def _all_tags(self, prefix: str) -> Iterator[str]:
         # Tags come in the order of the alphabet; a registry that cannot begin in the middle

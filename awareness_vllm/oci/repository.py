@@ -14,8 +14,8 @@ Progress = Callable[[int], None]
 """Called with the number of bytes that have gone through since the last call."""
 
 INTERNAL = re.compile(r"sha256-[0-9a-f]{64}(\.([0-9a-f]{16}|[0-9a-f]{32}))?")
-"""Tags that name nothing for people: the index of a manifest's referrers, each referrer that is in
-one, and the signature of a file by one key (32 digits)."""
+"""Internal tags: the index of a manifest's referrers, each referrer that is in one; with 32 digits
+the signature of a file by one key, and the claim of a name's version."""
 
 
 class Tagged(NamedTuple):
@@ -64,8 +64,9 @@ class Repository(Protocol):
         RegistryError."""
         ...
 
-    def tags(self, prefix: str = "") -> Iterator[str]:
-        """All tags for people, or those that begin so. Raises RegistryError."""
+    def tags(self, prefix: str = "", *, internal: bool = False) -> Iterator[str]:
+        """All tags, or those that begin so: those for people, or the `internal` ones. Raises
+        RegistryError."""
         ...
 
     def tagged(self) -> Iterator[Tagged]:

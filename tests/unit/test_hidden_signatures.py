@@ -152,6 +152,8 @@ def test_a_displaced_signature_is_found_behind_junk(
     flood(repository, memory, subject, **{KEY: alice.fingerprint})
     name = name_of(listing.digest, alice.fingerprint)
     push(repository, junk(memory, subject, **{KEY: alice.fingerprint}), (name,))
+    internal = list(repository.tags("sha256-", internal=True))
+    assert internal.count(name) == 1
     assert who(repository, listing.id) == "alice"
     monkeypatch.setattr(module, "MOST_TRIED", 3)
     with pytest.raises(SignatureInvalid):
