@@ -131,6 +131,25 @@ def test_one_who_claims_nothing_is_given_way(
     assert market.wmatrices.get(tag).digest == file_digest(files[0])
 
 
+def test_a_version_that_came_meanwhile_stays(
+    files: list[Path], repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An older client's, which claims nothing, between the question for a number and its use."""
+    push_version(files[1], "other", repository)
+    other, newest = artefact_of(files[1], name="other").document, versions._newest
+
+    def late(*args: Any) -> Any:
+        answer = newest(*args)
+        if not answer[0]:
+            repository.put_manifest(other, MANIFEST, "pair.v1")
+        return answer
+
+    monkeypatch.setattr(versions, "_newest", late)
+    assert push_version(files[0], "pair", repository) == "pair.v2"
+    market = Marketplace(str(repository.reference))
+    assert market.wmatrices.get("pair.v1").digest == file_digest(files[1])
+
+
 def test_claims_of_any_number_are_not_believed(files: list[Path], repository: Repository) -> None:
     push_version(files[0], "pair", repository)
     document = artefact_of(files[0], name="pair").document
