@@ -10,6 +10,7 @@ from awareness_vllm.cli.options import add_trust, add_wmatrices
 
 if TYPE_CHECKING:
     from awareness_vllm.compatibility.catalogue import Catalogue
+    from awareness_vllm.trust.policy import TrustPolicy
     from awareness_vllm.wmatrix.listing import Listing
 
 MOST = 1 << 20
@@ -33,8 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from awareness_vllm.compatibility.html.page import page
     from awareness_vllm.files import replace_text
+    from awareness_vllm.trust.policy import TrustPolicy
 
-    known = of_registry(args.registry) if args.registry else of_machine(args)
+    trust = TrustPolicy.read(args.trust)
+    known = of_registry(args.registry, trust) if args.registry else of_machine(args, trust)
     replace_text(args.html, page(catalogue=known))
     return {
         "html": str(args.html),
@@ -45,24 +48,25 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def of_registry(registry: str) -> Catalogue:
+def of_registry(registry: str, trust: TrustPolicy) -> Catalogue:
     from awareness_vllm.compatibility.catalogue import of_listings
+    from awareness_vllm.marketplace.maps import RepositoryMaps
     from awareness_vllm.marketplace.market import Marketplace
 
     market = Marketplace(registry)
     listings: list[Listing] = [*market.memories.search(limit=MOST)]
     listings += market.wmatrices.search(limit=MOST)
-    return of_listings(listings, market.repository.reference)
+    maps = RepositoryMaps(market.repository, trust).entries() if trust else []
+    signers = {entry.digest: entry.signers(None) for entry in maps}
+    return of_listings(listings, market.repository.reference, signers=signers)
 
 
-def of_machine(args: argparse.Namespace) -> Catalogue:
+def of_machine(args: argparse.Namespace, trust: TrustPolicy) -> Catalogue:
     from awareness_vllm.compatibility.catalogue import of_files
     from awareness_vllm.files import default_store
     from awareness_vllm.packages.store import Store
-    from awareness_vllm.trust.policy import TrustPolicy
     from awareness_vllm.wmatrix.registry import Registry
 
-    trust = TrustPolicy.read(args.trust)
     return of_files(Store(args.store or default_store()), Registry.read(args.wmatrix, trust), trust)
 
 

@@ -6,10 +6,11 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from awareness_vllm.cli.options import add_wmatrices
+from awareness_vllm.cli.options import add_trust, add_wmatrices
 
 if TYPE_CHECKING:
     from awareness_vllm.compatibility.report import Matrix
+    from awareness_vllm.trust.policy import TrustPolicy
     from awareness_vllm.wmatrix.registry import Registry
 
 HELP = "print the retention of each pair of models: measured by certificates, or published (priors)"
@@ -27,21 +28,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="add published figures, which were not measured here",
     )
+    add_trust(parser)
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the matrix as a page")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from awareness_vllm.compatibility.matrix import matrix, of_registry
+    from awareness_vllm.trust.policy import TrustPolicy
 
+    trust = TrustPolicy.read(args.trust)
     priors = []
     if args.priors:
         from awareness_vllm.compatibility.priors import published_cells
 
         priors = published_cells()
     if args.registry:
-        known = of_registry(listed(args), priors)
+        known = of_registry(listed(args, trust), priors)
     else:
-        known = matrix(args.wmatrix, priors=priors)
+        known = matrix(args.wmatrix, priors=priors, trust=trust)
     if args.html:
         from awareness_vllm.compatibility.html.page import page
         from awareness_vllm.files import replace_text
@@ -54,17 +58,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def listed(args: argparse.Namespace) -> Registry:
-    """All maps of a registry, by their listings. Raises BadInput, RegistryError."""
+def listed(args: argparse.Namespace, trust: TrustPolicy) -> Registry:
+    """All maps of a registry, by their listings, and who of the trusted signed them. Raises
+    BadInput, RegistryError."""
     from awareness_vllm.errors import BadInput
-    from awareness_vllm.marketplace.maps import RepositoryMaps, entry_of
+    from awareness_vllm.marketplace.maps import RepositoryMaps
     from awareness_vllm.oci.connect import open_repository
     from awareness_vllm.wmatrix.registry import Registry
 
     if args.wmatrix:
         raise BadInput("the matrix is of files or of a registry", found="--wmatrix and --registry")
-    maps = RepositoryMaps(open_repository(args.registry)).all()
-    return Registry(tuple(map(entry_of, maps)))
+    maps = RepositoryMaps(open_repository(args.registry), trust)
+    return Registry(tuple(maps.entries()))
 
 
 def table(matrix: Matrix) -> str:
@@ -80,6 +85,7 @@ def table(matrix: Matrix) -> str:
             value = figure(cell.retention, cell.basis) if cell.retention else "not certified"
             kind = cell.basis.kind if cell.basis else "measured"
             value += f" ({kind})" if kind != "measured" else ""
+            value += f" (signed by {cell.signed_by})" if cell.signed_by else ""
             rows.append((escaped(source), escaped(target), value))
     if not rows:
         return (

@@ -6,7 +6,7 @@ Of a registry the listings alone are read. All that they say is the word of who 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,7 @@ from awareness_vllm.packages.listing import PackageListing
 from awareness_vllm.packages.manifest import Manifest, read_manifest, signer_of
 from awareness_vllm.packages.store import Store
 from awareness_vllm.passages import BUDGET
-from awareness_vllm.trust.policy import TrustPolicy
+from awareness_vllm.trust.policy import Signers, TrustPolicy
 from awareness_vllm.wmatrix.certificate import TAIL, Certificate, Interval, Plan
 from awareness_vllm.wmatrix.listing import Listing, WMatrixListing
 from awareness_vllm.wmatrix.manifest import WMatrixManifest
@@ -52,6 +52,7 @@ class Item:
     license: str | None = None
     claimed: bool = False
     signed_by: str | None = None
+    certificate_signed_by: str | None = None
 
 
 @dataclass(frozen=True)
@@ -90,10 +91,13 @@ def of_listings(
     listings: Iterable[Listing],
     reference: Reference,
     *,
+    signers: Mapping[str, Signers] | None = None,
     skipped: int = 0,
     priors: Iterable[Cell] = (),
 ) -> Catalogue:
-    """The catalogue of a registry, with commands that pull. Each file is in it once."""
+    """The catalogue of a registry, with commands that pull. Each file is in it once. `signers` are
+    those of maps, by their files' digests."""
+    known = signers or {}
     once = {listing.digest: listing for listing in listings}
     pull = (f"awareness pull {shlex.quote(str(reference))}:", "")
     items = [
@@ -106,13 +110,24 @@ def of_listings(
             tensors="" if isinstance(listing, PackageListing) else listing.tensors,
             description=listing.description,
             license=listing.license,
-            claimed=isinstance(listing, WMatrixListing) and entry_of(listing).claimed,
+            **_signed(listing, known.get(listing.digest, Signers())),
         )
         for listing in once.values()
     ]
     return catalogue(
         items, str(reference), {"memory": pull, "map": pull}, skipped=skipped, priors=priors
     )
+
+
+def _signed(listing: Listing, signers: Signers) -> dict[str, Any]:
+    """The fields of a map's item that say who signed it."""
+    if not isinstance(listing, WMatrixListing):
+        return {}
+    return {
+        "claimed": entry_of(listing, signers).claimed,
+        "signed_by": signers.wmatrix,
+        "certificate_signed_by": signers.certificate,
+    }
 
 
 def of_files(
@@ -139,6 +154,7 @@ def of_files(
             tensors=entry.tensors,
             claimed=entry.claimed,
             signed_by=entry.signed_by,
+            certificate_signed_by=entry.certificate_signed_by,
         )
         for entry in registry
     ]
@@ -177,7 +193,13 @@ def catalogue(
             memories.append(_memory(item, item.manifest, models))
         else:
             path = Path(f"{item.name.replace('/', '-')}.wmatrix")
-            entry = WMatrixEntry(path, item.manifest, item.digest, claimed=item.claimed)
+            entry = WMatrixEntry(
+                path,
+                item.manifest,
+                item.digest,
+                certificate_signed_by=item.certificate_signed_by,
+                claimed=item.claimed,
+            )
             maps.append(_map(item, entry, models))
             entries.append(entry)
     matrix = of_registry(Registry(tuple(entries)), priors)
@@ -230,6 +252,8 @@ def _map(item: Item, entry: WMatrixEntry, models: _Models) -> list[Any]:
     ]
     facts += [("stored in", manifest.quantization)] if manifest.quantization else []
     facts += [("signed by", item.signed_by)] if item.signed_by else []
+    if item.certificate_signed_by:
+        facts.append(("certificate signed by", item.certificate_signed_by))
     return [
         *(item.key, item.name, models.number(manifest.source), models.number(manifest.target)),
         *(item.bytes, item.description, item.license, manifest.reads_tokens),

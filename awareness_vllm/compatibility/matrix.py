@@ -8,20 +8,28 @@ from pathlib import Path
 
 from awareness_vllm.compatibility.report import Basis, BasisKind, Cell, Matrix
 from awareness_vllm.models.geometry import Geometry
+from awareness_vllm.trust.policy import TrustPolicy
 from awareness_vllm.wmatrix.registry import Registry, WMatrixEntry
 
 
-def matrix(paths: Sequence[Path] | None = None, *, priors: Iterable[Cell] = ()) -> Matrix:
+def matrix(
+    paths: Sequence[Path] | None = None,
+    *,
+    priors: Iterable[Cell] = (),
+    trust: TrustPolicy | None = None,
+) -> Matrix:
     """A cell for every pair that a W-Matrix joins, then the published ones.
 
     Args:
         paths: W-Matrix files and folders of them, by default `$AWARENESS_HOME/wmatrices`.
         priors: published cells.
+        trust: whose signatures count.
 
     Raises:
-        WMatrixCorrupt: a file in `paths` is unreadable (in a folder it is passed over).
+        WMatrixCorrupt, SignatureInvalid: a file in `paths` cannot be used (in a folder it is passed
+            over).
     """
-    return of_registry(Registry.read(paths), priors)
+    return of_registry(Registry.read(paths, trust), priors)
 
 
 def of_registry(registry: Registry, priors: Iterable[Cell] = ()) -> Matrix:
@@ -56,7 +64,13 @@ def cell(source: str, target: str, entry: WMatrixEntry) -> Cell:
     origin = f"{entry.path.name}: {protocol}, {certificate.measured}"
     kind: BasisKind = "claimed" if entry.claimed else "measured"
     basis = Basis(kind=kind, source=origin, digest=entry.digest)
-    return Cell(source=source, target=target, retention=certificate.retention, basis=basis)
+    return Cell(
+        source=source,
+        target=target,
+        retention=certificate.retention,
+        basis=basis,
+        signed_by=entry.certificate_signed_by,
+    )
 
 
 def names_of(models: Iterable[Geometry]) -> dict[str, str]:

@@ -167,12 +167,14 @@ class Estimate(FrozenModel):
 
 
 class Cell(FrozenModel):
-    """One pair of models in the compatibility matrix; unknown where `basis` is None."""
+    """One pair of models in the compatibility matrix; unknown where `basis` is None. `signed_by` is
+    the name of the trusted key that signed the certificate."""
 
     source: str
     target: str
     retention: Interval | None
     basis: Basis | None
+    signed_by: str | None = None
 
 
 class Matrix(FrozenModel):

@@ -6,13 +6,15 @@ import logging
 import math
 import random
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from awareness_vllm.errors import ArtefactCorrupt, ArtefactNotFound, SignatureInvalid, escaped
 from awareness_vllm.files import wmatrices_dir
 from awareness_vllm.marketplace.files import file_name, pull
-from awareness_vllm.marketplace.index import ListingIndex, Wanted
+from awareness_vllm.marketplace.index import WORKERS, ListingIndex, Wanted
 from awareness_vllm.marketplace.signatures import candidates, signers_of
 from awareness_vllm.models.geometry import Geometry
 from awareness_vllm.oci.artefact import ImageManifest
@@ -88,6 +90,31 @@ class RepositoryMaps:
     def all(self) -> list[WMatrixListing]:
         """All maps, the best first, as of `to`. Raises RegistryError."""
         return self._found(Wanted("wmatrix"))
+
+    def entries(self) -> list[WMatrixEntry]:
+        """The entries of all maps, the best first; where there is a trust policy, with which of its
+        keys signed them. A map whose signatures are not good is signed by nobody. Raises
+        RegistryError."""
+        maps = self.all()
+        if not self.trust:
+            return [entry_of(listing) for listing in maps]
+        if self.repository.reference.host is None:
+            signers = list(map(self._signers, maps))
+        else:
+            with ThreadPoolExecutor(WORKERS) as pool:  # each within this thread's deadline
+                looks = [pool.submit(copy_context().run, self._signers, one) for one in maps]
+                signers = [look.result() for look in looks]
+        return sorted(map(entry_of, maps, signers), key=self._standing, reverse=True)
+
+    def _signers(self, listing: WMatrixListing) -> Signers:
+        """Whose signatures a listed map has."""
+        try:
+            digest = self.repository.manifest(listing.tag)[0].digest
+            found = candidates(self.repository, digest, listing, self.trust)
+            return signers_of(listing, found, self.trust)
+        except (ArtefactCorrupt, ArtefactNotFound, SignatureInvalid) as error:
+            logger.warning("signed by nobody: %s: %s", escaped(listing.name), error)
+            return NO_SIGNERS
 
     def _found(self, wanted: Wanted) -> list[WMatrixListing]:
         found = ListingIndex(self.repository).search(wanted, MOST_MAPS)

@@ -10,13 +10,16 @@ from typing import Any
 
 import pytest
 from random_maps import random_map
+from test_catalogue import data_of
 
 from awareness_vllm.cli.main import main
 from awareness_vllm.marketplace.files import push_file
+from awareness_vllm.oci.connect import open_repository
 from awareness_vllm.oci.repository import Repository
 from awareness_vllm.packages.file import Package, publish
+from awareness_vllm.trust.policy import signature_path
 from awareness_vllm.trust.signing import keygen
-from awareness_vllm.wmatrix.file import WMatrix
+from awareness_vllm.wmatrix.file import WMatrix, load
 from awareness_vllm.wmatrix.manifest import read_manifest
 
 pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("empty_home")]
@@ -96,6 +99,57 @@ def test_matrix(offered: str, result: Callable[..., Any], tmp_path: Path) -> Non
     assert "claimed" not in local["table"][0]
     both = ("--registry", offered, "--wmatrix", str(tmp_path))
     assert result("matrix", *both, status=1)["error"]["type"] == "BadInput"
+
+
+@pytest.mark.parametrize("junk", [False, True])
+def test_who_signed_a_listed_certificate(
+    junk: bool, offered: str, result: Callable[..., Any], tmp_path: Path
+) -> None:
+    """The best of a pair is a stranger's claim; that of whom the trust file names counts."""
+    path, key = tmp_path / "pair.wmatrix", str(tmp_path / "alice.key")
+    manifest = read_manifest(path)
+    assert manifest.certificate is not None
+    figures = {"mean": 0.99, "ci_low": 0.98, "ci_high": 1.0}
+    better = {**manifest.certificate, "retention": figures}
+    claimed = replace(load(path), manifest=manifest.model_copy(update={"certificate": better}))
+    claimed.save(tmp_path / "claimed.wmatrix")
+    repository = open_repository(offered)
+    push_file(tmp_path / "claimed.wmatrix", repository)
+    assert main(["sign", str(path), "--key", key, "--certificate"]) == 0
+    if junk:  # the stranger's map has a signature by the same key, of another certificate
+        there = signature_path(path, "certificate")
+        signature_path(tmp_path / "claimed.wmatrix", "certificate").write_bytes(there.read_bytes())
+        push_file(tmp_path / "claimed.wmatrix", repository)
+    push_file(path, repository)
+    (tmp_path / "lab.pub").write_bytes((tmp_path / "alice.pub").read_bytes())
+    entry = {"public_key": "lab.pub", "roles": ["certificate"]}
+    trust = tmp_path / "lab.json"
+    trust.write_text(json.dumps({"keys": {"lab": entry}}))
+    page = tmp_path / "page.html"
+    words = ("--registry", offered, "--html", str(page))
+    drawn = result("matrix", *words)
+    (cell,) = drawn["matrix"]["cells"]
+    assert (cell["retention"]["mean"], cell["basis"]["kind"]) == (0.99, "claimed")
+    assert "signed by" not in drawn["table"][0] + page.read_text()
+    drawn = result("matrix", *words, "--trust", str(trust))
+    (cell,) = drawn["matrix"]["cells"]
+    assert (cell["basis"]["kind"], cell["signed_by"]) == ("measured", "lab")
+    assert cell["retention"]["mean"] != 0.99
+    assert drawn["table"][0].endswith("(signed by lab)")
+    assert "<small>signed by lab</small>" in page.read_text()
+    kept = round(cell["retention"]["mean"], 4)
+    for more, signed in (((), (True, [])), (("--trust", str(trust)), (False, ["lab"]))):
+        result("catalogue", *words, *more)
+        who = {
+            row[8]["retention"][0]: (
+                row[8]["claimed"],
+                [name for fact, name in row[9] if fact == "certificate signed by"],
+            )
+            for row in data_of(page.read_text())["maps"]
+        }
+        assert who == {0.99: (True, []), kept: signed}
+    local = result("matrix", "--wmatrix", str(path), "--trust", str(trust))
+    assert local["table"][0].endswith("(signed by lab)")
 
 
 def test_check(offered: str, result: Callable[..., Any], wmatrix: WMatrix, tmp_path: Path) -> None:
