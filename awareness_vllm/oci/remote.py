@@ -32,6 +32,7 @@ from awareness_vllm.oci.failures import failure_of
 from awareness_vllm.oci.reference import DIGEST, Reference
 from awareness_vllm.oci.repository import INTERNAL, Progress, Tagged, no_progress
 from awareness_vllm.oci.session import ATTEMPTS, TIMEOUT, Session
+from awareness_vllm.oci.upload import Upload
 from awareness_vllm.tensor_file import FileRefused, parse_document
 
 PAGE = 1000
@@ -167,7 +168,7 @@ class Remote:
             "PUT",
             f"{location}{query}digest={quote(descriptor.digest, safe='')}",
             headers={"Content-Type": "application/octet-stream"},
-            data=_Body(layer, progress),
+            data=Upload(layer, progress),
             expect=(201,),
         )
 
@@ -362,34 +363,6 @@ class _TagList(BaseModel):
     """The answer to `tags/list`."""
 
     tags: list[str] | None
-
-
-class _Body:
-    """The bytes of a layer to send, from the beginning each time that they are iterated: once for
-    each attempt."""
-
-    def __init__(self, layer: Layer, progress: Progress) -> None:
-        self.layer, self.progress, self.sent = layer, progress, 0
-
-    def __len__(self) -> int:
-        return self.layer.descriptor.size
-
-    def __iter__(self) -> Iterator[bytes]:
-        self.progress(-self.sent)
-        self.sent = 0
-        if isinstance(self.layer.content, bytes):
-            self._count(self.layer.content)
-            yield self.layer.content
-            return
-        with self.layer.content.open("rb", buffering=0) as file:
-            # No more than announced, should the file have grown.
-            while chunk := file.read(min(CHUNK, len(self) - self.sent)):
-                self._count(chunk)
-                yield chunk
-
-    def _count(self, chunk: bytes) -> None:
-        self.sent += len(chunk)
-        self.progress(len(chunk))
 
 
 def referrers_tag(digest: str) -> str:
