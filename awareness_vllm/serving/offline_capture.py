@@ -86,9 +86,10 @@ def cache_bytes(geometry: Geometry, tokens: int) -> int:
     return 2 * state_bytes(geometry, tokens + BLOCK_SLACK)
 
 
-def state_bytes(geometry: Geometry, tokens: int) -> int:
-    """Bytes of the keys and values of so many tokens, of all layers."""
-    itemsize = getattr(torch, geometry.dtype).itemsize
+def state_bytes(geometry: Geometry, tokens: int, dtype: torch.dtype | None = None) -> int:
+    """Bytes of the keys and values of so many tokens, of all layers; by default in the model's own
+    dtype."""
+    itemsize = (dtype or getattr(torch, geometry.dtype)).itemsize
     return int(tokens * geometry.width * itemsize)  # the width is that of keys and values
 
 

@@ -24,14 +24,16 @@ if TYPE_CHECKING:
 class ServedModel:
     """A model's `folder`, its context window of `max_model_len` tokens, the `geometry` of its KV
     cache (LongRoPE's positions depend on the window), and the ids `prefix` that its tokenizer puts
-    before every text. `largest` is the greatest magnitude of a state in its cache, which `rounds`
-    states where it is in fp8."""
+    before every text. `largest` is the greatest magnitude of a state in its cache, which is of a
+    `dtype` of the server's choice, None for the model's own, and `rounds` states where it is in
+    fp8."""
 
     folder: Path
     max_model_len: int
     geometry: Geometry
     prefix: tuple[int, ...] = ()
     largest: float = math.inf
+    dtype: torch.dtype | None = None
     rounds: bool = False
 
     @classmethod
@@ -53,7 +55,7 @@ class ServedModel:
         dtype = cast(torch.dtype, model.dtype)
         rounds = vllm_config.cache_config.cache_dtype.startswith("fp8")
         read = cls.read(model.model, model.max_model_len)
-        return replace(read, largest=largest(dtype), rounds=rounds)
+        return replace(read, largest=largest(dtype), dtype=dtype, rounds=rounds)
 
     def without_prefix(self, ids: Sequence[int]) -> list[int]:
         """The ids of a text without the tokenizer's prefix, however often it stands before them: a

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -45,6 +46,7 @@ class Capturing:
 
     def __init__(self, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
         self.server, self.monkeypatch = server, monkeypatch
+        self.dtype = torch.bfloat16
         server.engine.answers |= {ANNOUNCE: [None], FORGET: [None], STATE: [""]}
         self.limit(allowed=True, min_free=0)
         headers = {"Authorization": "Bearer sk-acme"}
@@ -62,7 +64,9 @@ class Capturing:
         """What the worker does."""
         geometry = self.server.resolver.model.geometry
         states = {
-            tensor_name(i, part): torch.zeros(self.tokens, layer.heads, layer.head_dim).bfloat16()
+            tensor_name(i, part): torch.zeros(self.tokens, layer.heads, layer.head_dim).to(
+                self.dtype
+            )
             for i, layer in enumerate(geometry.layers)
             for part in ("key", "value")
         }
@@ -157,9 +161,13 @@ def test_a_quota_and_free_space_are_kept(
     assert capturing.left == []
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_capture_is_admitted_by_the_bytes_of_its_states(
-    capturing: Capturing, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, capturing: Capturing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    capturing.dtype = dtype  # of `vllm serve --dtype`
+    model = replace(capturing.server.resolver.model, dtype=dtype)
+    monkeypatch.setattr(capturing.server.resolver, "model", model)
     sizes: list[int] = []
     monkeypatch.setattr(CaptureLimits, "check", lambda self, folder, size: sizes.append(size))
     capturing.run()

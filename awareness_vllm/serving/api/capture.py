@@ -209,7 +209,7 @@ async def _admitted(front: FrontEnd, tenant: str, text: str) -> tuple[Tokens, Ad
             remedy="split the text into several memories, or start the server with a larger "
             "--max-model-len",
         )
-    size = state_bytes(model.geometry, len(tokens.ids))
+    size = state_bytes(model.geometry, len(tokens.ids), model.dtype)
     folder = front.resolver.stores[tenant].folder
     await asyncio.to_thread(front.capture_limits.check, folder, size)
     return tokens, await front.admission.admit_capture(secrets.token_hex(16), size)

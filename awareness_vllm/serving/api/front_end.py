@@ -55,7 +55,7 @@ def pulls_of(config: ServingConfig, resolver: MemoryResolver) -> Pulls | None:
 def passages_of(config: ServingConfig, engine: EngineClient, model: ServedModel) -> Passages:
     """The passages that the workers keep within their bound: half of them are counted on, so that
     none is dropped there first."""
-    size = 2 * state_bytes(model.geometry, 1)
+    size = 2 * state_bytes(model.geometry, 1, model.dtype)
     limit = int(config.reread_cache_gib * 2**30) // size
     return Passages(engine, limit, min(config.reread_timeout, config.load_timeout))
 
