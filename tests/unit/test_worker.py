@@ -314,7 +314,8 @@ def test_the_worker_of_a_vllm_process(
         vllm_config,
         SimpleNamespace(kv_cache_groups=groups),  # type: ignore[arg-type]
     )
-    assert made.model == replace(ServedModel.read(tiny_models[1], 64), largest=2**15)
+    served = ServedModel.read(tiny_models[1], 64)
+    assert made.model == replace(served, largest=2**15, dtype=torch.bfloat16)
     assert made.layout == KVLayout(
         dict.fromkeys(NAMES, layer), {NAMES[0]: 0, NAMES[1]: 1}, [*SIZES], [None, None]
     )
