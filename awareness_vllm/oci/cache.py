@@ -115,7 +115,7 @@ class Cache:
             )
         with self.draft(descriptor, progress) as draft:
             if (path := self.path(name)) is None:
-                repository.fetch(descriptor, draft, progress)
+                self._bring(repository, descriptor, draft, progress)
                 check_draft(draft, check)
                 self.used(name)
                 path = self.folder / name
@@ -125,6 +125,26 @@ class Cache:
                 progress(descriptor.size)
         self.collect()
         return path
+
+    def _bring(
+        self, repository: Repository, descriptor: Descriptor, draft: Path, progress: Progress
+    ) -> None:
+        """Download a blob; on a disk that is full before the limit is reached, into the room of
+        what was not used for the longest."""
+        came = 0
+
+        def counted(more: int) -> None:
+            nonlocal came
+            came += more
+            progress(more)
+
+        try:
+            repository.fetch(descriptor, draft, counted)
+        except StorageFull:
+            if not self.collect(room=descriptor.size).removed:
+                raise
+            progress(-came)  # what is there already is counted again
+            repository.fetch(descriptor, draft, progress)
 
     @contextlib.contextmanager
     def draft(self, descriptor: Descriptor, progress: Progress = no_progress) -> Iterator[Path]:
@@ -151,15 +171,17 @@ class Cache:
         for path in (self.folder / name, *self.folder.glob(f"{name}.*")):
             path.unlink(missing_ok=True)
 
-    def collect(self) -> Collected:
-        """Remove what was not used for the longest, until the rest is within the limit; parts of
-        downloads that nobody has gone on with for days; and what lies beside no file. Downloads
-        that run stay, and so does what was used in the last seconds."""
+    def collect(self, room: int = 0) -> Collected:
+        """Remove what was not used for the longest, until the rest is within the limit and `room`
+        bytes are free that were not; parts of downloads that nobody has gone on with for days; and
+        what lies beside no file. Downloads that run stay, and so does what was used in the last
+        seconds."""
         entries = sorted(self._entries(), key=lambda entry: entry.used)
         total, removed, freed, now = sum(e.size for e in entries), 0, 0, time.time()
+        most = min(self.limit, total - room)
         for entry in entries:
             stale = entry.partial and now - entry.used > STALE
-            if not stale and (total - freed <= self.limit or now - entry.used < self._fresh):
+            if not stale and (total - freed <= most or now - entry.used < self._fresh):
                 continue
             if self._remove(entry):
                 removed, freed = removed + 1, freed + entry.size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from awareness_vllm.marketplace.files import pull_file, push_file
 from awareness_vllm.oci.artefact import Layer, descriptor_of
 from awareness_vllm.oci.cache import FRESH, STALE, Cache, default_limit
 from awareness_vllm.oci.connect import open_repository
+from awareness_vllm.oci.download import Download, storage_full
 from awareness_vllm.oci.layout import Layout
 from awareness_vllm.oci.repository import Repository
 from awareness_vllm.packages.file import Package, publish
@@ -121,6 +123,46 @@ def test_what_lies_beside_no_file_goes(layout: Repository) -> None:
     assert cache.collect().removed == 0
     left = {path.name.partition(".")[0] for path in cache.folder.glob("*.wmatrix.*")}
     assert left == {there.stem, coming.stem}
+
+
+def test_on_a_full_disk_what_was_not_used_for_the_longest_makes_room(
+    layout: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = Cache(limit=1 << 20)
+    old, new = (fetched(cache, layout, content) for content in (A, B))
+    age(old, 3 * FRESH)
+    age(new)
+    room = 400
+    write = Download.write
+
+    def written(self: Download, chunk: bytes) -> None:
+        """On a disk that has room for a part of it while the old file is there."""
+        there = old.exists() * room
+        write(self, chunk[: there or None])
+        if there:
+            raise storage_full(OSError(errno.ENOSPC, "No space left"), self.descriptor.size)
+
+    monkeypatch.setattr(Download, "write", written)
+    descriptor, counted = descriptor_of(C, "text/plain"), []
+    path = cache.fetch(layout, descriptor, "c.wmatrix", progress=counted.append)
+    assert path.read_bytes() == C
+    assert (old.exists(), new.exists()) == (False, True)
+    assert sum(counted) == len(C)
+
+
+def test_on_a_full_disk_what_was_just_used_stays(
+    layout: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = Cache(limit=1 << 20)
+    just_used = fetched(cache, layout, A)
+
+    def full(self: Download, chunk: bytes) -> None:
+        raise storage_full(OSError(errno.EDQUOT, "Disk quota exceeded"), self.descriptor.size)
+
+    monkeypatch.setattr(Download, "write", full)
+    with pytest.raises(StorageFull, match="quota"):
+        fetched(cache, layout, B)
+    assert just_used.exists()
 
 
 def test_too_large_for_the_cache(layout: Repository) -> None:
