@@ -27,7 +27,6 @@ from awareness_vllm.compatibility.report import (
     COPIED,
     LEVELS,
     Basis,
-    BasisKind,
     CompatibilityReport,
     Curve,
     Share,
@@ -37,7 +36,7 @@ from awareness_vllm.compatibility.risks import risks
 from awareness_vllm.passages import BUDGET
 from awareness_vllm.wmatrix.certificate import TIERS, Certificate, Interval, Plan
 from awareness_vllm.wmatrix.manifest import WMatrixManifest
-from awareness_vllm.wmatrix.plans import basis_of, with_tail
+from awareness_vllm.wmatrix.plans import with_tail
 from awareness_vllm.wmatrix.registry import WMatrixEntry
 
 Known = tuple[Interval, Basis]
@@ -128,9 +127,7 @@ def expected(check: CheckContext) -> Known | None:
 
 def certified(check: CheckContext, certificate: Certificate, entry: WMatrixEntry) -> Basis:
     """The basis of what a map's certificate says of the memory."""
-    kind: BasisKind = basis_of(certificate, check.tokens, rounded=check.rounded)
-    kind = "claimed" if check.claimed else kind
-    return Basis(kind=kind, source=str(entry), digest=entry.digest)
+    return Basis(kind=check.basis_of(certificate), source=str(entry), digest=entry.digest)
 
 
 def scored(check: CheckContext, retention: Interval | None) -> float | None:

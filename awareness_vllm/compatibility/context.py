@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from awareness_vllm.compatibility.degradation import Degradation, load_for
 from awareness_vllm.compatibility.models import Listing, Model, model
@@ -16,7 +16,7 @@ from awareness_vllm.packages.manifest import Manifest, StoredLatent, read_manife
 from awareness_vllm.packages.store import locate
 from awareness_vllm.trust.policy import Signers, TrustPolicy
 from awareness_vllm.wmatrix.certificate import Certificate, Interval
-from awareness_vllm.wmatrix.plans import basis_of
+from awareness_vllm.wmatrix.plans import PlanBasis, basis_of
 from awareness_vllm.wmatrix.registry import Registry, WMatrixEntry
 from awareness_vllm.wmatrix.verdict import Verdict, verdict
 
@@ -145,8 +145,13 @@ class CheckContext:
         and counts here, or without one on the memory itself."""
         if self.certificate is None:
             return self.self_test is not None
-        known = basis_of(self.certificate, self.tokens, rounded=self.rounded)
-        return known == "measured" and not self.claimed
+        return self.basis_of(self.certificate) == "measured"
+
+    def basis_of(self, certificate: Certificate) -> PlanBasis | Literal["claimed"]:
+        """How what the map's certificate says of the memory is known."""
+        if self.claimed:
+            return "claimed"
+        return basis_of(certificate, self.tokens, rounded=self.rounded)
 
     @functools.cached_property
     def degradation(self) -> Degradation | None:

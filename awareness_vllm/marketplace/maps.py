@@ -109,12 +109,15 @@ class RepositoryMaps:
     def _signers(self, listing: WMatrixListing) -> Signers:
         """Whose signatures a listed map has."""
         try:
-            digest = self.repository.manifest(listing.tag)[0].digest
-            found = candidates(self.repository, digest, listing, self.trust)
-            return signers_of(listing, found, self.trust)
+            return self._signed(listing, self.repository.manifest(listing.tag)[0].digest)
         except (ArtefactCorrupt, ArtefactNotFound, SignatureInvalid) as error:
             logger.warning("signed by nobody: %s: %s", escaped(listing.name), error)
             return NO_SIGNERS
+
+    def _signed(self, listing: WMatrixListing, digest: str) -> Signers:
+        """Whose signatures an artefact, of this manifest's digest, has. Raises SignatureInvalid."""
+        found = candidates(self.repository, digest, listing, self.trust)
+        return signers_of(listing, found, self.trust)
 
     def _found(self, wanted: Wanted) -> list[WMatrixListing]:
         found = ListingIndex(self.repository).search(wanted, MOST_MAPS)
@@ -146,10 +149,7 @@ class RepositoryMaps:
         """The entry of an artefact; None where it cannot be used."""
         try:
             listing = listing_of(look(self.repository, digest))
-            signers = NO_SIGNERS
-            if self.trust:
-                found = candidates(self.repository, digest, listing, self.trust)
-                signers = signers_of(listing, found, self.trust)
+            signers = self._signed(listing, digest) if self.trust else NO_SIGNERS
         except (ArtefactCorrupt, ArtefactNotFound, SignatureInvalid) as error:
             logger.warning("skipped %s: %s", digest, error)
             return None
